@@ -1,0 +1,39 @@
+"""The one exception a user's mistake raises, and how it is shown: one line, exit status 1, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user typed cannot work.
+
+    The message is one line that says what was given, what is accepted, and what to type instead.
+    It is a `ValueError`, so Python callers of `simple_evaluate` catch it as usual.
+    """
+
+
+def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
+    """Return a phrase such as `; did you mean 'gamma'?`, or the empty string when nothing is close."""
+    close = difflib.get_close_matches(str(word), list(known), n=n, cutoff=0.5)
+    if not close:
+        return ""
+    return "; did you mean " + " or ".join(repr(name) for name in close) + "?"
+
+
+def install_excepthook() -> None:
+    """Let an uncaught `UserError` print as one line instead of a traceback. Other exceptions are untouched."""
+    previous = sys.excepthook
+    if getattr(previous, "_lm_eval_sparse", False):
+        return
+
+    def hook(kind, value, traceback):
+        if isinstance(value, UserError):
+            print(f"lm-eval-sparse: error: {value}", file=sys.stderr)
+        else:
+            previous(kind, value, traceback)
+
+    hook._lm_eval_sparse = True
+    sys.excepthook = hook

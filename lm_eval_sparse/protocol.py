@@ -1,0 +1,98 @@
+"""What our tasks and our model type say to each other beyond lm-eval's own interface.
+
+Every object here degrades to the plain type that other model types and other tasks expect: a `SharedPrompt`
+is a `str`, a measured response is a `str` or a `(logprob, is_greedy)` tuple. Nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+#: Key of a document that stands for a leaf that cannot run (model too short, no data); its value is the reason.
+SKIPPED = "frontier_skipped"
+
+
+class SharedPrompt(str):
+    """A context whose first `shared` characters are the prompt and whose rest is teacher-forced answer text.
+
+    The prompt part is prefilled once for all requests that share it; the rest runs in the decode phase, where
+    a generating model would have produced it. Other model types see an ordinary string.
+    """
+
+    shared: int
+
+    def __new__(cls, text: str, shared: int) -> SharedPrompt:
+        self = super().__new__(cls, text)
+        self.shared = shared
+        return self
+
+    def __reduce__(self):
+        return SharedPrompt, (str(self), self.shared)
+
+
+class MeasuredText(str):
+    """A generated text that carries the sparsity measured while it was made, in `stats`."""
+
+    stats: dict[str, Any]
+
+    def __new__(cls, text: str, stats: dict[str, Any]) -> MeasuredText:
+        self = super().__new__(cls, text)
+        self.stats = stats
+        return self
+
+    def __reduce__(self):
+        return MeasuredText, (str(self), self.stats)
+
+
+class MeasuredLoglikelihood(tuple):
+    """`(logprob, is_greedy)` with the sparsity measured while it was computed, in `stats`."""
+
+    stats: dict[str, Any]
+
+    def __new__(cls, logprob: float, is_greedy: bool, stats: dict[str, Any]) -> MeasuredLoglikelihood:
+        self = super().__new__(cls, (logprob, is_greedy))
+        self.stats = stats
+        return self
+
+    def __reduce__(self):
+        return MeasuredLoglikelihood, (*self, self.stats)
+
+
+class MeasuredFloat(float):
+    """The result of a rolling log-likelihood, with its `stats`."""
+
+    stats: dict[str, Any]
+
+    def __new__(cls, value: float, stats: dict[str, Any]) -> MeasuredFloat:
+        self = super().__new__(cls, value)
+        self.stats = stats
+        return self
+
+    def __reduce__(self):
+        return MeasuredFloat, (float(self), self.stats)
+
+
+def stats_of(response: Any) -> dict[str, Any] | None:
+    """The measured figures a response carries, or None when another model type made it.
+
+    `stats["sparsity"]` is the measured sparsity of the phase(s) that a sparse method filled (a float in [0, 1)).
+    """
+    return getattr(response, "stats", None)
+
+
+_active: weakref.ref | None = None
+
+
+def set_active_lm(lm: Any) -> None:
+    """Remember the model under evaluation, so that tasks can fill prompts to its exact length.
+
+    lm-eval builds the model before it loads tasks, but never shows it to them.
+    """
+    global _active
+    _active = weakref.ref(lm)
+
+
+def active_lm() -> Any | None:
+    """The last `sparse-hf` model made in this process, while it is alive."""
+    return _active() if _active is not None else None
