@@ -1,0 +1,63 @@
+"""Torch only, any device and block size: gather the listed key blocks of each query block, batch the matmuls.
+
+Query blocks are processed in order of how many key blocks they read, so that a batch pads little, and in
+chunks of bounded memory: nothing of size L x L is ever made.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layout import BlockLayout
+
+#: Elements of the largest temporary of one chunk (scores, or gathered keys and values).
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+#: A batch may hold rows that need at least this share of its width; smaller rows start a new batch.
+MIN_FILL = 0.8
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, softcap: float | None
+) -> Tensor:
+    """See `block_sparse_prefill`. Matmuls run in the input dtype, the softmax in fp32 (fp64 for fp64 input)."""
+    heads, length, dim = query.shape
+    kv_heads = key.shape[0]
+    block_q, block_k, n_q, n_k = layout.block_q, layout.block_k, layout.blocks_q, layout.blocks_k
+    device = query.device
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q_blocks = F.pad(query, (0, 0, 0, n_q * block_q - length)).reshape(heads * n_q, block_q, dim)
+    k_blocks = F.pad(key, (0, 0, 0, n_k * block_k - length)).reshape(kv_heads, n_k, block_k, dim)
+    v_blocks = F.pad(value, (0, 0, 0, n_k * block_k - length)).reshape(kv_heads, n_k, block_k, dim)
+
+    order = torch.argsort(layout.counts.flatten(), descending=True, stable=True)
+    widths = layout.counts.flatten()[order].tolist()
+    indices = layout.indices.reshape(heads * n_q, -1)
+    within_q, within_k = torch.arange(block_q, device=device), torch.arange(block_k, device=device)
+    out = torch.empty_like(q_blocks)
+    limit = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
+    start = 0
+    while start < len(widths):
+        width = widths[start]
+        rows_at_most = max(1, limit // (width * block_k * max(block_q, 2 * dim)))
+        stop = start + 1
+        while stop < len(widths) and stop - start < rows_at_most and widths[stop] >= MIN_FILL * width:
+            stop += 1
+        rows = order[start:stop]
+        ids = indices[rows, :width].long()
+        kv_head = rows // n_q // (heads // kv_heads)
+        k = k_blocks[kv_head[:, None], ids].reshape(len(rows), width * block_k, dim)
+        v = v_blocks[kv_head[:, None], ids].reshape(len(rows), width * block_k, dim)
+        scores = torch.bmm(q_blocks[rows], k.transpose(1, 2)).to(work).mul_(scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        listed = torch.arange(width, device=device) < layout.counts.flatten()[rows, None]
+        # Unlisted slots get a key position after every query; keys past the end of the row lie there already.
+        key_position = torch.where(listed[..., None], ids[..., None] * block_k + within_k, n_k * block_k)
+        query_position = (rows % n_q)[:, None] * block_q + within_q
+        hidden = key_position.reshape(len(rows), 1, -1) > query_position[..., None]
+        scores.masked_fill_(hidden, float("-inf"))
+        out[rows] = torch.bmm(scores.softmax(-1).to(value.dtype), v)
+        start = stop
+    return out.reshape(heads, n_q * block_q, dim)[:, :length]

@@ -1,0 +1,33 @@
+"""The oracle: the definition of block-sparse attention, written with an L x L mask, in the widest precision.
+
+It computes every pair and masks; it is for tests and debugging, not for speed or memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import BlockLayout
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, softcap: float | None
+) -> Tensor:
+    """See `block_sparse_prefill`. Scores are computed in fp64 for fp64 input, else in fp32."""
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    group = query.shape[0] // key.shape[0]
+    length = layout.length
+    position = torch.arange(length, device=query.device)
+    causal = position[:, None] >= position[None, :]
+    blocks = layout.mask()
+    out = torch.empty_like(query)
+    for head in range(query.shape[0]):
+        k, v = key[head // group].to(work), value[head // group].to(work)
+        scores = query[head].to(work) @ k.T * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        visible = blocks[head][position // layout.block_q][:, position // layout.block_k] & causal
+        scores = scores.masked_fill(~visible, float("-inf"))
+        out[head] = (scores.softmax(-1) @ v).to(query.dtype)
+    return out
