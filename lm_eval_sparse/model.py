@@ -1,0 +1,818 @@
+"""`sparse-hf`: lm-eval's Hugging Face model with sparse attention and measured sparsity.
+
+In scoring as in generation, the context is the prefill phase and what follows is the decode phase. Requests that
+share a context prefill it once. A rolling log-likelihood has no context: its windows are prefill throughout.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import platform
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from . import __version__, embedded, gguf_check
+from .config import OWN_ARGS, SparseConfig, knob_names, parse, split
+from .errors import UserError, install_excepthook, nearest
+from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
+from .runtime.accounting import PHASES, Ledger, RowCounts
+from .runtime.attention import IMPLEMENTATION, Runtime, register
+from .runtime.cache import SparseCache, position_ids
+
+logger = logging.getLogger(__name__)
+
+register()
+install_excepthook()
+
+#: Arguments of `from_pretrained` that HFLM does not name itself but passes on.
+FROM_PRETRAINED = (
+    "cache_dir", "device_map", "distributed_config", "force_download", "ignore_mismatched_sizes", "key_mapping",
+    "load_in_4bit", "load_in_8bit", "local_files_only", "low_cpu_mem_usage", "max_memory", "offload_buffers",
+    "proxies", "quantization_config", "state_dict", "token", "torch_dtype", "use_safetensors", "variant",
+    "weights_only", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    "llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload",
+)  # fmt: skip
+
+#: Generation arguments that would take the cache or the prefill out of our hands.
+REFUSED_GENERATION = ("past_key_values", "cache_implementation", "cache_config", "assistant_model", "use_cache")
+
+#: Answer tokens scored per forward pass: bounds the logits held at once.
+SCORE_CHUNK = 1024
+
+#: Relative difference to the model's own attention that the check at start-up accepts, by precision.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+
+#: lm-eval itself warns about a missing chat template when one of these occurs in the model arguments.
+INSTRUCT_WORDS = ("inst", "chat")
+
+
+@dataclass
+class Target:
+    """One scored request: the tokens after the shared prompt, of which the last `scored` count."""
+
+    index: int
+    tokens: list[int]
+    scored: int
+    key: tuple[str, str] | None
+
+
+@dataclass
+class Context:
+    """A prompt and all requests that continue it."""
+
+    prompt: list[int]
+    targets: list[Target] = field(default_factory=list)
+    task: str | None = None
+    counts: RowCounts = field(default_factory=RowCounts)
+
+    def sequences(self) -> list[list[int]]:
+        """The token sequences to run, longest first: a sequence that another one begins with needs no run."""
+        chosen: list[list[int]] = []
+        for tokens in sorted((target.tokens for target in self.targets), key=len, reverse=True):
+            if not any(other[: len(tokens)] == tokens for other in chosen):
+                chosen.append(tokens)
+        return chosen
+
+
+class SparseHFLM(HFLM):
+    """lm-eval model type `sparse-hf`.
+
+    Takes every argument of lm-eval's `hf`, and:
+
+    Args:
+        method: a name from `lm-eval-sparse methods`; `dense` by default.
+        sparsity: share of attention to skip, in [0, 1); met to within 0.01 from 4096 tokens on.
+        backend: kernel of the sparse calls: `auto`, `flex`, `gather` or `naive`.
+        gamma, tau, ...: native knobs of the method, instead of `sparsity`.
+        pretrained: as in `hf`; without it the embedded SmolLM2-135M-Instruct is used.
+
+    Raises:
+        UserError: an argument that cannot work; see its message.
+    """
+
+    def __init__(self, pretrained: str | transformers.PreTrainedModel | None = None, **kwargs: Any) -> None:
+        self.lm_eval_warns = any(
+            word in str(value).lower() for value in (pretrained, *kwargs.values()) for word in INSTRUCT_WORDS
+        )
+        ours, rest = split(kwargs)
+        refuse_attention_choice(rest)
+        self.sparse: SparseConfig = parse(ours)
+        self.runtime = Runtime(self.sparse.plan)
+        self.model_label = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", None)
+        self.is_embedded = pretrained is None or embedded.is_embedded(pretrained)
+        if self.is_embedded:
+            self.model_label = embedded.NAME
+            check_known(rest, None)
+            if rest.get("gguf_file") is not None:
+                raise UserError(f"gguf_file={rest['gguf_file']} needs pretrained=: give the folder that holds the file")
+            pretrained = str(embedded.ensure())
+        elif isinstance(pretrained, str):
+            pretrained = check_path(pretrained, rest.get("gguf_file"))
+            check_known(rest, (pretrained, rest))
+        else:
+            check_known(rest, None)
+        if rest.get("device") is None:
+            rest["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+        self.ledgers: dict[str, Ledger] = defaultdict(Ledger)
+        self.skipped: dict[str, str] = {}
+        self.templated = False
+        self.warned_about_template = False
+        try:
+            super().__init__(pretrained=pretrained, **rest)
+        except (OSError, transformers.utils.hub.HFValidationError) as error:
+            raise UserError(
+                f"pretrained={self.model_label!r} could not be loaded ({first_line(error)}); give a folder with a "
+                "transformers model or the name of a Hub repository, or leave pretrained out for the embedded model"
+            ) from error
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and accelerator.num_processes > 1 and self._world_size == 1:
+            # lm-eval splits documents over processes on GPUs only, and takes the local rank for the global one.
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        if not isinstance(pretrained, str):
+            self.model.set_attn_implementation(IMPLEMENTATION)
+        self.runtime.attach(self.model)
+        self._check_attention()
+        set_active_lm(self)
+
+    # --- construction ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Any:
+        """As lm-eval's, and name the embedded model in the logged arguments when no other is given."""
+        if arg_dict.get("pretrained") is None:
+            lm = super().create_from_arg_obj({**arg_dict, "pretrained": None}, additional_config)
+            arg_dict["pretrained"] = embedded.NAME
+            return lm
+        return super().create_from_arg_obj(arg_dict, additional_config)
+
+    def _get_backend(self, config: Any, backend: str = "default", trust_remote_code: bool | None = False) -> None:
+        super()._get_backend(config, backend="default", trust_remote_code=trust_remote_code)
+        if self.backend != "causal":
+            raise UserError(
+                f"pretrained={self.model_label!r} is an encoder-decoder model ({config.model_type}): sparse-hf "
+                "evaluates decoder-only causal models; use --model hf for this one"
+            )
+        name = getattr(config, "model_type", None)
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        encoder = getattr(config, "is_decoder", None) is False and not getattr(config, "is_causal", True)
+        architectures = getattr(config, "architectures", None) or []
+        if encoder or (name in ENCODERS and not getattr(config, "is_decoder", False)):
+            raise UserError(
+                f"pretrained={self.model_label!r} ({name}) has no causal attention: sparse-hf evaluates decoder-only "
+                "causal models"
+            )
+        if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+            raise UserError(
+                f"pretrained={self.model_label!r} ({name or architectures}) is not a causal language model that "
+                "transformers knows: sparse-hf evaluates decoder-only causal models"
+            )
+
+    def _create_model(self, pretrained: str, **kwargs: Any) -> None:
+        """Load the model with our attention; image towers and the like keep their own."""
+        parts = getattr(self.config, "sub_configs", None) or {}
+        if "text_config" in parts:
+            kwargs["attn_implementation"] = {
+                name: IMPLEMENTATION if name == "text_config" else "sdpa" for name in parts
+            }
+        else:
+            kwargs["attn_implementation"] = IMPLEMENTATION
+        try:
+            super()._create_model(pretrained, **kwargs)
+        except ValueError as error:
+            if "attention" not in str(error).lower():
+                raise
+            raise UserError(
+                f"pretrained={self.model_label!r} ({self.config.model_type}) does not support registered attention "
+                f"functions in transformers {transformers.__version__}: use --model hf for this model"
+            ) from error
+
+    @torch.no_grad()
+    def _check_attention(self) -> None:
+        """Run a few tokens: which layers are ours, and do they compute what the model's own attention computes?"""
+        text = self.config.get_text_config(decoder=True)
+        ids = (torch.arange(24, device=self.device) * 7 + 3)[None] % text.vocab_size
+        kind = f"pretrained={self.model_label!r} ({self.config.model_type})"
+        plan, self.runtime.plan = self.runtime.plan, type(self.runtime.plan)()
+        try:
+            ours = self._forward(ids, cache=SparseCache(self.model.config)).float()
+        finally:
+            self.runtime.plan = plan
+        if not self.runtime.layers:
+            raise UserError(
+                f"{kind} has no attention layer that goes through transformers' attention interface, so there is "
+                "nothing to make sparse: use --model hf for this model"
+            )
+        eligible = [layer for layer, reason in self.runtime.layers.items() if reason is None]
+        if plan.prefill is not None and not eligible:
+            reasons = ", ".join(sorted({reason for reason in self.runtime.layers.values() if reason}))
+            raise UserError(f"{kind} has no layer with full causal attention ({reasons}): no method can be applied")
+        reference = self._own_attention(ids)
+        if reference is None:
+            return
+        off = float((ours - reference).norm() / reference.norm())
+        if not off <= TOLERANCE.get(self.model.dtype, 5e-2):
+            raise UserError(
+                f"{kind} uses an attention that sparse-hf does not support: dense logits differ from the model's own "
+                f"by {off:.2g} (relative); use --model hf for this model"
+            )
+
+    def _own_attention(self, ids: Tensor) -> Tensor | None:
+        """Logits of the model's own eager attention, or None when it cannot be switched."""
+        model = self.model
+        parts = [config for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+                 if getattr(config, "_attn_implementation", None) == IMPLEMENTATION]  # fmt: skip
+        for config in parts:
+            config._attn_implementation = "eager"
+        try:
+            return model(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            for config in parts:
+                config._attn_implementation = IMPLEMENTATION
+
+    # --- running the model -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _forward(
+        self,
+        ids: Tensor,
+        *,
+        cache: SparseCache | None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        keep: int | None = None,
+    ) -> Tensor:
+        """Logits `(B, keep or q_len, V)` of `(B, q_len)` token ids after what `cache` holds."""
+        options: dict[str, Any] = {"position_ids": positions} if positions is not None else {}
+        if keep is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options["logits_to_keep"] = keep
+        with torch.autocast(
+            device_type=self.device.type,
+            dtype=self.mixed_precision_dtype,
+            enabled=self.mixed_precision_dtype is not None,
+        ):
+            logits = self.model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **options
+            ).logits
+        return logits if keep is None else logits[:, -keep:]
+
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        """Log-probabilities, in fp32 unless `softmax_dtype` asks otherwise: bf16 would round them to steps of 1/16."""
+        return F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype or torch.float32)
+
+    @property
+    def _rows_per_batch(self) -> int:
+        """`auto` means one prompt at a time: prompts of these tasks fill the machine alone."""
+        return 1 if str(self.batch_size).startswith("auto") else int(self.batch_size)
+
+    def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
+        """lm-eval probes with five forward passes of made-up full-length prompts; they would be counted as ours."""
+        return 1
+
+    # --- scoring ---------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval's; every answer is a tuple that also carries its measured sparsity."""
+        if self.enable_thinking:
+            raise UserError("enable_thinking=True works with generated tasks only: leave it out for scored ones")
+        self._before_requests()
+        results: list[Any] = [None] * len(requests)
+        contexts: dict[tuple, Context] = {}
+        for index, request in enumerate(tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm)):
+            if (reason := skip_reason(request)) is not None:
+                self.skipped[request.task_name] = reason
+                results[index] = MeasuredLoglikelihood(0.0, False, {})
+                continue
+            prompt, target, scored = self._tokenize_pair(*request.args)
+            key = (request.task_name, *prompt)
+            context = contexts.setdefault(key, Context(prompt, task=request.task_name))
+            context.targets.append(Target(index, target, scored, tuple(map(str, request.args))))
+        self._score(list(contexts.values()), results, len(requests), disable_tqdm)
+        return results
+
+    def _tokenize_pair(self, context: str, continuation: str) -> tuple[list[int], list[int], int]:
+        """Prompt tokens, tokens after it, and how many of those at the end are scored."""
+        if context == "":
+            tokens = self.tok_encode(continuation, add_special_tokens=False)
+            whole = tokens if tokens[0] == self.prefix_token_id else [self.prefix_token_id, *tokens]
+            before, scored = 1, len(whole) - 1
+        else:
+            head, tail = self._encode_pair(context, continuation)
+            whole, scored = [*head, *tail], len(tail)
+            before = len(head)
+            if isinstance(context, SharedPrompt) and context.shared < len(context):
+                before = common_prefix(self._encode_shared(context[: context.shared]), head)
+        surplus = len(whole) - (self.max_length + 1)
+        if surplus > 0:
+            logger.warning(
+                "context and continuation have %d tokens, the model takes %d: dropping %d tokens from the left",
+                len(whole), self.max_length, surplus,
+            )  # fmt: skip
+            whole, before = whole[surplus:], before - surplus
+        # Something has to be prefilled for the first scored token to be predicted from.
+        before = max(1, min(before, len(whole) - scored))
+        return whole[:before], whole[before:], scored
+
+    def _encode_shared(self, text: str) -> list[int]:
+        """Tokens of a shared prompt; its requests come one after the other, so remembering one is enough."""
+        if getattr(self, "_shared", ("", []))[0] != text:
+            self._shared = (text, self.tok_encode(text))
+        return self._shared[1]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """lm-eval's token-level entry point: `((context, continuation), context tokens, continuation tokens)`."""
+        results: list[Any] = [None] * len(requests)
+        contexts: dict[tuple, Context] = {}
+        for index, (key, head, tail) in enumerate(requests):
+            whole = [*head, *tail][-(self.max_length + 1) :]
+            prompt = whole[: len(whole) - len(tail)]
+            context = contexts.setdefault(tuple(prompt), Context(prompt))
+            context.targets.append(Target(index, list(tail), len(tail), key))
+        self._score(list(contexts.values()), results, len(requests), disable_tqdm)
+        return results
+
+    def _score(self, contexts: list[Context], results: list[Any], total: int, disable_tqdm: bool) -> None:
+        """Fill `results` for all targets of all contexts, longest contexts first (an out-of-memory shows at once)."""
+        contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
+        bar = tqdm(total=total, disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
+        fresh: dict[str, Ledger] = defaultdict(Ledger)
+        for first in range(0, len(contexts), self._rows_per_batch):
+            batch = contexts[first : first + self._rows_per_batch]
+            for context, answers in zip(batch, self._score_batch(batch), strict=True):
+                stats = self._stats(context.counts)
+                fresh[context.task or ""].add(context.counts)
+                for target, (logprob, greedy) in zip(context.targets, answers, strict=True):
+                    results[target.index] = MeasuredLoglikelihood(logprob, greedy, stats)
+                    if target.key is not None:
+                        self.cache_hook.add_partial("loglikelihood", target.key, results[target.index])
+                    bar.update(1)
+        bar.close()
+        self._after_requests(fresh)
+
+    def _score_batch(self, batch: list[Context]) -> list[list[tuple[float, bool]]]:
+        """Prefill the contexts of a batch side by side, then run their answers against the cache."""
+        sequences = [context.sequences() for context in batch]
+        longest = max(len(tokens) for group in sequences for tokens in group)
+        lengths = [len(context.prompt) for context in batch]
+        width = max(lengths)
+        ids = torch.tensor([[0] * (width - len(c.prompt)) + c.prompt for c in batch], device=self.device)
+        columns = torch.arange(width, device=self.device)
+        mask = columns >= width - torch.tensor(lengths, device=self.device)[:, None]
+        padded = min(lengths) < width
+        cache = SparseCache(self.model.config, reserve=longest)
+        self.runtime.rows = [context.counts for context in batch]
+        try:
+            logits = self._forward(
+                ids,
+                cache=cache,
+                mask=mask if padded else None,
+                positions=position_ids(mask) if padded else None,
+                keep=1,
+            )
+            first = self._log_softmax(logits[:, -1])
+            self._count_kv(cache, batch)
+            snapshot = cache.snapshot()
+            scored: list[dict[tuple, Tensor]] = [{} for _ in batch]
+            hits: list[dict[tuple, Tensor]] = [{} for _ in batch]
+            for turn in range(max(map(len, sequences))):
+                rows = [group[turn] if turn < len(group) else [] for group in sequences]
+                self._score_turn(rows, first, cache, mask if padded else None, lengths, batch, scored, hits)
+                cache.restore(snapshot)
+        finally:
+            self.runtime.rows = None
+        answers = []
+        for row, context in enumerate(batch):
+            found = []
+            for target in context.targets:
+                whole = next(tokens for tokens in scored[row] if list(tokens[: len(target.tokens)]) == target.tokens)
+                span = slice(len(target.tokens) - target.scored, len(target.tokens))
+                found.append((float(scored[row][whole][span].sum()), bool(hits[row][whole][span].all())))
+            answers.append(found)
+        return answers
+
+    def _score_turn(
+        self,
+        rows: list[list[int]],
+        first: Tensor,
+        cache: SparseCache,
+        mask: Tensor | None,
+        lengths: list[int],
+        batch: list[Context],
+        scored: list[dict[tuple, Tensor]],
+        hits: list[dict[tuple, Tensor]],
+    ) -> None:
+        """Score one sequence per row: log-probability and greedy hit of each of its tokens."""
+        self.runtime.rows = [c.counts if len(tokens) > 1 else None for c, tokens in zip(batch, rows, strict=True)]
+        pieces: list[list[Tensor]] = [[] for _ in rows]
+        greedy: list[list[Tensor]] = [[] for _ in rows]
+
+        def note(row: int, logprobs: Tensor, tokens: list[int]) -> None:
+            wanted = torch.tensor(tokens, device=logprobs.device)
+            pieces[row].append(logprobs.gather(-1, wanted[:, None])[:, 0].float().cpu())
+            greedy[row].append((logprobs.argmax(-1) == wanted).cpu())
+
+        for row, tokens in enumerate(rows):
+            if tokens:
+                note(row, first[row : row + 1], tokens[:1])
+        steps = max(len(tokens) for tokens in rows) - 1
+        starts = torch.tensor(lengths, device=self.device)[:, None]
+        for begin in range(0, steps, SCORE_CHUNK):
+            end = min(begin + SCORE_CHUNK, steps)
+            # Token i of a row predicts token i + 1; shorter rows run on with id 0, which nothing looks at.
+            inputs = [(tokens[:-1][begin:end] + [0] * (end - begin))[: end - begin] for tokens in rows]
+            positions = starts + torch.arange(begin, end, device=self.device)
+            if mask is not None:
+                mask = F.pad(mask, (0, end - begin), value=True)
+            logits = self._forward(torch.tensor(inputs, device=self.device), cache=cache, mask=mask, positions=positions)
+            for row, tokens in enumerate(rows):
+                wanted = tokens[begin + 1 : end + 1]
+                if wanted:
+                    note(row, self._log_softmax(logits[row, : len(wanted)]), wanted)
+        for row, tokens in enumerate(rows):
+            if tokens:
+                scored[row][tuple(tokens)] = torch.cat(pieces[row]).double()
+                hits[row][tuple(tokens)] = torch.cat(greedy[row])
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """As lm-eval's: the sum over windows of at most `max_length` tokens, each run as one prefill."""
+        self._before_requests()
+        results: list[float] = []
+        fresh: dict[str, Ledger] = defaultdict(Ledger)
+        for request in tqdm(requests, disable=disable_tqdm or self.rank != 0, desc="Running rolling requests"):
+            (text,) = request.args
+            counts, total = RowCounts(), 0.0
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            self.runtime.rows = [counts]
+            try:
+                for head, tail in map(make_disjoint_window, windows):
+                    ids = torch.tensor([[*head, *tail][:-1]], device=self.device)
+                    logits = self._forward(ids, cache=None, keep=len(tail))[0]
+                    wanted = torch.tensor(tail, device=self.device)
+                    for begin in range(0, len(tail), SCORE_CHUNK):
+                        part = self._log_softmax(logits[begin : begin + SCORE_CHUNK])
+                        total += float(part.gather(-1, wanted[begin : begin + SCORE_CHUNK, None]).double().sum())
+            finally:
+                self.runtime.rows = None
+            results.append(MeasuredFloat(total, self._stats(counts)))
+            fresh[request.task_name or ""].add(counts)
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), results[-1])
+        self._after_requests(fresh)
+        return results
+
+    # --- generation ------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As lm-eval's; every text is a `str` that also carries its measured sparsity."""
+        self._before_requests()
+        results: list[Any] = [None] * len(requests)
+        queue = []
+        for index, request in enumerate(requests):
+            if (reason := skip_reason(request)) is not None:
+                self.skipped[request.task_name] = reason
+                results[index] = MeasuredText("", {})
+            else:
+                queue.append((index, *request.args))
+        order = Collator(
+            queue,
+            sort_fn=lambda item: (-len(self.tok_encode(item[1])), item[1]),
+            group_by="gen_kwargs",
+            group_fn=lambda item: item[2],
+        )
+        bar = tqdm(total=len(queue), disable=disable_tqdm or self.rank != 0, desc="Running generate_until requests")
+        fresh: dict[str, Ledger] = defaultdict(Ledger)
+        for chunk in order.get_batched(n=self._rows_per_batch):
+            contexts, gen_kwargs = [item[1] for item in chunk], chunk[0][2]
+            texts, rows = self._generate_batch(contexts, gen_kwargs)
+            for (index, context, _), text, counts in zip(chunk, texts, rows, strict=True):
+                results[index] = MeasuredText(text, self._stats(counts))
+                fresh[requests[index].task_name or ""].add(counts)
+                self.cache_hook.add_partial("generate_until", (context, gen_kwargs), results[index])
+                bar.update(1)
+        bar.close()
+        self._after_requests(fresh)
+        return results
+
+    def _generate_batch(self, contexts: list[str], gen_kwargs: dict[str, Any]) -> tuple[list[str], list[RowCounts]]:
+        kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
+        self._check_generation(kwargs)
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+        max_gen_toks = kwargs.pop("max_gen_toks")
+        room = self.max_length - max_gen_toks
+        if room <= 0:
+            raise UserError(
+                f"max_gen_toks={max_gen_toks} leaves no room for a prompt: the model takes {self.max_length} tokens in "
+                "all; type a smaller --gen_kwargs max_gen_toks="
+            )
+        ids, mask = self.tok_batch_encode(contexts, left_truncate_len=room, truncation=self.truncation)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        cache = SparseCache(self.model.config, reserve=max_gen_toks)
+        rows = [RowCounts() for _ in contexts]
+        self.runtime.rows = rows
+        try:
+            output = self._model_generate(
+                context=ids,
+                attention_mask=mask,
+                stop=until,
+                max_length=kwargs.pop("max_length", ids.shape[1] + max_gen_toks),
+                past_key_values=cache,
+                **kwargs,
+            )
+        finally:
+            self.runtime.rows = None
+        self._count_kv(cache, rows)
+        return [self._finish(tokens[ids.shape[1] :], until) for tokens in output.tolist()], rows
+
+    def _check_generation(self, kwargs: dict[str, Any]) -> None:
+        refused = [name for name in REFUSED_GENERATION if name in kwargs]
+        if self.runtime.plan.prefill is not None and kwargs.get("prefill_chunk_size") is not None:
+            raise UserError(
+                f"--gen_kwargs prefill_chunk_size={kwargs['prefill_chunk_size']}: {self.sparse.method} looks at the "
+                "whole prompt at once; leave prefill_chunk_size out, or use method=dense"
+            )
+        if refused:
+            raise UserError(
+                f"--gen_kwargs {refused[0]}={kwargs[refused[0]]} is not accepted: sparse-hf brings its own KV cache; "
+                f"leave {refused[0]} out"
+            )
+
+    def _finish(self, tokens: list[int], until: list[str]) -> str:
+        """Text of generated tokens without thinking and stop strings, as lm-eval cuts them."""
+        by_id = isinstance(self.think_end_token, int)
+        if by_id and self.think_end_token in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(self.think_end_token) :]
+        text = self.tok_decode(tokens)
+        return postprocess_generated_text(
+            generation=text.lstrip() if by_id else text,
+            stop=until,
+            think_end_token=None if by_id else self.think_end_token,
+        )
+
+    # --- what was measured -----------------------------------------------------------------------------------
+
+    def _count_kv(self, cache: SparseCache, rows: Sequence[Context | RowCounts]) -> None:
+        for layer, reason in self.runtime.layers.items():
+            if reason is not None or layer >= len(cache.layers):
+                continue
+            held, dense = cache.kv_bytes(layer)
+            for row in rows:
+                counts = row.counts if isinstance(row, Context) else row
+                counts.kv_bytes += held
+                counts.kv_bytes_dense += dense
+
+    def _stats(self, counts: RowCounts) -> dict[str, Any]:
+        """What a response carries: the measured sparsity of the phase that the method fills, and the details."""
+        figures = counts.figures()
+        return {
+            "sparsity": figures["prefill"]["executed_sparsity"],
+            "requested_sparsity": self.sparse.sparsity,
+            **{
+                name: {**figures[name], "calls": dict(counts.phase(name).calls), "backends": dict(counts.phase(name).backends)}
+                for name in PHASES
+            },
+        }
+
+    def _before_requests(self) -> None:
+        template = getattr(self.tokenizer, "chat_template", None)
+        if template and not (self.templated or self.lm_eval_warns or self.warned_about_template):
+            self.warned_about_template = True
+            logger.warning(
+                "%s is an instruct model (its tokenizer has a chat template), but prompts are sent without it; "
+                "type --apply_chat_template to use it",
+                self.model_label,
+            )
+
+    def _after_requests(self, fresh: dict[str, Ledger]) -> None:
+        """Merge what this process counted, and on rank 0 what the others did."""
+        parts = self.gather_object(dict(fresh), dst=0) if self.world_size > 1 else [dict(fresh)]
+        for part in parts or []:
+            for task, ledger in part.items():
+                self.ledgers[task].merge(ledger)
+
+    def report(self) -> dict[str, Any]:
+        """The `sparse` block of the results file."""
+        total = Ledger()
+        for ledger in self.ledgers.values():
+            total.merge(ledger)
+        untouched = {layer: reason for layer, reason in self.runtime.layers.items() if reason is not None}
+        count = getattr(self.config.get_text_config(decoder=True), "num_hidden_layers", len(self.runtime.layers))
+        untouched |= {n: "no softmax attention" for n in range(count) if n not in self.runtime.layers}
+
+        def phases(ledger: Ledger) -> dict[str, Any]:
+            requested = {"prefill": self.sparse.sparsity if "prefill" in self.sparse.methods else None, "decode": None}
+            methods = {name: self.sparse.methods[name].name if name in self.sparse.methods else "dense" for name in PHASES}
+            return {
+                name: {"method": methods[name], "requested_sparsity": requested[name], **ledger.report(name)}
+                for name in PHASES
+            }
+
+        return {
+            **self.sparse.describe(),
+            "phases": phases(total),
+            "prompts": total.rows,
+            "tasks": {task: phases(ledger) for task, ledger in self.ledgers.items() if task},
+            "skipped": dict(self.skipped),
+            "layers": {"sparse_eligible": sum(r is None for r in self.runtime.layers.values()), "untouched": untouched},
+            "versions": {
+                "lm_eval_sparse": __version__,
+                "lm_eval": version("lm_eval"),
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "device": device_name(self.device),
+        }
+
+    def check_it_ran(self) -> None:
+        """Raise when a sparse phase was requested, prompts were run, and none of their calls was sparse."""
+        if self.runtime.plan.prefill is None:
+            return
+        report = self.report()
+        prefill = report["phases"]["prefill"]
+        if prefill["calls"]["sparse"]:
+            return
+        if report["prompts"]:
+            reasons = "; ".join(prefill.get("fallback_reasons", {})) or "no eligible layer was called"
+            raise UserError(
+                f"{self.sparse.method} never ran: all {prefill['calls']['fallback']} prefill attention calls were "
+                f"dense ({reasons}); use longer prompts or another sparsity, or type method=dense to mean dense"
+            )
+        if self.skipped:
+            task, reason = next(iter(self.skipped.items()))
+            raise UserError(f"{self.sparse.method} never ran: every task was skipped, such as {task} ({reason})")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """As lm-eval's, with the `sparse` block. lm-eval calls it once, after the last request."""
+        self.check_it_ran()
+        info = super().get_model_info()
+        if self.is_embedded:
+            info["model_sha"] = embedded.GGUF_SHA256
+        return {**info, "sparse": self.report()}
+
+    # --- lm-eval's caches ------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides an answer besides the prompt: `--use_cache` must not mix answers of different ones."""
+        model = self.model
+        return {
+            **self.sparse.describe(),
+            "pretrained": self.model_label,
+            "revision": self.revision,
+            "dtype": str(model.dtype),
+            "parameters": model.num_parameters(),
+            "peft": self.peft,
+            "delta": self.delta,
+            "max_length": self.max_length,
+            "softmax_dtype": str(self.softmax_dtype),
+            "think_end_token": self.think_end_token,
+        }
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Accept a response cache only when it was written under the same configuration, or is new."""
+        if (store := getattr(cache_hook, "dbdict", None)) is not None:
+            mine = self.fingerprint()
+            known = store.get(CACHE_KEY)
+            if known is None and len(store):
+                raise UserError(
+                    "the --use_cache file was written by another model type and does not say under which method; "
+                    "give another file name, or delete this one"
+                )
+            if known is not None and json.loads(known) != mine:
+                theirs = json.loads(known)
+                differing = [name for name in mine if mine[name] != theirs.get(name)]
+                details = ", ".join(f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differing)
+                raise UserError(
+                    f"the --use_cache file was written under another configuration ({details}); "
+                    "give another file name for this run, or delete that one"
+                )
+            store[CACHE_KEY] = json.dumps(mine)
+        super().set_cache_hook(cache_hook)
+
+    # --- chat templates --------------------------------------------------------------------------------------
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        self.templated = True
+        return super().apply_chat_template(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        self.templated = self.templated or bool(chat_template)
+        return super().chat_template(chat_template)
+
+    @property
+    def tokenizer_name(self) -> str:
+        # lm-eval asks for it only when the chat template is applied.
+        self.templated = True
+        return super().tokenizer_name
+
+
+#: Key of the fingerprint in a response cache; responses are stored under hexadecimal digests.
+CACHE_KEY = "lm-eval-sparse fingerprint"
+
+#: Model types that transformers can load with a causal head although their attention looks both ways.
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert", "roformer", "data2vec-text")
+
+
+def refuse_attention_choice(model_args: dict[str, Any]) -> None:
+    """Raise when the user names an attention implementation: that is what sparse-hf replaces."""
+    if "attn_implementation" in model_args:
+        raise UserError(
+            f"attn_implementation={model_args['attn_implementation']} is not accepted: sparse-hf brings its own "
+            "attention; leave it out (choose a kernel with backend=), or use --model hf"
+        )
+
+
+def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] | None) -> None:
+    """Raise on a model argument that nothing would understand.
+
+    Fields of the model's own configuration (such as `rope_parameters`) are accepted; the configuration is only
+    loaded when an argument is not known otherwise.
+    """
+    known = {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
+    known |= {*FROM_PRETRAINED}
+    unknown = [name for name in model_args if name not in known]
+    if unknown and source is not None:
+        pretrained, args = source
+        options = {name: args[name] for name in ("revision", "trust_remote_code", "gguf_file", "subfolder") if name in args}
+        try:
+            config = transformers.AutoConfig.from_pretrained(pretrained, **options)
+        except (OSError, ValueError):
+            config = None
+        if config is not None:
+            fields = {*config.to_dict(), *config.get_text_config(decoder=True).to_dict()}
+            unknown = [name for name in unknown if name not in fields]
+    if unknown:
+        name = unknown[0]
+        everything = {*known, *OWN_ARGS, *knob_names()}
+        raise UserError(
+            f"model argument {name}={model_args[name]!r} is unknown{nearest(name, everything)} (accepted: "
+            f"{', '.join((*OWN_ARGS, *knob_names()))}, and the arguments of --model hf)"
+        )
+
+
+def check_path(pretrained: str, gguf_file: str | None) -> str:
+    """Return `pretrained` with `~` expanded; raise when it is a local path that does not exist or a broken GGUF."""
+    path = Path(pretrained).expanduser()
+    looks_local = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1 or "\\" in pretrained
+    if looks_local and not path.exists():
+        raise UserError(
+            f"pretrained={pretrained!r}: there is no such folder; give the path of a folder with a transformers "
+            "model, the name of a Hub repository (org/name), or leave pretrained out for the embedded model"
+        )
+    if path.is_file():
+        raise UserError(
+            f"pretrained={pretrained!r} is a file; give its folder"
+            + (f": pretrained={path.parent},gguf_file={path.name}" if path.suffix == ".gguf" else "")
+        )
+    if gguf_file is not None and path.is_dir():
+        gguf_check.check(path / gguf_file)
+    return str(path) if path.exists() else pretrained
+
+
+def skip_reason(request: Instance) -> str | None:
+    """Why the document of this request only stands for a leaf that cannot run, or None."""
+    return request.doc.get(SKIPPED) if isinstance(request.doc, dict) else None
+
+
+def common_prefix(left: list[int], right: list[int]) -> int:
+    """Number of leading tokens that two sequences share."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def device_name(device: torch.device) -> str:
+    """A name a reader of results understands: the card, or the processor with its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} ({device.type}, {torch.get_num_threads()} threads)"
+
+
+__all__ = ["SparseHFLM"]

@@ -1,0 +1,1 @@
+"""What runs inside a model: the registered attention, the cache, and the counting. Knows methods and transformers."""
