@@ -32,13 +32,16 @@ class SharedPrompt(str):
 
 
 class MeasuredText(str):
-    """A generated text that carries the sparsity measured while it was made, in `stats`."""
+    """A generated text that carries the sparsity measured while it was made, in `stats`.
+
+    lm-eval casts gold answers to the type of the response, so a text alone is accepted too.
+    """
 
     stats: dict[str, Any]
 
-    def __new__(cls, text: str, stats: dict[str, Any]) -> MeasuredText:
+    def __new__(cls, text: str, stats: dict[str, Any] | None = None) -> MeasuredText:
         self = super().__new__(cls, text)
-        self.stats = stats
+        self.stats = stats or {}
         return self
 
     def __reduce__(self):
@@ -50,9 +53,11 @@ class MeasuredLoglikelihood(tuple):
 
     stats: dict[str, Any]
 
-    def __new__(cls, logprob: float, is_greedy: bool, stats: dict[str, Any]) -> MeasuredLoglikelihood:
+    def __new__(
+        cls, logprob: float, is_greedy: bool, stats: dict[str, Any] | None = None
+    ) -> MeasuredLoglikelihood:
         self = super().__new__(cls, (logprob, is_greedy))
-        self.stats = stats
+        self.stats = stats or {}
         return self
 
     def __reduce__(self):
@@ -64,9 +69,9 @@ class MeasuredFloat(float):
 
     stats: dict[str, Any]
 
-    def __new__(cls, value: float, stats: dict[str, Any]) -> MeasuredFloat:
+    def __new__(cls, value: float, stats: dict[str, Any] | None = None) -> MeasuredFloat:
         self = super().__new__(cls, value)
-        self.stats = stats
+        self.stats = stats or {}
         return self
 
     def __reduce__(self):

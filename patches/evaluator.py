@@ -15,11 +15,12 @@ from typing import Any
 
 def apply(module: Any) -> None:
     """Wrap `evaluate` and `simple_evaluate` of `lm_eval.evaluator`; nothing changes for other model types."""
-    if getattr(module, "_lm_eval_sparse", False):
-        return
-    module._lm_eval_sparse = True
-    module.evaluate = _with_sample_stats(module.evaluate)
-    module.simple_evaluate = _with_preflight(module.simple_evaluate)
+    for name, wrap in (("evaluate", _with_sample_stats), ("simple_evaluate", _with_preflight)):
+        function = getattr(module, name)
+        if not getattr(function, "_lm_eval_sparse", False):
+            wrapped = wrap(function)
+            wrapped._lm_eval_sparse = True
+            setattr(module, name, wrapped)
 
 
 def is_ours(lm: Any) -> bool:
@@ -45,7 +46,11 @@ def _with_sample_stats(evaluate: Any) -> Any:
                     stats = [stats_of(response) for responses in sample["resps"] for response in responses]
                     # The requests of a document that share its context share one object: list it once.
                     distinct = list({id(entry): entry for entry in stats if entry}.values())
-                    sample["sparse"] = distinct[0] if len(distinct) == 1 else distinct
+                    measured = [entry["sparsity"] for entry in distinct if entry["sparsity"] is not None]
+                    sample["sparse"] = {
+                        "sparsity": sum(measured) / len(measured) if measured else None,
+                        "requests": distinct,
+                    }
         return results
 
     return wrapper

@@ -31,13 +31,14 @@ def unavailable_reason(device: str, block_q: int, block_k: int) -> str | None:
     if device not in ("cpu", "cuda"):
         return f"FlexAttention is not used on device {device!r}"
     length = 4 * max(block_q, block_k) + 1
-    probe = torch.zeros(2, length, 64, device=device)
+    # Several KV heads, as models have: a dimension of 1 would be compiled as a constant.
+    probe = torch.zeros(4, length, 64, device=device)
     n_q, n_k = -(-length // block_q), -(-length // block_k)
     last = torch.clamp((torch.arange(n_q, device=device) + 1) * block_q, max=length) - 1
     mask = torch.arange(n_k, device=device) * block_k <= last[:, None]
-    layout = BlockLayout.from_mask(mask.expand(2, -1, -1), length, block_q, block_k)
+    layout = BlockLayout.from_mask(mask.expand(4, -1, -1), length, block_q, block_k)
     try:
-        out = forward(probe, probe[:1], probe[:1] + 1, layout, 1.0, None)
+        out = forward(probe, probe[:2], probe[:2] + 1, layout, 0.125, None)
     except Exception as error:  # whatever the compiler stack raises, `gather` still works
         reason = f"FlexAttention does not compile here: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
         logger.warning("%s; using the gather backend", reason)
@@ -49,8 +50,17 @@ def unavailable_reason(device: str, block_q: int, block_k: int) -> str | None:
 
 @functools.cache
 def _compiled(block_q: int, block_k: int):
-    """One compiled kernel per block size: a shared one would recompile whenever another size comes along."""
+    """The compiled kernel of one pair of block sizes.
+
+    The compiler keeps its variants per code object and gives up (running uncompiled, at L x L memory) after a
+    handful, so each pair of block sizes gets a code object of its own.
+    """
     from torch.nn.attention.flex_attention import flex_attention
+
+    def kernel(query, key, value, block_mask, scale, enable_gqa):
+        return flex_attention(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa)
+
+    kernel.__code__ = kernel.__code__.replace(co_name=f"flex_{block_q}x{block_k}")
 
     def causal(batch, head, q_index, kv_index):
         return q_index >= kv_index
@@ -67,16 +77,9 @@ def _compiled(block_q: int, block_k: int):
             mask_mod=causal,
             seq_lengths=(query.shape[2], key.shape[2]),
         )
-        return compiled(
-            query,
-            key,
-            value,
-            block_mask=block_mask,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        return compiled(query, key, value, block_mask, scale, query.shape[1] != key.shape[1])
 
-    compiled = torch.compile(flex_attention, dynamic=True)
+    compiled = torch.compile(kernel, dynamic=True)
     return run
 
 

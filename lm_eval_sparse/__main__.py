@@ -1,0 +1,8 @@
+"""`python -m lm_eval_sparse`: the same as the script `lm-eval-sparse`."""
+
+import sys
+
+from lm_eval_sparse.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Looking at results. Knows lm-eval's result files only: no torch, no models."""

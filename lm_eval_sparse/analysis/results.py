@@ -1,0 +1,91 @@
+"""Reading lm-eval result files that sparse-hf (or any other model type) wrote, one record per task and metric."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One score of one task in one run.
+
+    Attributes:
+        model, method, task, metric: names; `method` is `dense` for other model types.
+        score, stderr: as aggregated by lm-eval; `stderr` is None where it gave none.
+        n: documents scored.
+        requested, measured: sparsity asked for and executed sparsity of the prefill phase, in [0, 1]; `requested`
+            is None when native knobs ruled.
+        higher_is_better: direction of the metric.
+        seconds: wall time of the whole run, or None.
+    """
+
+    model: str
+    method: str
+    task: str
+    metric: str
+    score: float
+    stderr: float | None
+    n: int
+    requested: float | None
+    measured: float
+    higher_is_better: bool
+    seconds: float | None
+
+
+def find(paths: Iterable[str | Path]) -> list[Path]:
+    """Result files among the given files and below the given folders, sorted by path."""
+    found: list[Path] = []
+    for given in map(Path, paths):
+        if given.is_dir():
+            found += sorted(given.rglob("results_*.json"))
+        elif given.is_file():
+            found.append(given)
+        else:
+            raise UserError(f"{given}: no such file or folder; give result files of lm-eval or folders that hold them")
+    if not found:
+        raise UserError(f"no results_*.json below {', '.join(map(str, paths))}; run lm_eval with --output_path first")
+    return found
+
+
+def load(path: Path) -> dict[str, Any]:
+    """One result file, checked to be one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable result file ({error})") from error
+    if not isinstance(content, dict) or "results" not in content:
+        raise UserError(f"{path}: not a result file of lm-eval (it has no 'results')")
+    return content
+
+
+def records(content: dict[str, Any]) -> Iterator[Record]:
+    """The scores in one result file. `sparsity` rows are measurements, not scores, and are left out."""
+    config = content.get("config", {})
+    sparse = config.get("sparse") or {}
+    seconds = content.get("total_evaluation_time_seconds")
+    for task, row in content["results"].items():
+        phase = sparse.get("tasks", {}).get(task, {}).get("prefill", {})
+        for key, value in row.items():
+            metric, _, rule = key.partition(",")
+            if not rule or metric.endswith("_stderr") or metric == "sparsity" or not isinstance(value, (int, float)):
+                continue
+            stderr = row.get(f"{metric}_stderr,{rule}")
+            yield Record(
+                model=str(content.get("model_name") or config.get("model", "?")),
+                method=sparse.get("method", "dense"),
+                task=task,
+                metric=metric,
+                score=float(value),
+                stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                n=int(row.get("sample_len") or 0),
+                requested=sparse.get("requested_sparsity"),
+                measured=float(phase.get("executed_sparsity") or 0.0),
+                higher_is_better=bool(content.get("higher_is_better", {}).get(task, {}).get(metric, True)),
+                seconds=float(seconds) if seconds is not None else None,
+            )

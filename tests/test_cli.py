@@ -1,0 +1,111 @@
+"""The command `lm-eval-sparse`: which sub-command goes where, and one line for a mistake."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from lm_eval_sparse import __version__, cli
+
+
+@pytest.fixture
+def passed_on(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The argument lists that reached lm-eval, in whose place a recorder stands."""
+    main = pytest.importorskip("lm_eval.__main__")
+    calls: list[list[str]] = []
+    monkeypatch.setattr(main, "cli_evaluate", lambda: calls.append(sys.argv))
+    monkeypatch.setattr("lm_eval_sparse.patches.install", lambda: calls.append(["hook"]))
+    return calls
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
+def test_help_shows_both_groups(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 0
+    shown = capsys.readouterr().out
+    for name in [*cli.COMMANDS, *cli.LM_EVAL_COMMANDS, "--version"]:
+        assert f"\n  {name}" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"lm-eval-sparse {__version__} (lm_eval ")
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["run", "--tasks", "a"], ["run", "--tasks", "a"]),
+        (["ls", "tasks"], ["ls", "tasks"]),
+        (["validate", "--tasks", "a"], ["validate", "--tasks", "a"]),
+        (["run"], ["run"]),
+        (["--model", "sparse-hf", "--tasks", "a"], ["run", "--model", "sparse-hf", "--tasks", "a"]),
+        (["--config=a.yaml"], ["run", "--config=a.yaml"]),
+    ],
+)
+def test_lm_eval_commands_are_passed_on(passed_on: list[list[str]], argv: list[str], expected: list[str]) -> None:
+    before = list(sys.argv)
+    assert cli.main(argv) == 0
+    assert passed_on == [["hook"], ["lm-eval-sparse", *expected]]
+    assert sys.argv == before
+
+
+def test_unknown_command_is_one_line(passed_on: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["metods"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lm-eval-sparse: error: unknown command 'metods'; commands are methods, plot, ")
+    assert "did you mean 'methods'?" in line
+    assert passed_on == [["hook"]]
+
+
+def test_without_lm_eval_one_line_says_what_to_type(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Absent:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == "lm_eval":
+                raise ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval")
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent, *sys.meta_path])
+    assert cli.main(["ls", "tasks"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'lm_eval[hf]" in line
+
+
+def test_methods_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in = ModuleType("lm_eval_sparse.methods")
+    stand_in.table = lambda: "| method |"
+    monkeypatch.setitem(sys.modules, "lm_eval_sparse.methods", stand_in)
+    assert cli.main(["methods"]) == 0
+    assert capsys.readouterr().out == "| method |\n"
+    assert cli.main(["methods", "--all"]) == 1
+    assert capsys.readouterr().err == (
+        "lm-eval-sparse: error: unrecognized arguments: --all; type 'lm-eval-sparse methods --help'\n"
+    )
+
+
+def test_real_methods_table_names_flexprefill(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+    assert "flexprefill" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status, expected", [(None, 0), (0, 0), (3, 3)])
+def test_plot_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, status: int | None, expected: int) -> None:
+    seen: list[list[str]] = []
+
+    def main(argv: list[str]) -> int | None:
+        seen.append(argv)
+        return status
+
+    package, curve = ModuleType("lm_eval_sparse.analysis"), ModuleType("lm_eval_sparse.analysis.curve")
+    curve.main = main
+    package.curve = curve
+    monkeypatch.setitem(sys.modules, "lm_eval_sparse.analysis", package)
+    monkeypatch.setitem(sys.modules, "lm_eval_sparse.analysis.curve", curve)
+    assert cli.main(["plot", "results", "--output", "a.png"]) == expected
+    assert seen == [["results", "--output", "a.png"]]
