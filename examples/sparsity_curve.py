@@ -1,7 +1,7 @@
 """Evaluate one task at several sparsities from Python, and save each run's results as `lm_eval` would.
 
-    python examples/sparsity_curve.py --task forced_frontier_niah_4k --sparsity 0 0.5 0.9 --limit 10 --output_path out
-    lm-eval-sparse plot out --output curve.png
+python examples/sparsity_curve.py --task forced_frontier_niah_4k --sparsity 0 0.5 0.9 --limit 10 --output_path out
+lm-eval-sparse plot out --output curve.png
 """
 
 from __future__ import annotations

@@ -37,9 +37,14 @@ def dense_attention(
     q_len, kv_len = query.shape[2], key.shape[2]
     if window is not None and window >= kv_len:
         window = None
-    if softcap is None and window is None and starts is None and q_len in (1, kv_len):
+    if softcap is None and window is None and starts is None and q_len == 1:
+        # One query per head: the query heads of a KV head are the rows of one small product, nothing is repeated.
+        grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+        out = F.scaled_dot_product_attention(grouped, key, value, scale=scale)
+        return out.reshape(*query.shape[:3], value.shape[3])
+    if softcap is None and window is None and starts is None and q_len == kv_len:
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=q_len > 1, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
     pieces = []
     for first in range(0, q_len, CHUNK):

@@ -85,7 +85,9 @@ class BlockLayout:
         valid = torch.arange(ids.shape[-1], device=ids.device) < counts[..., None]
         if bool(((ids < 0) | (ids >= self.blocks_k)).logical_and(valid).any()):
             raise ValueError(f"layout holds a key block outside 0..{self.blocks_k - 1}")
-        last_query = torch.clamp((torch.arange(self.blocks_q, device=ids.device) + 1) * self.block_q, max=self.length) - 1
+        last_query = (
+            torch.clamp((torch.arange(self.blocks_q, device=ids.device) + 1) * self.block_q, max=self.length) - 1
+        )
         if bool((ids * self.block_k > last_query[None, :, None]).logical_and(valid).any()):
             raise ValueError("layout holds a key block that lies wholly after its query block")
         if bool((ids[..., 1:] <= ids[..., :-1]).logical_and(valid[..., 1:]).any()):

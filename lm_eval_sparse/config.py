@@ -46,9 +46,11 @@ class SparseConfig:
 
     def describe(self) -> dict[str, Any]:
         """Method and knobs as requested, for fingerprints and results."""
-        knobs = {} if self.sparsity is not None else {
-            name: getattr(method, name) for method in self.methods.values() for name in method.knobs()
-        }
+        knobs = (
+            {}
+            if self.sparsity is not None
+            else {name: getattr(method, name) for method in self.methods.values() for name in method.knobs()}
+        )
         return {"method": self.method, "requested_sparsity": self.sparsity, "knobs": knobs, "backend": self.backend}
 
 

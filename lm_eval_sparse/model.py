@@ -6,13 +6,12 @@ share a context prefill it once. A rolling log-likelihood has no context: its wi
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import logging
 import platform
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -443,7 +442,9 @@ class SparseHFLM(HFLM):
             positions = starts + torch.arange(begin, end, device=self.device)
             if mask is not None:
                 mask = F.pad(mask, (0, end - begin), value=True)
-            logits = self._forward(torch.tensor(inputs, device=self.device), cache=cache, mask=mask, positions=positions)
+            logits = self._forward(
+                torch.tensor(inputs, device=self.device), cache=cache, mask=mask, positions=positions
+            )
             for row, tokens in enumerate(rows):
                 wanted = tokens[begin + 1 : end + 1]
                 if wanted:
@@ -592,7 +593,11 @@ class SparseHFLM(HFLM):
             "sparsity": figures["prefill"]["executed_sparsity"],
             "requested_sparsity": self.sparse.sparsity,
             **{
-                name: {**figures[name], "calls": dict(counts.phase(name).calls), "backends": dict(counts.phase(name).backends)}
+                name: {
+                    **figures[name],
+                    "calls": dict(counts.phase(name).calls),
+                    "backends": dict(counts.phase(name).backends),
+                }
                 for name in PHASES
             },
         }
@@ -625,7 +630,9 @@ class SparseHFLM(HFLM):
 
         def phases(ledger: Ledger) -> dict[str, Any]:
             requested = {"prefill": self.sparse.sparsity if "prefill" in self.sparse.methods else None, "decode": None}
-            methods = {name: self.sparse.methods[name].name if name in self.sparse.methods else "dense" for name in PHASES}
+            methods = {
+                name: self.sparse.methods[name].name if name in self.sparse.methods else "dense" for name in PHASES
+            }
             return {
                 name: {"method": methods[name], "requested_sparsity": requested[name], **ledger.report(name)}
                 for name in PHASES
@@ -757,7 +764,9 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
     unknown = [name for name in model_args if name not in known]
     if unknown and source is not None:
         pretrained, args = source
-        options = {name: args[name] for name in ("revision", "trust_remote_code", "gguf_file", "subfolder") if name in args}
+        options = {
+            name: args[name] for name in ("revision", "trust_remote_code", "gguf_file", "subfolder") if name in args
+        }
         try:
             config = transformers.AutoConfig.from_pretrained(pretrained, **options)
         except (OSError, ValueError):

@@ -53,9 +53,7 @@ class MeasuredLoglikelihood(tuple):
 
     stats: dict[str, Any]
 
-    def __new__(
-        cls, logprob: float, is_greedy: bool, stats: dict[str, Any] | None = None
-    ) -> MeasuredLoglikelihood:
+    def __new__(cls, logprob: float, is_greedy: bool, stats: dict[str, Any] | None = None) -> MeasuredLoglikelihood:
         self = super().__new__(cls, (logprob, is_greedy))
         self.stats = stats or {}
         return self

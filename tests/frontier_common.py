@@ -1,9 +1,9 @@
-"""Tokenizers, model stand-ins and tasks for the test_frontier_* files. Everything is made here: no files, no network."""
+"""Tokenizers, model stand-ins and tasks for the test_frontier_* files, all made here: no downloads."""
 
 from __future__ import annotations
 
 import random
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ CHATML = (
 # Writes the BOS token itself, trims what it is given, and has no system role: three things templates really do.
 TRIMMING = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
-    "{% endif %}[{{ m['role'] }}]{{ m['content'] | trim }}[/]{% endfor %}{% if add_generation_prompt %}[model]{% endif %}"
+    "{% endif %}[{{ m['role'] }}]{{ m['content'] | trim }}[/]{% endfor %}"
+    "{% if add_generation_prompt %}[model]{% endif %}"
 )
 
 
@@ -57,7 +58,7 @@ def _with_bos(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-@lru_cache(maxsize=None)
+@cache
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """`bpe` (GPT-2 like), `digits` (single digits, ChatML), `bos` (adds BOS, trimming template), `bytes` (no merges),
     `wordpiece` (lower-cases, BOS), `unigram` (SentencePiece like, BOS)."""
@@ -161,7 +162,5 @@ def _load(path: Path) -> dict[str, Any]:
 
 def build(task: FrontierTask, lm: StandIn, *, chat: bool = False, **kwargs: Any) -> FrontierTask:
     """Build `task`'s requests for `lm`, which must be the active model or, with `chat`, renders the template."""
-    task.build_all_requests(
-        apply_chat_template=chat, chat_template=lm.apply_chat_template if chat else None, **kwargs
-    )
+    task.build_all_requests(apply_chat_template=chat, chat_template=lm.apply_chat_template if chat else None, **kwargs)
     return task

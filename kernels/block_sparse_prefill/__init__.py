@@ -57,7 +57,8 @@ def block_sparse_prefill(
         raise ValueError(f"layout is for {layout.length} tokens, query has {length}")
     check_shapes(layout, heads)
     if backend == "auto":
-        runs = softcap is None and flex.unavailable_reason(query.device.type, layout.block_q, layout.block_k) is None
+        place = (query.device.type, layout.block_q, layout.block_k, dim, query.dtype)
+        runs = softcap is None and flex.unavailable_reason(*place) is None
         backend = "flex" if runs else "gather"
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; accepted: auto, {', '.join(BACKENDS)}")

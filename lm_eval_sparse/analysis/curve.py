@@ -75,7 +75,7 @@ def table(rows: Sequence[Record]) -> list[list[str]]:
     for row in rows:
         lines[row.task, row.measured, row.method, row.requested][row.metric] = row
     body = []
-    for (task, measured, method, requested), found in sorted(lines.items(), key=lambda item: (item[0][:3])):
+    for (task, measured, method, requested), found in sorted(lines.items(), key=lambda item: item[0][:3]):
         cells = []
         for metric in metrics:
             row = found.get(metric)
@@ -89,9 +89,7 @@ def table(rows: Sequence[Record]) -> list[list[str]]:
 def page(rows: Sequence[Record], picture: bytes) -> str:
     """A self-contained HTML page: the picture and the table."""
     header, *body = table(rows)
-    cells = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body
-    )
+    cells = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
     models = ", ".join(sorted({row.model for row in rows}))
     return f"""<!doctype html>
 <html lang="en">

@@ -207,9 +207,7 @@ def pool(states: Tensor, block: int) -> Tensor:
     return padded.sum(2) / block_lengths(length, block, states.device)[:, None]
 
 
-def window_scores(
-    query: Tensor, key: Tensor, block: int, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def window_scores(query: Tensor, key: Tensor, block: int, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Attention of the last `block` queries, averaged over them and summed into blocks.
 
     Returns `(H, n)` mass of each key block, and `(H, n)` mass of each band of `block` token diagonals: band d

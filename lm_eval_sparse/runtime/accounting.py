@@ -68,7 +68,6 @@ class RowCounts:
 
     prefill: PhaseCounts = field(default_factory=PhaseCounts)
     decode: PhaseCounts = field(default_factory=PhaseCounts)
-    length: int = 0
     kv_bytes: int = 0
     kv_bytes_dense: int = 0
 

@@ -139,9 +139,7 @@ class Runtime:
     def _sparse_prefill(
         self, query: Tensor, key: Tensor, value: Tensor, row: int, batch: int, scale: float, softcap: float | None
     ) -> Tensor:
-        selection = self.plan.prefill.select(
-            query, key, scale=scale, softcap=softcap, sparsity=self.plan.sparsity
-        )
+        selection = self.plan.prefill.select(query, key, scale=scale, softcap=softcap, sparsity=self.plan.sparsity)
         layout = selection.layout
         out, backend = block_sparse_prefill(
             query, key, value, layout, scale=scale, softcap=softcap, backend=self.plan.backend

@@ -1,0 +1,173 @@
+"""Count a prompt's tokens as the model under evaluation will encode it, and know how many it takes.
+
+lm-eval shows a task neither the model nor its tokenizer. Three ways lead to them, best first: the model that
+rendered the chat template, the `sparse-hf` model of this process, and the names in the task's metadata, where
+lm-eval puts the model arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ..embedded import is_embedded
+from ..errors import UserError
+from ..protocol import active_lm
+
+_NEEDED = (
+    "frontier tasks fill every prompt to an exact number of tokens and need the evaluated model's tokenizer; "
+    """give it with --metadata '{"tokenizer": "<name or path>"}'"""
+)
+# lm-eval's API models cut prompts from the left at this many tokens unless `max_length` is given.
+_API_MAX_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Meter:
+    """`count(prompt)`: tokens of a rendered prompt, special tokens included. `limit`: tokens of prompt and answer
+    the model takes, None when unknown. `identity`: hash of the tokenizer's content, the same on every machine."""
+
+    count: Callable[[str], int]
+    limit: int | None
+    identity: str
+
+
+def meter_for(metadata: Mapping[str, Any], chat_template: Callable[..., Any] | None) -> Meter:
+    """The meter of the model under evaluation.
+
+    `metadata` is the task's, `chat_template` what lm-eval passes to `build_all_requests` (the model's own bound
+    method, or None). Raises `UserError` when no tokenizer is known or the named one cannot be loaded.
+    """
+    rendering = getattr(chat_template, "__self__", None)
+    if getattr(rendering, "tokenizer", None) is not None:
+        return _of_model(rendering)
+    lm = active_lm()
+    if lm is not None and _is_made_from(lm, metadata):
+        return _of_model(lm)
+    return _of_names(metadata)
+
+
+def _is_made_from(lm: Any, metadata: Mapping[str, Any]) -> bool:
+    """False when `metadata` names another model than `lm`: a `sparse-hf` model may outlive its evaluation."""
+    named = metadata.get("pretrained")
+    own = [getattr(lm, name, None) for name in ("pretrained", "model_label")]
+    return is_embedded(named) or own == [None, None] or named in own
+
+
+def _of_model(lm: Any) -> Meter:
+    if hasattr(lm, "tok_batch_encode") and not hasattr(lm, "tokenizer_backend"):
+
+        def count(prompt: str) -> int:
+            return int(lm.tok_batch_encode([prompt])[0].shape[1])
+
+    else:
+
+        def count(prompt: str) -> int:
+            ids = lm.tok_encode(prompt)
+            return len(ids[0] if ids and isinstance(ids[0], list) else ids)
+
+    limit = getattr(lm, "max_length", None)
+    return Meter(count, int(limit) if limit else None, tokenizer_hash(lm.tokenizer))
+
+
+def _of_names(metadata: Mapping[str, Any]) -> Meter:
+    pretrained = metadata.get("pretrained")
+    name = metadata.get("tokenizer") or pretrained or metadata.get("model")
+    if name is None:
+        raise UserError(_NEEDED)
+    if isinstance(name, str):
+        options = {key: metadata[key] for key in ("revision", "subfolder", "trust_remote_code") if metadata.get(key)}
+        if not metadata.get("tokenizer") and metadata.get("gguf_file"):
+            options["gguf_file"] = metadata["gguf_file"]
+        tokenizer = _load_tokenizer(name, tuple(sorted(options.items())))
+    elif hasattr(name, "encode"):
+        tokenizer = name
+    else:  # a model object given as `pretrained`
+        tokenizer = _load_tokenizer(str(getattr(name, "name_or_path", "")), ())
+    add_bos, bos = metadata.get("add_bos_token"), getattr(tokenizer, "bos_token", None)
+
+    def count(prompt: str) -> int:
+        if isinstance(bos, str) and prompt.startswith(bos):  # as HFLM does: a template may have written it already
+            return len(tokenizer.encode(prompt, add_special_tokens=False))
+        if add_bos is not None:
+            return len(tokenizer.encode(prompt, add_special_tokens=bool(add_bos)))
+        return len(tokenizer.encode(prompt))
+
+    return Meter(count, _limit(metadata, tokenizer), tokenizer_hash(tokenizer))
+
+
+@lru_cache(maxsize=4)
+def _load_tokenizer(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **dict(options))
+    except Exception as error:  # whatever the loader raises, the user needs the same advice
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load the tokenizer {name!r} ({reason}): {_NEEDED}") from error
+
+
+def _limit(metadata: Mapping[str, Any], tokenizer: Any) -> int | None:
+    """As lm-eval's model types do: the model argument, else the config, else the tokenizer."""
+    for key in ("max_length", "max_model_len"):
+        if metadata.get(key):
+            return int(metadata[key])
+    if metadata.get("base_url"):
+        return _API_MAX_LENGTH - 1
+    config = getattr(metadata.get("pretrained"), "config", None)
+    if isinstance(metadata.get("pretrained"), str):
+        keys = ("revision", "subfolder", "trust_remote_code", "gguf_file")
+        options = tuple(sorted((key, metadata[key]) for key in keys if metadata.get(key)))
+        config = _load_config(metadata["pretrained"], options)
+    config = getattr(config, "text_config", None) or config
+    for key in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(config, key, None):
+            return int(getattr(config, key))
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if limit and limit < 10**9 else None  # transformers writes 10**30 for "unknown"
+
+
+@lru_cache(maxsize=4)
+def _load_config(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, **dict(options))
+    except Exception:  # not a transformers model: the limit stays unknown
+        return None
+
+
+_hashes: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer does, not of where it came from; unchanged by padding and truncation settings."""
+    try:
+        return _hashes[tokenizer]
+    except (KeyError, TypeError):
+        pass
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if hasattr(backend, "to_str"):
+        content = json.loads(backend.to_str())
+        content["padding"] = content["truncation"] = None  # every padded call leaves its settings here
+    elif hasattr(tokenizer, "get_vocab"):
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        content = [
+            type(tokenizer).__qualname__,
+            tokenizer.get_vocab(),
+            sorted((str(key), str(value)) for key, value in tokenizer.special_tokens_map.items()),
+            sorted((int(key), str(value)) for key, value in added.items()),
+        ]
+    else:
+        sample = "The value stored under 0a1b2c3d-x is 4e5f6g7h-y.\n\nWhat (else) is there? 1234567890 ÄÖ 数"
+        content = [type(tokenizer).__qualname__, [int(i) for i in tokenizer.encode(sample)]]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    with contextlib.suppress(TypeError):
+        _hashes[tokenizer] = digest
+    return digest

@@ -1,0 +1,341 @@
+"""The classes behind tasks/*.yaml: what lm-eval calls, and where a document's prompt gets its exact length.
+
+Prompts are made in `build_all_requests`, the first moment at which chat template, system instruction, limit and
+rank are known. Facts about lm-eval that shaped this: it asks for document 0 while a task is constructed, builds
+documents for every rank on every rank, and raises when a rank has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..protocol import SKIPPED, SharedPrompt, stats_of
+from . import recipe
+from .fill import DoesNotFit, Filler, fit
+from .meter import Meter, meter_for
+from .store import DocumentStore
+
+logger = logging.getLogger(__name__)
+
+#: A prompt may shrink to this share of its length where the model has no room for the answer. Below, it is skipped.
+SHORTEST = 0.9
+#: Share of its budget that every prompt reaches (paper §4: samples have 95–100% of the target length).
+FILLED = 0.95
+
+_SENTINEL = "{the prompt}"
+_STUB = "This leaf is skipped."
+
+
+class Documents(Sequence):
+    """A leaf's documents, made when they are first looked at. Before `bind` each is an empty placeholder."""
+
+    def __init__(self, number: int):
+        self._number = number
+        self._docs: dict[int, dict[str, Any]] = {}
+        self._make: Callable[[int], dict[str, Any]] | None = None
+
+    def bind(self, known: dict[int, dict[str, Any]], make: Callable[[int], dict[str, Any]]) -> None:
+        """Use the documents in `known` and `make` the others."""
+        self._docs, self._make = dict(known), make
+
+    @property
+    def features(self) -> dict[str, str]:
+        return dict.fromkeys(("index", "length", "tokens", "input", "target"), "value")
+
+    def has(self, index: int) -> bool:
+        """Whether document `index` exists already, so that looking at it costs nothing."""
+        return index in self._docs
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self._number:
+            raise IndexError(index)
+        if self._make is None:
+            return {"index": index, "input": "", "target": ""}
+        if index not in self._docs:
+            self._docs[index] = self._make(index)
+        return self._docs[index]
+
+
+class FrontierTask(ConfigurableTask):
+    """One (task, length) leaf, answered by generation.
+
+    `dataset_kwargs` names the recipe (`task`) and the prompt's `length` in tokens; `metadata` holds `samples`
+    (documents) and `seed`, which a user may override. Other metadata, such as model arguments, is ignored except
+    for finding the tokenizer (see `meter`).
+    """
+
+    forced = False
+
+    def __init__(self, config: Mapping[str, Any] | None = None, **kwargs: Any):
+        config = dict(config or {})
+        config.pop("class", None)
+        if config.get("num_fewshot"):
+            raise UserError(f"{config.get('task')}: num_fewshot={config['num_fewshot']} given, but only 0 is possible")
+        config["num_fewshot"] = 0
+        # Any value keeps lm-eval from looking the metric names up in (remote) libraries; see process_results below.
+        config["process_results"] = "process_results"
+        self._skipped: str | None = None
+        super().__init__(config=config, **kwargs)
+
+    def download(self, dataset_kwargs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """Nothing is downloaded: set up the recipe and a sequence of documents yet to be made."""
+        given, metadata = dict(dataset_kwargs or {}), dict(self.config.metadata or {})
+        self.recipe = recipe(str(given.get("task")))
+        self.length = self._whole("length", given.get("length"), 1)
+        self.samples = self._whole("samples", metadata.get("samples", 100), 1)
+        self.seed = self._whole("seed", metadata.get("seed", 0), None)
+        self.VERSION = self.recipe.version
+        # What the leaf is wins over whatever model arguments of the same name lm-eval has merged in.
+        metadata.update(version=self.VERSION, length=self.length, samples=self.samples, seed=self.seed)
+        self.config.metadata = metadata
+        self.dataset = {self.config.test_split: Documents(self.samples)}
+
+    def _whole(self, key: str, value: Any, least: int | None) -> int:
+        try:
+            number = int(value) if isinstance(value, float) and value.is_integer() else int(str(value))
+        except ValueError:
+            number = None
+        if number is None or (least is not None and number < least):
+            accepted = "a whole number" + (f" of at least {least}" if least is not None else "")
+            raise UserError(f"{self.config.task}: {key}={value!r} given, but {key} must be {accepted}")
+        return number
+
+    def fewshot_docs(self) -> None:
+        return None  # otherwise lm-eval lists all documents to sample examples from
+
+    def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: Any = None) -> str:
+        return doc["input"]
+
+    def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: Any = None) -> str:
+        return doc["target"]
+
+    # ------------------------------------------------------------------------------------------------ documents
+
+    def build_all_requests(
+        self,
+        *,
+        samples: list[int] | None = None,
+        cache_requests: bool = False,
+        system_instruction: str | None = None,
+        apply_chat_template: bool = False,
+        fewshot_as_multiturn: bool = False,
+        chat_template: Callable[..., Any] | None = None,
+        tokenizer_name: str = "",
+        **kwargs: Any,
+    ) -> None:
+        """Decide the prompts' length, then let lm-eval build the requests of this rank's documents.
+
+        Raises `UserError` when no tokenizer is known or a prompt cannot be filled.
+        """
+
+        def render(message: str) -> Any:
+            return self.fewshot_context(
+                {"input": message, "target": ""},
+                num_fewshot=0,
+                system_instruction=system_instruction,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=fewshot_as_multiturn,
+                chat_template=chat_template,
+                gen_prefix=None,
+            )
+
+        fingerprint = self._prepare(meter_for(self.config.metadata, chat_template), render)
+        # lm-eval's own key for cached requests has neither lengths nor generation arguments nor samples.
+        key = json.dumps([fingerprint, self.config.generation_kwargs, samples], sort_keys=True, default=str)
+        super().build_all_requests(
+            samples=samples,
+            cache_requests=cache_requests and not self._skipped,
+            system_instruction=system_instruction,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=fewshot_as_multiturn,
+            chat_template=chat_template,
+            tokenizer_name=hashlib.sha256(key.encode()).hexdigest()[:24],
+            **kwargs,
+        )
+
+    def _prepare(self, meter: Meter, render: Callable[[str], Any]) -> str:
+        """Set this leaf's budget or the reason to skip it, and bind its documents. Returns their fingerprint."""
+
+        def count(message: str) -> int:
+            return meter.count(_plain(render(message)))
+
+        def draft(index: int):
+            return self.recipe.draft(self.length, self.seed, index, self.forced)
+
+        reserve = self._reserve(meter, lambda: _plain(render(_SENTINEL)), draft)
+        budget = self.length if meter.limit is None else min(self.length, meter.limit - reserve)
+        empty = draft(0).message(0, "")
+        self._skipped = None
+        shortest = math.ceil(SHORTEST * self.length)
+        if budget < shortest:
+            self._skipped = (
+                f"needs {shortest} to {self.length} prompt tokens and {reserve} for the answer, "
+                f"the model takes {meter.limit} together"
+            )
+        elif (bare := count(empty)) > budget:
+            self._skipped = f"question, instructions and system prompt alone have {bare} of {budget} prompt tokens"
+        metadata = {k: v for k, v in self.config.metadata.items() if k not in ("skipped", "prompt_tokens")}
+        if self._skipped:
+            logger.warning("%s is skipped: %s", self.config.task, self._skipped)
+            self.config.metadata = {**metadata, "skipped": self._skipped}
+            return "skipped"
+        if budget < self.length:
+            logger.warning(
+                "%s: prompts have %d instead of %d tokens, because the model takes %d and the answer needs %d",
+                *(self.config.task, budget, self.length, meter.limit, reserve),
+            )
+        self.config.metadata = {**metadata, "prompt_tokens": budget}
+
+        frame = _plain(render(_SENTINEL))
+        identity = [self.recipe.name, self.recipe.version, self.forced, self.length, budget, self.seed]
+        # The text of a bare document too: a changed wording must not meet documents written before it.
+        identity += [frame, meter.count(frame), meter.identity, empty]
+        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        store = DocumentStore(f"{'forced_' if self.forced else ''}{self.recipe.name}-{self.length}", fingerprint)
+        filler = Filler(count)
+
+        def make(index: int) -> dict[str, Any]:
+            begun = draft(index)
+            try:
+                fitted = fit(begun, budget, count, filler)
+            except DoesNotFit as error:
+                raise UserError(f"{self.config.task}: document {index} has {error}, the budget is {budget}") from error
+            if fitted.tokens < FILLED * budget:
+                raise UserError(
+                    f"{self.config.task}: document {index} reaches only {fitted.tokens} of {budget} prompt tokens"
+                )
+            doc = {
+                "task": self.recipe.name,
+                "length": self.length,
+                "seed": self.seed,
+                "index": index,
+                "tokens": fitted.tokens,
+                "input": begun.message(fitted.units, fitted.filler),
+                **begun.gold(fitted.units),
+            }
+            store.add(doc)
+            return doc
+
+        self.eval_docs.bind(store.load(), make)
+        return fingerprint
+
+    def _reserve(self, meter: Meter, frame: Callable[[], str], draft: Callable[[int], Any]) -> int:
+        """Tokens kept free after the prompt: as many as may be generated (the aliases are lm-eval's)."""
+        given = self.config.generation_kwargs or {}
+        for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+            if given.get(key) is not None:
+                return self._whole(key, given[key], 1)
+        return 256  # lm-eval's default
+
+    def doc_iterator(
+        self,
+        *,
+        rank: int = 0,
+        limit: int | None = None,
+        world_size: int = 1,
+        samples: list[int] | None = None,
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(position, document) for this rank. Only these documents are made, unlike in lm-eval's own iterator."""
+        docs = self.eval_docs
+        wanted = list(samples) if samples else range(min(len(docs), int(limit) if limit else len(docs)))
+        if bad := [i for i in wanted if not 0 <= i < len(docs)]:
+            raise UserError(f"{self.config.task}: no document {bad[0]}; --samples takes 0 to {len(docs) - 1}")
+        if self._skipped:
+            # One per rank, because lm-eval raises for a rank without documents.
+            yield rank % len(wanted), {SKIPPED: self._skipped, "index": rank, "input": _STUB, "target": ""}
+            return
+        mine = range(rank, len(wanted), world_size)
+        quiet = rank > 0 or all(docs.has(wanted[i]) for i in mine)
+        for i in tqdm(mine, desc=f"Writing {self.config.task}", unit="doc", delay=2, leave=False, disable=quiet):
+            yield i, docs[wanted[i]]
+
+    # ----------------------------------------------------------------------------------------- requests, results
+
+    def construct_requests(self, doc: dict[str, Any], ctx: Any, **kwargs: Any) -> list[Instance]:
+        """This document's requests; for a stub, the smallest one there is."""
+        kwargs.pop("apply_chat_template", None)
+        kwargs.pop("chat_template", None)
+        stub = SKIPPED in doc
+        return [
+            Instance(request_type=self.OUTPUT_TYPE, doc=doc, arguments=arguments, idx=i, **kwargs)
+            for i, arguments in enumerate(self._stub_arguments() if stub else self._arguments(doc, ctx))
+        ]
+
+    def _arguments(self, doc: dict[str, Any], ctx: Any) -> list[tuple[Any, Any]]:
+        return [(ctx, deepcopy(self.config.generation_kwargs))]
+
+    def _stub_arguments(self) -> list[tuple[Any, Any]]:
+        return [(_STUB, {"until": [], "max_gen_toks": 1, "do_sample": False})]
+
+    def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+        """Metrics of one document; none for a stub, so that its row vanishes.
+
+        `sparsity` is among them only when the model type measured it (`protocol.stats_of`).
+        """
+        if SKIPPED in doc:
+            return {}
+        if "bypass" in self._metric_fn_list:  # --predict_only
+            return {"bypass": None}
+        scores: dict[str, Any] = self._score(doc, results)
+        measured = [(stats_of(result) or {}).get("sparsity") for result in results]
+        measured = [sparsity for sparsity in measured if sparsity is not None]
+        if measured:
+            scores["sparsity"] = sum(measured) / len(measured)
+        return scores
+
+    def _score(self, doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+        return self.recipe.score(doc, str(results[0]))
+
+
+class ForcedFrontierTask(FrontierTask):
+    """The teacher-forced twin: the same documents under an answer-only instruction, scored by likelihood.
+
+    All of a document's requests share the rendered prompt, marked by `protocol.SharedPrompt`; what is forced after
+    it is where a generating model's own text would stand.
+    """
+
+    forced = True
+
+    def _reserve(self, meter: Meter, frame: Callable[[], str], draft: Callable[[int], Any]) -> int:
+        """Tokens kept free after the prompt: the longest forced answer of any document of the leaf."""
+        answers = [draft(index).answer for index in range(self.samples)]
+        longest = max(len(answer.encode()) for answer in answers)
+        if meter.limit is None or meter.limit - self.length >= longest:
+            return longest  # no tokenizer makes more tokens than bytes, and nobody needs the exact number
+        before = frame()
+        most = max(meter.count(before + answer) for answer in answers) - meter.count(before)
+        return most + 4  # the seam between prompt and answer may cost a token more than in this short test
+
+    def _arguments(self, doc: dict[str, Any], ctx: Any) -> list[tuple[Any, Any]]:
+        if not isinstance(ctx, str):
+            raise UserError(f"{self.config.task} needs log-likelihoods, which this model type does not give for chats")
+        return [
+            (SharedPrompt(ctx + forced, len(ctx)), continuation) for forced, continuation in self.recipe.requests(doc)
+        ]
+
+    def _stub_arguments(self) -> list[tuple[Any, Any]]:
+        return [(_STUB, " No.")]
+
+    def _score(self, doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+        return self.recipe.forced_score(doc, [(float(logprob), bool(greedy)) for logprob, greedy in results])
+
+
+def _plain(prompt: Any) -> str:
+    """A rendered prompt as text. Chat APIs get their messages as JSON; the server applies a template we cannot see."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(str(message["content"]) for message in json.loads(prompt.prompt))

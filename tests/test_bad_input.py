@@ -1,0 +1,502 @@
+"""What a user can get wrong: one clear line with what was given, what is accepted and what to type; nothing written.
+
+Most cases go through lm-eval's real command line in this process, on tiny models; its thousands of own tasks are left
+out because listing them takes five seconds. Three go through a real process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import lm_eval
+import numpy as np
+import pytest
+import tiny
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from lm_eval_sparse import cli, embedded, patches
+from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.model import SparseHFLM
+
+patches.install()
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FLEX = "method=flexprefill,gamma=0.5,min_budget=0,block_size=16,backend=gather"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_tasks(tmp_path_factory.mktemp("tasks"), lengths=(110, 120))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.tiny_llama(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No network, a working folder of its own, no embedded model, and no list of lm-eval's own tasks."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+
+    def no_download(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a mistake was only seen after the embedded model was fetched")
+
+    monkeypatch.setattr(embedded, "ensure", no_download)
+    original = TaskManager.__init__
+
+    def __init__(self: TaskManager, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "include_defaults": False})
+
+    monkeypatch.setattr(TaskManager, "__init__", __init__)
+
+
+@pytest.fixture
+def complaint(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """Runs the command line and returns its one line of complaint, without `lm-eval-sparse: error: `."""
+    # The command line configures logging for its process; give it back as it was.
+    loggers = [logging.getLogger(name) for name in (None, "lm_eval", "lm_eval_sparse")]
+    before = [(logger.level, logger.handlers[:]) for logger in loggers]
+
+    def run(model_args: str, *argv: str, task: str = "tiny_choice") -> str:
+        capsys.readouterr()
+        command = ["run", "--model", "sparse-hf", "--model_args", model_args, "--tasks", task, "--include_path",
+                   str(tasks), "--output_path", "out", "--log_samples", *argv]  # fmt: skip
+        assert cli.main(command) == 1
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err + printed.out
+        lines = [line for line in printed.err.splitlines() if "error" in line.lower()]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("lm-eval-sparse: error: ")
+        assert not (tmp_path / "out").exists()
+        return lines[0].removeprefix("lm-eval-sparse: error: ")
+
+    yield run
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
+def assert_says(message: str, *fragments: str) -> None:
+    for fragment in fragments:
+        assert fragment in message, message
+
+
+# --- the method and its sparsity -------------------------------------------------------------------------------------
+
+#: Model arguments -> what the complaint must hold: the offending value, what is accepted, what to type.
+SPARSE_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "method=flexprefil,sparsity=0.9": ("'flexprefil'", "did you mean 'flexprefill'", "accepted: dense", "method="),
+    "method=FlexPrefill,sparsity=0.9": ("'FlexPrefill'", "did you mean 'flexprefill'"),
+    "method=dens": ("'dens'", "did you mean 'dense'"),
+    "method=xyzzy": ("'xyzzy'", "accepted: dense, flexprefill", "method=flexprefill"),
+    "method=": ("method=''", "accepted: dense, flexprefill"),
+    "method=5": ("'5'", "accepted: dense, flexprefill"),
+    "method=flexprefill+": ("method=''", "accepted: dense, flexprefill"),
+    "method=dense+flexprefill,sparsity=0.5": ("dense+flexprefill", "leave it out"),
+    "method=flexprefill+flexprefill": ("flexprefill+flexprefill", "prefill phase", "one method per phase"),
+    "method=flexprefill,sparsity=1": ("sparsity=1 ", "from 0", "not including 1", "sparsity=0.9"),
+    "method=flexprefill,sparsity=1.0": ("sparsity=1.0 ", "not including 1"),
+    "method=flexprefill,sparsity=90": ("sparsity=90 ", "not including 1", "sparsity=0.9"),
+    "method=flexprefill,sparsity=-0.1": ("sparsity=-0.1 ", "from 0"),
+    "method=flexprefill,sparsity=much": ("sparsity='much'", "a number from 0", "sparsity=0.9"),
+    "method=flexprefill,sparsity=90%": ("sparsity='90%'", "a number from 0", "sparsity=0.9"),
+    "method=flexprefill,sparsity=nan": ("sparsity=nan", "a number from 0"),
+    "method=flexprefill,sparsity=inf": ("sparsity=inf", "a number from 0"),
+    "method=flexprefill,sparsity=True": ("sparsity=True", "a number from 0"),
+    "method=flexprefill,sparsity=": ("sparsity=''", "a number from 0"),
+    "sparsity=0.9": ("sparsity=0.9", "needs a method", "accepted: flexprefill", "method=flexprefill,sparsity=0.9"),
+    "method=dense,sparsity=0.5": ("sparsity=0.5", "needs a method", "method=flexprefill,sparsity=0.5"),
+    "method=flexprefill,sparsity=0.9,gamma=0.95": ("sparsity=0.9", "gamma=0.95", "either"),
+    "method=flexprefill,sparsity=0,gamma=0.95": ("sparsity=0", "gamma=0.95", "either"),
+    "method=flexprefill,sparsity=0.9,block_size=64,tau=0": ("sparsity=0.9", "block_size=64", "tau=0", "either"),
+    "gamma=0.9": ("gamma=0.9", "knob of flexprefill", "method=dense", "method=flexprefill,gamma=0.9"),
+    "method=flexprefill,gamma=2": ("gamma=2 ", "a number from", "to 1", "gamma=0.9"),
+    "method=flexprefill,gamma=0": ("gamma=0 ", "a number from", "gamma=0.9"),
+    "method=flexprefill,gamma=-1": ("gamma=-1 ", "gamma=0.9"),
+    "method=flexprefill,gamma=nan": ("gamma=nan", "gamma=0.9"),
+    "method=flexprefill,gamma=high": ("gamma='high'", "a number", "gamma=0.9"),
+    "method=flexprefill,tau=1.5": ("tau=1.5 ", "from 0 to 1", "tau=0.1"),
+    "method=flexprefill,min_budget=1.5": ("min_budget=1.5", "whole number", "min_budget=1024"),
+    "method=flexprefill,min_budget=-1": ("min_budget=-1", "at least 0", "min_budget=1024"),
+    "method=flexprefill,max_budget=0": ("max_budget=0", "at least 1"),
+    "method=flexprefill,max_budget=512": ("max_budget=512", "min_budget=1024"),
+    "method=flexprefill,block_size=48": ("block_size=48", "16, 32, 64, 128", "auto"),
+    "method=flexprefill,block_size=big": ("block_size='big'", "16, 32, 64, 128", "auto"),
+    "method=flexprefill,backend=flexx": ("'flexx'", "did you mean 'flex'", "auto", "gather", "naive"),
+    "method=flexprefill,backend=7": ("backend=7", "auto", "flex", "gather", "naive"),
+}
+
+
+@pytest.mark.parametrize("model_args", SPARSE_ARGUMENTS)
+def test_sparse_arguments(model_args: str, llama: str, complaint: Callable[..., str]) -> None:
+    assert_says(complaint(f"pretrained={llama},{model_args}"), *SPARSE_ARGUMENTS[model_args])
+
+
+@pytest.mark.parametrize("model_args", ["method=flexprefil", "method=flexprefill,gamma=2", "sparsty=0.9",
+                                        "method=flexprefill,sparsity=2", "attn_implementation=sdpa"])  # fmt: skip
+def test_seen_before_the_embedded_model_is_fetched(model_args: str, complaint: Callable[..., str]) -> None:
+    assert_says(complaint(model_args), model_args.split(",")[-1].split("=")[1])
+
+
+@pytest.mark.parametrize("value", ["0.9", True, float("nan"), [0.9], {}, 1, -1e-9, np.float64(1.0)])
+def test_sparsity_from_python(llama: str, value: Any) -> None:
+    with pytest.raises(UserError, match="sparsity=.* a number from 0"):
+        SparseHFLM(pretrained=llama, method="flexprefill", sparsity=value)
+
+
+@pytest.mark.parametrize("value", [["flexprefill"], 5, ("dense",)])
+def test_method_from_python(llama: str, value: Any) -> None:
+    with pytest.raises(UserError, match="method=.*accepted: dense, flexprefill"):
+        SparseHFLM(pretrained=llama, method=value)
+
+
+@pytest.mark.parametrize("value", [["gather"], {}, None.__class__, 3])
+def test_backend_from_python(llama: str, value: Any) -> None:
+    with pytest.raises(UserError, match="backend=.*accepted: auto"):
+        SparseHFLM(pretrained=llama, method="flexprefill", sparsity=0.5, backend=value)
+
+
+@pytest.mark.parametrize("value", [[16], "16", {}, 16.5, True])
+def test_block_size_from_python(llama: str, value: Any) -> None:
+    with pytest.raises(UserError, match="block_size=.*16, 32, 64, 128"):
+        SparseHFLM(pretrained=llama, method="flexprefill", block_size=value)
+
+
+def test_sparsity_beyond_what_is_reachable_on_long_prompts(tmp_path: Path) -> None:
+    """From 4096 tokens on sparsity is a promise; what cannot be kept is an error that says what can be."""
+    folder = tiny.tiny_llama(tmp_path / "long", max_position_embeddings=8192, num_hidden_layers=1)
+    lm = SparseHFLM(pretrained=str(folder), method="flexprefill", sparsity=0.999, backend="gather")
+    ids = torch.arange(4100)[None] % 300
+    with pytest.raises(UserError, match=r"sparsity=0\.999 .*4100 tokens.*at most 0\.98\d.*type sparsity=0\.98"):
+        lm._forward(ids, cache=None, keep=1)
+
+
+# --- the arguments of the model --------------------------------------------------------------------------------------
+
+MODEL_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "sparsty=0.9,method=flexprefill": ("sparsty=0.9", "did you mean 'sparsity'", "accepted", "sparsity"),
+    "methd=flexprefill": ("methd='flexprefill'", "did you mean 'method'"),
+    "gama=0.9,method=flexprefill": ("gama=0.9", "did you mean 'gamma'"),
+    "blocksize=16,method=flexprefill": ("blocksize=16", "'block_size'"),
+    "dtyp=float32": ("dtyp='float32'", "did you mean 'dtype'"),
+    "max_lenght=512": ("max_lenght=512", "'max_length'"),
+    "xyzzy=1": ("xyzzy=1", "is unknown", "accepted", "method", "sparsity", "gamma"),
+    "attn_implementation=sdpa": ("attn_implementation=sdpa", "leave it out", "--model hf"),
+    "attn_implementation=flash_attention_2,method=flexprefill,sparsity=0.9": ("flash_attention_2", "leave it out"),
+}
+
+
+@pytest.mark.parametrize("model_args", MODEL_ARGUMENTS)
+def test_model_arguments(model_args: str, llama: str, complaint: Callable[..., str]) -> None:
+    assert_says(complaint(f"pretrained={llama},{model_args}"), *MODEL_ARGUMENTS[model_args])
+
+
+def test_unknown_argument_with_a_model_in_memory() -> None:
+    with pytest.raises(UserError, match="gama=0.9.*did you mean 'gamma'"):
+        SparseHFLM(pretrained=tiny.family("llama"), tokenizer=tiny.tiny_tokenizer(), gama=0.9)
+
+
+def test_fields_of_the_configuration_are_accepted(llama: str) -> None:
+    """Such as `rope_parameters`: not a mistake."""
+    lm = SparseHFLM(pretrained=llama, rms_norm_eps=1e-3)
+    assert lm.model.config.rms_norm_eps == 1e-3
+
+
+# --- where the model is ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../nowhere/model", "~/no-such-folder-here", "a/b/c"])
+def test_local_path_that_does_not_exist(path: str, complaint: Callable[..., str]) -> None:
+    message = complaint(f"pretrained={path}")
+    assert_says(message, repr(path), "no such folder", "path of a folder", "leave pretrained out")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "models/nowhere"])
+def test_path_that_could_be_a_repository(name: str, complaint: Callable[..., str]) -> None:
+    """A relative path without `./` looks like a name on the Hub, which cannot be asked either."""
+    assert_says(complaint(f"pretrained={name}"), repr(name), "could not be loaded", "folder", "leave pretrained out")
+
+
+@pytest.mark.parametrize("name", ["two words", "a//b", "-model", "some:thing", "x" * 120])
+def test_name_that_no_repository_can_have(name: str, complaint: Callable[..., str]) -> None:
+    assert_says(complaint(f"pretrained={name}"), name[:20], "leave pretrained out")
+
+
+def test_folder_without_a_model(tmp_path: Path, complaint: Callable[..., str]) -> None:
+    (tmp_path / "empty").mkdir()
+    message = complaint(f"pretrained={tmp_path / 'empty'}")
+    assert_says(message, "empty", "folder with a transformers model")
+
+
+def test_folder_without_weights(tmp_path: Path, complaint: Callable[..., str]) -> None:
+    folder = tiny.tiny_llama(tmp_path / "bare")
+    (folder / "model.safetensors").unlink()
+    assert_says(complaint(f"pretrained={folder}"), str(folder), "could not be loaded", "folder with a transformers model")
+
+
+def test_pretrained_is_a_file(tmp_path: Path, complaint: Callable[..., str]) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    message = complaint(f"pretrained={file}")
+    assert_says(message, str(file), "give its folder", f"pretrained={tmp_path},gguf_file=model.gguf")
+
+
+def write_gguf(path: Path) -> Path:
+    out = gguf.GGUFWriter(path, "llama")
+    out.add_context_length(128)
+    out.add_tensor("a.weight", np.ones((64, 64), dtype=np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.02])
+def test_truncated_gguf(tmp_path: Path, complaint: Callable[..., str], keep: float) -> None:
+    """Cut in the weights, and in the header."""
+    file = write_gguf(tmp_path / "cut.gguf")
+    whole = file.read_bytes()
+    size = int(len(whole) * keep)
+    file.write_bytes(whole[:size])
+    message = complaint(f"pretrained={tmp_path},gguf_file=cut.gguf,{FLEX}")
+    assert_says(message, "cut.gguf", "truncated", f"{size:,} bytes", "copy or download it again")
+
+
+def test_gguf_that_is_not_there(tmp_path: Path, complaint: Callable[..., str]) -> None:
+    write_gguf(tmp_path / "there.gguf")
+    assert_says(complaint(f"pretrained={tmp_path},gguf_file=missing.gguf"), "missing.gguf", "there.gguf")
+
+
+def test_gguf_without_a_folder(complaint: Callable[..., str]) -> None:
+    assert_says(complaint("gguf_file=model.gguf"), "gguf_file=model.gguf", "pretrained=")
+
+
+# --- models without the attention we need ----------------------------------------------------------------------------
+
+#: Model -> what the complaint must say of its kind.
+KINDS: dict[str, str] = {
+    "bert": "causal",
+    "distilbert": "causal",
+    "roberta": "causal",
+    "ernie": "causal",
+    "t5": "encoder-decoder",
+    "bart": "encoder-decoder",
+    **dict.fromkeys(("mamba", "rwkv", "bloom", "mpt", "falcon_alibi", "gpt_neo", "gpt_oss", "llama4", "minimax"), ""),
+}
+
+
+@pytest.mark.parametrize("name", tiny.UNSUPPORTED)
+def test_model_with_an_attention_that_is_not_supported(
+    name: str, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    folder = tiny.save(tiny.unsupported(name), tmp_path / f"tiny-{name}")
+    message = complaint(f"pretrained={folder},{FLEX}")
+    # What was given, why not, and what to type.
+    assert_says(message, str(folder), KINDS[name], "--model hf" if name not in ("bert", "distilbert", "roberta") else "")
+
+
+@pytest.mark.parametrize("name", ["mamba", "bloom", "gpt_neo", "gpt_oss", "ernie"])
+def test_unsupported_model_in_memory(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        SparseHFLM(pretrained=tiny.unsupported(name), tokenizer=tiny.tiny_tokenizer())
+    assert "\n" not in str(caught.value) and "''" not in str(caught.value)
+
+
+def test_no_layer_with_full_attention(tmp_path: Path, complaint: Callable[..., str]) -> None:
+    """Windows in every layer: dense works, a method has nothing to do."""
+    folder = tiny.tiny("mistral", tmp_path / "windows")
+    assert SparseHFLM(pretrained=str(folder)).runtime.layers
+    assert_says(complaint(f"pretrained={folder},{FLEX}"), str(folder), "sliding window of 40")
+
+
+def test_the_model_in_memory_is_usable_after_a_complaint() -> None:
+    """A model that was refused keeps its own attention."""
+    model = tiny.family("mistral")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with pytest.raises(UserError):
+            SparseHFLM(pretrained=model, tokenizer=tiny.tiny_tokenizer(), method="flexprefill", sparsity=0.5)
+        assert torch.allclose(model(ids).logits, expected, atol=1e-4)
+
+
+# --- prompts and generation arguments --------------------------------------------------------------------------------
+
+
+def test_short_prompts_only(llama: str, complaint: Callable[..., str]) -> None:
+    """Prompts below the minimum are dense and counted; when no other came, the method never ran."""
+    message = complaint(f"pretrained={llama},method=flexprefill", task="tiny_generate")
+    assert_says(message, "flexprefill never ran", "does not exceed 1024", "longer prompts", "method=dense")
+
+
+GENERATION: dict[str, tuple[str, ...]] = {
+    "cache_implementation=static": ("cache_implementation=static", "own KV cache", "leave cache_implementation out"),
+    "use_cache=False": ("use_cache=False", "leave use_cache out"),
+    "prefill_chunk_size=32": ("prefill_chunk_size=32", "flexprefill", "leave prefill_chunk_size out"),
+    "max_gen_toks=4096": ("max_gen_toks=4096", "2048 tokens", "max_gen_toks="),
+}
+
+
+@pytest.mark.parametrize("options", GENERATION)
+def test_generation_arguments(options: str, llama: str, complaint: Callable[..., str]) -> None:
+    message = complaint(f"pretrained={llama},{FLEX}", "--gen_kwargs", options, task="tiny_generate")
+    assert_says(message, *GENERATION[options])
+
+
+def test_thinking_in_scored_tasks(llama: str, complaint: Callable[..., str]) -> None:
+    message = complaint(f"pretrained={llama},enable_thinking=True,think_end_token=</think>")
+    assert_says(message, "enable_thinking=True", "generated tasks only")
+
+
+# --- the response cache ----------------------------------------------------------------------------------------------
+
+
+def evaluate(tasks: Path, args: dict[str, Any], cache: Path, model: str = "sparse-hf") -> Any:
+    return lm_eval.simple_evaluate(
+        model=model,
+        model_args=args,
+        tasks=["tiny_choice"],
+        task_manager=tiny.manager(tasks),
+        use_cache=str(cache),
+        bootstrap_iters=0,
+        device="cpu",
+    )
+
+
+OTHER: dict[str, tuple[dict[str, Any], str]] = {
+    "method": ({"method": "flexprefill", "sparsity": 0.5, "backend": "gather"}, "method"),
+    "knob": ({"gamma": 0.7}, "gamma"),
+    "dtype": ({"dtype": "bfloat16"}, "dtype"),
+    "length": ({"max_length": 64}, "max_length"),
+    "bos": ({"add_bos_token": True}, "add_bos_token"),
+    "configuration": ({"rms_norm_eps": 0.1}, "rms_norm_eps"),
+}
+KNOBS: dict[str, Any] = {
+    "method": "flexprefill", "gamma": 0.5, "min_budget": 0, "block_size": 16, "backend": "gather"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHER)
+def test_cache_of_another_configuration(other: str, tasks: Path, llama: str, tmp_path: Path) -> None:
+    """Its answers are others; lm-eval would replay them."""
+    cache = tmp_path / "answers"
+    base = {"pretrained": llama, **(KNOBS if other == "knob" else {"method": "dense"})}
+    evaluate(tasks, base, cache)
+    changed, word = OTHER[other]
+    with pytest.raises(UserError) as caught:
+        evaluate(tasks, {**base, **changed}, cache)
+    assert_says(str(caught.value), "--use_cache", word, "another file name", "delete")
+    assert "\n" not in str(caught.value)
+    # The refusal leaves the file as it was.
+    assert evaluate(tasks, base, cache)["config"]["sparse"]["method"] == base["method"]
+
+
+def test_cache_of_other_weights_in_the_same_folder(tasks: Path, tmp_path: Path) -> None:
+    """A model that was trained on, saved in its place: same path, same size, other answers."""
+    folder, cache = tmp_path / "model", tmp_path / "answers"
+    tiny.tiny_llama(folder, seed=0)
+    evaluate(tasks, {"pretrained": str(folder)}, cache)
+    tiny.tiny_llama(folder, seed=1)
+    with pytest.raises(UserError, match="--use_cache"):
+        evaluate(tasks, {"pretrained": str(folder)}, cache)
+
+
+def test_cache_of_another_subfolder(tasks: Path, tmp_path: Path) -> None:
+    """As with two GGUF files of one folder: `pretrained` alone does not name the model."""
+    cache = tmp_path / "answers"
+    for seed, name in enumerate(("one", "two")):
+        tiny.tiny_llama(tmp_path / "models" / name, seed=seed)
+    tiny.tiny_llama(tmp_path / "models")
+    evaluate(tasks, {"pretrained": str(tmp_path / "models"), "subfolder": "one"}, cache)
+    with pytest.raises(UserError, match="--use_cache"):
+        evaluate(tasks, {"pretrained": str(tmp_path / "models"), "subfolder": "two"}, cache)
+
+
+def test_cache_of_model_hf(tasks: Path, llama: str, tmp_path: Path) -> None:
+    cache = tmp_path / "answers"
+    evaluate(tasks, {"pretrained": llama}, cache, model="hf")
+    for args in ({}, KNOBS):
+        with pytest.raises(UserError, match="--use_cache file was written by another model type.*another file name"):
+            evaluate(tasks, {"pretrained": llama, **args}, cache)
+
+
+def test_cache_through_the_command_line(
+    tasks: Path, llama: str, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    evaluate(tasks, {"pretrained": llama}, tmp_path / "answers")
+    message = complaint(f"pretrained={llama},{FLEX}", "--use_cache", str(tmp_path / "answers"))
+    assert_says(message, "--use_cache", "'dense' there", "'flexprefill' now", "another file name")
+
+
+def test_the_same_configuration_is_no_mistake(tasks: Path, llama: str, tmp_path: Path) -> None:
+    first, second = (evaluate(tasks, {"pretrained": llama, **KNOBS}, tmp_path / "answers") for _ in range(2))
+    assert first["results"] == second["results"]
+
+
+# --- real processes --------------------------------------------------------------------------------------------------
+
+PLAIN_LM_EVAL = """
+import sys
+from lm_eval_sparse import patches
+patches.install()
+import lm_eval.tasks.manager as manager
+original = manager.TaskManager.__init__
+manager.TaskManager.__init__ = lambda self, *a, **k: original(self, *a, **{**k, "include_defaults": False})
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
+
+
+def process(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"HF_HOME": str(tmp_path / "hf"), "LM_EVAL_SPARSE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300
+    )
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "out").exists()
+    return done
+
+
+def the_line(stderr: str) -> str:
+    (line,) = (line for line in stderr.splitlines() if re.search("error", line, re.IGNORECASE))
+    return line
+
+
+def test_process_of_plain_lm_eval(tmp_path: Path, tasks: Path, llama: str) -> None:
+    """Under `lm_eval` itself the line comes from the exception hook, after a model was loaded and run."""
+    done = process(tmp_path, "-c", PLAIN_LM_EVAL, "run", "--model", "sparse-hf", "--model_args",
+                   f"pretrained={llama},method=flexprefill", "--tasks", "tiny_generate", "--include_path", str(tasks),
+                   "--output_path", "out")  # fmt: skip
+    assert_says(the_line(done.stderr), "lm-eval-sparse: error: flexprefill never ran", "does not exceed 1024")
+    assert "tiny_generate" not in done.stdout
+
+
+def test_process_of_our_command(tmp_path: Path, tasks: Path, llama: str) -> None:
+    done = process(tmp_path, "-m", "lm_eval_sparse", "run", "--model", "sparse-hf", "--model_args",
+                   f"pretrained={llama},method=flexprefil,sparsity=0.9", "--tasks", "tiny_generate", "--include_path",
+                   str(tasks), "--output_path", "out")  # fmt: skip
+    assert_says(the_line(done.stderr), "lm-eval-sparse: error: ", "'flexprefil'", "did you mean 'flexprefill'")
+
+
+def test_hf_model_still_raises_its_own_errors(tasks: Path, tmp_path: Path) -> None:
+    """Our checks are for sparse-hf only."""
+    with pytest.raises((OSError, ValueError)) as caught:
+        HFLM(pretrained=str(tmp_path / "nowhere"), device="cpu")
+    assert not isinstance(caught.value, UserError)

@@ -1,0 +1,203 @@
+"""The block-sparse operator against an fp64 definition written here, on random layouts and odd lengths."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill, flex
+from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout, block_lengths, causal_pairs, tile_pairs
+
+LENGTHS = (1, 16, 17, 63, 127, 333, 1000)
+
+
+def random_layout(length: int, block_q: int, block_k: int, heads: int, density: float, generator: torch.Generator):
+    """A random causal layout with the first key block always in, and heads of very different densities."""
+    n_q, n_k = -(-length // block_q), -(-length // block_k)
+    last = torch.clamp((torch.arange(n_q) + 1) * block_q, max=length) - 1
+    causal = torch.arange(n_k)[None, :] * block_k <= last[:, None]
+    share = torch.linspace(0, 2 * density, heads)[:, None, None]
+    mask = (torch.rand(heads, n_q, n_k, generator=generator) < share) & causal
+    mask[:, :, 0] = True
+    return BlockLayout.from_mask(mask, length, block_q, block_k), mask
+
+
+def definition(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layout: BlockLayout, softcap) -> Tensor:
+    """Loop over queries: softmax over exactly the visible keys, in fp64."""
+    heads, length, dim = query.shape
+    group = heads // key.shape[0]
+    out = torch.zeros(heads, length, dim, dtype=torch.float64)
+    for head in range(heads):
+        for i in range(length):
+            keys = [j for j in range(i + 1) if mask[head, i // layout.block_q, j // layout.block_k]]
+            scores = key[head // group, keys].double() @ query[head, i].double() * dim**-0.5
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            out[head, i] = scores.softmax(0) @ value[head // group, keys].double()
+    return out
+
+
+def pick(seed: int) -> dict:
+    rng = random.Random(seed)
+    kv_heads = rng.choice((1, 2, 3))
+    return {
+        "length": rng.choice(LENGTHS[:-1]),
+        "block_q": rng.choice(BLOCK_SIZES),
+        "block_k": rng.choice(BLOCK_SIZES),
+        "kv_heads": kv_heads,
+        "heads": kv_heads * rng.choice((1, 2, 7)),
+        "dim": rng.choice((16, 64, 80)),
+        "softcap": rng.choice((None, None, 5.0)),
+    }
+
+
+@pytest.mark.parametrize("backend", ["naive", "gather"])
+@pytest.mark.parametrize("seed", range(8))
+def test_equals_the_definition(backend: str, seed: int) -> None:
+    case = pick(seed)
+    generator = torch.Generator().manual_seed(seed)
+    layout, mask = random_layout(case["length"], case["block_q"], case["block_k"], case["heads"], 0.4, generator)
+    layout.check(case["heads"])
+    query = torch.randn(case["heads"], case["length"], case["dim"], generator=generator)
+    key, value = (torch.randn(case["kv_heads"], case["length"], case["dim"], generator=generator) for _ in "kv")
+    out, used = block_sparse_prefill(query, key, value, layout, softcap=case["softcap"], backend=backend)
+    assert used == backend
+    expected = definition(query, key, value, mask, layout, case["softcap"])
+    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=1e-4)
+
+
+needs_flex = pytest.mark.skipif(
+    flex.unavailable_reason("cpu", 32, 32) is not None, reason=f"flex: {flex.unavailable_reason('cpu', 32, 32)}"
+)
+
+
+@needs_flex
+@pytest.mark.parametrize("length", [63, 1000, 4097])
+def test_flex_equals_naive_without_recompiling(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    layout, _ = random_layout(length, 32, 32, 6, 0.2, generator)
+    query = torch.randn(6, length, 64, generator=generator)
+    key, value = (torch.randn(2, length, 64, generator=generator) for _ in "kv")
+    block_sparse_prefill(query, key, value, layout, backend="flex")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        out, used = block_sparse_prefill(query, key, value, layout, backend="flex")
+    assert used == "flex"
+    expected, _ = block_sparse_prefill(query.double(), key.double(), value.double(), layout, backend="naive")
+    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=1e-4)
+
+
+@needs_flex
+def test_flex_takes_other_lengths_without_recompiling() -> None:
+    def run(length: int) -> None:
+        generator = torch.Generator().manual_seed(length)
+        layout, _ = random_layout(length, 32, 32, 4, 0.3, generator)
+        states = [torch.randn(heads, length, 64, generator=generator) for heads in (4, 2, 2)]
+        block_sparse_prefill(*states, layout, backend="flex")
+
+    run(500)
+    run(777)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (640, 1024, 1531, 2048):
+            run(length)
+
+
+@pytest.mark.parametrize("backend", ["gather", pytest.param("flex", marks=needs_flex)])
+def test_half_precision_stays_close(backend: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    layout, _ = random_layout(1000, 32, 32, 4, 0.3, generator)
+    states = [torch.randn(heads, 1000, 64, generator=generator).bfloat16() for heads in (4, 2, 2)]
+    out, _ = block_sparse_prefill(*states, layout, backend=backend)
+    expected, _ = block_sparse_prefill(*(state.double() for state in states), layout, backend="naive")
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["naive", "gather", pytest.param("flex", marks=needs_flex)])
+def test_full_layout_is_dense_attention(backend: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    causal = torch.ones(11, 11, dtype=torch.bool).tril()
+    layout = BlockLayout.from_mask(causal.expand(4, -1, -1), 333, 32, 32)
+    query, key, value = (torch.randn(heads, 333, 64, generator=generator) for heads in (4, 2, 2))
+    out, _ = block_sparse_prefill(query, key, value, layout, backend=backend)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query[None], key[None], value[None], is_causal=True, enable_gqa=True
+    )[0]
+    torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-4)
+    assert int(layout.executed_pairs().sum()) == 4 * causal_pairs(333)
+
+
+@pytest.mark.parametrize("backend", ["gather", pytest.param("flex", marks=needs_flex)])
+def test_keys_outside_the_layout_are_never_read(backend: str) -> None:
+    """NaN in every key and value that no listed block holds must not reach the output."""
+    generator = torch.Generator().manual_seed(9)
+    mask = torch.zeros(4, 16, 16, dtype=torch.bool)
+    mask[:, :, 0] = True
+    mask |= torch.eye(16, dtype=torch.bool)
+    layout = BlockLayout.from_mask(mask, 500, 32, 32)
+    query, key, value = (torch.randn(heads, 500, 64, generator=generator) for heads in (4, 2, 2))
+    rows = slice(320, 352)  # query block 10 reads key blocks 0 and 10
+    key[:, 32:320], value[:, 32:320] = float("nan"), float("nan")
+    out, _ = block_sparse_prefill(query, key, value, layout, backend=backend)
+    assert bool(out[:, rows].isfinite().all())
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_pairs_equal_brute_force(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    triangle = torch.ones(length, length, dtype=torch.bool).tril()
+    for block_q, block_k in ((16, 16), (128, 32), (32, 64)):
+        layout, mask = random_layout(length, block_q, block_k, 3, 0.4, generator)
+        dense = mask.repeat_interleave(block_q, 1).repeat_interleave(block_k, 2)[:, :length, :length]
+        assert layout.executed_pairs().tolist() == (dense & triangle).sum((1, 2)).tolist()
+        assert torch.equal(layout.mask(), mask)
+        sizes = block_lengths(length, block_k)
+        assert layout.keys_read().tolist() == (mask * sizes).sum((1, 2)).tolist()
+        assert int(tile_pairs(length, block_q, block_k).sum()) == causal_pairs(length)
+
+
+def valid() -> tuple[list[Tensor], BlockLayout]:
+    layout, _ = random_layout(100, 32, 32, 4, 0.5, torch.Generator().manual_seed(0))
+    return [torch.randn(heads, 100, 16) for heads in (4, 2, 2)], layout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda states, layout: ([states[0], states[1], states[2][:, :-1]], layout, {}), "do not fit together"),
+        (lambda states, layout: ([states[0][:3], *states[1:]], layout, {}), "do not fit together"),
+        (lambda states, layout: ([states[0], states[1].double(), states[2]], layout, {}), "dtypes are"),
+        (lambda states, layout: ([state.long() for state in states], layout, {}), "floating-point"),
+        (lambda states, layout: ([state[:, :90] for state in states], layout, {}), "layout is for 100 tokens"),
+        (lambda states, layout: (states, layout, {"backend": "cuda"}), "backend 'cuda' is unknown"),
+        (lambda states, layout: (states, layout, {"backend": "flex", "softcap": 5.0}), "softcap"),
+    ],
+)
+def test_bad_calls_are_refused(change, message: str) -> None:
+    states, layout, options = change(*valid())
+    with pytest.raises(ValueError, match=message):
+        block_sparse_prefill(*states, layout, **options)
+
+
+@pytest.mark.parametrize(
+    ("ids", "block_q", "message"),
+    [
+        ([0, 3, 0, 0], 32, "wholly after"),
+        ([0, 9, 0, 0], 32, "outside"),
+        ([0, 3], 64, "without any key"),  # key block 3 starts inside query block 1, after its first query
+    ],
+)
+def test_check_finds_broken_layouts(ids: list[int], block_q: int, message: str) -> None:
+    indices = torch.tensor(ids, dtype=torch.int32)[None, :, None]
+    layout = BlockLayout(indices, torch.ones_like(indices[..., 0]), 100, block_q, 32)
+    with pytest.raises(ValueError, match=message):
+        layout.check(1)
+
+
+def test_check_finds_duplicates() -> None:
+    indices = torch.tensor([[[0, 0], [0, 1], [0, 1], [1, 1]]], dtype=torch.int32)
+    layout = BlockLayout(indices, torch.tensor([[1, 2, 2, 2]], dtype=torch.int32), 100, 32, 32)
+    with pytest.raises(ValueError, match="ascending"):
+        layout.check(1)

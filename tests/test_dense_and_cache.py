@@ -1,0 +1,122 @@
+"""Dense attention of every shape the runtime asks for, and the cache's bookkeeping, against plain loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma3TextConfig, LlamaConfig
+
+from lm_eval_sparse.kernels.dense import dense_attention
+from lm_eval_sparse.runtime.attention import dense_keys
+from lm_eval_sparse.runtime.cache import PreallocatedLayer, SparseCache, position_ids
+
+
+def definition(query: Tensor, key: Tensor, value: Tensor, softcap, window, starts) -> Tensor:
+    batch, heads, q_len, dim = query.shape
+    kv_len = key.shape[2]
+    group = heads // key.shape[1]
+    out = torch.zeros(batch, heads, q_len, value.shape[-1], dtype=torch.float64)
+    for b, h, i in itertools.product(range(batch), range(heads), range(q_len)):
+        position = kv_len - q_len + i
+        low = 0 if window is None else max(0, position - window + 1)
+        keys = [j for j in range(low, position + 1) if starts is None or j >= starts[b]]
+        if not keys:
+            continue
+        scores = key[b, h // group, keys].double() @ query[b, h, i].double() * 0.3
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        out[b, h, i] = scores.softmax(0) @ value[b, h // group, keys].double()
+    return out
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("window", [None, 7, 10_000])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 33), (33, 33), (5, 33)])
+def test_dense_equals_the_definition(softcap, window, padded: bool, q_len: int, kv_len: int) -> None:
+    compare(softcap, window, padded, q_len, kv_len, batch=2, heads=4)
+
+
+@pytest.mark.parametrize(("softcap", "window"), [(4.0, 7), (None, 520)])
+def test_several_chunks_equal_the_definition(softcap, window) -> None:
+    compare(softcap, window, True, 600, 613, batch=2, heads=1)
+
+
+def compare(softcap, window, padded: bool, q_len: int, kv_len: int, batch: int, heads: int) -> None:
+    query = torch.randn(batch, heads, q_len, 8)
+    key, value = (torch.randn(batch, (heads + 1) // 2, kv_len, 8) for _ in "kv")
+    starts = torch.tensor([0, kv_len // 3]) if padded else None
+    out = dense_attention(query, key, value, scale=0.3, softcap=softcap, window=window, starts=starts)
+    expected = definition(query, key, value, softcap, window, None if starts is None else starts.tolist())
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_values_may_have_their_own_dimension() -> None:
+    query, key, value = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 5)
+    out = dense_attention(query, key, value, scale=0.3)
+    torch.testing.assert_close(out.double(), definition(query, key, value, None, None, None), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 1000])
+def test_keys_of_a_dense_kernel(length: int) -> None:
+    assert dense_keys(length, 128) == sum(min(start + 128, length) for start in range(0, length, 128))
+
+
+def test_storage_grows_and_keeps_what_it_held() -> None:
+    layer, steps = PreallocatedLayer(reserve=3), [5, 1, 1, 1, 1, 400, 1]
+    parts = [torch.randn(2, 3, n, 4) for n in steps]
+    for done, part in enumerate(parts, 1):
+        keys, values = layer.update(part, -part)
+        assert torch.equal(keys, torch.cat(parts[:done], 2)) and torch.equal(values, -keys)
+    assert layer.get_seq_length() == sum(steps)
+
+
+def test_beams_are_reordered_and_go_on() -> None:
+    layer = PreallocatedLayer(reserve=8)
+    first, second = torch.randn(3, 1, 4, 2), torch.randn(3, 1, 1, 2)
+    layer.update(first, first)
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    keys, _ = layer.update(second, second)
+    assert torch.equal(keys, torch.cat([first[[2, 0, 0]], second], 2))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(num_hidden_layers=2),
+        Gemma3TextConfig(
+            num_hidden_layers=3, sliding_window=4, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+        ),
+    ],
+    ids=["full layers", "window layers"],
+)
+def test_restoring_forgets_what_came_after(config) -> None:
+    cache = SparseCache(config, reserve=2)
+
+    def feed(tokens: int) -> list[Tensor]:
+        states = [torch.randn(1, 1, tokens, 4) for _ in cache.layers]
+        return [cache.update(state, state, layer)[0].clone() for layer, state in enumerate(states)]
+
+    feed(9)
+    snapshot = cache.snapshot()
+    torch.manual_seed(1)
+    once = [*feed(3), *feed(1)]
+    cache.restore(snapshot)
+    assert cache.get_seq_length() == 9
+    torch.manual_seed(1)
+    again = [*feed(3), *feed(1)]
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_bytes_held_are_those_of_the_tokens() -> None:
+    cache = SparseCache(LlamaConfig(num_hidden_layers=1), reserve=100)
+    cache.update(torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 7, 6), 0)
+    assert cache.kv_bytes(0) == (7 * 3 * (4 + 6) * 4,) * 2
+
+
+def test_positions_start_after_the_padding() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
