@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for the JSON and the table")
     options = parser.parse_args()
     device, method, rows = options.device, FlexPrefill(), []
+    scale = options.head_dim**-0.5
     print(
         f"{'length':>7} {'sparsity':>8} {'block':>5} {'select':>8} {'gather':>8} {'flex':>8} {'dense':>8}  ms",
         flush=True,
@@ -74,7 +75,6 @@ def main() -> None:
     for length in options.lengths:
         dtype = getattr(torch, options.dtype)
         query, key, value = structured(options.heads, options.kv_heads, length, options.head_dim, dtype, device)
-        scale = options.head_dim**-0.5
         dense = median_ms(
             lambda q=query, k=key, v=value: dense_attention(q[None], k[None], v[None], scale=scale),
             device,

@@ -100,7 +100,7 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
         raise UserError(f"method={'+'.join(names)!r}: dense is what every phase without a method does; leave it out")
 
     backend = ours.get("backend", "auto")
-    if backend != "auto" and backend not in BACKENDS:
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         accepted = ", ".join(("auto", *BACKENDS))
         raise UserError(f"backend={backend!r} is unknown{nearest(backend, BACKENDS)} (accepted: {accepted})")
 

@@ -6,12 +6,15 @@ share a context prefill it once. A rolling log-likelihood has no context: its wi
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
 import platform
+import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +26,11 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from torch import Tensor
 from tqdm import tqdm
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from . import __version__, embedded, gguf_check
 from .config import OWN_ARGS, SparseConfig, knob_names, parse, split
@@ -33,7 +38,7 @@ from .errors import UserError, install_excepthook, nearest
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime.accounting import PHASES, Ledger, RowCounts
 from .runtime.attention import IMPLEMENTATION, Runtime, register
-from .runtime.cache import SparseCache, position_ids
+from .runtime.cache import PreallocatedLayer, SparseCache, position_ids
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +94,15 @@ class Context:
                 chosen.append(tokens)
         return chosen
 
+    def answers(self, scored: dict[tuple, Tensor], hits: dict[tuple, Tensor]) -> list[tuple[float, bool]]:
+        """`(logprob, is_greedy)` of each target, from the per-token results of the sequences that were run."""
+        found = []
+        for target in self.targets:
+            whole = next(tokens for tokens in scored if list(tokens[: len(target.tokens)]) == target.tokens)
+            span = slice(len(target.tokens) - target.scored, len(target.tokens))
+            found.append((float(scored[whole][span].sum()), bool(hits[whole][span].all())))
+        return found
+
 
 class SparseHFLM(HFLM):
     """lm-eval model type `sparse-hf`.
@@ -107,9 +121,7 @@ class SparseHFLM(HFLM):
     """
 
     def __init__(self, pretrained: str | transformers.PreTrainedModel | None = None, **kwargs: Any) -> None:
-        self.lm_eval_warns = any(
-            word in str(value).lower() for value in (pretrained, *kwargs.values()) for word in INSTRUCT_WORDS
-        )
+        self.lm_eval_warns = False
         ours, rest = split(kwargs)
         refuse_attention_choice(rest)
         self.sparse: SparseConfig = parse(ours)
@@ -130,17 +142,13 @@ class SparseHFLM(HFLM):
         if rest.get("device") is None:
             rest["device"] = "cuda" if torch.cuda.is_available() else "cpu"
 
+        self.run_id = uuid.uuid4().hex[:12]
         self.ledgers: dict[str, Ledger] = defaultdict(Ledger)
         self.skipped: dict[str, str] = {}
         self.templated = False
         self.warned_about_template = False
-        try:
-            super().__init__(pretrained=pretrained, **rest)
-        except (OSError, transformers.utils.hub.HFValidationError) as error:
-            raise UserError(
-                f"pretrained={self.model_label!r} could not be loaded ({first_line(error)}); give a folder with a "
-                "transformers model or the name of a Hub repository, or leave pretrained out for the embedded model"
-            ) from error
+        self.model_args = rest
+        super().__init__(pretrained=pretrained, **rest)
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and accelerator.num_processes > 1 and self._world_size == 1:
             # lm-eval splits documents over processes on GPUs only, and takes the local rank for the global one.
@@ -156,11 +164,38 @@ class SparseHFLM(HFLM):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Any:
         """As lm-eval's, and name the embedded model in the logged arguments when no other is given."""
+        # The same words in the same place as in lm-eval's own check.
+        warns = any(word in str(value).lower() for value in arg_dict.values() for word in INSTRUCT_WORDS)
+        lm = super().create_from_arg_obj({"pretrained": None, **arg_dict}, additional_config)
+        lm.lm_eval_warns = warns
         if arg_dict.get("pretrained") is None:
-            lm = super().create_from_arg_obj({**arg_dict, "pretrained": None}, additional_config)
             arg_dict["pretrained"] = embedded.NAME
-            return lm
-        return super().create_from_arg_obj(arg_dict, additional_config)
+        return lm
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Any:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        with self._loading():
+            super()._get_config(pretrained, **kwargs)
+
+    def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
+        with self._loading():
+            super()._create_tokenizer(*args, **kwargs)
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Turn what goes wrong while files are looked for and read into one line."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"pretrained={self.model_label!r} could not be loaded ({first_line(error)}); give a folder with a "
+                "transformers model or the name of a Hub repository, or leave pretrained out for the embedded model"
+            ) from error
 
     def _get_backend(self, config: Any, backend: str = "default", trust_remote_code: bool | None = False) -> None:
         super()._get_backend(config, backend="default", trust_remote_code=trust_remote_code)
@@ -194,25 +229,44 @@ class SparseHFLM(HFLM):
             }
         else:
             kwargs["attn_implementation"] = IMPLEMENTATION
-        try:
-            super()._create_model(pretrained, **kwargs)
-        except ValueError as error:
-            if "attention" not in str(error).lower():
-                raise
-            raise UserError(
-                f"pretrained={self.model_label!r} ({self.config.model_type}) does not support registered attention "
-                f"functions in transformers {transformers.__version__}: use --model hf for this model"
-            ) from error
+        with self._loading():
+            try:
+                super()._create_model(pretrained, **kwargs)
+            except (ValueError, KeyError) as error:
+                # Models older than the interface look the name up in a table of their own.
+                refused = isinstance(error, KeyError) and error.args == (IMPLEMENTATION,)
+                if isinstance(error, UserError) or not (refused or "attention" in str(error).lower()):
+                    raise
+                raise UserError(self._no_interface()) from error
+
+    def _no_interface(self) -> str:
+        return (
+            f"{self._kind()} does not support registered attention functions in transformers "
+            f"{transformers.__version__}: use --model hf for this model"
+        )
+
+    def _kind(self) -> str:
+        """The model as messages name it."""
+        name = f"pretrained={self.model_label!r}" if self.model_label else "the given model"
+        return f"{name} ({self.config.model_type})"
 
     @torch.no_grad()
     def _check_attention(self) -> None:
         """Run a few tokens: which layers are ours, and do they compute what the model's own attention computes?"""
         text = self.config.get_text_config(decoder=True)
         ids = (torch.arange(24, device=self.device) * 7 + 3)[None] % text.vocab_size
-        kind = f"pretrained={self.model_label!r} ({self.config.model_type})"
+        kind = self._kind()
         plan, self.runtime.plan = self.runtime.plan, type(self.runtime.plan)()
         try:
             ours = self._forward(ids, cache=SparseCache(self.model.config)).float()
+        except Exception as error:  # modelling code of any age, with requirements of any kind
+            reason = (
+                first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+            )
+            raise UserError(
+                f"{kind} does not run with sparse attention ({reason}); sparse-hf evaluates decoder-only causal models "
+                "that use transformers' attention interface: use --model hf for this one"
+            ) from error
         finally:
             self.runtime.plan = plan
         if not self.runtime.layers:
@@ -309,16 +363,20 @@ class SparseHFLM(HFLM):
 
     def _tokenize_pair(self, context: str, continuation: str) -> tuple[list[int], list[int], int]:
         """Prompt tokens, tokens after it, and how many of those at the end are scored."""
-        if context == "":
-            tokens = self.tok_encode(continuation, add_special_tokens=False)
-            whole = tokens if tokens[0] == self.prefix_token_id else [self.prefix_token_id, *tokens]
-            before, scored = 1, len(whole) - 1
-        else:
-            head, tail = self._encode_pair(context, continuation)
-            whole, scored = [*head, *tail], len(tail)
-            before = len(head)
+        head, tail = self._encode_pair(context, continuation) if context else ([], [])
+        if head:
+            whole, scored, before = [*head, *tail], len(tail), len(head)
             if isinstance(context, SharedPrompt) and context.shared < len(context):
                 before = common_prefix(self._encode_shared(context[: context.shared]), head)
+        else:  # no context, or one of nothing but space, which belongs to the continuation
+            tokens = self.tok_encode(context + continuation, add_special_tokens=False)
+            whole = tokens if tokens[:1] == [self.prefix_token_id] else [self.prefix_token_id, *tokens]
+            before, scored = 1, len(whole) - 1
+        if not 0 < scored <= self.max_length:
+            raise UserError(
+                f"a continuation of {scored} tokens cannot be scored (the model takes 1 to {self.max_length}): "
+                f"{continuation[:60]!r}; leave this task out or raise max_length"
+            )
         surplus = len(whole) - (self.max_length + 1)
         if surplus > 0:
             logger.warning(
@@ -353,19 +411,20 @@ class SparseHFLM(HFLM):
     def _score(self, contexts: list[Context], results: list[Any], total: int, disable_tqdm: bool) -> None:
         """Fill `results` for all targets of all contexts, longest contexts first (an out-of-memory shows at once)."""
         contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
-        bar = tqdm(total=total, disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         fresh: dict[str, Ledger] = defaultdict(Ledger)
-        for first in range(0, len(contexts), self._rows_per_batch):
-            batch = contexts[first : first + self._rows_per_batch]
-            for context, answers in zip(batch, self._score_batch(batch), strict=True):
-                stats = self._stats(context.counts)
-                fresh[context.task or ""].add(context.counts)
-                for target, (logprob, greedy) in zip(context.targets, answers, strict=True):
-                    results[target.index] = MeasuredLoglikelihood(logprob, greedy, stats)
-                    if target.key is not None:
-                        self.cache_hook.add_partial("loglikelihood", target.key, results[target.index])
-                    bar.update(1)
-        bar.close()
+        run = self._score_whole if self._is_recurrent else self._score_batch
+        quiet = disable_tqdm or self.rank != 0
+        with tqdm(total=total, disable=quiet, desc="Running loglikelihood requests") as bar:
+            for first in range(0, len(contexts), self._rows_per_batch):
+                batch = contexts[first : first + self._rows_per_batch]
+                for context, answers in zip(batch, run(batch), strict=True):
+                    stats = self._stats(context.counts)
+                    fresh[context.task or ""].add(context.counts)
+                    for target, (logprob, greedy) in zip(context.targets, answers, strict=True):
+                        results[target.index] = MeasuredLoglikelihood(logprob, greedy, stats)
+                        if target.key is not None:
+                            self.cache_hook.add_partial("loglikelihood", target.key, results[target.index])
+                        bar.update(1)
         self._after_requests(fresh)
 
     def _score_batch(self, batch: list[Context]) -> list[list[tuple[float, bool]]]:
@@ -399,14 +458,32 @@ class SparseHFLM(HFLM):
                 cache.restore(snapshot)
         finally:
             self.runtime.rows = None
+        return [context.answers(scored[row], hits[row]) for row, context in enumerate(batch)]
+
+    @property
+    def _is_recurrent(self) -> bool:
+        """Whether the model carries a state that cannot be rolled back to the end of the context."""
+        known = (PreallocatedLayer, DynamicSlidingWindowLayer)
+        layers = SparseCache(self.model.config).layers
+        return bool(getattr(self.model, "_is_stateful", False)) or not all(isinstance(x, known) for x in layers)
+
+    def _score_whole(self, batch: list[Context]) -> list[list[tuple[float, bool]]]:
+        """For recurrent models: context and answer in one pass, which makes the answer part of the prefill."""
         answers = []
-        for row, context in enumerate(batch):
-            found = []
-            for target in context.targets:
-                whole = next(tokens for tokens in scored[row] if list(tokens[: len(target.tokens)]) == target.tokens)
-                span = slice(len(target.tokens) - target.scored, len(target.tokens))
-                found.append((float(scored[row][whole][span].sum()), bool(hits[row][whole][span].all())))
-            answers.append(found)
+        for context in batch:
+            scored: dict[tuple, Tensor] = {}
+            hits: dict[tuple, Tensor] = {}
+            for tokens in context.sequences():
+                self.runtime.rows = [context.counts]
+                try:
+                    ids = torch.tensor([[*context.prompt, *tokens[:-1]]], device=self.device)
+                    logprobs = self._log_softmax(self._forward(ids, cache=None, keep=len(tokens))[0])
+                finally:
+                    self.runtime.rows = None
+                wanted = torch.tensor(tokens, device=self.device)
+                scored[tuple(tokens)] = logprobs.gather(-1, wanted[:, None])[:, 0].double().cpu()
+                hits[tuple(tokens)] = (logprobs.argmax(-1) == wanted).cpu()
+            answers.append(context.answers(scored, hits))
         return answers
 
     def _score_turn(
@@ -504,37 +581,33 @@ class SparseHFLM(HFLM):
             group_by="gen_kwargs",
             group_fn=lambda item: item[2],
         )
-        bar = tqdm(total=len(queue), disable=disable_tqdm or self.rank != 0, desc="Running generate_until requests")
+        for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
+            self._check_generation(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         fresh: dict[str, Ledger] = defaultdict(Ledger)
-        for chunk in order.get_batched(n=self._rows_per_batch):
-            contexts, gen_kwargs = [item[1] for item in chunk], chunk[0][2]
-            texts, rows = self._generate_batch(contexts, gen_kwargs)
-            for (index, context, _), text, counts in zip(chunk, texts, rows, strict=True):
-                results[index] = MeasuredText(text, self._stats(counts))
-                fresh[requests[index].task_name or ""].add(counts)
-                self.cache_hook.add_partial("generate_until", (context, gen_kwargs), results[index])
-                bar.update(1)
-        bar.close()
+        quiet = disable_tqdm or self.rank != 0
+        with tqdm(total=len(queue), disable=quiet, desc="Running generate_until requests") as bar:
+            for chunk in order.get_batched(n=self._rows_per_batch):
+                contexts, gen_kwargs = [item[1] for item in chunk], chunk[0][2]
+                texts, rows = self._generate_batch(contexts, gen_kwargs)
+                for (index, context, _), text, counts in zip(chunk, texts, rows, strict=True):
+                    results[index] = MeasuredText(text, self._stats(counts))
+                    fresh[requests[index].task_name or ""].add(counts)
+                    self.cache_hook.add_partial("generate_until", (context, gen_kwargs), results[index])
+                    bar.update(1)
         self._after_requests(fresh)
         return results
 
     def _generate_batch(self, contexts: list[str], gen_kwargs: dict[str, Any]) -> tuple[list[str], list[RowCounts]]:
         kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
-        self._check_generation(kwargs)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
         max_gen_toks = kwargs.pop("max_gen_toks")
         room = self.max_length - max_gen_toks
-        if room <= 0:
-            raise UserError(
-                f"max_gen_toks={max_gen_toks} leaves no room for a prompt: the model takes {self.max_length} tokens in "
-                "all; type a smaller --gen_kwargs max_gen_toks="
-            )
         ids, mask = self.tok_batch_encode(contexts, left_truncate_len=room, truncation=self.truncation)
         ids, mask = ids.to(self.device), mask.to(self.device)
         cache = SparseCache(self.model.config, reserve=max_gen_toks)
         rows = [RowCounts() for _ in contexts]
-        self.runtime.rows = rows
+        self.runtime.rows = list(rows)
         try:
             output = self._model_generate(
                 context=ids,
@@ -549,7 +622,50 @@ class SparseHFLM(HFLM):
         self._count_kv(cache, rows)
         return [self._finish(tokens[ids.shape[1] :], until) for tokens in output.tolist()], rows
 
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        """As lm-eval's, but rows that have ended are no longer counted while the rest of the batch goes on."""
+        stops = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
+        generation_kwargs.setdefault("temperature", 0.0)
+        greedy = generation_kwargs["temperature"] == 0.0
+        if greedy and generation_kwargs.get("do_sample") is None:
+            generation_kwargs["do_sample"] = False
+        if greedy and generation_kwargs["do_sample"] is False:
+            generation_kwargs.pop("temperature")
+        with torch.autocast(
+            device_type=self.device.type,
+            dtype=self.mixed_precision_dtype,
+            enabled=self.mixed_precision_dtype is not None,
+        ):
+            return self.model.generate(
+                input_ids=context,
+                max_length=max_length,
+                stopping_criteria=[*stops, self._stop_counting(stops)],
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                **generation_kwargs,
+            )
+
+    def _stop_counting(self, stops: Sequence[Any]) -> Any:
+        """A stopping criterion that stops nothing: it takes ended rows out of the runtime's counts."""
+        rows, eos = self.runtime.rows, self.model.generation_config.eos_token_id
+        ends = {self.eot_token_id, *(eos if isinstance(eos, list) else [eos])}
+
+        class StopCounting(transformers.StoppingCriteria):
+            def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+                if len(input_ids) == len(rows):  # not with beams
+                    for row, last in enumerate(input_ids[:, -1].tolist()):
+                        if last in ends or any(stop.done_tracker[row] for stop in stops):
+                            rows[row] = None
+                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        return StopCounting()
+
     def _check_generation(self, kwargs: dict[str, Any]) -> None:
+        if kwargs["max_gen_toks"] >= self.max_length:
+            raise UserError(
+                f"max_gen_toks={kwargs['max_gen_toks']} leaves no room for a prompt: the model takes {self.max_length} "
+                "tokens in all; type a smaller --gen_kwargs max_gen_toks="
+            )
         refused = [name for name in REFUSED_GENERATION if name in kwargs]
         if self.runtime.plan.prefill is not None and kwargs.get("prefill_chunk_size") is not None:
             raise UserError(
@@ -590,6 +706,7 @@ class SparseHFLM(HFLM):
         """What a response carries: the measured sparsity of the phase that the method fills, and the details."""
         figures = counts.figures()
         return {
+            "run": self.run_id,
             "sparsity": figures["prefill"]["executed_sparsity"],
             "requested_sparsity": self.sparse.sparsity,
             **{
@@ -603,6 +720,8 @@ class SparseHFLM(HFLM):
         }
 
     def _before_requests(self) -> None:
+        # Another SparseHFLM may have wrapped the same model in the meantime.
+        self.runtime.attach(self.model)
         template = getattr(self.tokenizer, "chat_template", None)
         if template and not (self.templated or self.lm_eval_warns or self.warned_about_template):
             self.warned_about_template = True
@@ -618,6 +737,10 @@ class SparseHFLM(HFLM):
         for part in parts or []:
             for task, ledger in part.items():
                 self.ledgers[task].merge(ledger)
+
+    def count_restored(self, task: str, stats: dict[str, Any]) -> None:
+        """Count an answer that came from a response cache with what was measured when it was made."""
+        self.ledgers[task].add_stats(stats)
 
     def report(self) -> dict[str, Any]:
         """The `sparse` block of the results file."""
@@ -685,18 +808,18 @@ class SparseHFLM(HFLM):
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides an answer besides the prompt: `--use_cache` must not mix answers of different ones."""
-        model = self.model
+        sample = hashlib.sha256()
+        for parameter in self.model.parameters():
+            flat = parameter.detach().flatten()
+            sample.update(str(flat[:: max(1, flat.numel() // 64)][:64].tolist()).encode())
+        typed = {name: str(value) for name, value in self.model_args.items() if name not in WITHOUT_EFFECT}
         return {
+            **typed,
             **self.sparse.describe(),
             "pretrained": self.model_label,
-            "revision": self.revision,
-            "dtype": str(model.dtype),
-            "parameters": model.num_parameters(),
-            "peft": self.peft,
-            "delta": self.delta,
+            "dtype": str(self.model.dtype),
             "max_length": self.max_length,
-            "softmax_dtype": str(self.softmax_dtype),
-            "think_end_token": self.think_end_token,
+            "weights": sample.hexdigest()[:16],
         }
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -711,8 +834,8 @@ class SparseHFLM(HFLM):
                 )
             if known is not None and json.loads(known) != mine:
                 theirs = json.loads(known)
-                differing = [name for name in mine if mine[name] != theirs.get(name)]
-                details = ", ".join(f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in differing)
+                differing = [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]
+                details = ", ".join(f"{name}: {theirs.get(name)!r} there, {mine.get(name)!r} now" for name in differing)
                 raise UserError(
                     f"the --use_cache file was written under another configuration ({details}); "
                     "give another file name for this run, or delete that one"
@@ -736,6 +859,9 @@ class SparseHFLM(HFLM):
         self.templated = True
         return super().tokenizer_name
 
+
+#: Model arguments that do not change an answer.
+WITHOUT_EFFECT = ("device", "batch_size", "max_batch_size", "logits_cache", "parallelize", "token", "cache_dir")
 
 #: Key of the fingerprint in a response cache; responses are stored under hexadecimal digests.
 CACHE_KEY = "lm-eval-sparse fingerprint"

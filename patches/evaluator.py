@@ -37,23 +37,51 @@ def _with_sample_stats(evaluate: Any) -> Any:
     @functools.wraps(evaluate)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         results = evaluate(*args, **kwargs)
-        lm = signature.bind(*args, **kwargs).arguments.get("lm")
-        if results is not None and results.get("samples") and is_ours(lm):
-            from lm_eval_sparse.protocol import stats_of
-
-            for samples in results["samples"].values():
-                for sample in samples:
-                    stats = [stats_of(response) for responses in sample["resps"] for response in responses]
-                    # The requests of a document that share its context share one object: list it once.
-                    distinct = list({id(entry): entry for entry in stats if entry}.values())
-                    measured = [entry["sparsity"] for entry in distinct if entry["sparsity"] is not None]
-                    sample["sparse"] = {
-                        "sparsity": sum(measured) / len(measured) if measured else None,
-                        "requests": distinct,
-                    }
+        given = signature.bind(*args, **kwargs).arguments
+        if is_ours(given.get("lm")):
+            _count_restored(given["lm"], given.get("task_dict") or {})
+            if results is not None and results.get("samples"):
+                _add_to_samples(results["samples"])
         return results
 
     return wrapper
+
+
+def _distinct(responses: Any) -> list[dict[str, Any]]:
+    """The measurements that responses carry, each once: requests that share a context share theirs."""
+    from lm_eval_sparse.protocol import stats_of
+
+    found: list[dict[str, Any]] = []
+    for response in responses:
+        stats = stats_of(response)
+        if stats and stats not in found:
+            found.append(stats)
+    return found
+
+
+def _add_to_samples(samples: dict[str, list[dict[str, Any]]]) -> None:
+    for rows in samples.values():
+        for row in rows:
+            distinct = _distinct(response for responses in row["resps"] for response in responses)
+            measured = [entry["sparsity"] for entry in distinct if entry["sparsity"] is not None]
+            row["sparse"] = {
+                "sparsity": sum(measured) / len(measured) if measured else None,
+                "requests": distinct,
+            }
+
+
+def _count_restored(lm: Any, task_dict: Any) -> None:
+    """Tell the model of answers that lm-eval took from its response cache without asking it."""
+    model = getattr(lm, "lm", lm)
+    tasks = task_dict.get("tasks", {}) if "tasks" in task_dict else {}
+    for name, task in tasks.items():
+        by_document: dict[Any, list[Any]] = {}
+        for instance in task.instances or []:
+            by_document.setdefault(instance.doc_id, []).extend(instance.resps)
+        for responses in by_document.values():
+            for stats in _distinct(responses):
+                if stats["run"] != model.run_id:
+                    model.count_restored(name, stats)
 
 
 def _with_preflight(simple_evaluate: Any) -> Any:

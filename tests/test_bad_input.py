@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import lm_eval
 import numpy as np
 import pytest
 import tiny
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -126,7 +127,7 @@ SPARSE_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "gamma=0.9": ("gamma=0.9", "knob of flexprefill", "method=dense", "method=flexprefill,gamma=0.9"),
     "method=flexprefill,gamma=2": ("gamma=2 ", "a number from", "to 1", "gamma=0.9"),
     "method=flexprefill,gamma=0": ("gamma=0 ", "a number from", "gamma=0.9"),
-    "method=flexprefill,gamma=-1": ("gamma=-1 ", "gamma=0.9"),
+    "method=flexprefill,gamma=-1": ("gamma=-1", "gamma=0.9"),
     "method=flexprefill,gamma=nan": ("gamma=nan", "gamma=0.9"),
     "method=flexprefill,gamma=high": ("gamma='high'", "a number", "gamma=0.9"),
     "method=flexprefill,tau=1.5": ("tau=1.5 ", "from 0 to 1", "tau=0.1"),
@@ -245,7 +246,8 @@ def test_folder_without_a_model(tmp_path: Path, complaint: Callable[..., str]) -
 def test_folder_without_weights(tmp_path: Path, complaint: Callable[..., str]) -> None:
     folder = tiny.tiny_llama(tmp_path / "bare")
     (folder / "model.safetensors").unlink()
-    assert_says(complaint(f"pretrained={folder}"), str(folder), "could not be loaded", "folder with a transformers model")
+    message = complaint(f"pretrained={folder}")
+    assert_says(message, str(folder), "could not be loaded", "folder with a transformers model")
 
 
 def test_pretrained_is_a_file(tmp_path: Path, complaint: Callable[..., str]) -> None:
@@ -307,7 +309,7 @@ def test_model_with_an_attention_that_is_not_supported(
     folder = tiny.save(tiny.unsupported(name), tmp_path / f"tiny-{name}")
     message = complaint(f"pretrained={folder},{FLEX}")
     # What was given, why not, and what to type.
-    assert_says(message, str(folder), KINDS[name], "--model hf" if name not in ("bert", "distilbert", "roberta") else "")
+    assert_says(message, str(folder), KINDS[name], "sparse-hf evaluates" if KINDS[name] else "--model hf")
 
 
 @pytest.mark.parametrize("name", ["mamba", "bloom", "gpt_neo", "gpt_oss", "ernie"])
@@ -366,16 +368,15 @@ def test_thinking_in_scored_tasks(llama: str, complaint: Callable[..., str]) -> 
 # --- the response cache ----------------------------------------------------------------------------------------------
 
 
-def evaluate(tasks: Path, args: dict[str, Any], cache: Path, model: str = "sparse-hf") -> Any:
-    return lm_eval.simple_evaluate(
-        model=model,
-        model_args=args,
-        tasks=["tiny_choice"],
-        task_manager=tiny.manager(tasks),
-        use_cache=str(cache),
-        bootstrap_iters=0,
-        device="cpu",
-    )
+def answer(args: dict[str, Any], cache: Path, cls: type[HFLM] = SparseHFLM) -> list[Any]:
+    """Score a pair the way `--use_cache` does."""
+    pair = (tiny.words(1, 110), " river stone")
+    request = Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0, metadata=("t", 0, 1))
+    lm = CachingLM(cls(device="cpu", **args), f"{cache}_rank0.db")
+    try:
+        return lm.loglikelihood([request])
+    finally:
+        lm.dbdict.close()
 
 
 OTHER: dict[str, tuple[dict[str, Any], str]] = {
@@ -392,74 +393,75 @@ KNOBS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("other", OTHER)
-def test_cache_of_another_configuration(other: str, tasks: Path, llama: str, tmp_path: Path) -> None:
+def test_cache_of_another_configuration(other: str, llama: str, tmp_path: Path) -> None:
     """Its answers are others; lm-eval would replay them."""
     cache = tmp_path / "answers"
     base = {"pretrained": llama, **(KNOBS if other == "knob" else {"method": "dense"})}
-    evaluate(tasks, base, cache)
+    first = answer(base, cache)
     changed, word = OTHER[other]
     with pytest.raises(UserError) as caught:
-        evaluate(tasks, {**base, **changed}, cache)
+        answer({**base, **changed}, cache)
     assert_says(str(caught.value), "--use_cache", word, "another file name", "delete")
     assert "\n" not in str(caught.value)
     # The refusal leaves the file as it was.
-    assert evaluate(tasks, base, cache)["config"]["sparse"]["method"] == base["method"]
+    assert answer(base, cache) == first
 
 
-def test_cache_of_other_weights_in_the_same_folder(tasks: Path, tmp_path: Path) -> None:
+def test_cache_of_other_weights_in_the_same_folder(tmp_path: Path) -> None:
     """A model that was trained on, saved in its place: same path, same size, other answers."""
     folder, cache = tmp_path / "model", tmp_path / "answers"
     tiny.tiny_llama(folder, seed=0)
-    evaluate(tasks, {"pretrained": str(folder)}, cache)
+    answer({"pretrained": str(folder)}, cache)
     tiny.tiny_llama(folder, seed=1)
     with pytest.raises(UserError, match="--use_cache"):
-        evaluate(tasks, {"pretrained": str(folder)}, cache)
+        answer({"pretrained": str(folder)}, cache)
 
 
-def test_cache_of_another_subfolder(tasks: Path, tmp_path: Path) -> None:
+def test_cache_of_another_subfolder(tmp_path: Path) -> None:
     """As with two GGUF files of one folder: `pretrained` alone does not name the model."""
     cache = tmp_path / "answers"
     for seed, name in enumerate(("one", "two")):
         tiny.tiny_llama(tmp_path / "models" / name, seed=seed)
     tiny.tiny_llama(tmp_path / "models")
-    evaluate(tasks, {"pretrained": str(tmp_path / "models"), "subfolder": "one"}, cache)
+    one = answer({"pretrained": str(tmp_path / "models"), "subfolder": "one"}, cache)
+    two = answer({"pretrained": str(tmp_path / "models"), "subfolder": "two"}, tmp_path / "others")
+    assert one != two
     with pytest.raises(UserError, match="--use_cache"):
-        evaluate(tasks, {"pretrained": str(tmp_path / "models"), "subfolder": "two"}, cache)
+        answer({"pretrained": str(tmp_path / "models"), "subfolder": "two"}, cache)
 
 
-def test_cache_of_model_hf(tasks: Path, llama: str, tmp_path: Path) -> None:
+def test_cache_of_model_hf(llama: str, tmp_path: Path) -> None:
     cache = tmp_path / "answers"
-    evaluate(tasks, {"pretrained": llama}, cache, model="hf")
+    answer({"pretrained": llama}, cache, HFLM)
     for args in ({}, KNOBS):
         with pytest.raises(UserError, match="--use_cache file was written by another model type.*another file name"):
-            evaluate(tasks, {"pretrained": llama, **args}, cache)
+            answer({"pretrained": llama, **args}, cache)
 
 
-def test_cache_through_the_command_line(
-    tasks: Path, llama: str, tmp_path: Path, complaint: Callable[..., str]
-) -> None:
-    evaluate(tasks, {"pretrained": llama}, tmp_path / "answers")
+def test_cache_through_the_command_line(llama: str, tmp_path: Path, complaint: Callable[..., str]) -> None:
+    answer({"pretrained": llama}, tmp_path / "answers")
     message = complaint(f"pretrained={llama},{FLEX}", "--use_cache", str(tmp_path / "answers"))
     assert_says(message, "--use_cache", "'dense' there", "'flexprefill' now", "another file name")
 
 
-def test_the_same_configuration_is_no_mistake(tasks: Path, llama: str, tmp_path: Path) -> None:
-    first, second = (evaluate(tasks, {"pretrained": llama, **KNOBS}, tmp_path / "answers") for _ in range(2))
-    assert first["results"] == second["results"]
+def test_the_same_configuration_is_no_mistake(llama: str, tmp_path: Path) -> None:
+    first, second = (answer({"pretrained": llama, **KNOBS}, tmp_path / "answers") for _ in range(2))
+    assert first == second and first[0].stats == second[0].stats
 
 
 # --- real processes --------------------------------------------------------------------------------------------------
 
-PLAIN_LM_EVAL = """
+#: lm-eval's own tasks are left out here too; then plain `lm_eval`, or our command.
+QUICK = """
 import sys
 from lm_eval_sparse import patches
 patches.install()
 import lm_eval.tasks.manager as manager
 original = manager.TaskManager.__init__
 manager.TaskManager.__init__ = lambda self, *a, **k: original(self, *a, **{**k, "include_defaults": False})
-from lm_eval.__main__ import cli_evaluate
-cli_evaluate()
 """
+PLAIN = QUICK + "from lm_eval.__main__ import cli_evaluate\ncli_evaluate()"
+OURS = QUICK + "from lm_eval_sparse.cli import main\nsys.exit(main())"
 
 
 def process(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -479,17 +481,19 @@ def the_line(stderr: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_process_of_plain_lm_eval(tmp_path: Path, tasks: Path, llama: str) -> None:
     """Under `lm_eval` itself the line comes from the exception hook, after a model was loaded and run."""
-    done = process(tmp_path, "-c", PLAIN_LM_EVAL, "run", "--model", "sparse-hf", "--model_args",
+    done = process(tmp_path, "-c", PLAIN, "run", "--model", "sparse-hf", "--model_args",
                    f"pretrained={llama},method=flexprefill", "--tasks", "tiny_generate", "--include_path", str(tasks),
                    "--output_path", "out")  # fmt: skip
     assert_says(the_line(done.stderr), "lm-eval-sparse: error: flexprefill never ran", "does not exceed 1024")
     assert "tiny_generate" not in done.stdout
 
 
+@pytest.mark.slow
 def test_process_of_our_command(tmp_path: Path, tasks: Path, llama: str) -> None:
-    done = process(tmp_path, "-m", "lm_eval_sparse", "run", "--model", "sparse-hf", "--model_args",
+    done = process(tmp_path, "-c", OURS, "run", "--model", "sparse-hf", "--model_args",
                    f"pretrained={llama},method=flexprefil,sparsity=0.9", "--tasks", "tiny_generate", "--include_path",
                    str(tasks), "--output_path", "out")  # fmt: skip
     assert_says(the_line(done.stderr), "lm-eval-sparse: error: ", "'flexprefil'", "did you mean 'flexprefill'")

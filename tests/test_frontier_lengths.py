@@ -69,7 +69,7 @@ def test_a_hundred_and_twenty_eight_thousand_tokens_take_few_tokenizer_calls():
     lm.tok_batch_encode = lambda strings: calls.append(len(strings[0])) or count(strings)
     task = build(leaf("frontier_niah_128k"), lm, limit=1)
     assert task.instances[0].doc["tokens"] == 128_000
-    assert sum(calls) <= 6 * max(calls)  # in prompts of full length
+    assert sum(calls) <= 4.5 * max(calls)  # in prompts of full length
 
 
 def test_distractors_fill_the_prompt_and_filler_only_the_rest():
@@ -94,10 +94,12 @@ class Blocks:
         return f"frame\n{body}{filler}"
 
 
-def count_blocks(every, extra):
+def count_blocks(every, extra, seam=0):
+    """`every` letters to a token, `extra` tokens around; next to the frame, filler costs `seam` tokens more or less."""
+
     def count(text):
         words = sum(-(-len(word) // every) for word in text.replace("u" * 10, " " + "w" * every + " ").split())
-        return words + extra
+        return words + extra + (seam if text.startswith("frame") and text.endswith(".") else 0)
 
     return count
 
@@ -109,9 +111,10 @@ def count_blocks(every, extra):
     st.integers(0, 300),
     st.integers(30, 4000),
     st.integers(1, 9),
+    st.integers(-3, 3),
 )
-def test_a_fit_never_exceeds_its_budget_and_leaves_no_room(sizes, most, extra, budget, every):
-    blocks, count = Blocks(sizes, most), count_blocks(every, extra)
+def test_a_fit_never_exceeds_its_budget_and_leaves_no_room(sizes, most, extra, budget, every, seam):
+    blocks, count = Blocks(sizes, most), count_blocks(every, extra, seam)
     if count(blocks.message(0, "")) > budget:
         with pytest.raises(DoesNotFit):
             fit(blocks, budget, count, Filler(count))

@@ -205,7 +205,7 @@ def test_hand_written_outputs(output, share):
 codes = st.from_regex(CODE, fullmatch=True)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.tuples(codes, codes), min_size=4, max_size=4, unique=True),
     st.sets(st.integers(1, 4)),

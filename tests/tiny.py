@@ -24,10 +24,11 @@ CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = (
-    "apple river stone cloud green letter window seven garden paper silver morning bridge yellow winter"
-    " the of and to in is was number city box key red blue small old"
-).split()
+WORDS = [
+    "apple", "river", "stone", "cloud", "green", "letter", "window", "seven", "garden", "paper", "silver", "morning",
+    "bridge", "yellow", "winter", "the", "of", "and", "to", "in", "is", "was", "number", "city", "box", "key", "red",
+    "blue", "small", "old",
+]  # fmt: skip
 
 #: Arguments that every family understands.
 COMMON: dict[str, Any] = {
@@ -93,7 +94,11 @@ UNSUPPORTED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "distilbert": ("DistilBertConfig", "AutoModelForMaskedLM", {"dim": 64, "n_heads": 4, "n_layers": 2}),
     "roberta": ("RobertaConfig", "AutoModelForMaskedLM", {}),
     "ernie": ("ErnieConfig", "AutoModelForMaskedLM", {}),
-    "t5": ("T5Config", "AutoModelForSeq2SeqLM", {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}),
+    "t5": (
+        "T5Config",
+        "AutoModelForSeq2SeqLM",
+        {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+    ),
     "bart": (
         "BartConfig",
         "AutoModelForSeq2SeqLM",

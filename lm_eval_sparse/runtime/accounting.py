@@ -98,19 +98,32 @@ class Ledger:
 
     def add(self, row: RowCounts) -> None:
         """Count one prompt. Figures are averaged over prompts, not weighted by length."""
-        self.rows += 1
         figures = row.figures()
+        self.rows += 1
         for name in PHASES:
             counts = row.phase(name)
-            for figure, value in figures[name].items():
-                if value is not None:
-                    total = self.sums[name].setdefault(figure, [0.0, 0])
-                    total[0] += value
-                    total[1] += 1
-            self.calls[name].update(counts.calls)
-            self.backends[name].update(counts.backends)
+            self._add_phase(name, figures[name], counts.calls, counts.backends)
             self.reasons[name].update(counts.reasons)
             merge_knobs(self.knobs[name], counts.knobs)
+
+    def add_stats(self, stats: dict[str, Any]) -> None:
+        """Count one prompt from the figures that its responses carry."""
+        self.rows += 1
+        for name in PHASES:
+            phase = dict(stats[name])
+            calls, backends = phase.pop("calls"), phase.pop("backends")
+            self._add_phase(name, phase, calls, backends)
+
+    def _add_phase(
+        self, name: str, figures: dict[str, float | None], calls: dict[str, int], backends: dict[str, int]
+    ) -> None:
+        for figure, value in figures.items():
+            if value is not None:
+                total = self.sums[name].setdefault(figure, [0.0, 0])
+                total[0] += value
+                total[1] += 1
+        self.calls[name].update(calls)
+        self.backends[name].update(backends)
 
     def merge(self, other: Ledger) -> None:
         """Add another rank's totals to these."""

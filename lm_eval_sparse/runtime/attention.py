@@ -285,8 +285,8 @@ def padding_mask(
     """
     if not allow_is_causal_skip:
         raise UserError(
-            "this model asks for an attention mask that is not plainly causal (bidirectional image tokens or packed "
-            "sequences), which sparse-hf does not support: use --model hf"
+            "it asks for an attention mask that is not plainly causal (an encoder, image tokens that see each "
+            "other, or packed sequences)"
         )
     if attention_mask is None or bool(attention_mask.all()):
         return None
