@@ -11,14 +11,14 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml lm_eval_sparse/__init__.py $(wildcard patches/*autoload*) patches/_lm_eval_sparse_hook.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
 demo: install
 	rm -rf $(DEMO)
 	$(BIN)/lm_eval --model sparse-hf --model_args method=flexprefill,sparsity=0.9 --tasks frontier_niah_4k,forced_frontier_niah_4k --limit 5 --output_path $(DEMO)/main
-	$(BIN)/python examples/sparsity_curve.py --limit 8 --output_path $(DEMO)/sweep
+	$(BIN)/python examples/sparsity_curve.py --limit 5 --output_path $(DEMO)/sweep
 	$(BIN)/lm-eval-sparse plot $(DEMO)/sweep --output $(DEMO)/curve.png --output $(DEMO)/curve.html
 	@echo "Look at $(DEMO)/curve.png or open $(DEMO)/curve.html"
 

@@ -266,6 +266,8 @@ def test_without_a_model_the_metadata_names_the_tokenizer(no_active_lm, tmp_path
         task = leaf(**{key: str(tmp_path / "tok"), "max_length": 5000, "method": "x", "sparsity": 0.9})
         task.build_all_requests(limit=1)
         assert StandIn("bos").tokens(task.instances[0].args[0]) == 4096
+    count = meter_for({"tokenizer": str(tmp_path / "tok")}, None).count
+    assert count("<s>One line.") == count("One line.") == StandIn("bos").tokens("One line.")
     without_bos = leaf(tokenizer=str(tmp_path / "tok"), add_bos_token=False)
     without_bos.build_all_requests(limit=1)
     assert StandIn("bos").tokens(without_bos.instances[0].args[0]) == 4097

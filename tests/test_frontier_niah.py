@@ -146,6 +146,8 @@ OUTPUTS = [
     ("tags named in the explanation", f"I will write <answer> and </answer>.\n<answer>{ALL}</answer>", 1.0),
     ("open tag named in the explanation", f"Then comes <answer>: so <answer>\n{ALL}</answer>", 1.0),
     ("empty block, lines outside", f"<answer></answer>\n{ALL}", 1.0),
+    ("stray closing tag first", f"1. {K[0]}: {V[1]}</answer>\n<answer>{ALL}</answer>", 1.0),
+    ("started over", f"<answer>\n1. {K[0]}: {V[1]}\nNo. Again:\n<answer>\n{ALL}\n</answer>", 1.0),
     ("wrong lines inside, right ones outside", f"{ALL}\n<answer>\n1. {K[0]}: {V[1]}\n</answer>", 0.0),
     ("values in upper case", "\n".join(f"{i + 1}. {K[i]}: {V[i].upper()}" for i in range(4)), 1.0),
     ("keys in upper case", "\n".join(f"{i + 1}. {K[i].upper()}: {V[i]}" for i in range(4)), 0.0),

@@ -158,9 +158,7 @@ def parse(text: str) -> dict[int, tuple[str, str]]:
 def _lines(text: str) -> dict[int, tuple[str, str]]:
     found: dict[int, tuple[str, str]] = {}
     for line in text.splitlines():
-        starts = list(_NUMBERED_KEY.finditer(line))
-        ends = [following.start() for following in starts[1:]] + [len(line)]
-        for start, end in zip(starts, ends, strict=False):
-            if value := _VALUE.search(line, start.end(), end):
+        for start in _NUMBERED_KEY.finditer(line):
+            if value := _VALUE.search(line, start.end()):
                 found.setdefault(int(start.group(1)), (start.group(2), value.group().lower()))
     return found

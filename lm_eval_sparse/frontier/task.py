@@ -158,7 +158,7 @@ class FrontierTask(ConfigurableTask):
         key = json.dumps([fingerprint, self.config.generation_kwargs, samples], sort_keys=True, default=str)
         super().build_all_requests(
             samples=samples,
-            cache_requests=cache_requests and not self._skipped,
+            cache_requests=cache_requests,
             system_instruction=system_instruction,
             apply_chat_template=apply_chat_template,
             fewshot_as_multiturn=fewshot_as_multiturn,
@@ -168,7 +168,7 @@ class FrontierTask(ConfigurableTask):
         )
 
     def _prepare(self, meter: Meter, render: Callable[[str], Any]) -> str:
-        """Set this leaf's budget or the reason to skip it, and bind its documents. Returns their fingerprint."""
+        """Set this leaf's budget and bind its documents, or set the reason to skip it. Returns what they depend on."""
 
         def count(message: str) -> int:
             return meter.count(_plain(render(message)))
@@ -192,7 +192,7 @@ class FrontierTask(ConfigurableTask):
         if self._skipped:
             logger.warning("%s is skipped: %s", self.config.task, self._skipped)
             self.config.metadata = {**metadata, "skipped": self._skipped}
-            return "skipped"
+            return self._skipped
         if budget < self.length:
             logger.warning(
                 "%s: prompts have %d instead of %d tokens, because the model takes %d and the answer needs %d",
