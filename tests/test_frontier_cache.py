@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from frontier_common import StandIn, build, leaf
+from frontier_common import ANSWER, StandIn, build, leaf
 
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.frontier import niah, store
@@ -92,6 +92,7 @@ def test_ranks_share_the_documents_without_overlap_and_make_only_their_own(lm, m
 def test_documents_are_made_lazily(lm, made):
     task = leaf()
     assert len(task.eval_docs) == 100 and made == []
+    assert task.fewshot_docs() is None  # lm-eval would list them all
     build(task, lm, limit=2)
     assert made == [0, 1]
 
@@ -189,7 +190,7 @@ def test_another_prompt_means_another_file(lm, cache):
     set_active_lm(other)
     build(leaf(), other, limit=1)
     assert len(list(cache.iterdir())) == len(variants) + 2
-    tight = StandIn("digits", max_length=4096 + 700)
+    tight = StandIn("digits", max_length=4096 + ANSWER - 68)
     set_active_lm(tight)
     build(leaf(), tight, limit=1)
     assert len(list(cache.iterdir())) == len(variants) + 3

@@ -6,7 +6,7 @@ import json
 
 import lm_eval
 import pytest
-from frontier_common import TASKS, StandIn, tokenizer
+from frontier_common import ANSWER, TASKS, StandIn, tokenizer
 from lm_eval.tasks import TaskManager
 
 from lm_eval_sparse import frontier, protocol
@@ -162,7 +162,7 @@ def test_cached_requests_never_come_from_another_prompt(tmp_path, monkeypatch):
     assert prompts(lm, gen_kwargs="max_gen_toks=5")[0][1]["max_gen_toks"] == 5
     assert prompts(lm, metadata={"samples": 4, "seed": 3}) != first
     assert [p for p, _ in prompts(lm, limit=None, samples={"frontier_niah_4k": [1]})] == [first[1][0]]
-    shorter = StandIn(max_length=4000 + 768, answer=gold)
+    shorter = StandIn(max_length=4000 + ANSWER, answer=gold)
     assert [shorter.tokens(p) for p, _ in prompts(shorter)] == [4000] * 2
     assert len(prompts(StandIn(answer=lambda _: (0.0, True)), "forced_frontier_niah_4k")) == 8
 

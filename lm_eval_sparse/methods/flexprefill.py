@@ -30,6 +30,10 @@ MAX_STEP = 0.02
 WINDOW_ELEMENTS = 1 << 27
 #: The solve stops once the mean density is this close to the target (a tenth of the promised tolerance).
 CLOSE_ENOUGH = 0.001
+#: Smaller shares to leave out than this cannot be told from 0 once written as gamma = 1 - share.
+REPRESENTABLE = 1e-6
+#: Relative offset between equal shares of different heads, so that the solve takes their blocks one by one.
+APART = 1e-12
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class FlexPrefill(PrefillMethod):
 
     Coverage is counted in blocks: the mass of a key block, and of a band of `block_size` diagonals, is summed
     first, and the smallest set of blocks with a share of at least `gamma` is taken. The first key block and the
-    diagonal blocks are always kept.
+    diagonal blocks are kept besides.
     """
 
     name: ClassVar[str] = "flexprefill"
@@ -133,10 +137,11 @@ class FlexPrefill(PrefillMethod):
         ).softmax(-1)
         query_aware = root_jensen_shannon(predicted, vertical) < knobs.tau
 
-        columns = Ranking(vertical, forced=0)
-        diagonals = Ranking(slash, forced=0)
+        # Ties go to recent keys: to the larger key block, and to the nearer band.
+        columns = Ranking(vertical, 0.0, larger_first=True)
+        diagonals = Ranking(slash, 0.5, larger_first=False)
         maps = {
-            int(head): BlockMap(query[head], pooled_keys[head], block, scale, softcap)
+            int(head): BlockMap(query[head], pooled_keys[head], block, scale, softcap, head=int(head))
             for head in query_aware.nonzero().flatten()
         }
         floor = min(blocks, -(-knobs.min_budget // block))
@@ -147,7 +152,7 @@ class FlexPrefill(PrefillMethod):
             result = []
             for ranking in (columns, diagonals):
                 wanted = torch.where(query_aware, 0, ranking.count(rest))
-                result.append(wanted.clamp(max(1, floor), max(ceiling, 1)))
+                result.append(wanted.clamp(floor, max(ceiling, floor)))
             return result[0], result[1]
 
         def density(rest: float) -> float:
@@ -158,12 +163,14 @@ class FlexPrefill(PrefillMethod):
             return float(pairs.sum()) / (heads * causal_pairs(length))
 
         rest = 1 - knobs.gamma if sparsity is None else solve(density, 1 - sparsity)
+        gamma = max(0.0, 1 - rest)
+        if rest > REPRESENTABLE:  # so that the reported gamma, typed as a knob, selects the same blocks
+            rest = 1 - gamma
 
         n_vertical, n_slash = counts(rest)
         ids = torch.arange(blocks, device=query.device)
         offset = ids[:, None] - ids[None, :]
-        in_column = columns.rank < n_vertical[:, None]
-        in_diagonal = diagonals.rank < n_slash[:, None]
+        in_column, in_diagonal = columns.taken(n_vertical), diagonals.taken(n_slash)
         mask = in_column[:, None, :] | in_diagonal[:, offset.clamp(min=0)]
         for head, block_map in maps.items():
             mask[head] |= block_map.mask(rest)
@@ -181,7 +188,8 @@ class FlexPrefill(PrefillMethod):
             # Keys twice (window, pooling), the window's queries once, and all queries of query-aware heads.
             estimator_bytes=element * dim * (2 * kv_heads * length + heads * block + len(maps) * length),
             knobs={
-                "gamma": 1 - rest,
+                "gamma": gamma,
+                "one_minus_gamma": rest,
                 "tau": knobs.tau,
                 "block_size": block,
                 "min_budget": knobs.min_budget,
@@ -270,29 +278,34 @@ def coverage_keys(mass: Tensor) -> Tensor:
 
 
 class Ranking:
-    """Blocks of each head by descending mass; one forced block ranks first, ties go to the recent side."""
+    """Blocks of each head by descending mass. Block 0 is always taken besides."""
 
-    def __init__(self, mass: Tensor, forced: int):
+    def __init__(self, mass: Tensor, offset: float, larger_first: bool):
         heads, blocks = mass.shape
-        self.keys = coverage_keys(mass.sort(dim=-1, descending=True).values)
-        preferred = mass.clone()
-        preferred[:, forced] = float("inf")
-        # Stable sort of the flipped array: among equals, the larger index comes first.
-        order = blocks - 1 - preferred.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-        self.order = order
-        self.rank = torch.empty_like(order).scatter_(
-            1, order, torch.arange(blocks, device=mass.device).expand(heads, -1)
-        )
+        ids = torch.arange(blocks, device=mass.device)
+        if larger_first:  # a stable sort of the flipped array puts the larger of equals first
+            order = blocks - 1 - mass.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+        else:
+            order = mass.sort(dim=-1, descending=True, stable=True).indices
+        self.rank = torch.empty_like(order).scatter_(1, order, ids.expand(heads, -1))
+        apart = 1 + APART * (torch.arange(heads, device=mass.device, dtype=torch.float64)[:, None] + offset)
+        self.keys = coverage_keys(mass.gather(1, order)) * apart
 
     def count(self, rest: float) -> Tensor:
         """`(H,)`: blocks in the smallest set that leaves out at most the share `rest`."""
-        return (self.keys > rest).sum(-1).clamp(min=1)
+        return (self.keys > rest).sum(-1)
+
+    def taken(self, count: Tensor) -> Tensor:
+        """`(H, n)` bool: the first `count` blocks of each head, and block 0."""
+        mask = self.rank < count[:, None]
+        mask[:, 0] = True
+        return mask
 
 
 class BlockMap:
     """Query-aware branch of one head: the pooled score map over all causal blocks (paper: Algorithm 4)."""
 
-    def __init__(self, query: Tensor, pooled_keys: Tensor, block: int, scale: float, softcap: float | None):
+    def __init__(self, query: Tensor, pooled_keys: Tensor, block: int, scale: float, softcap: float | None, head: int):
         length = query.shape[0]
         pooled_queries = pool(query[None], block)[0]
         blocks = pooled_keys.shape[0]
@@ -304,7 +317,7 @@ class BlockMap:
         rows, cols = rows[by_recency], cols[by_recency]
         order = scores.softmax(-1)[rows, cols].sort(dim=-1, descending=True, stable=True)
         self.rows, self.cols = rows[order.indices], cols[order.indices]
-        self.keys = coverage_keys(order.values)
+        self.keys = coverage_keys(order.values) * (1 + APART * head)
         self.blocks = blocks
         weights = tile_pairs(length, block, block, query.device)[self.rows, self.cols]
         extra = torch.where((self.cols == 0) | (self.rows == self.cols), 0, weights)
@@ -328,8 +341,7 @@ def union_pairs(
     """`(H,)` int64: pairs in the union of vertical and slash blocks, without building the block mask."""
     blocks = columns.rank.shape[1]
     ids = torch.arange(blocks, device=columns.rank.device)
-    column = columns.rank < n_vertical[:, None]
-    diagonal = diagonals.rank < n_slash[:, None]
+    column, diagonal = columns.taken(n_vertical), diagonals.taken(n_slash)
     span = blocks - ids  # causal tiles of a column, and of a diagonal
     both = (column * diagonal.cumsum(-1).flip(-1)).sum(-1)
     tiles = (column * span).sum(-1) + (diagonal * span).sum(-1) - both
@@ -347,7 +359,7 @@ def solve(density: Callable[[float], float], target: float) -> float:
     `density` falls as the share grows. The share spans many orders of magnitude (attention is concentrated),
     so the bisection runs on its logarithm.
     """
-    low, high = -100.0, 0.0  # natural logarithms; exp(low) leaves nothing out
+    low, high = -100.0, 1e-6  # natural logarithms: exp(low) leaves nothing out, exp(high) everything
     below = density(math.exp(low))
     if below <= target:
         return math.exp(low)
