@@ -164,7 +164,7 @@ class FlexPrefill(PrefillMethod):
 
         rest = 1 - knobs.gamma if sparsity is None else solve(density, 1 - sparsity)
         gamma = max(0.0, 1 - rest)
-        if rest > REPRESENTABLE:  # so that the reported gamma, typed as a knob, selects the same blocks
+        if REPRESENTABLE < rest < 1:  # so that the reported gamma, typed as a knob, selects the same blocks
             rest = 1 - gamma
 
         n_vertical, n_slash = counts(rest)
@@ -364,6 +364,8 @@ def solve(density: Callable[[float], float], target: float) -> float:
     if below <= target:
         return math.exp(low)
     above = density(math.exp(high))
+    if above >= target - 1e-9:
+        return math.exp(high)
     for _ in range(60):
         middle = (low + high) / 2
         value = density(math.exp(middle))
