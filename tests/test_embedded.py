@@ -6,7 +6,6 @@ one (`slow`) the published model.
 
 import base64
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -116,8 +115,10 @@ def index(tmp_path, monkeypatch):
 
 def without_pip(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """Make this Python look like one without pip, with `path` for its PATH."""
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pip" else real(name, *rest))
+    real = embedded.PathFinder.find_spec
+    monkeypatch.setattr(
+        embedded.PathFinder, "find_spec", lambda name, *rest: None if name == "pip" else real(name, *rest)
+    )
     path.mkdir(exist_ok=True)
     monkeypatch.setenv("PATH", str(path))
 
@@ -584,3 +585,16 @@ def test_the_published_model(tmp_path, monkeypatch):
         ours, theirs = (m(**text).logits.float().log_softmax(-1) for m in (model, exact))
     divergence = (theirs.exp() * (theirs - ours)).sum(-1)  # nats per position; 0.0015 measured
     assert divergence.mean() < 0.01
+
+
+def test_looking_for_pip_leaves_the_compiler_alone(tmp_path: Path) -> None:
+    """setuptools must still import afterwards: torch.compile needs it for the CPU kernel."""
+    code = (
+        "from pathlib import Path\n"
+        "from lm_eval_sparse import embedded\n"
+        f"embedded._downloaders(Path({str(tmp_path)!r}))\n"
+        "import distutils.core\n"
+        "import setuptools\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -42,7 +42,9 @@ def unavailable_reason(
     try:
         out = forward(probe, probe[:2], probe[:2] + 1, layout, 0.125, None)
     except Exception as error:  # whatever the compiler stack raises, `gather` still works
-        reason = f"FlexAttention does not compile here: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        # Compiler errors put the cause in one of many lines.
+        lines = [line.strip() for line in str(error).splitlines() if "Error" in line] or [type(error).__name__]
+        reason = f"FlexAttention does not compile here ({lines[0][:200]})"
         logger.warning("%s; using the gather backend", reason)
         return reason
     if not torch.allclose(out, torch.ones_like(out), atol=1e-2):
