@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--task", default="forced_frontier_niah_4k")
     parser.add_argument("--method", default="flexprefill")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0, 0.5, 0.8, 0.9, 0.95])
+    parser.add_argument("--backend", default="auto", help="gather starts at once; auto may compile a kernel first")
     parser.add_argument("--limit", type=int, default=10, help="documents per sparsity")
     parser.add_argument("--apply_chat_template", action="store_true")
     parser.add_argument("--output_path", required=True)
@@ -28,7 +29,7 @@ def main() -> None:
     tasks = TaskManager()
     for sparsity in options.sparsity:
         begin = time.perf_counter()
-        model_args = {"method": options.method, "sparsity": sparsity}
+        model_args = {"method": options.method, "sparsity": sparsity, "backend": options.backend}
         tracker = EvaluationTracker(output_path=f"{options.output_path}/sparsity_{sparsity:g}")
         results = simple_evaluate(
             model="sparse-hf",
