@@ -28,6 +28,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -191,7 +192,7 @@ class SparseHFLM(HFLM):
             yield
         except UserError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"pretrained={self.model_label!r} could not be loaded ({first_line(error)}); give a folder with a "
                 "transformers model or the name of a Hub repository, or leave pretrained out for the embedded model"
@@ -254,6 +255,7 @@ class SparseHFLM(HFLM):
     def _check_attention(self) -> None:
         """Run a few tokens: which layers are ours, and do they compute what the model's own attention computes?"""
         text = self.config.get_text_config(decoder=True)
+        self.runtime.longest = getattr(text, "max_position_embeddings", None)
         ids = (torch.arange(24, device=self.device) * 7 + 3)[None] % text.vocab_size
         kind = self._kind()
         plan, self.runtime.plan = self.runtime.plan, type(self.runtime.plan)()
@@ -297,6 +299,9 @@ class SparseHFLM(HFLM):
             config._attn_implementation = "eager"
         try:
             return model(input_ids=ids, use_cache=False).logits.float()
+        except Exception as error:  # no eager attention in this model: nothing to compare with
+            logger.warning("cannot compare with the model's own attention: %s", first_line(error))
+            return None
         finally:
             for config in parts:
                 config._attn_implementation = IMPLEMENTATION
@@ -607,7 +612,7 @@ class SparseHFLM(HFLM):
         ids, mask = ids.to(self.device), mask.to(self.device)
         cache = SparseCache(self.model.config, reserve=max_gen_toks)
         rows = [RowCounts() for _ in contexts]
-        self.runtime.rows = list(rows)
+        self.runtime.rows, self.runtime.prompt = list(rows), ids.shape[1]
         try:
             output = self._model_generate(
                 context=ids,
@@ -618,7 +623,7 @@ class SparseHFLM(HFLM):
                 **kwargs,
             )
         finally:
-            self.runtime.rows = None
+            self.runtime.rows, self.runtime.prompt = None, 0
         self._count_kv(cache, rows)
         return [self._finish(tokens[ids.shape[1] :], until) for tokens in output.tolist()], rows
 
@@ -816,6 +821,7 @@ class SparseHFLM(HFLM):
         return {
             **typed,
             **self.sparse.describe(),
+            "lm_eval_sparse": __version__,
             "pretrained": self.model_label,
             "dtype": str(self.model.dtype),
             "max_length": self.max_length,
@@ -911,6 +917,10 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
 
 def check_path(pretrained: str, gguf_file: str | None) -> str:
     """Return `pretrained` with `~` expanded; raise when it is a local path that does not exist or a broken GGUF."""
+    if not pretrained.strip():
+        raise UserError(
+            "pretrained= is empty: give a folder or a Hub name, or leave pretrained out for the embedded model"
+        )
     path = Path(pretrained).expanduser()
     looks_local = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1 or "\\" in pretrained
     if looks_local and not path.exists():

@@ -64,9 +64,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def complaint(
-    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., str]]:
+def complaint(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
     """Runs the command line and returns its one line of complaint, without `lm-eval-sparse: error: `."""
     # The command line configures logging for its process; give it back as it was.
     loggers = [logging.getLogger(name) for name in (None, "lm_eval", "lm_eval_sparse")]
@@ -467,9 +465,7 @@ OURS = QUICK + "from lm_eval_sparse.cli import main\nsys.exit(main())"
 def process(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     env |= {"HF_HOME": str(tmp_path / "hf"), "LM_EVAL_SPARSE_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300
-    )
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "out").exists()

@@ -172,7 +172,7 @@ def valid() -> tuple[list[Tensor], BlockLayout]:
         (lambda states, layout: ([state.long() for state in states], layout, {}), "floating-point"),
         (lambda states, layout: ([state[:, :90] for state in states], layout, {}), "layout is for 100 tokens"),
         (lambda states, layout: (states, layout, {"backend": "cuda"}), "backend 'cuda' is unknown"),
-        (lambda states, layout: (states, layout, {"backend": "flex", "softcap": 5.0}), "softcap"),
+        (lambda states, layout: (states, layout, {"backend": "flex", "softcap": 5.0}), "it takes no softcap"),
     ],
 )
 def test_bad_calls_are_refused(change, message: str) -> None:
@@ -201,3 +201,24 @@ def test_check_finds_duplicates() -> None:
     layout = BlockLayout(indices, torch.tensor([[1, 2, 2, 2]], dtype=torch.int32), 100, 32, 32)
     with pytest.raises(ValueError, match="ascending"):
         layout.check(1)
+
+
+@needs_flex
+def test_a_kernel_that_would_run_uncompiled_is_not_called_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past its limit of variants the compiler only warns and runs L x L attention; that must fall back and say so."""
+    from lm_eval_sparse.kernels import block_sparse_prefill as operator
+
+    monkeypatch.setattr(operator, "_broken", {})
+    layout, _ = random_layout(200, 64, 64, 4, 0.5, torch.Generator().manual_seed(1))
+    flex.unavailable_reason("cpu", 64, 64, 24)
+
+    def run(kv_heads: int) -> tuple[Tensor, str]:
+        generator = torch.Generator().manual_seed(2)
+        states = [torch.randn(heads, 200, 24, generator=generator) for heads in (4, kv_heads, kv_heads)]
+        out, used = block_sparse_prefill(*states, layout)
+        return out - block_sparse_prefill(*states, layout, backend="naive")[0], used
+
+    assert run(2)[1] == "flex"
+    with torch._dynamo.config.patch(recompile_limit=1):
+        difference, used = run(1)
+    assert used == "gather" and float(difference.abs().max()) < 1e-5

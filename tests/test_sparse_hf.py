@@ -18,6 +18,7 @@ import tiny
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from lm_eval_sparse import __version__, patches
 from lm_eval_sparse.errors import UserError
@@ -578,11 +579,8 @@ def test_measured_sparsity_is_what_the_layout_says(llama: str, monkeypatch: pyte
     length = len(lm.tok_encode(PROMPTS[0]))
     shares = []
     for selection in layouts:
-        mask = selection.layout.to_mask() if hasattr(selection.layout, "to_mask") else None
-        pairs = int(selection.layout.executed_pairs().sum())
-        if mask is not None:
-            tokens = mask.repeat_interleave(16, -1).repeat_interleave(16, -2)[..., :length, :length]
-            assert int(tokens.tril().sum()) == pairs
+        tokens = selection.layout.mask().repeat_interleave(16, -1).repeat_interleave(16, -2)
+        pairs = int(tokens[..., :length, :length].tril().sum())
         shares.append(1 - pairs / (4 * length * (length + 1) / 2))
     assert len(shares) == 2
     assert stats_of(answer)["sparsity"] == pytest.approx(sum(shares) / 2)
@@ -857,3 +855,45 @@ def test_command_line(tasks: Path, templated: str, tmp_path: Path) -> None:
         samples = [json.loads(line) for line in file.read_text().splitlines()]
         assert len(samples) == 3 and all(0 < sample["sparse"]["sparsity"] < 1 for sample in samples)
     assert (tmp_path / "answers_rank0.db").exists() and any((tmp_path / "lm").iterdir())
+
+
+# --- our own tasks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_main_job_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    """The line of the README, in small: both tasks, 4096 tokens, sparsity 0.9, and a length the model cannot take."""
+    monkeypatch.setenv("LM_EVAL_SPARSE_CACHE", str(tmp_path / "cache"))
+    folder = str(tiny.tiny_llama(tmp_path / "model", max_position_embeddings=6000))
+    leaves = ["frontier_niah_4k", "forced_frontier_niah_4k", "forced_frontier_niah_8k"]
+    results = lm_eval.simple_evaluate(
+        model="sparse-hf",
+        model_args={"pretrained": folder, "method": "flexprefill", "sparsity": 0.9, "backend": "gather"},
+        tasks=leaves,
+        task_manager=TaskManager(include_defaults=False, include_path=str(REPOSITORY / "tasks")),
+        limit=2,
+        batch_size=batch_size,
+        gen_kwargs={"max_gen_toks": 8},
+        bootstrap_iters=0,
+    )
+    sparse_block = results["config"]["sparse"]
+    assert list(sparse_block["skipped"]) == ["forced_frontier_niah_8k"]
+    assert "sparsity,none" not in results["results"]["forced_frontier_niah_8k"]
+    for leaf in leaves[:2]:
+        assert results["results"][leaf]["sparsity,none"] == pytest.approx(0.9, abs=0.01)
+        prefill = sparse_block["tasks"][leaf]["prefill"]
+        # Two documents, two layers: the four slots of a document share one prefill.
+        assert prefill["calls"] == {"sparse": 4, "dense": 0, "fallback": 0}
+        for sample in results["samples"][leaf]:
+            assert sample["sparse"]["sparsity"] == pytest.approx(0.9, abs=0.01)
+            assert len(sample["sparse"]["requests"]) == 1
+            assert sample["doc"]["tokens"] == 4096
+
+
+def test_a_window_wider_than_the_model_is_no_window() -> None:
+    """Phi-3's long-context models state a window that no prompt can fill."""
+    model = tiny.family("phi3", sliding_window=262144)
+    lm = sparse(model, **FLEX)
+    assert set(lm.runtime.layers.values()) == {None}
+    (answer,) = score(lm, [PAIRS[0]])
+    assert stats_of(answer)["sparsity"] > 0.05

@@ -56,11 +56,25 @@ def block_sparse_prefill(
     if layout.length != length:
         raise ValueError(f"layout is for {layout.length} tokens, query has {length}")
     check_shapes(layout, heads)
-    if backend == "auto":
-        place = (query.device.type, layout.block_q, layout.block_k, dim, query.dtype)
-        runs = softcap is None and flex.unavailable_reason(*place) is None
-        backend = "flex" if runs else "gather"
-    if backend not in BACKENDS:
+    if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; accepted: auto, {', '.join(BACKENDS)}")
     scale = dim**-0.5 if scale is None else scale
-    return BACKENDS[backend](query, key, value, layout, scale, softcap), backend
+    call = (query, key, value, layout, scale, softcap)
+    place = (query.device.type, layout.block_q, layout.block_k, dim, query.dtype)
+    if backend in ("auto", "flex"):
+        reason = "it takes no softcap" if softcap is not None else flex.unavailable_reason(*place)
+        if place in _broken:
+            reason = _broken[place]
+        if reason is None:
+            try:
+                return flex.forward(*call), "flex"
+            except Exception as error:  # a shape that the probe did not foresee; the compiler raises what it likes
+                reason = _broken[place] = flex.failed(error)
+        if backend == "flex":
+            raise ValueError(f"backend 'flex' cannot run here: {reason}; use 'auto' or 'gather'")
+        backend = "gather"
+    return BACKENDS[backend](*call), backend
+
+
+#: Where `flex` has failed although its probe ran, and why.
+_broken: dict[tuple, str] = {}

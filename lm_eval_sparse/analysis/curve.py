@@ -19,19 +19,19 @@ SUFFIXES = (".png", ".html")
 
 
 def draw(rows: Sequence[Record]) -> bytes:
-    """A PNG: one panel per (task, metric), one line per method, the dense score as a dashed line with its error."""
+    """A PNG: a panel per (model, task, metric), a line per method, the dense score as a dashed line with its error."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    panels: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for row in rows:
-        panels[row.task, row.metric].append(row)
+        panels[row.model, row.task, row.metric].append(row)
     figure, axes = plt.subplots(
         1, len(panels), figsize=(5.2 * len(panels), 3.9), squeeze=False, layout="constrained", dpi=130
     )
-    for axis, ((task, metric), members) in zip(axes[0], sorted(panels.items()), strict=True):
+    for axis, ((model, task, metric), members) in zip(axes[0], sorted(panels.items()), strict=True):
         dense = next((row for row in members if row.measured == 0), None)
         if dense is not None:
             axis.axhline(dense.score, color="black", linestyle="--", linewidth=1, label="dense")
@@ -57,7 +57,9 @@ def draw(rows: Sequence[Record]) -> bytes:
         axis.set_xlabel("measured sparsity (share of attention pairs not computed)")
         axis.set_ylabel(f"{metric} ({better} is better)")
         counts = sorted({row.n for row in members})
-        axis.set_title(f"{task}\nn = {', '.join(map(str, counts))} documents, bars: standard error", fontsize=9)
+        axis.set_title(
+            f"{task}, {model}\nn = {', '.join(map(str, counts))} documents, bars: standard error", fontsize=9
+        )
         axis.set_xlim(-0.03, 1.0)
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
@@ -68,21 +70,21 @@ def draw(rows: Sequence[Record]) -> bytes:
 
 
 def table(rows: Sequence[Record]) -> list[list[str]]:
-    """Header and rows: one line per task, method and measured sparsity, one column per metric."""
+    """Header and rows: one line per model, task, method and measured sparsity, one column per metric."""
     metrics = sorted({row.metric for row in rows})
-    header = ["task", "method", "requested", "measured", "n", *metrics]
+    header = ["model", "task", "method", "requested", "measured", "n", *metrics]
     lines: dict[tuple, dict[str, Record]] = defaultdict(dict)
     for row in rows:
-        lines[row.task, row.measured, row.method, row.requested][row.metric] = row
+        lines[row.model, row.task, row.measured, row.method, row.requested][row.metric] = row
     body = []
-    for (task, measured, method, requested), found in sorted(lines.items(), key=lambda item: item[0][:3]):
+    for (model, task, measured, method, requested), found in sorted(lines.items(), key=lambda item: item[0][:4]):
         cells = []
         for metric in metrics:
             row = found.get(metric)
             error = f" ± {row.stderr:.3f}" if row and row.stderr is not None else ""
             cells.append("" if row is None else f"{row.score:.3f}{error}")
         asked = "knobs" if requested is None and method != "dense" else f"{requested or 0:g}"
-        body.append([task, method, asked, f"{measured:.4f}", str(max(row.n for row in found.values())), *cells])
+        body.append([model, task, method, asked, f"{measured:.4f}", str(max(row.n for row in found.values())), *cells])
     return [header, *body]
 
 
@@ -101,7 +103,7 @@ body {{ font-family: system-ui, sans-serif; margin: 2rem auto; max-width: 72rem;
 img {{ max-width: 100%; }}
 table {{ border-collapse: collapse; margin-top: 1rem; }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .35rem .8rem; text-align: right; }}
-th:nth-child(-n+2), td:nth-child(-n+2) {{ text-align: left; }}
+th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; }}
 </style>
 </head>
 <body>

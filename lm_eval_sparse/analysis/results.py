@@ -67,10 +67,13 @@ def load(path: Path) -> dict[str, Any]:
 def records(content: dict[str, Any]) -> Iterator[Record]:
     """The scores in one result file. `sparsity` rows are measurements, not scores, and are left out."""
     config = content.get("config", {})
-    sparse = config.get("sparse") or {}
+    sparse = config.get("sparse")
     seconds = content.get("total_evaluation_time_seconds")
     for task, row in content["results"].items():
-        phase = sparse.get("tasks", {}).get(task, {}).get("prefill", {})
+        # Other model types are dense. In a run of ours, groups and skipped tasks have no measurement of their own.
+        measured = 0.0 if sparse is None else sparse["tasks"].get(task, {}).get("prefill", {}).get("executed_sparsity")
+        if measured is None:
+            continue
         for key, value in row.items():
             metric, _, rule = key.partition(",")
             if not rule or metric.endswith("_stderr") or metric == "sparsity" or not isinstance(value, (int, float)):
@@ -78,14 +81,14 @@ def records(content: dict[str, Any]) -> Iterator[Record]:
             stderr = row.get(f"{metric}_stderr,{rule}")
             yield Record(
                 model=str(content.get("model_name") or config.get("model", "?")),
-                method=sparse.get("method", "dense"),
+                method=sparse["method"] if sparse else "dense",
                 task=task,
                 metric=metric,
                 score=float(value),
                 stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
                 n=int(row.get("sample_len") or 0),
-                requested=sparse.get("requested_sparsity"),
-                measured=float(phase.get("executed_sparsity") or 0.0),
+                requested=sparse["requested_sparsity"] if sparse else 0.0,
+                measured=float(measured),
                 higher_is_better=bool(content.get("higher_is_better", {}).get(task, {}).get(metric, True)),
                 seconds=float(seconds) if seconds is not None else None,
             )

@@ -78,11 +78,11 @@ class PrefillMethod(Method):
 
     def too_short(self, sparsity: float | None, length: int) -> str | None:
         """Why a prompt of `length` tokens cannot be sparse under these knobs, or None when it can."""
-        raise NotImplementedError
+        return None
 
     def largest_sparsity(self, length: int) -> float:
         """The largest executed sparsity that the forced parts leave reachable at this length."""
-        raise NotImplementedError
+        return 1.0
 
     def select(
         self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None

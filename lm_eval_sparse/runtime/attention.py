@@ -56,6 +56,10 @@ class Runtime:
         self.layers: dict[int, str | None] = {}
         #: Counts of the rows of the running batch; None for a row that only fills the batch.
         self.rows: list[RowCounts | None] | None = None
+        #: Tokens the model can hold: a window of at least as many hides nothing.
+        self.longest: int | None = None
+        #: Tokens of the prompt that is being generated from, padding included; earlier chunks are prefill too.
+        self.prompt = 0
         self._mask: Tensor | None = None
         self._starts: list[int] | None = None
 
@@ -89,6 +93,8 @@ class Runtime:
         window: int | None,
     ) -> Tensor:
         """Attention of `(B, H, q_len, D)` queries; returns `(B, H, q_len, D_v)`."""
+        if window is not None and self.longest is not None and window >= self.longest:
+            window = None
         reason = self.ineligible(module, key, value, window)
         self.layers[module.layer_idx] = reason
         starts = self.starts(mask)
@@ -141,9 +147,12 @@ class Runtime:
     ) -> Tensor:
         selection = self.plan.prefill.select(query, key, scale=scale, softcap=softcap, sparsity=self.plan.sparsity)
         layout = selection.layout
-        out, backend = block_sparse_prefill(
-            query, key, value, layout, scale=scale, softcap=softcap, backend=self.plan.backend
-        )
+        try:
+            out, backend = block_sparse_prefill(
+                query, key, value, layout, scale=scale, softcap=softcap, backend=self.plan.backend
+            )
+        except ValueError as error:
+            raise UserError(f"backend={self.plan.backend}: {error}") from error
         if counts := self._counts("prefill", row, batch):
             heads, length, dim = query.shape
             per_key = (key.shape[-1] + value.shape[-1]) * key.element_size()
@@ -179,7 +188,8 @@ class Runtime:
             dropped = mask.shape[-1] - key.shape[2]
             starts = [max(0, start - dropped) for start in starts]
             first = torch.tensor(starts, device=query.device)
-        self._count_dense("decode", query, key, value, starts or [0] * len(query), reason)
+        phase = "prefill" if key.shape[2] <= self.prompt else "decode"
+        self._count_dense(phase, query, key, value, starts or [0] * len(query), reason)
         return dense_attention(query, key, value, scale=scale, softcap=softcap, window=window, starts=first)
 
     # --- counting --------------------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+"""Result files to records, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lm_eval_sparse.analysis import curve
+from lm_eval_sparse.analysis.results import find, load, records
+from lm_eval_sparse.errors import UserError
+
+
+def result(task: str, exact: float, sparsity: float | None, model: str = "org/model", **more: Any) -> dict[str, Any]:
+    """What lm-eval saves, as far as it is read. `sparsity` None: another model type."""
+    content: dict[str, Any] = {
+        "model_name": model,
+        "results": {
+            task: {"name": task, "sample_len": 20, "exact,none": exact, "exact_stderr,none": 0.1, "sparsity,none": 0.5}
+        },
+        "higher_is_better": {task: {"exact": True}},
+        "config": {"model": "hf"},
+        "total_evaluation_time_seconds": "12.5",
+        **more,
+    }
+    if sparsity is not None:
+        content["config"]["sparse"] = {
+            "method": "flexprefill",
+            "requested_sparsity": round(sparsity, 1),
+            "tasks": {task: {"prefill": {"executed_sparsity": sparsity}}},
+        }
+    return content
+
+
+def save(folder: Path, name: str, content: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"results_{name}.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_records_hold_what_was_measured() -> None:
+    (row,) = records(result("niah", 0.25, 0.8999))
+    assert (row.model, row.method, row.task, row.metric) == ("org/model", "flexprefill", "niah", "exact")
+    assert (row.score, row.stderr, row.n, row.requested, row.measured) == (0.25, 0.1, 20, 0.9, 0.8999)
+    assert row.higher_is_better and row.seconds == 12.5
+
+
+def test_a_row_without_a_measurement_is_not_called_dense() -> None:
+    content = result("niah", 0.25, 0.8999)
+    content["results"]["forced_frontier"] = {"exact,none": 0.9, "sample_len": 20}
+    assert {row.task for row in records(content)} == {"niah"}
+
+
+def test_other_model_types_are_dense() -> None:
+    (row,) = records(result("niah", 0.25, None))
+    assert (row.method, row.measured) == ("dense", 0.0)
+
+
+def test_models_are_kept_apart() -> None:
+    rows = [row for model in ("a", "b") for s in (0.0, 0.9) for row in records(result("niah", 0.5, s, model))]
+    header, *body = curve.table(rows)
+    assert header[:3] == ["model", "task", "method"] and [line[0] for line in body] == ["a", "a", "b", "b"]
+    narrow, wide = curve.draw(rows[:2]), curve.draw(rows)
+    widths = [int.from_bytes(picture[16:20], "big") for picture in (narrow, wide)]
+    assert widths[1] == 2 * widths[0]  # a panel for each model
+
+
+def test_picture_and_page_are_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for sparsity in (0.0, 0.5, 0.9):
+        save(tmp_path / "runs" / str(sparsity), "x", result("niah", 1 - sparsity, sparsity))
+    picture, page = tmp_path / "out" / "curve.png", tmp_path / "out" / "curve.html"
+    assert curve.main([str(tmp_path / "runs"), "--output", str(picture), "--output", str(page)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert "0.9000" in text and "data:image/png;base64," in text and "http" not in text
+    assert sorted(path.name for path in picture.parent.iterdir()) == ["curve.html", "curve.png"]
+    assert "wrote" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing", "--output", "x.png"], "no such file"),
+        ([".", "--output", "x.png"], "no results_"),
+        (["good", "--output", "x.pdf"], "give a name that ends in .png or .html"),
+        (["good", "--output", "x.png", "--task", "vt"], "hold niah"),
+        (["broken", "--output", "x.png"], "not a readable result file"),
+        (["foreign", "--output", "x.png"], "not a result file of lm-eval"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    if arguments[0] != ".":
+        save(tmp_path / "good", "x", result("niah", 0.5, 0.5))
+        save(tmp_path / "broken", "x", "{")
+        save(tmp_path / "foreign", "x", {"a": 1})
+    with pytest.raises(UserError, match=message):
+        curve.main(arguments)
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_find_takes_files_and_folders(tmp_path: Path) -> None:
+    one = save(tmp_path / "a", "1", result("niah", 0.5, 0.5))
+    two = save(tmp_path / "b" / "c", "2", result("niah", 0.5, 0.5))
+    assert find([one, tmp_path / "b"]) == [one, two]
+    assert load(one)["model_name"] == "org/model"
