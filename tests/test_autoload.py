@@ -114,7 +114,7 @@ print(lm_eval.tasks.TaskManager().paths)
 
 def test_hook_costs_under_5_ms_and_imports_nothing() -> None:
     code = f"""
-import sys, time
+import os, sys, time
 sys.path.insert(0, {str(HOOK.parent)!r})
 before = set(sys.modules)
 start = time.perf_counter()
