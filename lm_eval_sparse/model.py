@@ -31,7 +31,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from . import __version__, embedded, gguf_check
 from .config import OWN_ARGS, SparseConfig, knob_names, parse, split
@@ -39,7 +38,7 @@ from .errors import UserError, install_excepthook, nearest
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime.accounting import PHASES, Ledger, RowCounts
 from .runtime.attention import IMPLEMENTATION, Runtime, register
-from .runtime.cache import PreallocatedLayer, SparseCache, position_ids
+from .runtime.cache import SparseCache, position_ids
 
 logger = logging.getLogger(__name__)
 
@@ -468,9 +467,7 @@ class SparseHFLM(HFLM):
     @property
     def _is_recurrent(self) -> bool:
         """Whether the model carries a state that cannot be rolled back to the end of the context."""
-        known = (PreallocatedLayer, DynamicSlidingWindowLayer)
-        layers = SparseCache(self.model.config).layers
-        return bool(getattr(self.model, "_is_stateful", False)) or not all(isinstance(x, known) for x in layers)
+        return bool(getattr(self.model, "_is_stateful", False))
 
     def _score_whole(self, batch: list[Context]) -> list[list[tuple[float, bool]]]:
         """For recurrent models: context and answer in one pass, which makes the answer part of the prefill."""

@@ -619,11 +619,14 @@ def test_responses_survive_pickling(llama: str) -> None:
 
 
 def samples_of(results: Any) -> dict[str, list[Any]]:
-    """Samples without what the cache may change: nothing."""
-    return {
-        task: [{key: sample[key] for key in ("doc_id", "resps", "filtered_resps", "sparse")} for sample in samples]
-        for task, samples in results["samples"].items()
-    }
+    """Samples without what the cache may change: the name of the run that made an answer."""
+    kept = {}
+    for task, samples in results["samples"].items():
+        kept[task] = [{key: sample[key] for key in ("doc_id", "resps", "filtered_resps")} for sample in samples]
+        for mine, sample in zip(kept[task], samples, strict=True):
+            requests = [{**request, "run": None} for request in sample["sparse"]["requests"]]
+            mine["sparse"] = {**sample["sparse"], "requests": requests}
+    return kept
 
 
 def cached(tasks: Path, folder: Path, names: str, args: dict[str, Any]) -> Any:
