@@ -1,11 +1,12 @@
 """Block-sparse causal prefill attention over one unpadded row, with per-query-head layouts and native GQA.
 
 One public function, several backends. `auto` takes the fastest that works here: `flex` (FlexAttention,
-compiled) where a compiler is available, else `gather`. Which one ran is returned, never guessed.
+compiled) where a compiler is available and its blocks are not too small, else `gather`. Which one ran is returned, never guessed.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..layout import BlockLayout, check_shapes
@@ -61,6 +62,8 @@ def block_sparse_prefill(
     scale = dim**-0.5 if scale is None else scale
     call = (query, key, value, layout, scale, softcap)
     place = (query.device.type, layout.block_q, layout.block_k, dim, query.dtype)
+    if backend == "auto" and gather_is_faster(query.device.type, query.dtype, layout.block_k):
+        backend = "gather"
     if backend in ("auto", "flex"):
         reason = "it takes no softcap" if softcap is not None else flex.unavailable_reason(*place)
         if place in _broken:
@@ -74,6 +77,11 @@ def block_sparse_prefill(
             raise ValueError(f"backend 'flex' cannot run here: {reason}; use 'auto' or 'gather'")
         backend = "gather"
     return BACKENDS[backend](*call), backend
+
+
+def gather_is_faster(device: str, dtype: torch.dtype, block: int) -> bool:
+    """Half precision in small blocks on CPU: there `flex`, which computes in fp32, lost (benchmarks/results)."""
+    return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and block <= 32
 
 
 #: Where `flex` has failed although its probe ran, and why.
