@@ -111,7 +111,8 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
             knobs = ", ".join(f"{name}={value}" for name, value in given.items())
             raise UserError(
                 f"sparsity={sparsity:g} was given together with {knobs}: give either sparsity, which is turned into "
-                "the method's knobs, or the knobs themselves"
+                "the method's knobs, or the knobs themselves; type for example "
+                f"method={'+'.join(names)},sparsity={sparsity:g}"
             )
         if not chosen and sparsity > 0:
             sparse = ", ".join(name for name in METHODS if name != Dense.name)

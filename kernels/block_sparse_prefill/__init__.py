@@ -1,7 +1,8 @@
 """Block-sparse causal prefill attention over one unpadded row, with per-query-head layouts and native GQA.
 
 One public function, several backends. `auto` takes the fastest that works here: `flex` (FlexAttention,
-compiled) where a compiler is available and its blocks are not too small, else `gather`. Which one ran is returned, never guessed.
+compiled) where a compiler is available and its blocks are not too small, else `gather`. Which one ran is
+returned, never guessed.
 """
 
 from __future__ import annotations
