@@ -105,7 +105,8 @@ def number(name: str, value: Any, low: float, high: float, *, whole: bool = Fals
         fits = float(value).is_integer()
     if not fits or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
-        bound = f"from {low} to {high}" if high != float("inf") else f"of at least {low}"
+        start = "above 0 and up to" if 0 < low < 1e-6 else f"from {low} to"
+        bound = f"{start} {high}" if high != float("inf") else f"of at least {low}"
         raise UserError(f"{name}={value!r} is not accepted: give {kind} {bound}, for example {name}={example}")
 
 

@@ -41,7 +41,7 @@ class FlexPrefill(PrefillMethod):
     """FlexPrefill at block granularity (paper: Algorithms 1-4; defaults as published).
 
     Knobs:
-        gamma: share of the estimated attention to cover, in [0, 1]; 1 selects everything.
+        gamma: share of the estimated attention to cover, in (0, 1]; 1 selects everything.
         tau: a head whose root Jensen-Shannon divergence is below this is query-aware, in [0, 1].
         min_budget: tokens' worth of vertical and of slash blocks that each head gets at least.
         max_budget: tokens' worth that each of the two may get at most; None for no limit.
@@ -66,7 +66,7 @@ class FlexPrefill(PrefillMethod):
     block_size: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        number("gamma", self.gamma, 0, 1, example=0.9)
+        number("gamma", self.gamma, 1e-9, 1, example=0.9)
         number("tau", self.tau, 0, 1, example=0.1)
         number("min_budget", self.min_budget, 0, math.inf, whole=True, example=1024)
         if self.max_budget is not None:
