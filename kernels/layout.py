@@ -6,9 +6,10 @@ from it, never estimated from knobs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -24,6 +25,10 @@ class BlockLayout:
         counts: `(H, n_q)` int32, number of valid entries, at least 1.
         length: number of tokens `L` of the row (queries = keys).
         block_q, block_k: block sizes in tokens; the last block of each kind may be partial.
+        columns: `(H, n_q, C)` int32, ids of single keys that a query block reads besides its tiles, or None. The
+            first `column_counts` entries of a row are valid and ascending, the rest is 0; none lies in a listed
+            tile of its row, none after the row's last query.
+        column_counts: `(H, n_q)` int32, number of valid columns, may be 0.
     """
 
     indices: Tensor
@@ -31,16 +36,33 @@ class BlockLayout:
     length: int
     block_q: int
     block_k: int
+    columns: Tensor | None = None
+    column_counts: Tensor | None = None
 
     @staticmethod
     def from_mask(mask: Tensor, length: int, block_q: int, block_k: int) -> BlockLayout:
         """Build a layout from a boolean block mask `(H, n_q, n_k)`; non-causal blocks must be False."""
-        counts = mask.sum(-1, dtype=torch.int32)
-        width = int(counts.max())
-        # A stable sort of "not selected" puts the selected ids first, still ascending.
-        indices = torch.sort((~mask).to(torch.int8), dim=-1, stable=True).indices[..., :width].to(torch.int32)
-        valid = torch.arange(width, device=mask.device) < counts[..., None]
-        return BlockLayout(torch.where(valid, indices, 0), counts, length, block_q, block_k)
+        indices, counts = listed(mask)
+        return BlockLayout(indices, counts, length, block_q, block_k)
+
+    def with_columns(self, keys: Tensor) -> BlockLayout:
+        """This layout and single key columns: of the keys `(H, L)` bool, those outside the tiles of each row."""
+        # In key blocks the question "outside the listed tiles?" has one answer for all columns of a block.
+        open_blocks = ~self.mask()
+        block_of = torch.arange(self.length, device=keys.device) // self.block_k
+        last_query = torch.clamp((torch.arange(self.blocks_q, device=keys.device) + 1) * self.block_q, max=self.length)
+        causal = torch.arange(self.length, device=keys.device) < last_query[:, None]
+        wanted, counts = [], []
+        for head in range(self.heads):  # one head at a time: n_q x L booleans, not H x n_q x L
+            ids = keys[head].nonzero().flatten()
+            mask = open_blocks[head][:, block_of[ids]] & causal[:, ids]
+            places, count = listed(mask[None])
+            inside = torch.arange(places.shape[-1], device=keys.device) < count[..., None]
+            wanted.append(torch.where(inside, ids[places.long()] if len(ids) else places.long(), 0)[0].to(torch.int32))
+            counts.append(count[0])
+        width = max(rows.shape[-1] for rows in wanted)
+        columns = torch.stack([F.pad(rows, (0, width - rows.shape[-1])) for rows in wanted])
+        return replace(self, columns=columns, column_counts=torch.stack(counts))
 
     @property
     def heads(self) -> int:
@@ -63,17 +85,27 @@ class BlockLayout:
         return hits > 0
 
     def executed_pairs(self) -> Tensor:
-        """`(H,)` int64: (query, key) pairs inside the causal triangle that lie in a listed tile."""
+        """`(H,)` int64: (query, key) pairs inside the causal triangle that lie in a listed tile or column."""
         weights = tile_pairs(self.length, self.block_q, self.block_k, self.indices.device)
         valid = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
         rows = torch.arange(self.blocks_q, device=self.indices.device)[None, :, None]
-        return torch.where(valid, weights[rows, self.indices.long()], 0).sum((1, 2))
+        return torch.where(valid, weights[rows, self.indices.long()], 0).sum((1, 2)) + self._column_pairs()
+
+    def _column_pairs(self) -> Tensor | int:
+        if self.columns is None:
+            return 0
+        device = self.columns.device
+        valid = torch.arange(self.columns.shape[-1], device=device) < self.column_counts[..., None]
+        first = (torch.arange(self.blocks_q, device=device) * self.block_q)[None, :, None]
+        last = torch.clamp(first + self.block_q, max=self.length)
+        return torch.where(valid, last - torch.maximum(first, self.columns.long()), 0).sum((1, 2))
 
     def keys_read(self) -> Tensor:
-        """`(H,)` int64: keys that tiles load, summed over query blocks (each loads K and V of its blocks once)."""
+        """`(H,)` int64: keys that are loaded, summed over query blocks (each loads K and V of its keys once)."""
         sizes = block_lengths(self.length, self.block_k, self.indices.device)
         valid = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
-        return torch.where(valid, sizes[self.indices.long()], 0).sum((1, 2))
+        tiles = torch.where(valid, sizes[self.indices.long()], 0).sum((1, 2))
+        return tiles if self.columns is None else tiles + self.column_counts.sum(1)
 
     def check(self, heads: int) -> None:
         """Raise ValueError unless the layout is causal, in range, free of duplicates, and every query has a key.
@@ -94,8 +126,37 @@ class BlockLayout:
             raise ValueError("layout's key blocks are not strictly ascending (duplicate or unsorted)")
         first_query = torch.arange(self.blocks_q, device=ids.device) * self.block_q
         smallest = torch.where(valid, ids, self.blocks_k).amin(-1)
-        if bool((smallest * self.block_k > first_query).any()):
+        if self.columns is not None:
+            columns = self.columns.long()
+            valid = torch.arange(columns.shape[-1], device=ids.device) < self.column_counts[..., None]
+            if bool(((columns < 0) | (columns > last_query[None, :, None])).logical_and(valid).any()):
+                raise ValueError("layout holds a key column outside the keys that its query block may see")
+            if bool((columns[..., 1:] <= columns[..., :-1]).logical_and(valid[..., 1:]).any()):
+                raise ValueError("layout's key columns are not strictly ascending (duplicate or unsorted)")
+            if bool(self.mask().gather(-1, columns // self.block_k).logical_and(valid).any()):
+                raise ValueError("layout holds a key column that lies in a listed tile of its query block")
+            reach = torch.where(valid, columns, self.length).amin(-1) if columns.shape[-1] else self.length
+            smallest = torch.minimum(smallest * self.block_k, torch.as_tensor(reach, device=ids.device))
+        else:
+            smallest = smallest * self.block_k
+        if bool((smallest > first_query).any()):
             raise ValueError("layout leaves a query without any key: select the first column or the diagonal")
+
+
+def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids `(H, n, W)` int32 of the True entries of `(H, n, m)`, ascending, then 0; and their counts `(H, n)` int32.
+
+    Sorted head by head: the sort's 64-bit ids take eight times the memory of the mask.
+    """
+    counts = mask.sum(-1, dtype=torch.int32)
+    width = int(counts.max()) if counts.numel() else 0
+    place = torch.arange(width, device=mask.device)
+    rows = []
+    for head in range(mask.shape[0]):
+        # A stable sort of "not selected" puts the selected ids first, still ascending.
+        ids = torch.sort((~mask[head]).to(torch.int8), dim=-1, stable=True).indices[..., :width]
+        rows.append(torch.where(place < counts[head][:, None], ids, 0).to(torch.int32))
+    return torch.stack(rows), counts
 
 
 def check_shapes(layout: BlockLayout, heads: int) -> None:
@@ -107,6 +168,15 @@ def check_shapes(layout: BlockLayout, heads: int) -> None:
             f"layout has indices {tuple(layout.indices.shape)} and counts {tuple(layout.counts.shape)}; "
             f"expected ({heads}, {layout.blocks_q}, width) and ({heads}, {layout.blocks_q})"
         )
+    if (layout.columns is None) != (layout.column_counts is None):
+        raise ValueError("layout has only one of columns and column_counts; expected both or neither")
+    if layout.columns is not None:
+        shapes = tuple(layout.columns.shape[:2]), tuple(layout.column_counts.shape)
+        if shapes != ((heads, layout.blocks_q), (heads, layout.blocks_q)):
+            raise ValueError(
+                f"layout has columns {tuple(layout.columns.shape)} and column_counts {shapes[1]}; "
+                f"expected ({heads}, {layout.blocks_q}, width) and ({heads}, {layout.blocks_q})"
+            )
 
 
 def causal_pairs(length: int) -> int:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lm_eval_sparse.kernels import estimators
 from lm_eval_sparse.kernels.layout import BlockLayout
 from lm_eval_sparse.methods import FlexPrefill, Geometry, Selection, flexprefill
 
@@ -443,9 +444,9 @@ def test_selection_is_a_function_of_the_values_alone(sparsity: float | None, mon
     strided = [states.transpose(0, 1).contiguous().transpose(0, 1) for states in (query, key)]
     others = [select(query, key, sparsity, **knobs), select(*strided, sparsity, **knobs)]
     others.append(select(query.clone().requires_grad_(), key.clone().requires_grad_(), sparsity, **knobs))
-    monkeypatch.setattr(flexprefill, "WINDOW_ELEMENTS", 4 * 32 * 1025)
+    monkeypatch.setattr(estimators, "WINDOW_ELEMENTS", 4 * 32 * 1025)
     others.append(select(query, key, sparsity, **knobs))
-    monkeypatch.setattr(flexprefill, "WINDOW_ELEMENTS", 1)
+    monkeypatch.setattr(estimators, "WINDOW_ELEMENTS", 1)
     others.append(select(query, key, sparsity, **knobs))
     for other in others:
         assert torch.equal(want.layout.mask(), other.layout.mask())

@@ -26,12 +26,12 @@ def block_sparse_prefill(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, str]:
-    """Attend each query to the keys of its block's listed key blocks, causally.
+    """Attend each query to the keys of its block's listed key blocks and single key columns, causally.
 
     Args:
         query: `(H, L, D)`, any float dtype.
         key, value: `(H_kv, L, D)` with `H % H_kv == 0`; query head h reads KV head `h // (H // H_kv)`.
-        layout: key blocks per (query head, query block).
+        layout: key blocks, and maybe single key columns, per (query head, query block).
         scale: factor on the scores, default `D ** -0.5`.
         softcap: `c` of `c * tanh(score / c)` (Gemma 2), or None.
         backend: `auto`, `naive`, `gather` or `flex`.
@@ -66,7 +66,10 @@ def block_sparse_prefill(
     if backend == "auto" and gather_is_faster(query.device.type, query.dtype, layout.block_k):
         backend = "gather"
     if backend in ("auto", "flex"):
-        reason = "it takes no softcap" if softcap is not None else flex.unavailable_reason(*place)
+        if softcap is not None or layout.columns is not None:
+            reason = "it takes no softcap" if softcap is not None else "it takes no single key columns"
+        else:
+            reason = flex.unavailable_reason(*place)
         if place in _broken:
             reason = _broken[place]
         if reason is None:

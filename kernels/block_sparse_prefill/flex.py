@@ -99,10 +99,12 @@ def _compiled(block_q: int, block_k: int):
 def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, softcap: float | None
 ) -> Tensor:
-    """See `block_sparse_prefill`. Computes in fp32 on CPU, in the input dtype on CUDA; takes no softcap."""
+    """See `block_sparse_prefill`. Computes in fp32 on CPU, in the input dtype on CUDA; no softcap, no single columns."""
     if softcap is not None:
         # A score modification that holds a float does not compile on CPU with symbolic shapes (torch 2.13).
         raise ValueError("backend 'flex' does not take a softcap; use 'gather' or 'auto'")
+    if layout.columns is not None:
+        raise ValueError("backend 'flex' does not take single key columns; use 'gather' or 'auto'")
     mask = layout.mask()
     device = query.device
     starts_q = torch.arange(layout.blocks_q, device=device) * layout.block_q

@@ -1,6 +1,6 @@
-"""Torch only, any device and block size: gather the listed key blocks of each query block, batch the matmuls.
+"""Torch only, any device and block size: gather the listed keys of each query block, batch the matmuls.
 
-Query blocks are processed in order of how many key blocks they read, so that a batch pads little, and in
+Query blocks are processed in order of how many keys they read, so that a batch pads little, and in
 chunks of bounded memory: nothing of size L x L is ever made.
 """
 
@@ -31,32 +31,44 @@ def forward(
     k_blocks = F.pad(key, (0, 0, 0, n_k * block_k - length)).reshape(kv_heads, n_k, block_k, dim)
     v_blocks = F.pad(value, (0, 0, 0, n_k * block_k - length)).reshape(kv_heads, n_k, block_k, dim)
 
-    order = torch.argsort(layout.counts.flatten(), descending=True, stable=True)
-    widths = layout.counts.flatten()[order].tolist()
-    indices = layout.indices.reshape(heads * n_q, -1)
+    tiles, indices = layout.counts.flatten(), layout.indices.reshape(heads * n_q, -1)
+    singles = torch.zeros_like(tiles) if layout.columns is None else layout.column_counts.flatten()
+    columns = None if layout.columns is None else layout.columns.reshape(heads * n_q, -1)
+    k_tokens, v_tokens = (blocks.reshape(-1, blocks.shape[-1]) for blocks in (k_blocks, v_blocks))
+    needed = tiles * block_k + singles
+    order = torch.argsort(needed, descending=True, stable=True)
+    needed, tile_widths, single_widths = needed[order].tolist(), tiles[order].tolist(), singles[order].tolist()
     within_q, within_k = torch.arange(block_q, device=device), torch.arange(block_k, device=device)
     out = torch.empty_like(q_blocks)
     limit = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
     start = 0
-    while start < len(widths):
-        width = widths[start]
-        rows_at_most = max(1, limit // (width * block_k * max(block_q, 2 * dim)))
+    while start < len(needed):
+        rows_at_most = max(1, limit // (needed[start] * max(block_q, 2 * dim)))
         stop = start + 1
-        while stop < len(widths) and stop - start < rows_at_most and widths[stop] >= MIN_FILL * width:
+        while stop < len(needed) and stop - start < rows_at_most and needed[stop] >= MIN_FILL * needed[start]:
             stop += 1
         rows = order[start:stop]
+        width, extra = max(tile_widths[start:stop]), max(single_widths[start:stop])
         ids = indices[rows, :width].long()
         kv_head = rows // n_q // (heads // kv_heads)
         k = k_blocks[kv_head[:, None], ids].reshape(len(rows), width * block_k, dim)
         v = v_blocks[kv_head[:, None], ids].reshape(len(rows), width * block_k, dim)
+        if extra:
+            tokens = columns[rows, :extra].long() + kv_head[:, None] * (n_k * block_k)
+            k, v = torch.cat([k, k_tokens[tokens]], 1), torch.cat([v, v_tokens[tokens]], 1)
         scores = torch.bmm(q_blocks[rows], k.transpose(1, 2)).to(work).mul_(scale)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        listed = torch.arange(width, device=device) < layout.counts.flatten()[rows, None]
+        listed = torch.arange(width, device=device) < tiles[rows, None]
         # Unlisted slots get a key position after every query; keys past the end of the row lie there already.
         key_position = torch.where(listed[..., None], ids[..., None] * block_k + within_k, n_k * block_k)
+        key_position = key_position.reshape(len(rows), -1)
+        if extra:
+            single = torch.arange(extra, device=device) < singles[rows, None]
+            single = torch.where(single, columns[rows, :extra].long(), n_k * block_k)
+            key_position = torch.cat([key_position, single], 1)
         query_position = (rows % n_q)[:, None] * block_q + within_q
-        hidden = key_position.reshape(len(rows), 1, -1) > query_position[..., None]
+        hidden = key_position[:, None, :] > query_position[..., None]
         scores.masked_fill_(hidden, float("-inf"))
         out[rows] = torch.bmm(scores.softmax(-1).to(value.dtype), v)
         start = stop

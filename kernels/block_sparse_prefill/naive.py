@@ -27,7 +27,12 @@ def forward(
         scores = query[head].to(work) @ k.T * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        visible = blocks[head][position // layout.block_q][:, position // layout.block_k] & causal
+        visible = blocks[head][position // layout.block_q][:, position // layout.block_k]
+        if layout.columns is not None:
+            for block, count in enumerate(layout.column_counts[head].tolist()):
+                rows = slice(block * layout.block_q, (block + 1) * layout.block_q)
+                visible[rows, layout.columns[head, block, :count].long()] = True
+        visible &= causal
         scores = scores.masked_fill(~visible, float("-inf"))
         out[head] = (scores.softmax(-1) @ v).to(query.dtype)
     return out

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..kernels.estimators import PageBounds
 from ..kernels.layout import BlockLayout
+from ..kernels.paged_decode import PageSelection
+from ..kernels.ragged import RaggedKV
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of `select` for one layer and one unpadded row.
+    """What a prefill method selects for one layer and one unpadded row.
 
     Attributes:
-        layout: key blocks per (query head, query block).
+        layout: key blocks, and maybe single key columns, per (query head, query block).
         selected_pairs: `(H,)` int64, pairs of the method's own pattern inside the causal triangle. Equal to the
             executed ones where the method selects whole tiles.
         estimator_flops: floating-point operations spent on selecting (multiply and add count as two).
@@ -46,11 +49,67 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class EvictionSelection:
+    """What an eviction method keeps of one layer's cache of one unpadded row.
+
+    Attributes:
+        indices: `(H_kv, W)` int64, token ids; the first `counts` of a head are kept, ascending, the rest is 0.
+        counts: tokens that each KV head keeps, at least 1.
+        estimator_flops, estimator_bytes, knobs: as in `Selection`.
+    """
+
+    indices: Tensor
+    counts: list[int]
+    estimator_flops: int
+    estimator_bytes: int
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DecodeContext:
+    """What a decode method may know of the cache when T new tokens of each sequence are to be attended.
+
+    A sequence is what one KV head of one row holds.
+
+    Attributes:
+        kv: keys and values of the S sequences, the new tokens included.
+        visible: `(S, T)` int64 on the CPU, keys of the sequence that each new token may see.
+        logical: `(S, T)` int64 on the CPU, keys a dense step would read: the tokens so far, evicted ones included.
+        bounds: page bounds over `kv`, when the method's `page_size` asks for them.
+    """
+
+    kv: RaggedKV
+    visible: Tensor
+    logical: Tensor
+    bounds: PageBounds | None
+
+
+@dataclass(frozen=True)
+class DecodeSelection:
+    """What a decode method reads for T new tokens of S sequences.
+
+    Attributes:
+        pages: the pages.
+        keys_read: `(S, Gs, T)` int64 on the CPU, keys in those pages; Gs as in `pages`.
+        estimator_flops: `(S, T)` int64 on the CPU, operations spent on selecting, all query heads of the group.
+        estimator_bytes: `(S, T)` int64 on the CPU, bytes of metadata read to select, once for the group.
+        knobs: as in `Selection`.
+    """
+
+    pages: PageSelection
+    keys_read: Tensor
+    estimator_flops: Tensor
+    estimator_bytes: Tensor
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods: subclasses are frozen dataclasses whose fields are the native knobs.
 
     Class attributes give the name, the phase, the place in the taxonomy of "The Sparse Frontier" (section 2)
-    and the paper; the documentation is generated from them.
+    and the paper; the documentation is generated from them. `budget_knobs` names the knobs that a requested
+    sparsity decides, and which therefore cannot be given beside one.
     """
 
     name: ClassVar[str]
@@ -60,11 +119,20 @@ class Method:
     budget: ClassVar[str]
     kv: ClassVar[str]
     paper: ClassVar[str]
+    budget_knobs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def knobs(cls) -> dict[str, Any]:
         """Native knobs and their defaults."""
         return {f.name: f.default for f in fields(cls) if f.init}
+
+    def too_short(self, sparsity: float | None, length: int) -> str | None:
+        """Why a prompt of `length` tokens cannot be sparse under these knobs, or None when it can."""
+        return None
+
+    def largest_sparsity(self, length: int) -> float:
+        """The largest sparsity that the forced parts leave reachable at this length."""
+        return 1.0
 
 
 class PrefillMethod(Method):
@@ -76,18 +144,10 @@ class PrefillMethod(Method):
         """The method with the knobs that a closed form gives for `sparsity` at this prompt length (tokens)."""
         raise NotImplementedError
 
-    def too_short(self, sparsity: float | None, length: int) -> str | None:
-        """Why a prompt of `length` tokens cannot be sparse under these knobs, or None when it can."""
-        return None
-
-    def largest_sparsity(self, length: int) -> float:
-        """The largest executed sparsity that the forced parts leave reachable at this length."""
-        return 1.0
-
     def select(
         self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
     ) -> Selection:
-        """Choose key blocks for one layer and one row.
+        """Choose keys for one layer and one row.
 
         Args:
             query: `(H, L, D)` after rotary embedding.
@@ -95,6 +155,47 @@ class PrefillMethod(Method):
             scale, softcap: as the attention itself uses them.
             sparsity: executed sparsity to meet on average over the heads, or None to follow the native knobs.
         """
+        raise NotImplementedError
+
+
+class EvictionMethod(Method):
+    """A method that drops part of the prompt's keys and values, once, after prefill."""
+
+    phase: ClassVar[str] = "eviction"
+
+    def knobs_for(self, sparsity: float, length: int, geometry: Geometry) -> EvictionMethod:
+        """The method with the knobs that `sparsity` gives at this prompt length (tokens)."""
+        raise NotImplementedError
+
+    def select(
+        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
+    ) -> EvictionSelection:
+        """Choose the tokens to keep for one layer and one row; arguments as in `PrefillMethod.select`.
+
+        `sparsity` is the share of the prompt's keys and values to drop, on average over the KV heads.
+        """
+        raise NotImplementedError
+
+
+class DecodeMethod(Method):
+    """A method that chooses what each new token reads of a cache that keeps everything."""
+
+    phase: ClassVar[str] = "decode"
+    #: The cache keeps the bounds of pages of this size; a field of most methods.
+    page_size: int
+
+    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> DecodeSelection:
+        """Choose pages for each new token.
+
+        Args:
+            query: `(S, G, T, D)`, the query heads of each KV head.
+            context: the cache.
+            sparsity: share of the logical keys not to read, or None to follow the native knobs.
+        """
+        raise NotImplementedError
+
+    def covers(self, sparsity: float | None, visible: int, logical: int) -> bool:
+        """Whether the budget of a token that may see `visible` keys takes them all, so that dense attention is due."""
         raise NotImplementedError
 
 
@@ -113,3 +214,19 @@ def number(name: str, value: Any, low: float, high: float, *, whole: bool = Fals
 def apply_softcap(scores: Tensor, softcap: float | None) -> Tensor:
     """Gemma 2's bounded scores, or the scores themselves."""
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def one_of(name: str, value: Any, accepted: tuple[Any, ...], *, auto: bool = False) -> None:
+    """Raise `UserError` unless `value` is one of the accepted ones (`auto` included if asked)."""
+    if (auto and value == "auto") or (not isinstance(value, bool) and any(value == known for known in accepted)):
+        return
+    words = ", ".join(map(str, accepted)) + (", or auto" if auto else "")
+    raise UserError(f"{name}={value!r} is not accepted: give one of {words}")
+
+
+def top(scores: Tensor, count: int | Tensor) -> Tensor:
+    """Boolean mask `(…, L)` of the `count` largest scores along the last dimension; ties go to the later entries."""
+    order = scores.shape[-1] - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    rank = torch.empty_like(order).scatter_(-1, order, place.expand_as(order))
+    return rank < (count[..., None] if isinstance(count, Tensor) else count)

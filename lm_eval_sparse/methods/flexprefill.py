@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from ..kernels.estimators import pool, sum_blocks, window_sums
 from ..kernels.layout import BLOCK_SIZES, BlockLayout, block_lengths, causal_pairs, tile_pairs
 from .base import Geometry, PrefillMethod, Selection, apply_softcap, number
 
@@ -26,8 +27,6 @@ from .base import Geometry, PrefillMethod, Selection, apply_softcap, number
 FORCED_SHARE = 0.25
 #: One more block column of one head may change the mean density by this much (twice the promised tolerance).
 MAX_STEP = 0.02
-#: Elements of the fp32 score window held at once: bounds the estimator's memory at long lengths.
-WINDOW_ELEMENTS = 1 << 27
 #: The solve stops once the mean density is this close to the target (a tenth of the promised tolerance).
 CLOSE_ENOUGH = 0.001
 #: Smaller shares to leave out than this cannot be told from 0 once written as gamma = 1 - share.
@@ -58,6 +57,7 @@ class FlexPrefill(PrefillMethod):
     budget: ClassVar[str] = "threshold"
     kv: ClassVar[str] = "full cache"
     paper: ClassVar[str] = "Lai et al., ICLR 2025"
+    budget_knobs: ClassVar[tuple[str, ...]] = ("gamma", "min_budget", "max_budget")
 
     gamma: float = 0.9
     tau: float = 0.1
@@ -83,11 +83,13 @@ class FlexPrefill(PrefillMethod):
     # --- knobs from a sparsity -------------------------------------------------------------------------------
 
     def knobs_for(self, sparsity: float, length: int, geometry: Geometry) -> FlexPrefill:
-        """Block size in closed form, no floor; `gamma` is left to `select`, which solves it on the scores.
+        """Block size in closed form unless given, no floor; `gamma` is left to `select`, which solves it on the scores.
 
         The block is the largest whose forced tiles take at most a quarter of the budget, and whose single steps
         are fine enough to meet the sparsity; 16 where none is.
         """
+        if self.block_size != "auto":
+            return replace(self, min_budget=0, max_budget=None)
         fitting = [
             block
             for block in BLOCK_SIZES
@@ -113,7 +115,7 @@ class FlexPrefill(PrefillMethod):
         return None
 
     def largest_sparsity(self, length: int) -> float:
-        return 1 - forced_density(length, BLOCK_SIZES[0])
+        return 1 - forced_density(length, BLOCK_SIZES[0] if self.block_size == "auto" else int(self.block_size))
 
     # --- selection -------------------------------------------------------------------------------------------
 
@@ -207,54 +209,14 @@ def forced_density(length: int, block: int) -> float:
     return float(diagonal + first) / causal_pairs(length)
 
 
-def pool(states: Tensor, block: int) -> Tensor:
-    """Mean of each block of tokens: `(H, L, D)` to `(H, n, D)` in fp32; a partial last block counts its tokens."""
-    heads, length, dim = states.shape
-    blocks = -(-length // block)
-    padded = F.pad(states.float(), (0, 0, 0, blocks * block - length)).reshape(heads, blocks, block, dim)
-    return padded.sum(2) / block_lengths(length, block, states.device)[:, None]
-
-
 def window_scores(query: Tensor, key: Tensor, block: int, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Attention of the last `block` queries, averaged over them and summed into blocks.
 
     Returns `(H, n)` mass of each key block, and `(H, n)` mass of each band of `block` token diagonals: band d
     holds the offsets query - key in [d * block, (d + 1) * block).
     """
-    heads, length, _ = query.shape
-    group = heads // key.shape[0]
-    blocks = -(-length // block)
-    future = torch.ones(block, block, dtype=torch.bool, device=query.device).triu(1)
-    verticals, slashes = [], []
-    step = max(1, WINDOW_ELEMENTS // (block * length))
-    for first in range(0, heads, step):
-        chunk = torch.arange(first, min(first + step, heads), device=query.device)
-        scores = query[chunk, -block:].float() @ key[chunk // group].float().transpose(1, 2) * scale
-        scores = apply_softcap(scores, softcap)
-        scores[..., -block:].masked_fill_(future, float("-inf"))
-        weights = scores.softmax(-1) / block
-        verticals.append(sum_blocks(weights.sum(1), block, blocks))
-        slashes.append(sum_blocks(diagonal_sums(weights), block, blocks))
-    return torch.cat(verticals), torch.cat(slashes)
-
-
-def diagonal_sums(weights: Tensor) -> Tensor:
-    """Sum of `(H, w, L)` weights over each token diagonal: `(H, L)`, entry o for query - key = o.
-
-    The w queries are the last of L. Rows are skewed by reading a padded copy with a stride that is one longer
-    than its rows, so that a diagonal becomes a column.
-    """
-    heads, window, length = weights.shape
-    width = length + window
-    flat = F.pad(F.pad(weights, (0, window)).reshape(heads, window * width), (window - 1, 0))
-    skewed = flat.as_strided((heads, window, length), (flat.stride(0), width + 1, 1))
-    return skewed.sum(1).flip(-1)
-
-
-def sum_blocks(mass: Tensor, block: int, blocks: int) -> Tensor:
-    """Sum `(H, L)` over blocks of tokens: `(H, n)`."""
-    heads, length = mass.shape
-    return F.pad(mass, (0, blocks * block - length)).reshape(heads, blocks, block).sum(-1)
+    sums = window_sums(query, key, block, scale=scale, softcap=softcap, columns=True, diagonals=True)
+    return sum_blocks(sums.columns, block) / block, sum_blocks(sums.diagonals, block) / block
 
 
 def root_jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
