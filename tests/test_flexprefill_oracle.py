@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lm_eval_sparse.kernels import estimators
 from lm_eval_sparse.kernels.layout import BlockLayout
-from lm_eval_sparse.methods import FlexPrefill, Geometry, Selection, flexprefill
+from lm_eval_sparse.methods import FlexPrefill, Geometry, Selection
 
 #: Relative distance from a cut below which fp32 and fp64 may rightly disagree.
 NEAR = 1e-6

@@ -99,7 +99,7 @@ def _compiled(block_q: int, block_k: int):
 def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, softcap: float | None
 ) -> Tensor:
-    """See `block_sparse_prefill`. Computes in fp32 on CPU, in the input dtype on CUDA; no softcap, no single columns."""
+    """See `block_sparse_prefill`. Computes in fp32 on CPU, in the input dtype on CUDA; no softcap, no columns."""
     if softcap is not None:
         # A score modification that holds a float does not compile on CPU with symbolic shapes (torch 2.13).
         raise ValueError("backend 'flex' does not take a softcap; use 'gather' or 'auto'")

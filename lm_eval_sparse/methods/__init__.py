@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
-from .base import Geometry, Method, PrefillMethod, Selection
+from .ada_snapkv import AdaSnapKV
+from .base import (
+    DecodeContext,
+    DecodeMethod,
+    DecodeSelection,
+    EvictionMethod,
+    EvictionSelection,
+    Geometry,
+    Method,
+    PrefillMethod,
+    Selection,
+)
+from .block_sparse import BlockSparse
 from .dense import Dense
 from .flexprefill import FlexPrefill
+from .flexprefill_vs import FlexPrefillVS
+from .quest import Quest
+from .snapkv import SnapKV
+from .vertical_slash import VerticalSlash
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Dense, FlexPrefill)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Dense, VerticalSlash, FlexPrefill, FlexPrefillVS, BlockSparse, SnapKV, AdaSnapKV, Quest)
+}
 
-__all__ = ["METHODS", "Dense", "FlexPrefill", "Geometry", "Method", "PrefillMethod", "Selection", "table"]
+#: Phases in the order in which they come, and the model argument that asks for a sparsity in each.
+PHASE_ARGUMENTS: dict[str, str] = {
+    "prefill": "prefill_sparsity",
+    "eviction": "kv_sparsity",
+    "decode": "decode_sparsity",
+}
+
+__all__ = [
+    "METHODS",
+    "PHASE_ARGUMENTS",
+    "AdaSnapKV",
+    "BlockSparse",
+    "DecodeContext",
+    "DecodeMethod",
+    "DecodeSelection",
+    "Dense",
+    "EvictionMethod",
+    "EvictionSelection",
+    "FlexPrefill",
+    "FlexPrefillVS",
+    "Geometry",
+    "Method",
+    "PrefillMethod",
+    "Quest",
+    "Selection",
+    "SnapKV",
+    "VerticalSlash",
+    "table",
+]
 
 
 def table() -> str:
@@ -20,7 +66,7 @@ def table() -> str:
     for cls in METHODS.values():
         knobs = ", ".join(f"`{name}` ({default})" for name, default in cls.knobs().items()) or "-"
         lines.append(
-            f"| `{cls.name}` | {cls.phase} | {cls.unit} | {cls.importance} | {cls.budget} | {cls.kv} "
+            f"| `{cls.name}` | {cls.phase} | {cls.unit} | {cls.importance} | {cls.allocation} | {cls.kv} "
             f"| {knobs} | {cls.paper} |"
         )
     return "\n".join(lines)

@@ -116,7 +116,7 @@ class Method:
     phase: ClassVar[str]
     unit: ClassVar[str]
     importance: ClassVar[str]
-    budget: ClassVar[str]
+    allocation: ClassVar[str]
     kv: ClassVar[str]
     paper: ClassVar[str]
     budget_knobs: ClassVar[tuple[str, ...]] = ()

@@ -16,6 +16,6 @@ class Dense(Method):
     phase: ClassVar[str] = "any"
     unit: ClassVar[str] = "-"
     importance: ClassVar[str] = "-"
-    budget: ClassVar[str] = "-"
+    allocation: ClassVar[str] = "-"
     kv: ClassVar[str] = "full cache"
     paper: ClassVar[str] = "Vaswani et al., 2017"

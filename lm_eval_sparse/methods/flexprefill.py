@@ -54,7 +54,7 @@ class FlexPrefill(PrefillMethod):
     name: ClassVar[str] = "flexprefill"
     unit: ClassVar[str] = "verticals + slashes, or blocks"
     importance: ClassVar[str] = "last query block, pooled scores"
-    budget: ClassVar[str] = "threshold"
+    allocation: ClassVar[str] = "threshold"
     kv: ClassVar[str] = "full cache"
     paper: ClassVar[str] = "Lai et al., ICLR 2025"
     budget_knobs: ClassVar[tuple[str, ...]] = ("gamma", "min_budget", "max_budget")

@@ -1,0 +1,115 @@
+"""SnapKV (Li et al., NeurIPS 2024) as harmonised by The Sparse Frontier (section 3): a fixed capacity per KV head.
+
+Once the prompt is read, the last queries vote for the keys that they attend to; neighbours of a chosen key score
+with it (pooling); what is not chosen is dropped from the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+from ..kernels.estimators import window_flops, window_sums
+from ..kernels.layout import listed
+from .base import EvictionMethod, EvictionSelection, Geometry, number, top
+
+#: Forced tokens may take this share of a requested sparsity's capacity.
+FORCED_SHARE = 4
+
+
+@dataclass(frozen=True)
+class SnapKV(EvictionMethod):
+    """The `capacity` tokens of each KV head with the largest pooled attention (paper: section 3 and Table 3).
+
+    Knobs:
+        capacity: tokens that each KV head keeps (on average), forced ones included.
+        window: last queries that vote.
+        kernel: width of the average pooling over keys, odd; zeros are padded at both ends.
+        sinks, local: first and last tokens that are always kept.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    unit: ClassVar[str] = "tokens"
+    importance: ClassVar[str] = "window of last queries"
+    allocation: ClassVar[str] = "uniform"
+    kv: ClassVar[str] = "evicted"
+    paper: ClassVar[str] = "Li et al., NeurIPS 2024"
+    budget_knobs: ClassVar[tuple[str, ...]] = ("capacity",)
+
+    capacity: int = 1024
+    window: int = 256
+    kernel: int = 21
+    sinks: int = 4
+    local: int = 128
+
+    def __post_init__(self) -> None:
+        number("capacity", self.capacity, 1, math.inf, whole=True, example=1024)
+        number("window", self.window, 1, math.inf, whole=True, example=256)
+        number("kernel", self.kernel, 1, math.inf, whole=True, example=21)
+        number("sinks", self.sinks, 0, math.inf, whole=True, example=4)
+        number("local", self.local, 1, math.inf, whole=True, example=128)
+        if self.kernel % 2 == 0:
+            raise UserError(f"kernel={self.kernel} is even: give an odd width, for example kernel={self.kernel + 1}")
+
+    def check_native(self) -> None:
+        """What only matters when the capacity rules: it must exceed the window and hold what is always kept."""
+        if self.capacity <= self.window:
+            raise UserError(
+                f"capacity={self.capacity} does not exceed window={self.window}: give a capacity above "
+                f"{self.window}, or a smaller window"
+            )
+        if self.capacity < self.sinks + self.local:
+            raise UserError(
+                f"capacity={self.capacity} cannot hold sinks={self.sinks} and local={self.local}, which are always "
+                f"kept: give a capacity of at least {self.sinks + self.local}, or smaller sinks and local"
+            )
+
+    def knobs_for(self, sparsity: float, length: int, geometry: Geometry | None = None) -> SnapKV:
+        """Capacity in closed form; sinks and local tokens shrink to a quarter of it together."""
+        capacity = max(1, round((1 - sparsity) * length))
+        sinks = min(self.sinks, capacity // FORCED_SHARE)
+        local = max(1, min(self.local, capacity // FORCED_SHARE - sinks))
+        return replace(self, capacity=capacity, sinks=sinks, local=local)
+
+    def too_short(self, sparsity: float | None, length: int) -> str | None:
+        capacity = self.capacity if sparsity is None else self.knobs_for(sparsity, length).capacity
+        if capacity >= length:
+            return f"prompt of {length} tokens fits into the capacity of {capacity}"
+        return None
+
+    @torch.no_grad()
+    def select(
+        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
+    ) -> EvictionSelection:
+        heads, length, dim = query.shape
+        kv_heads = key.shape[0]
+        method = self if sparsity is None else self.knobs_for(sparsity, length)
+        scores = method._scores(query, key, scale, softcap)
+        padding = method.kernel // 2
+        pooled = F.avg_pool1d(scores[:, None], method.kernel, stride=1, padding=padding)[:, 0]
+        pooled[:, : method.sinks] = math.inf
+        pooled[:, max(0, length - method.local) :] = math.inf
+        kept = method._keep(pooled)
+        indices, counts = listed(kept[:, None])
+        return EvictionSelection(
+            indices=indices[:, 0].long(),
+            counts=counts[:, 0].tolist(),
+            estimator_flops=window_flops(heads, method.window, length, dim),
+            estimator_bytes=query.element_size() * dim * (kv_heads * length + heads * min(method.window, length)),
+            knobs={name: getattr(method, name) for name in method.knobs()},
+        )
+
+    def _scores(self, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """`(H_kv, L)`: attention of the window's queries, summed over them, averaged over the heads of the group."""
+        sums = window_sums(query, key, self.window, scale=scale, softcap=softcap, columns=True).columns
+        return sums.reshape(key.shape[0], -1, key.shape[1]).mean(1)
+
+    def _keep(self, pooled: Tensor) -> Tensor:
+        """`(H_kv, L)` bool: what to keep; forced tokens score infinity."""
+        return top(pooled, min(self.capacity, pooled.shape[-1]))
