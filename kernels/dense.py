@@ -69,7 +69,9 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: f
         return torch.nan_to_num(out) if visible.dim() == 4 else out
     batch, heads, q_len, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, q_len, dim)
-    scores = torch.einsum("bgrqd,bgkd->bgrqk", grouped, key).float() * scale
+    # In half precision the product itself would round the scores before the softmax.
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scores = torch.einsum("bgrqd,bgkd->bgrqk", grouped.to(work), key.to(work)) * scale
     scores = softcap * torch.tanh(scores / softcap)
     mask = visible[:, :, None] if visible.dim() == 4 else visible
     weights = torch.nan_to_num(scores.masked_fill(~mask, float("-inf")).softmax(-1)).to(value.dtype)

@@ -51,12 +51,12 @@ def window_sums(
         key: `(H_kv, L, D)`.
         scale, softcap: as the attention itself uses them.
     """
-    heads, length, _ = query.shape
+    heads, length, dim = query.shape
     group = heads // key.shape[0]
     window = min(window, length)
     future = torch.ones(window, window, dtype=torch.bool, device=query.device).triu(1)
     parts: dict[str, list[Tensor]] = {"columns": [], "diagonals": [], "peaks": []}
-    step = max(1, WINDOW_ELEMENTS // (window * length))
+    step = max(1, WINDOW_ELEMENTS // (max(window, dim) * length))
     for first in range(0, heads, step):
         chunk = torch.arange(first, min(first + step, heads), device=query.device)
         scores = query[chunk, -window:].float() @ key[chunk // group].float().transpose(1, 2)
@@ -145,14 +145,19 @@ class PageBounds:
         if touched <= 0:
             return
         if touched <= 2:  # decoding: all sequences at once
-            offset, begin, end = (torch.tensor(values, device=device) for values in (starts, before, after))
-            page = begin[:, None] // size + torch.arange(touched, device=device)
+            rows = [row for row, end in enumerate(after) if end]
+            row, offset, begin, end = (
+                torch.tensor(values, device=device)
+                for values in (rows, *([table[row] for row in rows] for table in (starts, before, after)))
+            )
+            # A sequence that touches fewer pages than others does its last one again.
+            page = torch.minimum(
+                begin[:, None] // size + torch.arange(touched, device=device), (end[:, None] - 1) // size
+            )
             token = page[..., None] * size + torch.arange(size, device=device)
             # Behind the end the last key is read again, which changes no bound.
-            token = torch.minimum(token, end[:, None, None] - 1)
-            found = keys[offset[:, None, None] + token]
-            page = torch.minimum(page, (end[:, None] - 1) // size)
-            row = torch.arange(len(starts), device=device)[:, None]
+            found = keys[offset[:, None, None] + torch.minimum(token, end[:, None, None] - 1)]
+            row = row[:, None]
             self.low[row, page], self.high[row, page] = found.amin(2), found.amax(2)
             return
         for row, (offset, begin, end) in enumerate(zip(starts, before, after, strict=True)):

@@ -47,6 +47,11 @@ class BlockLayout:
 
     def with_columns(self, keys: Tensor) -> BlockLayout:
         """This layout and single key columns: of the keys `(H, L)` bool, those outside the tiles of each row."""
+        if self.columns is not None or keys.shape != (self.heads, self.length):
+            raise ValueError(
+                f"keys {tuple(keys.shape)} do not fit a layout of {self.heads} heads and {self.length} tokens, "
+                "or it has columns already"
+            )
         # In key blocks the question "outside the listed tiles?" has one answer for all columns of a block.
         open_blocks = ~self.mask()
         block_of = torch.arange(self.length, device=keys.device) // self.block_k
@@ -113,6 +118,12 @@ class BlockLayout:
         Costs a pass over the layout and a host synchronisation: for tests and debugging.
         """
         check_shapes(self, heads)
+        if bool((self.counts < 1).any()) or bool((self.counts > self.indices.shape[-1]).any()):
+            raise ValueError(
+                f"layout lists fewer than one key block in a row, or more than its {self.indices.shape[-1]}"
+            )
+        if self.columns is not None and bool((self.column_counts > self.columns.shape[-1]).any()):
+            raise ValueError(f"layout counts more columns than the {self.columns.shape[-1]} it lists")
         ids, counts = self.indices.long(), self.counts.long()
         valid = torch.arange(ids.shape[-1], device=ids.device) < counts[..., None]
         if bool(((ids < 0) | (ids >= self.blocks_k)).logical_and(valid).any()):

@@ -57,13 +57,24 @@ class RaggedKV:
             raise ValueError(f"a sequence reaches outside the {len(self.keys)} stored keys")
 
 
-def compact(states: Tensor, indices: Tensor, counts: list[int]) -> Tensor:
-    """Copy the kept tokens of each head, head after head: `(H, L, D)` to `(sum of counts, D)`.
+def compact(states: Tensor, indices: Tensor, counts: list[int], room: int = 0) -> Tensor:
+    """Copy the kept tokens of each head, head after head: `(H, L, D)` to `(sum of counts + H * room, D)`.
 
     Args:
         indices: `(H, W)` int64, token ids; the first `counts[h]` of a head are kept.
+        room: uninitialised entries behind the tokens of each head.
     """
-    return torch.cat([states[head, indices[head, :count]] for head, count in enumerate(counts)])
+    if len(counts) != len(states) or not all(0 < count <= indices.shape[1] for count in counts):
+        raise ValueError(
+            f"counts {counts} do not fit {len(states)} heads with up to {indices.shape[1]} listed tokens each; "
+            "every head keeps at least one"
+        )
+    out = states.new_empty(sum(counts) + len(counts) * room, states.shape[-1])
+    start = 0
+    for head, count in enumerate(counts):
+        torch.index_select(states[head], 0, indices[head, :count], out=out[start : start + count])
+        start += count + room
+    return out
 
 
 def ragged_decode(query: Tensor, kv: RaggedKV, *, scale: float, softcap: float | None = None) -> Tensor:
@@ -91,7 +102,8 @@ def ragged_decode(query: Tensor, kv: RaggedKV, *, scale: float, softcap: float |
             )[0].transpose(0, 1)
             continue
         work = torch.float64 if query.dtype == torch.float64 else torch.float32
-        scores = (query[row] @ key.T).to(work) * scale
+        # In half precision the product itself would round the scores before the softmax.
+        scores = query[row].to(work) @ key.to(work).T * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if steps > 1:

@@ -5,17 +5,23 @@ Everything that can be wrong in what the user typed about sparsity is found here
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import UserError, nearest
 from .kernels.block_sparse_prefill import BACKENDS
-from .methods import METHODS, Dense, Method, PrefillMethod
-from .runtime.attention import Plan
+from .methods import METHODS, PHASE_ARGUMENTS, Dense, Method, presets
+from .methods.snapkv import SnapKV
+from .runtime.attention import Assignment, Plan
+
+logger = logging.getLogger(__name__)
 
 #: Model arguments of sparse-hf itself, beside the knobs of the methods.
-OWN_ARGS = ("method", "sparsity", "backend")
+OWN_ARGS = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats")
+
+STATS = ("basic", "full")
 
 
 @dataclass(frozen=True)
@@ -23,35 +29,57 @@ class SparseConfig:
     """The sparse part of the model arguments, checked.
 
     Attributes:
-        method: the name as given, such as `flexprefill`.
-        sparsity: requested sparsity in [0, 1), or None when native knobs were given or the method is dense.
-        backend: kernel choice.
+        method: the names as given, such as `flexprefill+quest`.
         methods: method by phase; a phase that is missing is dense.
+        sparsities: requested sparsity by phase, in [0, 1); None where native knobs were given. Phases with a method.
+        preset: name of a table of knobs, or None.
+        backend: kernel choice.
+        stats: `basic`, or `full` to keep figures per layer and head.
         given: knobs that the user typed.
     """
 
     method: str
-    sparsity: float | None
-    backend: str
     methods: dict[str, Method]
+    sparsities: dict[str, float | None]
+    preset: str | None
+    backend: str
+    stats: str
     given: dict[str, Any]
+
+    @property
+    def sparsity(self) -> float | None:
+        """The sparsity that all phases with a method were given, or None when they differ or knobs rule."""
+        values = set(self.sparsities.values())
+        return values.pop() if len(values) == 1 else None
 
     @property
     def plan(self) -> Plan:
         """What the runtime executes. Sparsity 0 is dense attention, for every method."""
-        prefill = self.methods.get("prefill")
-        if not isinstance(prefill, PrefillMethod) or self.sparsity == 0:
-            prefill = None
-        return Plan(prefill=prefill, sparsity=self.sparsity if prefill else None, backend=self.backend)
+        filled = {
+            phase: Assignment(method, self.sparsities[phase], self.preset)
+            for phase, method in self.methods.items()
+            if self.sparsities[phase] != 0
+        }
+        return Plan(**filled, backend=self.backend)
 
     def describe(self) -> dict[str, Any]:
-        """Method and knobs as requested, for fingerprints and results."""
-        knobs = (
-            {}
-            if self.sparsity is not None
-            else {name: getattr(method, name) for method in self.methods.values() for name in method.knobs()}
-        )
-        return {"method": self.method, "requested_sparsity": self.sparsity, "knobs": knobs, "backend": self.backend}
+        """Methods and knobs as requested, for fingerprints and results. Solved knobs are not among them."""
+        knobs = {
+            method.name: {
+                name: getattr(method, name)
+                for name in method.knobs()
+                if self.sparsities[phase] is None or name not in method.budget_knobs
+            }
+            for phase, method in self.methods.items()
+        }
+        return {
+            "method": self.method,
+            "requested_sparsity": self.sparsity if self.methods else None,
+            "requested_by_phase": dict(self.sparsities),
+            "preset": self.preset,
+            "knobs": knobs,
+            "backend": self.backend,
+        }
 
 
 def knob_names() -> dict[str, str]:
@@ -63,9 +91,16 @@ def knob_names() -> dict[str, str]:
     return {name: "+".join(methods) for name, methods in owners.items()}
 
 
+def argument_names() -> set[str]:
+    """Everything that is ours: our own arguments, knobs, and knobs with their method's name before them."""
+    knobs = knob_names()
+    dotted = {f"{owner}.{name}" for name, owners in knobs.items() for owner in owners.split("+")}
+    return {*OWN_ARGS, *knobs, *dotted}
+
+
 def split(model_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separate our arguments from those of the model."""
-    ours = {*OWN_ARGS, *knob_names()}
+    ours = argument_names()
     return (
         {name: value for name, value in model_args.items() if name in ours},
         {name: value for name, value in model_args.items() if name not in ours},
@@ -76,11 +111,51 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
     """Check the sparse arguments.
 
     Raises:
-        UserError: unknown method or backend, sparsity out of range or beside native knobs, knobs of a method that
-            is not in use, knob values out of range, two methods for one phase.
+        UserError: unknown method, preset or backend, sparsity out of range or beside the knobs that it decides,
+            sparsity of a phase without a method, knobs of a method that is not in use, knob values out of range, two
+            methods for one phase.
     """
     given = {name: value for name, value in ours.items() if name not in OWN_ARGS}
     names = str(ours.get("method", Dense.name)).split("+")
+    chosen = _methods(names)
+    backend = ours.get("backend", "auto")
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
+        accepted = ", ".join(("auto", *BACKENDS))
+        raise UserError(f"backend={backend!r} is unknown{nearest(backend, BACKENDS)} (accepted: {accepted})")
+    stats = ours.get("stats", STATS[0])
+    if stats not in STATS:
+        raise UserError(f"stats={stats!r} is unknown{nearest(stats, STATS)} (accepted: {', '.join(STATS)})")
+    sparsities = _sparsities(ours, names, chosen)
+
+    knobs = _assign_knobs(given, names, chosen)
+    methods: dict[str, Method] = {}
+    for phase, cls in chosen.items():
+        decided = {name: value for name, value in knobs[phase].items() if name in cls.budget_knobs}
+        if sparsities[phase] is not None and decided:
+            _refuse_both(ours, names, phase, decided)
+        methods[phase] = cls(**knobs[phase])
+        if isinstance(methods[phase], SnapKV) and sparsities[phase] is None:
+            methods[phase].check_native()
+    preset = ours.get("preset")
+    if preset is not None:
+        if not isinstance(preset, str):
+            raise UserError(f"preset={preset!r} is unknown (accepted: {', '.join(presets.PRESETS)})")
+        if not chosen:
+            raise UserError(f"preset={preset} needs a method; type for example method=quest,preset=paper,sparsity=0.9")
+        for phase, cls in chosen.items():
+            presets.check(preset, cls, sparsities[phase])
+    kept, read = sparsities.get("eviction"), sparsities.get("decode")
+    if kept and read and read <= kept:
+        logger.warning(
+            "decode_sparsity=%g is measured against the whole context, of which %s keeps %g: %s has little left to "
+            "skip; give a decode_sparsity above kv_sparsity=%g",
+            read, chosen["eviction"].name, 1 - kept, chosen["decode"].name, kept,
+        )  # fmt: skip
+    return SparseConfig("+".join(names), methods, sparsities, preset, backend, stats, given)
+
+
+def _methods(names: list[str]) -> dict[str, type[Method]]:
+    """The methods by phase, in the order of phases."""
     chosen: dict[str, type[Method]] = {}
     for name in names:
         cls = METHODS.get(name)
@@ -98,49 +173,76 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
             chosen[cls.phase] = cls
     if len(names) > 1 and Dense.name in names:
         raise UserError(f"method={'+'.join(names)!r}: dense is what every phase without a method does; leave it out")
+    return {phase: chosen[phase] for phase in PHASE_ARGUMENTS if phase in chosen}
 
-    backend = ours.get("backend", "auto")
-    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
-        accepted = ", ".join(("auto", *BACKENDS))
-        raise UserError(f"backend={backend!r} is unknown{nearest(backend, BACKENDS)} (accepted: {accepted})")
 
-    sparsity = ours.get("sparsity")
-    if sparsity is not None:
-        sparsity = check_sparsity(sparsity)
-        if given:
-            knobs = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise UserError(
-                f"sparsity={sparsity:g} was given together with {knobs}: give either sparsity, which is turned into "
-                "the method's knobs, or the knobs themselves; type for example "
-                f"method={'+'.join(names)},sparsity={sparsity:g}"
-            )
-        if not chosen and sparsity > 0:
+def _sparsities(ours: dict[str, Any], names: list[str], chosen: dict[str, type[Method]]) -> dict[str, float | None]:
+    """Requested sparsity of each phase that a method fills: its own argument, else `sparsity=`, else None."""
+    common = ours.get("sparsity")
+    if common is not None:
+        common = check_sparsity("sparsity", common)
+        if not chosen and common > 0:
             sparse = ", ".join(name for name in METHODS if name != Dense.name)
             raise UserError(
-                f"sparsity={sparsity:g} needs a method (accepted: {sparse}); type for example "
-                f"method=flexprefill,sparsity={sparsity:g}"
+                f"sparsity={common:g} needs a method (accepted: {sparse}); type for example "
+                f"method=flexprefill,sparsity={common:g}"
             )
+    found = dict.fromkeys(chosen, common)
+    for phase, argument in PHASE_ARGUMENTS.items():
+        if (value := ours.get(argument)) is None:
+            continue
+        value = check_sparsity(argument, value)
+        if phase not in chosen:
+            fitting = ", ".join(cls.name for cls in METHODS.values() if cls.phase == phase)
+            phases = (
+                ", ".join(f"{cls.name} fills the {at} phase" for at, cls in chosen.items()) or "all phases are dense"
+            )
+            raise UserError(
+                f"{argument}={value:g} needs a method of the {phase} phase ({fitting}), but method={'+'.join(names)} "
+                f"has none ({phases}); add one, or leave {argument} out"
+            )
+        found[phase] = value
+    return found
 
-    methods: dict[str, Method] = {}
-    left = dict(given)
-    for phase, cls in chosen.items():
-        mine = {name: left.pop(name) for name in list(left) if name in cls.knobs()}
-        methods[phase] = cls(**mine)
-    if left:
-        name, value = next(iter(left.items()))
-        raise UserError(
-            f"{name}={value} is a knob of {knob_names()[name]}, but method={'+'.join(names)} has no such knob; "
-            f"type method={knob_names()[name].split('+')[0]},{name}={value} or leave it out"
-        )
-    return SparseConfig("+".join(names), sparsity, backend, methods, given)
+
+def _assign_knobs(
+    given: dict[str, Any], names: list[str], chosen: dict[str, type[Method]]
+) -> dict[str, dict[str, Any]]:
+    """Typed knobs by phase. A knob that several chosen methods have needs its method's name before it."""
+    knobs: dict[str, dict[str, Any]] = {phase: {} for phase in chosen}
+    for argument, value in given.items():
+        owner, _, name = argument.rpartition(".")
+        having = [phase for phase, cls in chosen.items() if name in cls.knobs() and owner in ("", cls.name)]
+        if not having:
+            owners = owner or knob_names()[name]
+            raise UserError(
+                f"{argument}={value} is a knob of {owners}, but method={'+'.join(names)} has no such knob; "
+                f"type method={owners.split('+')[0]},{name}={value} or leave it out"
+            )
+        if len(having) > 1:
+            both = [chosen[phase].name for phase in having]
+            forms = " or ".join(f"{method}.{name}={value}" for method in both)
+            raise UserError(f"{name}={value} could mean a knob of {' or of '.join(both)}: type {forms}")
+        knobs[having[0]][name] = value
+    return knobs
 
 
-def check_sparsity(value: Any) -> float:
+def _refuse_both(ours: dict[str, Any], names: list[str], phase: str, decided: dict[str, Any]) -> None:
+    argument = PHASE_ARGUMENTS[phase] if ours.get(PHASE_ARGUMENTS[phase]) is not None else "sparsity"
+    typed = ", ".join(f"{name}={value}" for name, value in decided.items())
+    raise UserError(
+        f"{argument}={float(ours[argument]):g} was given together with {typed}: give either {argument}, which is "
+        f"turned into the method's knobs, or the knobs themselves; type for example "
+        f"method={'+'.join(names)},{argument}={float(ours[argument]):g}"
+    )
+
+
+def check_sparsity(name: str, value: Any) -> float:
     """Return the sparsity as a float in [0, 1)."""
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value < 1
     if not fits:
         raise UserError(
-            f"sparsity={value!r} is not accepted: give a number from 0 (dense) up to but not including 1, "
-            "for example sparsity=0.9 to skip 90% of the attention"
+            f"{name}={value!r} is not accepted: give a number from 0 (dense) up to but not including 1, "
+            f"for example {name}=0.9 to skip 90% of the attention"
         )
     return float(value)

@@ -33,8 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__, embedded, gguf_check
-from .config import OWN_ARGS, SparseConfig, knob_names, parse, split
+from .config import OWN_ARGS, SparseConfig, argument_names, knob_names, parse, split
 from .errors import UserError, install_excepthook, nearest
+from .methods import PHASE_ARGUMENTS
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime.accounting import PHASES, Ledger, RowCounts
 from .runtime.attention import IMPLEMENTATION, Runtime, register
@@ -111,9 +112,13 @@ class SparseHFLM(HFLM):
 
     Args:
         method: a name from `lm-eval-sparse methods`; `dense` by default.
-        sparsity: share of attention to skip, in [0, 1); met to within 0.01 from 4096 tokens on.
+            One per phase, joined by `+`: `flexprefill+snapkv+quest`.
+        sparsity: share to skip in every phase with a method, in [0, 1); met to within 0.01 from 4096 tokens on.
+        prefill_sparsity, kv_sparsity, decode_sparsity: the same for one phase.
+        preset: `paper` takes the knobs for `sparsity` from the tables of The Sparse Frontier.
         backend: kernel of the sparse calls: `auto`, `flex`, `gather` or `naive`.
-        gamma, tau, ...: native knobs of the method, instead of `sparsity`.
+        stats: `full` keeps the figures of every layer and head, too.
+        gamma, tau, ...: native knobs of the methods, instead of a sparsity.
         pretrained: as in `hf`; without it the embedded SmolLM2-135M-Instruct is used.
 
     Raises:
@@ -126,6 +131,7 @@ class SparseHFLM(HFLM):
         refuse_attention_choice(rest)
         self.sparse: SparseConfig = parse(ours)
         self.runtime = Runtime(self.sparse.plan)
+        self.full_stats = self.sparse.stats == "full"
         self.model_label = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", None)
         self.is_embedded = pretrained is None or embedded.is_embedded(pretrained)
         if self.is_embedded:
@@ -143,7 +149,7 @@ class SparseHFLM(HFLM):
             rest["device"] = "cuda" if torch.cuda.is_available() else "cpu"
 
         self.run_id = uuid.uuid4().hex[:12]
-        self.ledgers: dict[str, Ledger] = defaultdict(Ledger)
+        self.ledgers: dict[str, Ledger] = defaultdict(self._new_ledger)
         self.skipped: dict[str, str] = {}
         self.templated = False
         self.warned_about_template = False
@@ -276,7 +282,7 @@ class SparseHFLM(HFLM):
                 "nothing to make sparse: use --model hf for this model"
             )
         eligible = [layer for layer, reason in self.runtime.layers.items() if reason is None]
-        if plan.prefill is not None and not eligible:
+        if plan.phases and not eligible:
             reasons = ", ".join(sorted({reason for reason in self.runtime.layers.values() if reason}))
             raise UserError(f"{kind} has no layer with full causal attention ({reasons}): no method can be applied")
         reference = self._own_attention(ids)
@@ -334,6 +340,9 @@ class SparseHFLM(HFLM):
     def _log_softmax(self, logits: Tensor) -> Tensor:
         """Log-probabilities, in fp32 unless `softmax_dtype` asks otherwise: bf16 would round them to steps of 1/16."""
         return F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype or torch.float32)
+
+    def _new_ledger(self) -> Ledger:
+        return Ledger(full=self.full_stats)
 
     @property
     def _rows_per_batch(self) -> int:
@@ -415,7 +424,7 @@ class SparseHFLM(HFLM):
     def _score(self, contexts: list[Context], results: list[Any], total: int, disable_tqdm: bool) -> None:
         """Fill `results` for all targets of all contexts, longest contexts first (an out-of-memory shows at once)."""
         contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
-        fresh: dict[str, Ledger] = defaultdict(Ledger)
+        fresh: dict[str, Ledger] = defaultdict(self._new_ledger)
         run = self._score_whole if self._is_recurrent else self._score_batch
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=total, disable=quiet, desc="Running loglikelihood requests") as bar:
@@ -441,9 +450,8 @@ class SparseHFLM(HFLM):
         columns = torch.arange(width, device=self.device)
         mask = columns >= width - torch.tensor(lengths, device=self.device)[:, None]
         padded = min(lengths) < width
-        cache = SparseCache(self.model.config, reserve=longest)
-        self.runtime.rows = [context.counts for context in batch]
-        try:
+        cache = self.runtime.new_cache(self.model.config, reserve=longest)
+        with self.runtime.running([context.counts for context in batch], cache, width):
             logits = self._forward(
                 ids,
                 cache=cache,
@@ -452,7 +460,6 @@ class SparseHFLM(HFLM):
                 keep=1,
             )
             first = self._log_softmax(logits[:, -1])
-            self._count_kv(cache, batch)
             snapshot = cache.snapshot()
             scored: list[dict[tuple, Tensor]] = [{} for _ in batch]
             hits: list[dict[tuple, Tensor]] = [{} for _ in batch]
@@ -460,8 +467,6 @@ class SparseHFLM(HFLM):
                 rows = [group[turn] if turn < len(group) else [] for group in sequences]
                 self._score_turn(rows, first, cache, mask if padded else None, lengths, batch, scored, hits)
                 cache.restore(snapshot)
-        finally:
-            self.runtime.rows = None
         return [context.answers(scored[row], hits[row]) for row, context in enumerate(batch)]
 
     @property
@@ -476,12 +481,9 @@ class SparseHFLM(HFLM):
             scored: dict[tuple, Tensor] = {}
             hits: dict[tuple, Tensor] = {}
             for tokens in context.sequences():
-                self.runtime.rows = [context.counts]
-                try:
+                with self.runtime.running([context.counts]):
                     ids = torch.tensor([[*context.prompt, *tokens[:-1]]], device=self.device)
                     logprobs = self._log_softmax(self._forward(ids, cache=None, keep=len(tokens))[0])
-                finally:
-                    self.runtime.rows = None
                 wanted = torch.tensor(tokens, device=self.device)
                 scored[tuple(tokens)] = logprobs.gather(-1, wanted[:, None])[:, 0].double().cpu()
                 hits[tuple(tokens)] = (logprobs.argmax(-1) == wanted).cpu()
@@ -500,7 +502,6 @@ class SparseHFLM(HFLM):
         hits: list[dict[tuple, Tensor]],
     ) -> None:
         """Score one sequence per row: log-probability and greedy hit of each of its tokens."""
-        self.runtime.rows = [c.counts if len(tokens) > 1 else None for c, tokens in zip(batch, rows, strict=True)]
         pieces: list[list[Tensor]] = [[] for _ in rows]
         greedy: list[list[Tensor]] = [[] for _ in rows]
 
@@ -518,6 +519,10 @@ class SparseHFLM(HFLM):
             end = min(begin + SCORE_CHUNK, steps)
             # Token i of a row predicts token i + 1; shorter rows run on with id 0, which nothing looks at.
             inputs = [(tokens[:-1][begin:end] + [0] * (end - begin))[: end - begin] for tokens in rows]
+            self.runtime.fresh = [min(max(len(tokens) - 1 - begin, 0), end - begin) for tokens in rows]
+            self.runtime.rows = [
+                context.counts if fresh else None for context, fresh in zip(batch, self.runtime.fresh, strict=True)
+            ]
             positions = starts + torch.arange(begin, end, device=self.device)
             if mask is not None:
                 mask = F.pad(mask, (0, end - begin), value=True)
@@ -537,7 +542,7 @@ class SparseHFLM(HFLM):
         """As lm-eval's: the sum over windows of at most `max_length` tokens, each run as one prefill."""
         self._before_requests()
         results: list[float] = []
-        fresh: dict[str, Ledger] = defaultdict(Ledger)
+        fresh: dict[str, Ledger] = defaultdict(self._new_ledger)
         for request in tqdm(requests, disable=disable_tqdm or self.rank != 0, desc="Running rolling requests"):
             (text,) = request.args
             counts, total = RowCounts(), 0.0
@@ -547,8 +552,7 @@ class SparseHFLM(HFLM):
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            self.runtime.rows = [counts]
-            try:
+            with self.runtime.running([counts]):
                 for head, tail in map(make_disjoint_window, windows):
                     ids = torch.tensor([[*head, *tail][:-1]], device=self.device)
                     logits = self._forward(ids, cache=None, keep=len(tail))[0]
@@ -556,8 +560,6 @@ class SparseHFLM(HFLM):
                     for begin in range(0, len(tail), SCORE_CHUNK):
                         part = self._log_softmax(logits[begin : begin + SCORE_CHUNK])
                         total += float(part.gather(-1, wanted[begin : begin + SCORE_CHUNK, None]).double().sum())
-            finally:
-                self.runtime.rows = None
             results.append(MeasuredFloat(total, self._stats(counts)))
             fresh[request.task_name or ""].add(counts)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), results[-1])
@@ -585,7 +587,7 @@ class SparseHFLM(HFLM):
         )
         for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
             self._check_generation(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
-        fresh: dict[str, Ledger] = defaultdict(Ledger)
+        fresh: dict[str, Ledger] = defaultdict(self._new_ledger)
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(queue), disable=quiet, desc="Running generate_until requests") as bar:
             for chunk in order.get_batched(n=self._rows_per_batch):
@@ -607,10 +609,9 @@ class SparseHFLM(HFLM):
         room = self.max_length - max_gen_toks
         ids, mask = self.tok_batch_encode(contexts, left_truncate_len=room, truncation=self.truncation)
         ids, mask = ids.to(self.device), mask.to(self.device)
-        cache = SparseCache(self.model.config, reserve=max_gen_toks)
+        cache = self.runtime.new_cache(self.model.config, reserve=max_gen_toks)
         rows = [RowCounts() for _ in contexts]
-        self.runtime.rows, self.runtime.prompt = list(rows), ids.shape[1]
-        try:
+        with self.runtime.running(rows, cache, ids.shape[1]):
             output = self._model_generate(
                 context=ids,
                 attention_mask=mask,
@@ -619,9 +620,6 @@ class SparseHFLM(HFLM):
                 past_key_values=cache,
                 **kwargs,
             )
-        finally:
-            self.runtime.rows, self.runtime.prompt = None, 0
-        self._count_kv(cache, rows)
         return [self._finish(tokens[ids.shape[1] :], until) for tokens in output.tolist()], rows
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
@@ -669,9 +667,10 @@ class SparseHFLM(HFLM):
                 "tokens in all; type a smaller --gen_kwargs max_gen_toks="
             )
         refused = [name for name in REFUSED_GENERATION if name in kwargs]
-        if self.runtime.plan.prefill is not None and kwargs.get("prefill_chunk_size") is not None:
+        whole = [a.method.name for phase, a in self.runtime.plan.phases.items() if phase != "decode"]
+        if whole and kwargs.get("prefill_chunk_size") is not None:
             raise UserError(
-                f"--gen_kwargs prefill_chunk_size={kwargs['prefill_chunk_size']}: {self.sparse.method} looks at the "
+                f"--gen_kwargs prefill_chunk_size={kwargs['prefill_chunk_size']}: {' and '.join(whole)} looks at the "
                 "whole prompt at once; leave prefill_chunk_size out, or use method=dense"
             )
         if refused:
@@ -694,22 +693,20 @@ class SparseHFLM(HFLM):
 
     # --- what was measured -----------------------------------------------------------------------------------
 
-    def _count_kv(self, cache: SparseCache, rows: Sequence[Context | RowCounts]) -> None:
-        for layer, reason in self.runtime.layers.items():
-            if reason is not None or layer >= len(cache.layers):
-                continue
-            held, dense = cache.kv_bytes(layer)
-            for row in rows:
-                counts = row.counts if isinstance(row, Context) else row
-                counts.kv_bytes += held
-                counts.kv_bytes_dense += dense
-
     def _stats(self, counts: RowCounts) -> dict[str, Any]:
-        """What a response carries: the measured sparsity of the phase that the method fills, and the details."""
+        """What a response carries: the measured sparsity of the phases that methods fill, and the details.
+
+        `sparsity` is that of the one phase with a method (of prefill when all is dense), `sparsities` those of all
+        phases with a method, under the names of the arguments that ask for them.
+        """
         figures = counts.figures()
+        measured = {
+            PHASE_ARGUMENTS[phase]: figures[phase]["executed_sparsity"] for phase in self.sparse.methods or ("prefill",)
+        }
         return {
             "run": self.run_id,
-            "sparsity": figures["prefill"]["executed_sparsity"],
+            "sparsity": next(iter(measured.values())) if len(measured) == 1 else None,
+            **({"sparsities": measured} if len(measured) > 1 else {}),
             "requested_sparsity": self.sparse.sparsity,
             **{
                 name: {
@@ -746,7 +743,7 @@ class SparseHFLM(HFLM):
 
     def report(self) -> dict[str, Any]:
         """The `sparse` block of the results file."""
-        total = Ledger()
+        total = self._new_ledger()
         for ledger in self.ledgers.values():
             total.merge(ledger)
         untouched = {layer: reason for layer, reason in self.runtime.layers.items() if reason is not None}
@@ -754,12 +751,15 @@ class SparseHFLM(HFLM):
         untouched |= {n: "no softmax attention" for n in range(count) if n not in self.runtime.layers}
 
         def phases(ledger: Ledger) -> dict[str, Any]:
-            requested = {"prefill": self.sparse.sparsity if "prefill" in self.sparse.methods else None, "decode": None}
             methods = {
                 name: self.sparse.methods[name].name if name in self.sparse.methods else "dense" for name in PHASES
             }
             return {
-                name: {"method": methods[name], "requested_sparsity": requested[name], **ledger.report(name)}
+                name: {
+                    "method": methods[name],
+                    "requested_sparsity": self.sparse.sparsities.get(name),
+                    **ledger.report(name),
+                }
                 for name in PHASES
             }
 
@@ -780,23 +780,32 @@ class SparseHFLM(HFLM):
             "device": device_name(self.device),
         }
 
+    def detail_report(self) -> dict[str, Any]:
+        """Figures per layer and query head of each phase that computed anything, by task, averaged over prompts."""
+        return {
+            task: {name: ledger.detail_report(name) for name in PHASES if ledger.details[name]}
+            for task, ledger in self.ledgers.items()
+        }
+
     def check_it_ran(self) -> None:
-        """Raise when a sparse phase was requested, prompts were run, and none of their calls was sparse."""
-        if self.runtime.plan.prefill is None:
-            return
+        """Raise when a sparse phase was requested, prompts were run, and none of its calls was sparse."""
         report = self.report()
-        prefill = report["phases"]["prefill"]
-        if prefill["calls"]["sparse"]:
-            return
-        if report["prompts"]:
-            reasons = "; ".join(prefill.get("fallback_reasons", {})) or "no eligible layer was called"
-            raise UserError(
-                f"{self.sparse.method} never ran: all {prefill['calls']['fallback']} prefill attention calls were "
-                f"dense ({reasons}); use longer prompts or another sparsity, or type method=dense to mean dense"
-            )
-        if self.skipped:
-            task, reason = next(iter(self.skipped.items()))
-            raise UserError(f"{self.sparse.method} never ran: every task was skipped, such as {task} ({reason})")
+        for phase, assignment in self.runtime.plan.phases.items():
+            method, measured = assignment.method.name, report["phases"][phase]
+            if measured["calls"]["sparse"]:
+                continue
+            if report["prompts"]:
+                reasons = "; ".join(measured.get("fallback_reasons", {})) or NEVER_CALLED[phase]
+                calls = sum(measured["calls"].values())
+                if not calls:
+                    raise UserError(f"{method} never ran: {reasons}")
+                raise UserError(
+                    f"{method} never ran: all {calls} {phase} calls were dense ({reasons}); use longer prompts or "
+                    "another sparsity, or type method=dense to mean dense"
+                )
+            if self.skipped:
+                task, reason = next(iter(self.skipped.items()))
+                raise UserError(f"{method} never ran: every task was skipped, such as {task} ({reason})")
 
     def get_model_info(self) -> dict[str, Any]:
         """As lm-eval's, with the `sparse` block. lm-eval calls it once, after the last request."""
@@ -863,6 +872,20 @@ class SparseHFLM(HFLM):
         return super().tokenizer_name
 
 
+#: Why a phase had no call at all.
+NEVER_CALLED = {
+    "prefill": "no layer with full causal attention was called",
+    "eviction": (
+        "no prompt was put into a cache (perplexity tasks run each window as one prefill, and so do scored tasks on "
+        "models with a recurrent state); use generated or scored tasks, or leave the method out"
+    ),
+    "decode": (
+        "no token was decoded against a cache (answers of one token come from the prefill, perplexity tasks run each "
+        "window as one prefill, and models with a recurrent state are scored in one pass); use tasks with longer "
+        "answers, or leave the method out"
+    ),
+}
+
 #: Model arguments that do not change an answer.
 WITHOUT_EFFECT = ("device", "batch_size", "max_batch_size", "logits_cache", "parallelize", "token", "cache_dir")
 
@@ -905,7 +928,7 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
             unknown = [name for name in unknown if name not in fields]
     if unknown:
         name = unknown[0]
-        everything = {*known, *OWN_ARGS, *knob_names()}
+        everything = {*known, *argument_names()}
         raise UserError(
             f"model argument {name}={model_args[name]!r} is unknown{nearest(name, everything)} (accepted: "
             f"{', '.join((*OWN_ARGS, *knob_names()))}, and the arguments of --model hf)"

@@ -43,7 +43,7 @@ def block_sparse_prefill(
         ValueError: shapes, devices or dtypes that do not fit together, or an unknown backend.
     """
     heads, length, dim = query.shape
-    if key.shape != value.shape or key.shape[1:] != (length, dim) or heads % key.shape[0]:
+    if key.shape != value.shape or key.shape[1:] != (length, dim) or not key.shape[0] or heads % key.shape[0]:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not fit together: "
             f"expected (H, L, D) and (H_kv, L, D) with H a multiple of H_kv"

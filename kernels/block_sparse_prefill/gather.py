@@ -21,7 +21,10 @@ MIN_FILL = 0.8
 def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, softcap: float | None
 ) -> Tensor:
-    """See `block_sparse_prefill`. Matmuls run in the input dtype, the softmax in fp32 (fp64 for fp64 input)."""
+    """See `block_sparse_prefill`. Scores and softmax in fp32 (fp64 for fp64 input), values in the input dtype.
+
+    A product in half precision would round the scores before the softmax, which attention kernels do not.
+    """
     heads, length, dim = query.shape
     kv_heads = key.shape[0]
     block_q, block_k, n_q, n_k = layout.block_q, layout.block_k, layout.blocks_q, layout.blocks_k
@@ -56,7 +59,7 @@ def forward(
         if extra:
             tokens = columns[rows, :extra].long() + kv_head[:, None] * (n_k * block_k)
             k, v = torch.cat([k, k_tokens[tokens]], 1), torch.cat([v, v_tokens[tokens]], 1)
-        scores = torch.bmm(q_blocks[rows], k.transpose(1, 2)).to(work).mul_(scale)
+        scores = torch.bmm(q_blocks[rows].to(work), k.to(work).transpose(1, 2)).mul_(scale)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         listed = torch.arange(width, device=device) < tiles[rows, None]

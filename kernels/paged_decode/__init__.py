@@ -42,9 +42,9 @@ class PageSelection:
         visible = torch.tensor(kv.lengths, device=self.pages.device)[:, None] - steps + 1
         visible = (visible + torch.arange(steps, device=self.pages.device))[:, None, :, None]
         valid = torch.arange(self.pages.shape[-1], device=self.pages.device) < self.counts[..., None]
-        if bool((self.counts < 1).any()):
-            raise ValueError("selection leaves a token without any page")
-        if bool(((self.pages < 0) | (self.pages * self.page_size >= visible)).logical_and(valid).any()):
+        if bool((self.counts < 1).any()) or bool((self.counts > self.pages.shape[-1]).any()):
+            raise ValueError(f"selection leaves a token without any page, or counts more than the {self.pages.shape[-1]} it lists")
+        if bool(((self.pages < 0) | (self.pages.long() * self.page_size >= visible)).logical_and(valid).any()):
             raise ValueError("selection holds a page that its token may not see")
         ids = torch.where(valid, self.pages, -1 - torch.arange(self.pages.shape[-1], device=self.pages.device))
         ids = ids.sort(-1).values
@@ -90,8 +90,10 @@ def paged_decode(
             f"pages {tuple(pages.shape)} are for {pages.shape[0]} sequences and {pages.shape[2]} tokens, query "
             f"{tuple(query.shape)} has {sequences} and {steps}"
         )
-    if pages.device != query.device:
-        raise ValueError(f"devices are {query.device} and {pages.device} (pages); expected one device")
+    if not pages.device == counts.device == query.device:
+        raise ValueError(f"devices are {query.device}, {pages.device}, {counts.device} (pages); expected one device")
+    if selection.page_size < 1 or not pages.shape[-1]:
+        raise ValueError(f"page size is {selection.page_size}, pages listed {pages.shape[-1]}; expected at least 1")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; accepted: auto, {', '.join(BACKENDS)}")
     name = "gather" if backend == "auto" else backend

@@ -194,8 +194,12 @@ class DecodeMethod(Method):
         """
         raise NotImplementedError
 
-    def covers(self, sparsity: float | None, visible: int, logical: int) -> bool:
-        """Whether the budget of a token that may see `visible` keys takes them all, so that dense attention is due."""
+    def covers(self, sparsity: float | None, visible: Tensor, logical: Tensor) -> Tensor:
+        """Which of the new tokens have a budget that takes all `visible` keys: where all do, dense attention is due.
+
+        Args:
+            visible, logical: as in `DecodeContext`, any shape; the result is boolean of that shape.
+        """
         raise NotImplementedError
 
 

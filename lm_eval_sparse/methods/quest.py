@@ -68,9 +68,9 @@ class Quest(DecodeMethod):
             wanted = torch.round(((1 - sparsity) * logical.double() - current) / self.page_size).long()
         return before, torch.minimum(wanted.clamp(min=0), before)
 
-    def covers(self, sparsity: float | None, visible: int, logical: int) -> bool:
-        before, read = self._complete_pages(sparsity, torch.tensor(visible), torch.tensor(logical))
-        return bool(read == before)
+    def covers(self, sparsity: float | None, visible: Tensor, logical: Tensor) -> Tensor:
+        before, read = self._complete_pages(sparsity, visible, logical)
+        return read == before
 
     @torch.no_grad()
     def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> DecodeSelection:

@@ -1,45 +1,67 @@
-"""Counting what attention calls did, per prompt and phase, and turning the counts into the reported figures.
+"""Counting what attention calls did, per prompt, phase, layer and head, and turning the counts into figures.
 
 The definitions are those of docs/accounting.md: sparsity is counted over (query, key) pairs inside the causal
-triangle of the unpadded prompt for prefill, and over keys read for decoding.
+triangle of the unpadded prompt for prefill, over the prompt's keys for eviction, and over keys read for decoding.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-PHASES = ("prefill", "decode")
+import numpy as np
+
+PHASES = ("prefill", "eviction", "decode")
+
+#: What is counted of each attention call, for each query head.
+FIELDS = ("pairs", "selected", "executed", "bytes_dense", "bytes_read", "flops_dense", "flops_estimator")
+#: Figure -> the two counts whose quotient it is. The sparsities are 1 minus theirs.
+QUOTIENTS = {
+    "selected_sparsity": ("selected", "pairs"),
+    "executed_sparsity": ("executed", "pairs"),
+    "bytes_read_fraction": ("bytes_read", "bytes_dense"),
+    "estimator_flops_fraction": ("flops_estimator", "flops_dense"),
+}
+MEMORY = "kv_memory_fraction"
+FIGURES = (*QUOTIENTS, MEMORY)
+
+Numbers = float | Sequence[float] | np.ndarray
 
 
 @dataclass
 class PhaseCounts:
-    """Sums over the sparse-eligible layers (and query heads) of one phase of one row.
+    """Counts of one phase of one row.
 
     Attributes:
-        pairs: (query, key) pairs a dense call computes; `selected`, `executed` are those of the calls made.
-        bytes_dense: K and V bytes that a dense kernel of the same tiling reads; `bytes_read` those of the calls
-            made, what selecting read included.
-        flops_dense: attention operations of dense calls; `flops_estimator` those spent on selecting.
+        layers: sparse-eligible layer -> `(7, H)` sums of `FIELDS` over its calls. `pairs` are the (query, key) pairs a
+            dense call computes (for eviction: keys of the prompt), `selected` and `executed` those of the calls made;
+            `bytes_dense` the K and V bytes that a dense kernel of the same tiling reads, `bytes_read` those of the
+            calls made, what selecting read included; `flops_dense` operations of dense attention,
+            `flops_estimator` those spent on selecting.
         calls: attention calls by kind (`sparse`, `dense`, `fallback`).
         backends: attention calls by the kernel that computed them.
         reasons: why calls fell back.
         knobs: for each solved knob its sum, smallest and largest value, and count, over layers.
     """
 
-    pairs: int = 0
-    selected: int = 0
-    executed: int = 0
-    bytes_dense: int = 0
-    bytes_read: int = 0
-    flops_dense: int = 0
-    flops_estimator: int = 0
+    layers: dict[int, np.ndarray] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     backends: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     knobs: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, layer: int, heads: int, kind: str, backend: str | None, **counts: Numbers) -> None:
+        """Count one call. Each of `FIELDS` is given per query head, or as a number that every head gets."""
+        table = self.layers.get(layer)
+        if table is None:
+            table = self.layers[layer] = np.zeros((len(FIELDS), heads))
+        for row, name in enumerate(FIELDS):
+            table[row] += counts[name]
+        self.calls[kind] += 1
+        if backend is not None:
+            self.backends[backend] += 1
 
     def note_knobs(self, knobs: dict[str, Any]) -> None:
         for name, value in knobs.items():
@@ -48,35 +70,52 @@ class PhaseCounts:
                 self.knobs[name] = [total + value, min(low, value), max(high, value), count + 1]
 
     def figures(self) -> dict[str, float | None]:
-        """The measured figures of this phase for this row; None where nothing was computed."""
+        """The measured figures of this phase for this row, over layers and heads; None where nothing was computed."""
+        totals = sum((table.sum(1) for table in self.layers.values()), np.zeros(len(FIELDS)))
+        found = quotients(totals)
+        return {name: None if np.isnan(value) else float(value) for name, value in found.items()}
 
-        def share(part: int, whole: int) -> float | None:
-            return part / whole if whole else None
 
-        selected, executed = share(self.selected, self.pairs), share(self.executed, self.pairs)
-        return {
-            "selected_sparsity": None if selected is None else 1 - selected,
-            "executed_sparsity": None if executed is None else 1 - executed,
-            "bytes_read_fraction": share(self.bytes_read, self.bytes_dense),
-            "estimator_flops_fraction": share(self.flops_estimator, self.flops_dense),
-        }
+def quotients(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """The figures of `(7, …)` counts, NaN where the dense count is 0."""
+    by_name = dict(zip(FIELDS, counts, strict=True))
+    figures = {}
+    for name, (part, whole) in QUOTIENTS.items():
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = np.where(by_name[whole] > 0, by_name[part] / by_name[whole], np.nan)
+        figures[name] = 1 - share if name.endswith("sparsity") else share
+    return figures
 
 
 @dataclass
 class RowCounts:
-    """Counts of one prompt: its phases and the KV memory held once its prefill was over."""
+    """Counts of one prompt: its phases, and the KV memory held once its prefill was over.
 
-    prefill: PhaseCounts = field(default_factory=PhaseCounts)
-    decode: PhaseCounts = field(default_factory=PhaseCounts)
-    kv_bytes: int = 0
-    kv_bytes_dense: int = 0
+    Attributes:
+        kv: sparse-eligible layer -> `(2, H_kv)` bytes that each KV head holds, and those of the whole prompt.
+    """
+
+    phases: dict[str, PhaseCounts] = field(default_factory=lambda: {name: PhaseCounts() for name in PHASES})
+    kv: dict[int, np.ndarray] = field(default_factory=dict)
 
     def phase(self, name: str) -> PhaseCounts:
-        return self.prefill if name == "prefill" else self.decode
+        return self.phases[name]
 
     def figures(self) -> dict[str, dict[str, float | None]]:
-        kv = self.kv_bytes / self.kv_bytes_dense if self.kv_bytes_dense else None
-        return {name: {**self.phase(name).figures(), "kv_memory_fraction": kv} for name in PHASES}
+        held, dense = sum((table.sum(1) for table in self.kv.values()), np.zeros(2))
+        memory = float(held / dense) if dense else None
+        return {name: {**self.phases[name].figures(), MEMORY: memory} for name in PHASES}
+
+    def layer_figures(self, phase: str, layer: int) -> dict[str, np.ndarray]:
+        """The figures of one layer, `(H,)` each; NaN where nothing was counted."""
+        counts = self.phases[phase].layers[layer]
+        figures = quotients(counts)
+        if layer in self.kv:
+            held, dense = self.kv[layer]
+            figures[MEMORY] = np.repeat(held / dense, counts.shape[1] // len(held))
+        else:
+            figures[MEMORY] = np.full(counts.shape[1], np.nan)
+        return figures
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -87,7 +126,12 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 @dataclass
 class Ledger:
-    """Running totals over the prompts of a run (or of one task): everything adds, so ranks can be merged."""
+    """Running totals over the prompts of a run (or of one task): everything adds, so ranks can be merged.
+
+    Attributes:
+        full: whether figures are kept per layer and head, too.
+        details: phase -> layer -> figure -> `(2, H)` sums of the figure over prompts, and numbers of prompts.
+    """
 
     rows: int = 0
     sums: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {name: {} for name in PHASES})
@@ -95,6 +139,8 @@ class Ledger:
     backends: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
     reasons: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
     knobs: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {name: {} for name in PHASES})
+    full: bool = False
+    details: dict[str, dict[int, dict[str, np.ndarray]]] = field(default_factory=lambda: {name: {} for name in PHASES})
 
     def add(self, row: RowCounts) -> None:
         """Count one prompt. Figures are averaged over prompts, not weighted by length."""
@@ -105,6 +151,15 @@ class Ledger:
             self._add_phase(name, figures[name], counts.calls, counts.backends)
             self.reasons[name].update(counts.reasons)
             merge_knobs(self.knobs[name], counts.knobs)
+            if self.full:
+                for layer in counts.layers:
+                    for figure, values in row.layer_figures(name, layer).items():
+                        known = ~np.isnan(values)
+                        self._add_detail(name, layer, figure, np.stack([np.where(known, values, 0.0), known]))
+
+    def _add_detail(self, phase: str, layer: int, figure: str, values: np.ndarray) -> None:
+        mine = self.details[phase].setdefault(layer, {})
+        mine[figure] = mine[figure] + values if figure in mine else values
 
     def add_stats(self, stats: dict[str, Any]) -> None:
         """Count one prompt from the figures that its responses carry."""
@@ -137,14 +192,15 @@ class Ledger:
             self.backends[name].update(other.backends[name])
             self.reasons[name].update(other.reasons[name])
             merge_knobs(self.knobs[name], other.knobs[name])
+            for layer, figures in other.details[name].items():
+                for figure, values in figures.items():
+                    self._add_detail(name, layer, figure, values)
 
     def report(self, name: str) -> dict[str, Any]:
         """The block of one phase for the results file."""
-        figures = ("selected_sparsity", "executed_sparsity", "bytes_read_fraction")
-        figures += ("kv_memory_fraction", "estimator_flops_fraction")
         sums = self.sums[name]
         return {
-            **{figure: sums[figure][0] / sums[figure][1] if figure in sums else None for figure in figures},
+            **{figure: sums[figure][0] / sums[figure][1] if figure in sums else None for figure in FIGURES},
             "calls": {kind: self.calls[name].get(kind, 0) for kind in ("sparse", "dense", "fallback")},
             "backends": dict(self.backends[name]),
             **({"fallback_reasons": dict(self.reasons[name].most_common(10))} if self.reasons[name] else {}),
@@ -159,6 +215,19 @@ class Ledger:
                 else {}
             ),
         }
+
+    def detail_report(self, name: str) -> list[dict[str, Any]]:
+        """Per layer of one phase: its index, and each figure per query head, averaged over prompts."""
+        return [
+            {
+                "layer": layer,
+                **{
+                    figure: [float(total / count) if count else None for total, count in values.T]
+                    for figure, values in figures.items()
+                },
+            }
+            for layer, figures in sorted(self.details[name].items())
+        ]
 
 
 def merge_knobs(into: dict[str, list[float]], other: dict[str, list[float]]) -> None:

@@ -7,9 +7,12 @@ change what is selected.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -18,9 +21,14 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..errors import UserError
 from ..kernels.block_sparse_prefill import block_sparse_prefill
 from ..kernels.dense import dense_attention
+from ..kernels.estimators import PageBounds
 from ..kernels.layout import causal_pairs
-from ..methods import PrefillMethod
+from ..kernels.paged_decode import BACKENDS as DECODE_BACKENDS
+from ..kernels.paged_decode import paged_decode
+from ..kernels.ragged import RaggedKV, ragged_decode
+from ..methods import DecodeContext, DecodeMethod, DecodeSelection, Method, presets
 from .accounting import PhaseCounts, RowCounts
+from .cache import PreallocatedLayer, SparseCache
 
 #: The name under which transformers knows us. It must not look like one of its own implementations.
 IMPLEMENTATION = "lm_eval_sparse"
@@ -33,35 +41,76 @@ UNSUPPORTED = ("s_aux", "sinks", "position_bias", "attention_bias", "head_mask")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to run in each phase.
+class Assignment:
+    """A method in its phase.
 
     Attributes:
-        prefill: the prefill method, or None for dense.
-        sparsity: requested executed sparsity, or None when the native knobs rule.
-        backend: kernel of sparse calls, or `auto`.
+        method: with the knobs as typed.
+        sparsity: requested sparsity, or None when the native knobs rule.
+        preset: name of the table that turns the sparsity into knobs, or None.
     """
 
-    prefill: PrefillMethod | None = None
-    sparsity: float | None = None
+    method: Method
+    sparsity: float | None
+    preset: str | None = None
+
+    def at(self, length: int) -> tuple[Any, float | None]:
+        """The method and the sparsity that it has to meet itself, for a prompt of `length` tokens."""
+        if self.preset is None:
+            return self.method, self.sparsity
+        return presets.lookup(self.preset, self.method, self.sparsity, length), None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run in each phase; None is dense. `backend` is the kernel of sparse calls, or `auto`."""
+
+    prefill: Assignment | None = None
+    eviction: Assignment | None = None
+    decode: Assignment | None = None
     backend: str = "auto"
+
+    @property
+    def phases(self) -> dict[str, Assignment]:
+        """The phases that a method fills."""
+        found = {"prefill": self.prefill, "eviction": self.eviction, "decode": self.decode}
+        return {name: assignment for name, assignment in found.items() if assignment is not None}
 
 
 class Runtime:
-    """State of sparse attention in one model: the plan, the layers seen, and the rows being counted."""
+    """State of sparse attention in one model: the plan, the layers seen, and the batch being run."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
         #: layer index -> None when sparse attention may run there, else why not.
         self.layers: dict[int, str | None] = {}
-        #: Counts of the rows of the running batch; None for a row that only fills the batch.
-        self.rows: list[RowCounts | None] | None = None
         #: Tokens the model can hold: a window of at least as many hides nothing.
         self.longest: int | None = None
-        #: Tokens of the prompt that is being generated from, padding included; earlier chunks are prefill too.
+        #: Counts of the rows of the running batch; None for a row that only fills the batch.
+        self.rows: list[RowCounts | None] | None = None
+        #: Tokens of the prompt of the running batch, padding included; earlier chunks are prefill too.
         self.prompt = 0
+        #: The batch's cache. Without one there is nothing to evict and no decode phase.
+        self.cache: SparseCache | None = None
+        #: New tokens of each row that are real, when shorter rows only run on beside longer ones.
+        self.fresh: list[int] | None = None
         self._mask: Tensor | None = None
         self._starts: list[int] | None = None
+
+    @contextmanager
+    def running(
+        self, rows: Sequence[RowCounts | None], cache: SparseCache | None = None, prompt: int = 0
+    ) -> Iterator[None]:
+        """Count into `rows` and work on `cache` inside the block."""
+        self.rows, self.cache, self.prompt = list(rows), cache, prompt
+        try:
+            yield
+        finally:
+            self.rows, self.cache, self.prompt, self.fresh = None, None, 0, None
+
+    def new_cache(self, config: Any, reserve: int) -> SparseCache:
+        """A cache for one batch under this plan, with room for `reserve` tokens after the prompt."""
+        return SparseCache(config, reserve=reserve, evicts=self.plan.eviction is not None)
 
     def attach(self, model: torch.nn.Module) -> None:
         """Make this the runtime of every attention module of `model`."""
@@ -96,24 +145,39 @@ class Runtime:
         if window is not None and self.longest is not None and window >= self.longest:
             window = None
         reason = self.ineligible(module, key, value, window)
-        self.layers[module.layer_idx] = reason
+        index = module.layer_idx
+        self.layers[index] = reason
         starts = self.starts(mask)
-        q_len, kv_len = query.shape[2], key.shape[2]
+        batch, q_len, kv_len = len(query), query.shape[2], key.shape[2]
+        options = {"scale": scale, "softcap": softcap, "window": window}
+        layer = self._cache_layer(index) if reason is None else None
+        evicted = layer is not None and layer.ragged is not None
+        if layer is not None and (evicted or (q_len != kv_len and kv_len > self.prompt)):
+            return self._decode(index, layer, query, key, value, starts, scale, softcap)
         if q_len != kv_len:
-            return self._decode(query, key, value, mask, starts, reason, scale=scale, softcap=softcap, window=window)
-        if starts is None and (self.plan.prefill is None or reason is not None):
-            self._count_dense("prefill", query, key, value, [0] * len(query), reason)
-            return dense_attention(query, key, value, scale=scale, softcap=softcap, window=window)
-        out = query.new_zeros(*query.shape[:3], value.shape[-1])
-        for row, start in enumerate(starts or [0] * len(query)):
-            q, k, v = query[row, :, start:], key[row, :, start:], value[row, :, start:]
-            if reason is None and self._is_sparse(row, len(query), q.shape[1], module):
-                out[row, :, start:] = self._sparse_prefill(q, k, v, row, len(query), scale, softcap)
-            else:
-                self._count_dense("prefill", q[None], k[None], v[None], [0], reason, row=row, batch=len(query))
-                options = {"scale": scale, "softcap": softcap, "window": window}
-                out[row, :, start:] = dense_attention(q[None], k[None], v[None], **options)[0]
+            out = self._continue(index, query, key, value, mask, starts, reason, options)
+        elif starts is None and (self.plan.prefill is None or reason is not None):
+            self._count_dense("prefill", index, query, key, value, [0] * batch, reason)
+            out = dense_attention(query, key, value, **options)
+        else:
+            out = query.new_zeros(*query.shape[:3], value.shape[-1])
+            for row, start in enumerate(starts or [0] * batch):
+                q, k, v = query[row, :, start:], key[row, :, start:], value[row, :, start:]
+                if reason is None and self._is_sparse(row, batch, q.shape[1]):
+                    out[row, :, start:] = self._sparse_prefill(index, q, k, v, row, batch, scale, softcap)
+                else:
+                    self._count_dense("prefill", index, q[None], k[None], v[None], [0], reason, row=row, batch=batch)
+                    out[row, :, start:] = dense_attention(q[None], k[None], v[None], **options)[0]
+        if layer is not None and kv_len == self.prompt:
+            self._end_prefill(index, layer, query, key, starts or [0] * batch, scale, softcap)
         return out
+
+    def _cache_layer(self, index: int) -> PreallocatedLayer | None:
+        """The cache of an eligible layer while a batch runs, or None when there is none of ours."""
+        if self.cache is None or index >= len(self.cache.layers):
+            return None
+        layer = self.cache.layers[index]
+        return layer if isinstance(layer, PreallocatedLayer) else None
 
     @staticmethod
     def ineligible(module: torch.nn.Module, key: Tensor, value: Tensor, window: int | None) -> str | None:
@@ -124,11 +188,11 @@ class Runtime:
             return f"keys have {key.shape[-1]} dimensions, values {value.shape[-1]} (latent attention)"
         return None
 
-    def _is_sparse(self, row: int, batch: int, length: int, module: torch.nn.Module) -> bool:
+    def _is_sparse(self, row: int, batch: int, length: int) -> bool:
         """Whether this row's prefill is sparse in an eligible layer; counts a fallback when it is too short."""
-        method, sparsity = self.plan.prefill, self.plan.sparsity
-        if method is None:
+        if self.plan.prefill is None:
             return False
+        method, sparsity = self.plan.prefill.at(length)
         reason = method.too_short(sparsity, length)
         if reason is None:
             return True
@@ -143,9 +207,19 @@ class Runtime:
         return False
 
     def _sparse_prefill(
-        self, query: Tensor, key: Tensor, value: Tensor, row: int, batch: int, scale: float, softcap: float | None
+        self,
+        index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        row: int,
+        batch: int,
+        scale: float,
+        softcap: float | None,
     ) -> Tensor:
-        selection = self.plan.prefill.select(query, key, scale=scale, softcap=softcap, sparsity=self.plan.sparsity)
+        heads, length, dim = query.shape
+        method, sparsity = self.plan.prefill.at(length)
+        selection = method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity)
         layout = selection.layout
         try:
             out, backend = block_sparse_prefill(
@@ -154,34 +228,101 @@ class Runtime:
         except ValueError as error:
             raise UserError(f"backend={self.plan.backend}: {error}") from error
         if counts := self._counts("prefill", row, batch):
-            heads, length, dim = query.shape
             per_key = (key.shape[-1] + value.shape[-1]) * key.element_size()
-            counts.calls["sparse"] += 1
-            counts.backends[backend] += 1
-            counts.pairs += heads * causal_pairs(length)
-            counts.selected += int(selection.selected_pairs.sum())
-            counts.executed += int(layout.executed_pairs().sum())
-            counts.bytes_dense += per_key * heads * dense_keys(length, layout.block_q)
-            counts.bytes_read += per_key * int(layout.keys_read().sum()) + selection.estimator_bytes
-            counts.flops_dense += 4 * dim * heads * causal_pairs(length)
-            counts.flops_estimator += selection.estimator_flops
+            counts.add(
+                index,
+                heads,
+                "sparse",
+                backend,
+                pairs=causal_pairs(length),
+                selected=selection.selected_pairs.cpu().numpy(),
+                executed=layout.executed_pairs().cpu().numpy(),
+                bytes_dense=per_key * dense_keys(length, layout.block_q),
+                bytes_read=per_key * layout.keys_read().cpu().numpy() + selection.estimator_bytes / heads,
+                flops_dense=4 * dim * causal_pairs(length),
+                flops_estimator=selection.estimator_flops / heads,
+            )
             counts.note_knobs(selection.knobs)
         return out
 
-    def _decode(
+    def _end_prefill(
         self,
+        index: int,
+        layer: PreallocatedLayer,
+        query: Tensor,
+        key: Tensor,
+        starts: list[int],
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        """The prompt is complete in this layer: evict, begin to keep page bounds, and count what is held."""
+        layer.pads = list(starts)
+        if self.plan.eviction is not None:
+            kept = [
+                self._evict_row(index, query[row, :, start:], key[row, :, start:], row, len(starts), scale, softcap)
+                for row, start in enumerate(starts)
+            ]
+            if any(choice is not None for choice in kept):
+                layer.evict(kept)
+        if self.plan.decode is not None:
+            layer.keep_bounds(self.plan.decode.method.page_size)
+        for row in range(len(starts)):
+            counts = self._row(row, len(starts))
+            if counts is not None and index not in counts.kv:
+                held, dense = layer.held_bytes(row)
+                counts.kv[index] = np.array([held, [dense] * len(held)], dtype=float)
+
+    def _evict_row(
+        self, index: int, query: Tensor, key: Tensor, row: int, batch: int, scale: float, softcap: float | None
+    ) -> tuple[Tensor, list[int]] | None:
+        """What one row keeps: ids `(H_kv, W)` and their numbers, or None when it keeps everything."""
+        heads, length, dim = query.shape
+        kv_heads = key.shape[0]
+        method, sparsity = self.plan.eviction.at(length)
+        counts = self._counts("eviction", row, batch)
+        per_key = 2 * dim * key.element_size()
+        dense = {
+            "pairs": length,
+            "bytes_dense": length * per_key * kv_heads / heads,
+            "flops_dense": 4 * dim * causal_pairs(length),
+        }
+        if reason := method.too_short(sparsity, length):
+            if counts is not None:
+                counts.reasons[reason] += 1
+                counts.add(
+                    index, heads, "fallback", None, selected=length, executed=length, bytes_read=0, flops_estimator=0,
+                    **dense,
+                )  # fmt: skip
+            return None
+        selection = method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity)
+        if counts is not None:
+            kept = np.repeat(np.array(selection.counts, dtype=float), heads // kv_heads)
+            counts.add(
+                index,
+                heads,
+                "sparse",
+                "compact",
+                selected=kept,
+                executed=kept,
+                bytes_read=selection.estimator_bytes / heads,
+                flops_estimator=selection.estimator_flops / heads,
+                **dense,
+            )
+            counts.note_knobs(selection.knobs)
+        return selection.indices, selection.counts
+
+    def _continue(
+        self,
+        index: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
         starts: list[int] | None,
         reason: str | None,
-        *,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
+        options: dict[str, Any],
     ) -> Tensor:
-        """New tokens against the cache; `q_len` is above 1 when given answers are scored."""
+        """New tokens against a cache that is not ours, or a further chunk of the prompt: dense."""
         first = None
         if starts is not None:
             # Window layers hold the last keys only, so the padding they still see is shorter.
@@ -189,19 +330,87 @@ class Runtime:
             starts = [max(0, start - dropped) for start in starts]
             first = torch.tensor(starts, device=query.device)
         phase = "prefill" if key.shape[2] <= self.prompt else "decode"
-        self._count_dense(phase, query, key, value, starts or [0] * len(query), reason)
-        return dense_attention(query, key, value, scale=scale, softcap=softcap, window=window, starts=first)
+        self._count_dense(phase, index, query, key, value, starts or [0] * len(query), reason)
+        return dense_attention(query, key, value, starts=first, **options)
+
+    def _decode(
+        self,
+        index: int,
+        layer: PreallocatedLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        starts: list[int] | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """New tokens against our cache; `q_len` is above 1 when given answers are scored."""
+        batch, heads, steps, dim = query.shape
+        if layer.ragged is None and self.plan.decode is None:
+            first = None if starts is None else torch.tensor(starts, device=query.device)
+            self._count_dense("decode", index, query, key, value, starts or [0] * batch, None)
+            return dense_attention(query, key, value, scale=scale, softcap=softcap, starts=first)
+        view = layer.view()
+        kv_heads = layer.keys.shape[1]
+        grouped = query.reshape(batch * kv_heads, heads // kv_heads, steps, dim)
+        behind = torch.arange(1 - steps, 1)
+        visible = torch.tensor(view.lengths)[:, None] + behind
+        tokens = [layer.get_seq_length() - pad for pad in layer.pads]
+        logical = torch.tensor(tokens).repeat_interleave(kv_heads)[:, None] + behind
+        sizes = (heads, kv_heads, dim, (view.keys.shape[-1] + view.values.shape[-1]) * view.keys.element_size())
+        if self.plan.decode is None:
+            for row in range(batch):
+                self._count_decode(index, row, batch, sizes, visible, logical, None, None, "ragged", None)
+            return ragged_decode(grouped, view, scale=scale, softcap=softcap).reshape(batch, heads, steps, -1)
+        out = grouped.new_empty(*grouped.shape[:3], view.values.shape[-1])
+        methods = [self.plan.decode.at(self.prompt - layer.pads[row]) for row in range(batch)]
+        covered = [
+            self._is_covered(row, *methods[row], *(table[row * kv_heads :][:kv_heads] for table in (visible, logical)))
+            for row in range(batch)
+        ]
+        # All rows at once, unless a preset gives each prompt its own knobs or some rows have nothing to skip.
+        together = not any(covered) and all(method == methods[0] for method in methods)
+        for rows in [range(batch)] if together else [range(row, row + 1) for row in range(batch)]:
+            part = slice(rows.start * kv_heads, rows.stop * kv_heads)
+            held = RaggedKV(view.keys, view.values, view.starts[part], view.lengths[part])
+            if covered[rows.start]:
+                reason = "the decode budget covers the whole cache"
+                self._count_decode(index, rows.start, batch, sizes, visible, logical, None, None, "ragged", reason)
+                out[part] = ragged_decode(grouped[part], held, scale=scale, softcap=softcap)
+                continue
+            method, sparsity = methods[rows.start]
+            bounds = PageBounds(layer.bounds.page_size, layer.bounds.low[part], layer.bounds.high[part])
+            context = DecodeContext(held, visible[part], logical[part], bounds)
+            selection = method.select(grouped[part], context, sparsity=sparsity)
+            backend = self.plan.backend if self.plan.backend in DECODE_BACKENDS else "auto"
+            out[part], used = paged_decode(
+                grouped[part], held, selection.pages, scale=scale, softcap=softcap, backend=backend
+            )
+            for row in rows:
+                self._count_decode(index, row, batch, sizes, visible, logical, selection, part.start, used, None)
+        return out.reshape(batch, heads, steps, -1)
+
+    def _is_covered(
+        self, row: int, method: DecodeMethod, sparsity: float | None, visible: Tensor, logical: Tensor
+    ) -> bool:
+        """Whether the budget of every real new token of a row takes all keys it may see, so that dense is due."""
+        fresh = visible.shape[1] if self.fresh is None else max(1, self.fresh[row])
+        return bool(method.covers(sparsity, visible[:, :fresh], logical[:, :fresh]).all())
 
     # --- counting --------------------------------------------------------------------------------------------
 
-    def _counts(self, phase: str, row: int, batch: int) -> PhaseCounts | None:
+    def _row(self, row: int, batch: int) -> RowCounts | None:
         """The counts of a row; several rows of a batch share one when beams of a prompt run side by side."""
-        counts = self.rows[row * len(self.rows) // batch] if self.rows else None
+        return self.rows[row * len(self.rows) // batch] if self.rows else None
+
+    def _counts(self, phase: str, row: int, batch: int) -> PhaseCounts | None:
+        counts = self._row(row, batch)
         return None if counts is None else counts.phase(phase)
 
     def _count_dense(
         self,
         phase: str,
+        index: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -216,22 +425,93 @@ class Runtime:
         heads, q_len, kv_len = query.shape[1], query.shape[2], key.shape[2]
         per_key = (key.shape[-1] + value.shape[-1]) * key.element_size()
         short = phase == "prefill" and self.plan.prefill is not None
-        for index, start in enumerate(starts):
-            counts = self._counts(phase, index if row is None else row, len(starts) if batch is None else batch)
+        for place, start in enumerate(starts):
+            counts = self._counts(phase, place if row is None else row, len(starts) if batch is None else batch)
             if counts is None:
                 continue
-            real = kv_len - start
-            pairs = heads * (q_len * real - q_len * (q_len - 1) // 2)
+            fresh = q_len if self.fresh is None or row is not None else self.fresh[place]
+            real = kv_len - start - (q_len - fresh)
+            pairs = fresh * real - fresh * (fresh - 1) // 2
             # Decoding reads every key once per KV head and step; prefill once per tile of 128 queries and head.
-            reads = heads * dense_keys(real, 128) if phase == "prefill" else key.shape[1] * pairs // heads
-            counts.calls["fallback" if short else "dense"] += 1
-            counts.backends["sdpa"] += 1
-            counts.pairs += pairs
-            counts.selected += pairs
-            counts.executed += pairs
-            counts.bytes_dense += per_key * reads
-            counts.bytes_read += per_key * reads
-            counts.flops_dense += 4 * query.shape[-1] * pairs
+            reads = dense_keys(real, 128) if phase == "prefill" else key.shape[1] * pairs / heads
+            counts.add(
+                index,
+                heads,
+                "fallback" if short else "dense",
+                "sdpa",
+                pairs=pairs,
+                selected=pairs,
+                executed=pairs,
+                bytes_dense=per_key * reads,
+                bytes_read=per_key * reads,
+                flops_dense=4 * query.shape[-1] * pairs,
+                flops_estimator=0,
+            )
+
+    def _count_decode(
+        self,
+        index: int,
+        row: int,
+        batch: int,
+        sizes: tuple[int, int, int, int],
+        visible: Tensor,
+        logical: Tensor,
+        selection: DecodeSelection | None,
+        first: int | None,
+        backend: str,
+        reason: str | None,
+    ) -> None:
+        """Count a decode call of one row over our cache. Every new token is a step that reads its own keys.
+
+        Args:
+            sizes: query heads, KV heads, head dimension, bytes of a key and its value.
+            visible, logical: `(S, T)` of the whole batch.
+            selection: what was read, of the sequences from `first` on, or None when everything held was.
+            reason: why the decode method was not used, when there is one.
+        """
+        counts = self._counts("decode", row, batch)
+        if counts is None:
+            return
+        heads, kv_heads, dim, per_key = sizes
+        fresh = visible.shape[1] if self.fresh is None else self.fresh[row]
+        own = slice(row * kv_heads, (row + 1) * kv_heads)
+        seen, whole = (table[own, :fresh].sum(1).numpy() for table in (visible, logical))
+        if selection is None:
+            group, read, loads, metadata, flops = 1, seen[:, None], seen[:, None], 0.0, 0.0
+            kind = "dense" if reason is None else "fallback"
+            if reason is not None:
+                counts.reasons[reason] += 1
+        else:
+            at = slice(own.start - first, own.stop - first)
+            keys = selection.keys_read[at, :, :fresh].sum(-1).numpy()
+            read = loads = keys
+            group = keys.shape[1]
+            metadata, flops = (
+                table[at, :fresh].sum(1).numpy() for table in (selection.estimator_bytes, selection.estimator_flops)
+            )
+            kind = "sparse"
+            counts.note_knobs(selection.knobs)
+        share = heads // kv_heads
+
+        def per_head(values: Any) -> Any:
+            """From per KV head, and maybe per query head of its group, to `(H,)`."""
+            return np.broadcast_to(np.asarray(values, dtype=float), (kv_heads, share)).reshape(-1)
+
+        # A list of pages that the group shares is loaded once for all its query heads.
+        loads = loads / share if group == 1 else loads
+        counts.add(
+            index,
+            heads,
+            kind,
+            backend,
+            pairs=per_head(whole[:, None]),
+            selected=per_head(read),
+            executed=per_head(read),
+            bytes_dense=per_head(whole[:, None] * per_key / share),
+            bytes_read=per_head(loads * per_key + np.reshape(metadata, (-1, 1)) / share),
+            flops_dense=per_head(whole[:, None] * 4 * dim),
+            flops_estimator=per_head(np.reshape(flops, (-1, 1)) / share),
+        )
 
 
 def dense_keys(length: int, block: int) -> int:

@@ -1,0 +1,101 @@
+"""The parameters that The Sparse Frontier ran (its Table 3), by prompt length and sparsity.
+
+With `preset=paper` the knobs of a method come from here instead of being solved: the runs of the paper as they were.
+Their measured sparsity depends on the data (verticals and slashes were calibrated on the authors' models), so nothing
+is promised; what was executed is in the results as always.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..errors import UserError, nearest
+from .base import Method
+
+#: Budgets (1 - sparsity) of the columns, densest last.
+TEN = (0.05, 1 / 15, 0.1, 2 / 15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+SEVEN = (0.05, 1 / 15, 0.1, 2 / 15, 0.2, 1 / 3, 0.5)
+
+_COUNTS = {
+    16384: (164, 240, 315, 400, 448, 576, 768, 1024, 1536, 2304),
+    32768: (290, 384, 448, 576, 704, 1024, 1536, 2304, 3584, 4608),
+    65536: (400, 448, 544, 640, 960, 1280, 2304, 4096, 6144, 8192),
+    128000: (480, 768, 1024, 1536, 2048, 3584, 5632, 10240, 13312, 18432),
+}
+_COVERAGE = {
+    16384: ((0, 164), (0, 240), (0, 315), (0, 400), (0.55, 512), (0.71, 512), (0.88, 512)),
+    32768: ((0, 290), (0, 384), (0.45, 512), (0.6, 512), (0.7, 512), (0.8, 512), (0.92, 512)),
+    65536: ((0, 400), (0.45, 512), (0.55, 512), (0.7, 512), (0.77, 512), (0.85, 512), (0.94, 512)),
+}
+_BLOCKS = {
+    16384: (26, 35, 53, 71, 108, 188, 300),
+    32768: (52, 69, 105, 141, 216, 376, 600),
+    65536: (104, 139, 210, 283, 432, 752, 1200),
+}
+_CAPACITY = {
+    16384: (819, 1092, 1638, 2183, 3276, 4915, 6553, 8192, 9830, 11468),
+    32768: (1638, 2185, 3276, 4367, 6553, 9830, 13107, 16384, 19660, 22937),
+    65536: (3276, 4371, 6553, 8735, 13107, 19660, 26214, 32768, 39321, 45875),
+    128000: (6400, 8544, 12800, 17056, 25600, 38400, 51200, 64000, 76800, 89600),
+}
+_PAGES = {
+    16384: (816, 1088, 1632, 2176, 3280, 4912, 6560, 8192, 9824, 11472),
+    32768: (1632, 2192, 3280, 4368, 6560, 9824, 13104, 16384, 19664, 22944),
+    65536: (3280, 4368, 6560, 8736, 13104, 19664, 26208, 32768, 39328, 45872),
+    128000: (6400, 8544, 12800, 17056, 25600, 38400, 51200, 64000, 76800, 89600),
+}
+
+#: method -> budgets, knobs, and by prompt length the knobs' values for each budget.
+PAPER: dict[str, tuple[tuple[float, ...], tuple[str, ...], dict[int, tuple]]] = {
+    "vertical_slash": (TEN, ("verticals", "slashes"), {n: tuple((c, c) for c in row) for n, row in _COUNTS.items()}),
+    "flexprefill_vs": (SEVEN, ("alpha", "min_budget"), _COVERAGE),
+    "block_sparse": (SEVEN, ("top_k",), {n: tuple((k,) for k in row) for n, row in _BLOCKS.items()}),
+    "snapkv": (TEN, ("capacity",), {n: tuple((c,) for c in row) for n, row in _CAPACITY.items()}),
+    "ada_snapkv": (TEN, ("capacity",), {n: tuple((c,) for c in row) for n, row in _CAPACITY.items()}),
+    "quest": (TEN, ("budget",), {n: tuple((b,) for b in row) for n, row in _PAGES.items()}),
+}
+PRESETS = {"paper": PAPER}
+
+#: A prompt belongs to a length when it fills at least this share of it.
+FILL = 0.9
+
+
+def check(preset: str, method: type[Method], sparsity: float | None) -> None:
+    """Raise `UserError` unless the preset has this method at this sparsity."""
+    if preset not in PRESETS:
+        raise UserError(f"preset={preset!r} is unknown{nearest(preset, PRESETS)} (accepted: {', '.join(PRESETS)})")
+    table = PRESETS[preset]
+    if method.name not in table:
+        raise UserError(f"preset={preset} has no parameters for {method.name} (it has {', '.join(table)})")
+    budgets = table[method.name][0]
+    accepted = ", ".join(f"{1 - budget:.3g}" for budget in budgets)
+    if sparsity is None:
+        raise UserError(f"preset={preset} needs the sparsity whose parameters are meant: give one of {accepted}")
+    if sparsity and _column(budgets, sparsity) is None:
+        raise UserError(
+            f"preset={preset} has no parameters of {method.name} for sparsity={sparsity:g}: give {accepted}"
+        )
+
+
+def shortest(preset: str, method: type[Method]) -> int:
+    """The shortest prompt, in tokens, that the preset has parameters for."""
+    return round(FILL * min(PRESETS[preset][method.name][2]))
+
+
+def lookup(preset: str, method: Method, sparsity: float, length: int) -> Method:
+    """`method` with the preset's knobs for a prompt of `length` tokens; raises `UserError` for a length it lacks."""
+    budgets, names, rows = PRESETS[preset][method.name]
+    for nominal, row in rows.items():
+        if FILL * nominal <= length <= nominal:
+            return replace(method, **dict(zip(names, row[_column(budgets, sparsity)], strict=True)))
+    spans = ", ".join(f"{round(FILL * nominal)}-{nominal}" for nominal in rows)
+    raise UserError(
+        f"preset={preset} has no parameters of {method.name} for a prompt of {length} tokens (it has {spans}): "
+        "use tasks of those lengths, or leave preset out to have the knobs solved for the sparsity"
+    )
+
+
+def _column(budgets: tuple[float, ...], sparsity: float) -> int | None:
+    """Index of the budget that `sparsity` names, to two digits as the paper prints them, or None."""
+    found = [i for i, budget in enumerate(budgets) if abs(1 - budget - sparsity) < 0.005]
+    return found[0] if found else None
