@@ -114,7 +114,10 @@ def test_restoring_forgets_what_came_after(config) -> None:
 def test_bytes_held_are_those_of_the_tokens() -> None:
     cache = SparseCache(LlamaConfig(num_hidden_layers=1), reserve=100)
     cache.update(torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 7, 6), 0)
-    assert cache.kv_bytes(0) == (7 * 3 * (4 + 6) * 4,) * 2
+    layer = cache.layers[0]
+    layer.pads = [2, 0]
+    assert layer.held_bytes(0) == ([5 * (4 + 6) * 4] * 3, 5 * (4 + 6) * 4)
+    assert layer.held_bytes(1) == ([7 * (4 + 6) * 4] * 3, 7 * (4 + 6) * 4)
 
 
 def test_positions_start_after_the_padding() -> None:
