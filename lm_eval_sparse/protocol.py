@@ -7,6 +7,7 @@ is a `str`, a measured response is a `str` or a `(logprob, is_greedy)` tuple. No
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 #: Key of a document that stands for a leaf that cannot run (model too short, no data); its value is the reason.
@@ -79,9 +80,23 @@ class MeasuredFloat(float):
 def stats_of(response: Any) -> dict[str, Any] | None:
     """The measured figures a response carries, or None when another model type made it.
 
-    `stats["sparsity"]` is the measured sparsity of the phase(s) that a sparse method filled (a float in [0, 1)).
+    `stats["sparsity"]` is the measured sparsity of the one phase that a sparse method filled (a float in [0, 1]), or
+    None; with methods in several phases `stats["sparsities"]` holds theirs by name.
     """
     return getattr(response, "stats", None)
+
+
+def mean_sparsities(measurements: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Measured sparsities by metric name, averaged over the measurements that have them.
+
+    `sparsity` for a method in one phase; `prefill_sparsity`, `kv_sparsity`, `decode_sparsity` for several.
+    """
+    found: dict[str, list[float]] = {}
+    for stats in measurements:
+        for name, value in (stats.get("sparsities") or {"sparsity": stats.get("sparsity")}).items():
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 _active: weakref.ref | None = None

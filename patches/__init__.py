@@ -16,7 +16,7 @@ PATCHES: dict[str, tuple[str, ...]] = {
     "lm_eval.models": ("register_model",),
     "lm_eval.tasks.manager": ("register_tasks",),
     "lm_eval.evaluator": ("user_errors", "evaluator"),
-    "lm_eval.loggers.evaluation_tracker": ("hub_tracker",),
+    "lm_eval.loggers.evaluation_tracker": ("hub_tracker", "stats_file"),
 }
 
 _log = logging.getLogger("lm_eval_sparse")

@@ -1,26 +1,36 @@
-"""lm-eval's evaluator: measured sparsity in every logged sample, and Hub mistakes found before any compute.
+"""lm-eval's evaluator: measured sparsity in every logged sample and under the table, Hub mistakes found beforehand.
 
 Works around: a model type can add figures to the results as a whole (`get_model_info`) but not to a logged
-sample of a task that it does not own; and `simple_evaluate` builds the model before anything about the Hub is
-checked. Delete the first half when lm-eval lets a response carry metadata into logged samples, the second when
-its tracker checks before the run.
+sample of a task that it does not own, nor to the table that is printed; and `simple_evaluate` builds the model before
+anything about the Hub is checked. Delete the first part when lm-eval lets a response carry metadata into logged
+samples, the second when a model type can print, the third when its tracker checks before the run.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from typing import Any
 
 
 def apply(module: Any) -> None:
-    """Wrap `evaluate` and `simple_evaluate` of `lm_eval.evaluator`; nothing changes for other model types."""
-    for name, wrap in (("evaluate", _with_sample_stats), ("simple_evaluate", _with_preflight)):
-        function = getattr(module, name)
+    """Wrap `evaluate` and `simple_evaluate` of `lm_eval.evaluator`, and `make_table` of `lm_eval.utils`.
+
+    Nothing changes for other model types. lm-eval's command line takes `make_table` after it has imported the
+    evaluator.
+    """
+    utils = importlib.import_module("lm_eval.utils")
+    for owner, name, wrap in (
+        (module, "evaluate", _with_sample_stats),
+        (module, "simple_evaluate", _with_preflight),
+        (utils, "make_table", _with_figures),
+    ):
+        function = getattr(owner, name)
         if not getattr(function, "_lm_eval_sparse", False):
             wrapped = wrap(function)
             wrapped._lm_eval_sparse = True
-            setattr(module, name, wrapped)
+            setattr(owner, name, wrapped)
 
 
 def is_ours(lm: Any) -> bool:
@@ -42,7 +52,24 @@ def _with_sample_stats(evaluate: Any) -> Any:
             _count_restored(given["lm"], given.get("task_dict") or {})
             if results is not None and results.get("samples"):
                 _add_to_samples(results["samples"])
+            model = getattr(given["lm"], "lm", given["lm"])
+            if results is not None and model.full_stats:
+                results["sparse_stats"] = model.detail_report()
         return results
+
+    return wrapper
+
+
+def _with_figures(make_table: Any) -> Any:
+    @functools.wraps(make_table)
+    def wrapper(result_dict: Any, column: str = "results", *args: Any, **kwargs: Any) -> str:
+        table = make_table(result_dict, column, *args, **kwargs)
+        figures = ""
+        if column == "results" and ((result_dict.get("config") or {}).get("sparse") or {}).get("phases"):
+            from lm_eval_sparse.analysis.results import figures_table
+
+            figures = figures_table(result_dict)
+        return f"{table}\n{figures}" if figures else table
 
     return wrapper
 
@@ -60,14 +87,12 @@ def _distinct(responses: Any) -> list[dict[str, Any]]:
 
 
 def _add_to_samples(samples: dict[str, list[dict[str, Any]]]) -> None:
+    from lm_eval_sparse.protocol import mean_sparsities
+
     for rows in samples.values():
         for row in rows:
             distinct = _distinct(response for responses in row["resps"] for response in responses)
-            measured = [entry["sparsity"] for entry in distinct if entry["sparsity"] is not None]
-            row["sparse"] = {
-                "sparsity": sum(measured) / len(measured) if measured else None,
-                "requests": distinct,
-            }
+            row["sparse"] = {"sparsity": None, **mean_sparsities(distinct), "requests": distinct}
 
 
 def _count_restored(lm: Any, task_dict: Any) -> None:
@@ -101,6 +126,22 @@ def _with_preflight(simple_evaluate: Any) -> Any:
                 limit=options["limit"],
                 predict_only=options["predict_only"],
             )
+            tracker = options["evaluation_tracker"]
+            full = _wants_full_stats(options["model"], options["model_args"])
+            if full and tracker is not None and not getattr(tracker, "output_path", None):
+                from lm_eval_sparse.errors import UserError
+
+                raise UserError("stats=full writes a file next to the results: add --output_path FOLDER")
         return simple_evaluate(*args, **kwargs)
 
     return wrapper
+
+
+def _wants_full_stats(model: Any, model_args: Any) -> bool:
+    """Whether `stats=full` is among the arguments of a model that is yet to be made, or was."""
+    if isinstance(model, str):
+        pairs = model_args.items() if isinstance(model_args, dict) else ()
+        if isinstance(model_args, str):
+            pairs = (argument.partition("=")[::2] for argument in model_args.split(","))
+        return dict(pairs).get("stats") == "full"
+    return getattr(model, "lm", model).full_stats

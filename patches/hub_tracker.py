@@ -221,7 +221,7 @@ def _save_results(original: Callable[..., None]) -> Callable[..., None]:
             original(self, results=results, samples=samples)
         run.results, run.sample_files, run.error = results, {}, ""
         run.results_pushed = run.samples_pushed = False
-        run.results_file = file = _saved_results(self)
+        run.results_file = file = saved_results(self)
         if file is None:
             run.error = "the results could not be saved"
         elif run.results_target:
@@ -335,7 +335,7 @@ def _saving_only(tracker: Any) -> Iterator[None]:
         tracker.push_results_to_hub, tracker.push_samples_to_hub = flags
 
 
-def _saved_results(tracker: Any) -> Path | None:
+def saved_results(tracker: Any) -> Path | None:
     """The results file that lm-eval has just written, or None when it could not (it only logs that)."""
     output, date = Path(tracker.output_path), getattr(tracker, "date_id", None)
     if output.suffix == ".json":

@@ -43,7 +43,9 @@ class PageSelection:
         visible = (visible + torch.arange(steps, device=self.pages.device))[:, None, :, None]
         valid = torch.arange(self.pages.shape[-1], device=self.pages.device) < self.counts[..., None]
         if bool((self.counts < 1).any()) or bool((self.counts > self.pages.shape[-1]).any()):
-            raise ValueError(f"selection leaves a token without any page, or counts more than the {self.pages.shape[-1]} it lists")
+            raise ValueError(
+                f"selection leaves a token without any page, or counts more than the {self.pages.shape[-1]} it lists"
+            )
         if bool(((self.pages < 0) | (self.pages.long() * self.page_size >= visible)).logical_and(valid).any()):
             raise ValueError("selection holds a page that its token may not see")
         ids = torch.where(valid, self.pages, -1 - torch.arange(self.pages.shape[-1], device=self.pages.device))

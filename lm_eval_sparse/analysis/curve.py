@@ -54,7 +54,7 @@ def draw(rows: Sequence[Record]) -> bytes:
                 label=method,
             )
         better = "higher" if members[0].higher_is_better else "lower"
-        axis.set_xlabel("measured sparsity (share of attention pairs not computed)")
+        axis.set_xlabel("measured sparsity of the phase that the method fills")
         axis.set_ylabel(f"{metric} ({better} is better)")
         counts = sorted({row.n for row in members})
         axis.set_title(
@@ -108,8 +108,10 @@ th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; }}
 </head>
 <body>
 <h1>Score against measured sparsity</h1>
-<p>Model: {html.escape(models)}. Sparsity is measured: the share of (query, key) pairs inside the causal triangle
-that were not computed while the prompt was read, averaged over heads, layers and documents.</p>
+<p>Model: {html.escape(models)}. Sparsity is measured, in the phase that the method fills: the share of (query, key)
+pairs inside the causal triangle that were not computed while the prompt was read, of the prompt's keys and values that
+were dropped, or of the keys that were not read while decoding; averaged over heads, layers and documents (and over
+phases where several methods are combined).</p>
 <img alt="score against measured sparsity" src="data:image/png;base64,{base64.b64encode(picture).decode()}">
 <table>
 <tr>{"".join(f"<th>{html.escape(cell)}</th>" for cell in header)}</tr>

@@ -20,7 +20,7 @@ from lm_eval.api.task import ConfigurableTask
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..protocol import SKIPPED, SharedPrompt, stats_of
+from ..protocol import SKIPPED, SharedPrompt, mean_sparsities, stats_of
 from . import recipe
 from .fill import DoesNotFit, Filler, fit
 from .meter import Meter, meter_for
@@ -284,18 +284,14 @@ class FrontierTask(ConfigurableTask):
     def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
         """Metrics of one document; none for a stub, so that its row vanishes.
 
-        `sparsity` is among them only when the model type measured it (`protocol.stats_of`).
+        Sparsities are among them only when the model type measured them (`protocol.mean_sparsities`).
         """
         if SKIPPED in doc:
             return {}
         if "bypass" in self._metric_fn_list:  # --predict_only
             return {"bypass": None}
         scores: dict[str, Any] = self._score(doc, results)
-        measured = [(stats_of(result) or {}).get("sparsity") for result in results]
-        measured = [sparsity for sparsity in measured if sparsity is not None]
-        if measured:
-            scores["sparsity"] = sum(measured) / len(measured)
-        return scores
+        return {**scores, **mean_sparsities(stats_of(result) or {} for result in results)}
 
     def _score(self, doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
         return self.recipe.score(doc, str(results[0]))

@@ -257,13 +257,12 @@ class Runtime:
     ) -> None:
         """The prompt is complete in this layer: evict, begin to keep page bounds, and count what is held."""
         layer.pads = list(starts)
-        if self.plan.eviction is not None:
-            kept = [
-                self._evict_row(index, query[row, :, start:], key[row, :, start:], row, len(starts), scale, softcap)
-                for row, start in enumerate(starts)
-            ]
-            if any(choice is not None for choice in kept):
-                layer.evict(kept)
+        kept = [
+            self._evict_row(index, query[row, :, start:], key[row, :, start:], row, len(starts), scale, softcap)
+            for row, start in enumerate(starts)
+        ]
+        if any(choice is not None for choice in kept):
+            layer.evict(kept)
         if self.plan.decode is not None:
             layer.keep_bounds(self.plan.decode.method.page_size)
         for row in range(len(starts)):
@@ -276,9 +275,8 @@ class Runtime:
         self, index: int, query: Tensor, key: Tensor, row: int, batch: int, scale: float, softcap: float | None
     ) -> tuple[Tensor, list[int]] | None:
         """What one row keeps: ids `(H_kv, W)` and their numbers, or None when it keeps everything."""
-        heads, length, dim = query.shape
+        heads, length, dim = len(query), key.shape[1], key.shape[2]
         kv_heads = key.shape[0]
-        method, sparsity = self.plan.eviction.at(length)
         counts = self._counts("eviction", row, batch)
         per_key = 2 * dim * key.element_size()
         dense = {
@@ -286,13 +284,16 @@ class Runtime:
             "bytes_dense": length * per_key * kv_heads / heads,
             "flops_dense": 4 * dim * causal_pairs(length),
         }
+        everything = {"selected": length, "executed": length, "bytes_read": 0, "flops_estimator": 0, **dense}
+        if self.plan.eviction is None:
+            if counts is not None:
+                counts.add(index, heads, "dense", None, **everything)
+            return None
+        method, sparsity = self.plan.eviction.at(length)
         if reason := method.too_short(sparsity, length):
             if counts is not None:
                 counts.reasons[reason] += 1
-                counts.add(
-                    index, heads, "fallback", None, selected=length, executed=length, bytes_read=0, flops_estimator=0,
-                    **dense,
-                )  # fmt: skip
+                counts.add(index, heads, "fallback", None, **everything)
             return None
         selection = method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity)
         if counts is not None:

@@ -1,0 +1,48 @@
+"""Writes the figures of every layer and head (`stats=full`) next to the results file.
+
+Works around: a model type can add to lm-eval's results file, which these figures would swamp, but has no part in saving
+and is never told where files go. Delete when a model type can save files of its own beside the results.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from types import ModuleType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+#: Where `patches.evaluator` leaves the figures in lm-eval's results.
+KEY = "sparse_stats"
+
+
+def apply(module: ModuleType) -> None:
+    """Wrap `save_results_aggregated` of `module.EvaluationTracker`; nothing changes for other results."""
+    tracker = module.EvaluationTracker
+    original = tracker.save_results_aggregated
+    if getattr(original, "_lm_eval_sparse_stats", False):
+        return
+
+    @functools.wraps(original)
+    def save_results_aggregated(self: Any, results: dict[str, Any], samples: Any = None) -> None:
+        stats = results.get(KEY)
+        if stats is None:
+            return original(self, results=results, samples=samples)
+        original(self, results={name: value for name, value in results.items() if name != KEY}, samples=samples)
+        if not self.output_path:
+            return None
+        from lm_eval_sparse.analysis.curve import write
+        from lm_eval_sparse.patches.hub_tracker import saved_results
+
+        file = saved_results(self)
+        if file is None:
+            logger.error("the results could not be saved, so the figures per layer and head were not either")
+            return None
+        name = f"sparse_stats_{file.stem.removeprefix('results_')}.json"
+        write(file.with_name(name), json.dumps(stats, indent=1).encode())
+        return None
+
+    save_results_aggregated._lm_eval_sparse_stats = True  # type: ignore[attr-defined]
+    tracker.save_results_aggregated = save_results_aggregated
