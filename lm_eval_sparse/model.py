@@ -35,7 +35,7 @@ from tqdm import tqdm
 from . import __version__, embedded, gguf_check
 from .config import OWN_ARGS, SparseConfig, argument_names, knob_names, parse, split
 from .errors import UserError, install_excepthook, nearest
-from .methods import PHASE_ARGUMENTS
+from .methods import PHASE_ARGUMENTS, presets
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime.accounting import PHASES, Ledger, RowCounts
 from .runtime.attention import IMPLEMENTATION, Runtime, register
@@ -163,6 +163,7 @@ class SparseHFLM(HFLM):
             self.model.set_attn_implementation(IMPLEMENTATION)
         self.runtime.attach(self.model)
         self._check_attention()
+        self._check_preset()
         set_active_lm(self)
 
     # --- construction ----------------------------------------------------------------------------------------
@@ -293,6 +294,17 @@ class SparseHFLM(HFLM):
             raise UserError(
                 f"{kind} uses an attention that sparse-hf does not support: dense logits differ from the model's own "
                 f"by {off:.2g} (relative); use --model hf for this model"
+            )
+
+    def _check_preset(self) -> None:
+        """Raise when no prompt that the model can read is long enough for the preset."""
+        if self.sparse.preset is None:
+            return
+        shortest = max(presets.shortest(self.sparse.preset, type(method)) for method in self.sparse.methods.values())
+        if shortest > self.max_length:
+            raise UserError(
+                f"preset={self.sparse.preset} has parameters for prompts from {shortest} tokens on, and {self._kind()} "
+                f"takes {self.max_length}: leave preset out, and the knobs are solved for the sparsity"
             )
 
     def _own_attention(self, ids: Tensor) -> Tensor | None:
@@ -426,6 +438,12 @@ class SparseHFLM(HFLM):
         contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
         fresh: dict[str, Ledger] = defaultdict(self._new_ledger)
         run = self._score_whole if self._is_recurrent else self._score_batch
+        later = [a.method.name for phase, a in self.runtime.plan.phases.items() if phase != "prefill"]
+        if later and contexts and self._is_recurrent:
+            raise UserError(
+                f"{self._kind()} keeps a recurrent state, so answers are scored in one pass with their context and "
+                f"{' and '.join(later)} cannot be applied: use generated tasks, or a prefill method"
+            )
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=total, disable=quiet, desc="Running loglikelihood requests") as bar:
             for first in range(0, len(contexts), self._rows_per_batch):
