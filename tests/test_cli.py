@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -109,3 +110,10 @@ def test_plot_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, status: int | 
     monkeypatch.setitem(sys.modules, "lm_eval_sparse.analysis.curve", curve)
     assert cli.main(["plot", "results", "--output", "a.png"]) == expected
     assert seen == [["results", "--output", "a.png"]]
+
+
+def test_documented_table_of_methods_is_the_generated_one() -> None:
+    from lm_eval_sparse.methods import table
+
+    page = (Path(__file__).resolve().parent.parent / "docs" / "methods.md").read_text()
+    assert table() in page

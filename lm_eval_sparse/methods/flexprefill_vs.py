@@ -36,7 +36,6 @@ class FlexPrefillVS(VerticalSlashMethod):
     paper: ClassVar[str] = "Lai et al., ICLR 2025; Nawrot et al., 2025"
     budget_knobs: ClassVar[tuple[str, ...]] = ("alpha", "min_budget")
 
-    window: int = 512
     alpha: float = 0.9
     min_budget: int = 512
 
