@@ -633,7 +633,7 @@ def test_flexprefill_vs_at_alpha_0_is_vertical_slash_of_min_budget(budget: int, 
     query, key = structured(4, 2, 1000, 16, seed)
     arguments = {"scale": 0.25, "softcap": None, "sparsity": None}
     first = FlexPrefillVS(alpha=0.0, min_budget=budget, tile=32).select(query, key, **arguments)
-    second = VerticalSlash(verticals=budget, slashes=budget, window=512, tile=32).select(query, key, **arguments)
+    second = VerticalSlash(verticals=budget, slashes=budget, tile=32).select(query, key, **arguments)
     assert first.selected_pairs.tolist() == second.selected_pairs.tolist()
     for head in range(4):
         (tiles, columns), (other_tiles, other_columns) = (read_layout(each.layout, head) for each in (first, second))

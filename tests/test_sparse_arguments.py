@@ -306,7 +306,7 @@ STRUCTURAL = [
     ("vertical_slash", "tile", "auto"),
     ("vertical_slash", "sinks", 0),
     ("vertical_slash", "near", 16),
-    ("flexprefill_vs", "window", 256),
+    ("flexprefill_vs", "window", 512),
     ("flexprefill_vs", "tile", 16),
     ("flexprefill", "block_size", 32),
     ("flexprefill", "block_size", "auto"),
@@ -684,7 +684,7 @@ def test_the_table_of_methods() -> None:
 def test_defaults_are_the_papers() -> None:
     knobs = {name: METHODS[name].knobs() for name in METHODS}
     assert knobs["vertical_slash"] | {"window": 256, "sinks": 4, "near": 64} == knobs["vertical_slash"]
-    assert knobs["flexprefill_vs"] | {"window": 512, "sinks": 4, "near": 64} == knobs["flexprefill_vs"]
+    assert knobs["flexprefill_vs"] | {"window": 256, "sinks": 4, "near": 64} == knobs["flexprefill_vs"]
     assert knobs["block_sparse"]["block_size"] == 16
     assert knobs["snapkv"] | {"window": 256, "kernel": 21, "sinks": 4, "local": 128} == knobs["snapkv"]
     assert knobs["ada_snapkv"] == {**knobs["snapkv"], "floor": 0.2}
