@@ -6,14 +6,12 @@ Everything that can be wrong in what the user typed about sparsity is found here
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import UserError, nearest
 from .kernels.block_sparse_prefill import BACKENDS
 from .methods import METHODS, PHASE_ARGUMENTS, Dense, Method, presets
-from .methods.snapkv import SnapKV
 from .runtime.attention import Assignment, Plan
 
 logger = logging.getLogger(__name__)
@@ -29,7 +27,7 @@ class SparseConfig:
     """The sparse part of the model arguments, checked.
 
     Attributes:
-        method: the names as given, such as `flexprefill+quest`.
+        method: the names in the order of their phases, such as `flexprefill+quest`.
         methods: method by phase; a phase that is missing is dense.
         sparsities: requested sparsity by phase, in [0, 1); None where native knobs were given. Phases with a method.
         preset: name of a table of knobs, or None.
@@ -134,7 +132,7 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
         if sparsities[phase] is not None and decided:
             _refuse_both(ours, names, phase, decided)
         methods[phase] = cls(**knobs[phase])
-        if isinstance(methods[phase], SnapKV) and sparsities[phase] is None:
+        if sparsities[phase] is None:
             methods[phase].check_native()
     preset = ours.get("preset")
     if preset is not None:
@@ -142,8 +140,8 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
             raise UserError(f"preset={preset!r} is unknown (accepted: {', '.join(presets.PRESETS)})")
         if not chosen:
             raise UserError(f"preset={preset} needs a method; type for example method=quest,preset=paper,sparsity=0.9")
-        for phase, cls in chosen.items():
-            presets.check(preset, cls, sparsities[phase])
+        for phase, method in methods.items():
+            presets.check(preset, method, sparsities[phase])
     kept, read = sparsities.get("eviction"), sparsities.get("decode")
     if kept and read and read <= kept:
         logger.warning(
@@ -151,7 +149,8 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
             "skip; give a decode_sparsity above kv_sparsity=%g",
             read, chosen["eviction"].name, 1 - kept, chosen["decode"].name, kept,
         )  # fmt: skip
-    return SparseConfig("+".join(names), methods, sparsities, preset, backend, stats, given)
+    name = "+".join(method.name for method in methods.values()) or Dense.name
+    return SparseConfig(name, methods, sparsities, preset, backend, stats, given)
 
 
 def _methods(names: list[str]) -> dict[str, type[Method]]:
@@ -223,6 +222,11 @@ def _assign_knobs(
             both = [chosen[phase].name for phase in having]
             forms = " or ".join(f"{method}.{name}={value}" for method in both)
             raise UserError(f"{name}={value} could mean a knob of {' or of '.join(both)}: type {forms}")
+        if name in knobs[having[0]]:
+            dotted = f"{chosen[having[0]].name}.{name}"
+            raise UserError(
+                f"{name}={given[name]} and {dotted}={given[dotted]} are the same knob: leave one of them out"
+            )
         knobs[having[0]][name] = value
     return knobs
 
@@ -239,7 +243,7 @@ def _refuse_both(ours: dict[str, Any], names: list[str], phase: str, decided: di
 
 def check_sparsity(name: str, value: Any) -> float:
     """Return the sparsity as a float in [0, 1)."""
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value < 1
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
     if not fits:
         raise UserError(
             f"{name}={value!r} is not accepted: give a number from 0 (dense) up to but not including 1, "

@@ -131,6 +131,8 @@ class SparseHFLM(HFLM):
         refuse_attention_choice(rest)
         self.sparse: SparseConfig = parse(ours)
         self.runtime = Runtime(self.sparse.plan)
+        #: Length at which each row of the batch just generated had ended, None for one that had not.
+        self._ends: list[int | None] = []
         self.full_stats = self.sparse.stats == "full"
         self.model_label = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", None)
         self.is_embedded = pretrained is None or embedded.is_embedded(pretrained)
@@ -638,7 +640,11 @@ class SparseHFLM(HFLM):
                 past_key_values=cache,
                 **kwargs,
             )
-        return [self._finish(tokens[ids.shape[1] :], until) for tokens in output.tolist()], rows
+        texts = [
+            self._finish(tokens[ids.shape[1] : end], until)
+            for tokens, end in zip(output.tolist(), self._ends or [None] * len(output), strict=True)
+        ]
+        return texts, rows
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """As lm-eval's, but rows that have ended are no longer counted while the rest of the batch goes on."""
@@ -664,9 +670,14 @@ class SparseHFLM(HFLM):
             )
 
     def _stop_counting(self, stops: Sequence[Any]) -> Any:
-        """A stopping criterion that stops nothing: it takes ended rows out of the runtime's counts."""
+        """A stopping criterion that stops nothing: it takes ended rows out of the runtime's counts.
+
+        It also notes where each row ended: what a row writes on beside its longer neighbours is not part of its answer,
+        and cutting at the stop string alone would miss one that is a special token.
+        """
         rows, eos = self.runtime.rows, self.model.generation_config.eos_token_id
         ends = {self.eot_token_id, *(eos if isinstance(eos, list) else [eos])}
+        self._ends = found = [None] * len(rows)
 
         class StopCounting(transformers.StoppingCriteria):
             def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -674,6 +685,7 @@ class SparseHFLM(HFLM):
                     for row, last in enumerate(input_ids[:, -1].tolist()):
                         if last in ends or any(stop.done_tracker[row] for stop in stops):
                             rows[row] = None
+                            found[row] = found[row] or input_ids.shape[1]
                 return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
         return StopCounting()
@@ -799,9 +811,15 @@ class SparseHFLM(HFLM):
         }
 
     def detail_report(self) -> dict[str, Any]:
-        """Figures per layer and query head of each phase that computed anything, by task, averaged over prompts."""
+        """Figures per layer and query head of each phase that computed anything, by task, averaged over prompts.
+
+        `prompts` are those averaged over: answers that came from a response cache carry no figures per layer.
+        """
         return {
-            task: {name: ledger.detail_report(name) for name in PHASES if ledger.details[name]}
+            task: {
+                "prompts": ledger.rows - ledger.restored,
+                **{name: ledger.detail_report(name) for name in PHASES if ledger.details[name]},
+            }
             for task, ledger in self.ledgers.items()
         }
 

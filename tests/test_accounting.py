@@ -247,16 +247,20 @@ def test_quest_by_hand(shared: bool, steps: list[int]) -> None:
     assert_figures(counts, "decode", {"sparse": len(steps)}, 48 / 105, 48 / 105, read, memory, 96 / (105 * 16))
 
 
-def test_quest_at_the_edge_of_a_page_by_hand() -> None:
-    """After 31 tokens, one by one: 32 keys are one complete page and a full current one, which the budget covers.
+@pytest.mark.parametrize(
+    ("steps", "kinds", "scored"), [([1, 1, 1], {"fallback": 1, "sparse": 2}, 4), ([3], {"sparse": 1}, 4)]
+)
+def test_quest_at_the_edge_of_a_page_by_hand(steps: list[int], kinds: dict[str, int], scored: int) -> None:
+    """After 31 tokens: 32 keys are one complete page and a full current one, which the budget covers.
 
-    That step is dense and reads no bounds. Then 33 and 34 keys: one of two complete pages, and 1 and 2 keys.
+    Then 33 and 34 keys: one of two complete pages, and 1 and 2 keys. One by one the first step is dense and reads no
+    bounds, so that 2 + 2 pages are scored. All at once, as in scoring, the same is counted.
     """
-    counts = drive({"method": "quest", "budget": 16}, 2, 2, 31, [1, 1, 1])
+    counts = drive({"method": "quest", "budget": 16}, 2, 2, 31, steps)
     read, whole = 32 + 17 + 18, 32 + 33 + 34
     assert_figures(
-        counts, "decode", {"fallback": 1, "sparse": 2}, 1 - read / whole, 1 - read / whole,
-        (read * 32 + 2 * 2 * 32) / (whole * 32), (31 * 32 + 2 * 32) / (31 * 32), 2 * 32 / (whole * 16),
+        counts, "decode", kinds, 1 - read / whole, 1 - read / whole,
+        (read * 32 + scored * 32) / (whole * 32), (31 * 32 + 2 * 32) / (31 * 32), scored * 16 / (whole * 16),
     )  # fmt: skip
 
 
@@ -461,7 +465,8 @@ def count_decode(
                 assert len(chosen) == number
                 keys = len({key for page in chosen for key in range(page * size, min((page + 1) * size, visible))})
                 loads = keys / SHARE if pages.shape[1] == 1 else keys
-                pages_before = (visible - 1) // quest.page_size
+                # Where the budget takes everything no bounds are looked at.
+                pages_before = (visible - 1) // quest.page_size if keys < visible else 0
             counts["pairs"][head] += logical
             counts["selected"][head] += keys
             counts["executed"][head] += keys
@@ -681,6 +686,29 @@ def test_scoring(name: str, batch_size: int, llama: Any, monkeypatch: pytest.Mon
         assert set(requested.values()) == {None}
 
 
+@pytest.mark.parametrize("name", ["dense", "block_sparse", "ada_snapkv", "quest", "all"])
+def test_fillers_are_not_counted(name: str, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts themselves, which the quotients of dense calls do not show: one step for each real token only."""
+    rows: list[RowCounts] = []
+    add = Ledger.add
+    monkeypatch.setattr(Ledger, "add", lambda ledger, row: (rows.append(row), add(ledger, row))[1])
+    lm = sparse(llama, RUNS[name], batch_size=5)
+    pairs = [(prompt, answer) for prompt, answers in zip(PROMPTS, ANSWERS, strict=True) for answer in answers]
+    lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    work = dict(decoded(lm, prompt, answers) for prompt, answers in zip(PROMPTS, ANSWERS, strict=True))
+    assert len(rows) == len(work)
+    for row in rows:
+        prompt_pairs = row.phase("prefill").layers[0][0]
+        length = next(n for n in work if n * (n + 1) // 2 == prompt_pairs[0])
+        keys = sum(length + step + 1 for _, _, steps in work[length] for step in range(steps))
+        for layer in (0, 1):
+            assert row.phase("prefill").layers[layer][0].tolist() == [length * (length + 1) // 2] * HEADS
+            assert row.phase("eviction").layers[layer][0].tolist() == [length] * HEADS
+            later = row.phase("decode").layers.get(layer, np.zeros((7, HEADS)))
+            assert later[0].tolist() == [keys] * HEADS
+        assert sum(row.phase("decode").calls.values()) == 2 * len(work[length])
+
+
 @pytest.mark.parametrize("name", ["dense", "ada_snapkv", "quest", "quest-own-8", "snapkv+quest", "all", "sparsities"])
 def test_generation(name: str, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six tokens for each of four left-padded prompts and a last one: the first comes from the prompt."""
@@ -721,7 +749,7 @@ def test_rolling_windows_are_prefill(llama: Any) -> None:
 def test_basic_statistics_have_no_details(llama: Any) -> None:
     lm = sparse(llama, {**RUNS["block_sparse"], "stats": "basic"})
     lm.loglikelihood([request("loglikelihood", PROMPTS[1], " river stone")], disable_tqdm=True)
-    assert lm.detail_report() == {"t": {}} and lm.report()["phases"]["prefill"]["executed_sparsity"] > 0
+    assert lm.detail_report() == {"t": {"prompts": 1}} and lm.report()["phases"]["prefill"]["executed_sparsity"] > 0
 
 
 # --- layers that are not full causal attention -----------------------------------------------------------------------

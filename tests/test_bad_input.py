@@ -101,10 +101,10 @@ SPARSE_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "method=flexprefil,sparsity=0.9": ("'flexprefil'", "did you mean 'flexprefill'", "accepted: dense", "method="),
     "method=FlexPrefill,sparsity=0.9": ("'FlexPrefill'", "did you mean 'flexprefill'"),
     "method=dens": ("'dens'", "did you mean 'dense'"),
-    "method=xyzzy": ("'xyzzy'", "accepted: dense, flexprefill", "method=flexprefill"),
-    "method=": ("method=''", "accepted: dense, flexprefill"),
-    "method=5": ("'5'", "accepted: dense, flexprefill"),
-    "method=flexprefill+": ("method=''", "accepted: dense, flexprefill"),
+    "method=xyzzy": ("'xyzzy'", "accepted: dense, vertical_slash, flexprefill", "method=flexprefill"),
+    "method=": ("method=''", "accepted: dense, vertical_slash, flexprefill"),
+    "method=5": ("'5'", "accepted: dense, vertical_slash, flexprefill"),
+    "method=flexprefill+": ("method=''", "accepted: dense, vertical_slash, flexprefill"),
     "method=dense+flexprefill,sparsity=0.5": ("dense+flexprefill", "leave it out"),
     "method=flexprefill+flexprefill": ("flexprefill+flexprefill", "prefill phase", "one method per phase"),
     "method=flexprefill,sparsity=1": ("sparsity=1 ", "from 0", "not including 1", "sparsity=0.9"),
@@ -117,11 +117,28 @@ SPARSE_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "method=flexprefill,sparsity=inf": ("sparsity=inf", "a number from 0"),
     "method=flexprefill,sparsity=True": ("sparsity=True", "a number from 0"),
     "method=flexprefill,sparsity=": ("sparsity=''", "a number from 0"),
-    "sparsity=0.9": ("sparsity=0.9", "needs a method", "accepted: flexprefill", "method=flexprefill,sparsity=0.9"),
+    "sparsity=0.9": ("sparsity=0.9", "needs a method", "accepted: vertical_slash", "method=flexprefill,sparsity=0.9"),
     "method=dense,sparsity=0.5": ("sparsity=0.5", "needs a method", "method=flexprefill,sparsity=0.5"),
     "method=flexprefill,sparsity=0.9,gamma=0.95": ("sparsity=0.9", "gamma=0.95", "either"),
     "method=flexprefill,sparsity=0,gamma=0.95": ("sparsity=0", "gamma=0.95", "either"),
-    "method=flexprefill,sparsity=0.9,block_size=64,tau=0": ("sparsity=0.9", "block_size=64", "tau=0", "either"),
+    "method=flexprefill,sparsity=0.9,block_size=64,min_budget=0": ("sparsity=0.9", "with min_budget=0:", "either"),
+    "method=snapkv+ada_snapkv,sparsity=0.9": ("snapkv and ada_snapkv", "eviction phase", "one method per phase"),
+    "method=quest,kv_sparsity=0.9": (
+        "kv_sparsity=0.9",
+        "eviction phase",
+        "snapkv, ada_snapkv",
+        "quest fills the decode",
+    ),
+    "method=quest,preset=papr,sparsity=0.9": ("preset='papr'", "did you mean 'paper'"),
+    "method=quest,preset=paper,sparsity=0.9": (
+        "preset=paper",
+        "from 14746 tokens on",
+        "takes 2048",
+        "leave preset out",
+    ),
+    "method=quest,budget=100": ("budget=100", "page_size=16", "budget=96 or budget=112"),
+    "method=snapkv,capacity=200": ("capacity=200", "does not exceed window=256"),
+    "method=snapkv+quest,stats=ful": ("stats='ful'", "did you mean 'full'"),
     "gamma=0.9": ("gamma=0.9", "knob of flexprefill", "method=dense", "method=flexprefill,gamma=0.9"),
     "method=flexprefill,gamma=2": ("gamma=2 ", "a number above 0", "to 1", "gamma=0.9"),
     "method=flexprefill,gamma=0": ("gamma=0 ", "a number above 0", "gamma=0.9"),
@@ -159,7 +176,7 @@ def test_sparsity_from_python(llama: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", [["flexprefill"], 5, ("dense",)])
 def test_method_from_python(llama: str, value: Any) -> None:
-    with pytest.raises(UserError, match="method=.*accepted: dense, flexprefill"):
+    with pytest.raises(UserError, match="method=.*accepted: dense, vertical_slash, flexprefill"):
         SparseHFLM(pretrained=llama, method=value)
 
 

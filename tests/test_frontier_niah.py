@@ -242,7 +242,11 @@ def test_sparsity_is_a_metric_only_when_it_was_measured(lm):
     twin = build(leaf("forced_frontier_niah_4k"), lm, limit=1)
     results = [MeasuredLoglikelihood(-1.0, True, {"sparsity": s}) for s in (0.5, 0.5, 0.7, 0.7)]
     assert twin.process_results(twin.eval_docs[0], results)["sparsity"] == pytest.approx(0.6)
-    assert {"acc", "sparsity"} == set(task.aggregation()) == set(task.higher_is_better())
+    several = {"sparsity": None, "sparsities": {"kv_sparsity": 0.5, "decode_sparsity": 0.9}}
+    both = task.process_results(doc, [MeasuredText(doc["target"], several)])
+    assert both == {"acc": 1.0, "kv_sparsity": 0.5, "decode_sparsity": 0.9}
+    names = {"acc", "sparsity", "prefill_sparsity", "kv_sparsity", "decode_sparsity"}
+    assert names == set(task.aggregation()) == set(task.higher_is_better())
 
 
 def test_twin_scores_by_hand(lm):

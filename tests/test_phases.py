@@ -396,9 +396,11 @@ def check_figures(own: PreTrainedModel, brute: Brute, counts: RowCounts, total: 
                 shared = brute.quest is None or brute.quest.share_pages
                 loaded += float((per_head[:, :1] if shared else per_head).sum()) * own_bytes
                 if brute.quest is not None:
-                    for kept in brute.kept[layer]:
-                        pages = [(kept + step) // brute.quest.page_size for step in range(total - length)]
-                        loaded += sum(pages) * 2 * dim * 4
+                    for head, kept in enumerate(brute.kept[layer]):
+                        for step in range(total - length):
+                            # A step whose budget takes everything looks at no bounds.
+                            if per_head[head, 0, step] < kept + step + 1:
+                                loaded += (kept + step) // brute.quest.page_size * 2 * dim * 4
             whole = len(layers) * kv_heads * sum(range(length + 1, total + 1)) * own_bytes
             assert figures["decode"]["bytes_read_fraction"] == pytest.approx(loaded / whole, abs=1e-9)
     assert (counts.phase("prefill").calls["sparse"] > 0) == bool(brute.seen.prefill)

@@ -225,6 +225,19 @@ def test_a_page_size_that_the_presets_budgets_do_not_fit(page_size: int) -> None
             plan.decode.at(length)
 
 
+@pytest.mark.parametrize("knobs", [{"window": 1024}, {"local": 2000}, {"sinks": 800}], ids=str)
+@pytest.mark.parametrize("name", ["snapkv", "ada_snapkv"])
+def test_knobs_that_the_presets_capacity_does_not_fit(name: str, knobs: dict[str, int]) -> None:
+    """`capacity=819` beside any of these is refused; so it is when the capacity comes from the preset."""
+    assert_says(refuse({"method": name, "capacity": 819, **knobs}), "capacity=819", next(iter(knobs)))
+    try:
+        plan = parse({"method": name, "sparsity": 0.95, "preset": "paper", **knobs}).plan
+        plan.eviction.at(16384)
+    except UserError:
+        return
+    pytest.fail(f"{knobs} were accepted beside a capacity of 819")
+
+
 # --- which method fills which phase ----------------------------------------------------------------------------------
 
 TRIPLE = ("flexprefill", "snapkv", "quest")
@@ -233,7 +246,7 @@ TRIPLE = ("flexprefill", "snapkv", "quest")
 @pytest.mark.parametrize("order", list(permutations(TRIPLE)), ids="+".join)
 def test_methods_in_any_order(order: tuple[str, ...]) -> None:
     found = accept(f"method={'+'.join(order)},sparsity=0.8")
-    assert found.method == "+".join(order)
+    assert found.method == "+".join(TRIPLE)  # one configuration, one name
     assert {phase: method.name for phase, method in found.methods.items()} == dict(
         zip(("prefill", "eviction", "decode"), TRIPLE, strict=True)
     )

@@ -93,7 +93,7 @@ class DecodeSelection:
         keys_read: `(S, Gs, T)` int64 on the CPU, keys in those pages; Gs as in `pages`.
         estimator_flops: `(S, T)` int64 on the CPU, operations spent on selecting, all query heads of the group.
         estimator_bytes: `(S, T)` int64 on the CPU, bytes of metadata read to select, once for the group.
-        knobs: as in `Selection`.
+        knobs: as in `Selection`, for all rows alike; the keys read per step are noted besides, as `budget`.
     """
 
     pages: PageSelection
@@ -121,10 +121,20 @@ class Method:
     paper: ClassVar[str]
     budget_knobs: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        """Take whole numbers that arrive as floats, such as `1e3`, for what they are. Subclasses check after this."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and value.is_integer() and not isinstance(f.default, float):
+                object.__setattr__(self, f.name, int(value))
+
     @classmethod
     def knobs(cls) -> dict[str, Any]:
         """Native knobs and their defaults."""
         return {f.name: f.default for f in fields(cls) if f.init}
+
+    def check_native(self) -> None:
+        """Raise `UserError` when knobs that are each in range do not go together. Not asked when a sparsity decides."""
 
     def too_short(self, sparsity: float | None, length: int) -> str | None:
         """Why a prompt of `length` tokens cannot be sparse under these knobs, or None when it can."""
@@ -205,7 +215,8 @@ class DecodeMethod(Method):
 
 def number(name: str, value: Any, low: float, high: float, *, whole: bool = False, example: Any) -> None:
     """Raise `UserError` unless `value` is a number (a whole one if asked) in [low, high]."""
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # An integer that no float can hold is none that anyone means.
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
     if fits and whole:
         fits = float(value).is_integer()
     if not fits or not low <= value <= high:

@@ -43,6 +43,7 @@ class BlockSparse(PrefillMethod):
     block_size: int = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         number("top_k", self.top_k, 2, math.inf, whole=True, example=64)
         one_of("block_size", self.block_size, BLOCK_SIZES)
 

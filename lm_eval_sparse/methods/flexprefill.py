@@ -66,6 +66,7 @@ class FlexPrefill(PrefillMethod):
     block_size: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         number("gamma", self.gamma, 1e-9, 1, example=0.9)
         number("tau", self.tau, 0, 1, example=0.1)
         number("min_budget", self.min_budget, 0, math.inf, whole=True, example=1024)

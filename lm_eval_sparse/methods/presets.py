@@ -7,6 +7,7 @@ is promised; what was executed is in the results as always.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from ..errors import UserError, nearest
@@ -60,26 +61,41 @@ PRESETS = {"paper": PAPER}
 FILL = 0.9
 
 
-def check(preset: str, method: type[Method], sparsity: float | None) -> None:
-    """Raise `UserError` unless the preset has this method at this sparsity."""
+def check(preset: str, method: Method, sparsity: float | None) -> None:
+    """Raise `UserError` unless the preset has this method at this sparsity, and goes with the knobs given besides."""
     if preset not in PRESETS:
         raise UserError(f"preset={preset!r} is unknown{nearest(preset, PRESETS)} (accepted: {', '.join(PRESETS)})")
     table = PRESETS[preset]
     if method.name not in table:
         raise UserError(f"preset={preset} has no parameters for {method.name} (it has {', '.join(table)})")
-    budgets = table[method.name][0]
+    budgets, _, rows = table[method.name]
     accepted = ", ".join(f"{1 - budget:.3g}" for budget in budgets)
     if sparsity is None:
         raise UserError(f"preset={preset} needs the sparsity whose parameters are meant: give one of {accepted}")
-    if sparsity and _column(budgets, sparsity) is None:
+    if sparsity == 0:
+        return
+    if _column(budgets, sparsity) is None:
         raise UserError(
             f"preset={preset} has no parameters of {method.name} for sparsity={sparsity:g}: give {accepted}"
         )
+    for nominal in rows:
+        try:
+            lookup(preset, method, sparsity, nominal).check_native()
+        except UserError as error:
+            given = ", ".join(
+                f"{name}={getattr(method, name)}"
+                for name, default in method.knobs().items()
+                if getattr(method, name) != default
+            )
+            raise UserError(
+                f"preset={preset} does not go with {given} at {nominal} tokens ({error}): leave {given} out, or leave "
+                "preset out to have the knobs solved for the sparsity"
+            ) from error
 
 
 def shortest(preset: str, method: type[Method]) -> int:
     """The shortest prompt, in tokens, that the preset has parameters for."""
-    return round(FILL * min(PRESETS[preset][method.name][2]))
+    return math.ceil(FILL * min(PRESETS[preset][method.name][2]))
 
 
 def lookup(preset: str, method: Method, sparsity: float, length: int) -> Method:
@@ -88,7 +104,7 @@ def lookup(preset: str, method: Method, sparsity: float, length: int) -> Method:
     for nominal, row in rows.items():
         if FILL * nominal <= length <= nominal:
             return replace(method, **dict(zip(names, row[_column(budgets, sparsity)], strict=True)))
-    spans = ", ".join(f"{round(FILL * nominal)}-{nominal}" for nominal in rows)
+    spans = ", ".join(f"{math.ceil(FILL * nominal)}-{nominal}" for nominal in rows)
     raise UserError(
         f"preset={preset} has no parameters of {method.name} for a prompt of {length} tokens (it has {spans}): "
         "use tasks of those lengths, or leave preset out to have the knobs solved for the sparsity"

@@ -49,6 +49,7 @@ class Quest(DecodeMethod):
     share_pages: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("page_size", self.page_size, PAGE_SIZES)
         number("budget", self.budget, 1, math.inf, whole=True, example=1024)
         if not isinstance(self.share_pages, bool):
@@ -102,8 +103,8 @@ class Quest(DecodeMethod):
                 pages, (read + 1).to(device=device, dtype=torch.int32)[:, None].expand(per_list), self.page_size
             ),
             keys_read=keys_read[:, None].expand(per_list),
-            # Two products with the bounds of each complete page, for each query head.
-            estimator_flops=before * (4 * dim * group),
-            estimator_bytes=before * (2 * dim * element),
-            knobs={"budget": float(keys_read.double().mean()), "page_size": self.page_size},
+            # Two products with the bounds of each complete page, for each query head; nothing where all are read.
+            estimator_flops=torch.where(read < before, before, 0) * (4 * dim * group),
+            estimator_bytes=torch.where(read < before, before, 0) * (2 * dim * element),
+            knobs={"page_size": self.page_size},
         )

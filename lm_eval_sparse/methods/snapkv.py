@@ -49,6 +49,7 @@ class SnapKV(EvictionMethod):
     local: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         number("capacity", self.capacity, 1, math.inf, whole=True, example=1024)
         number("window", self.window, 1, math.inf, whole=True, example=256)
         number("kernel", self.kernel, 1, math.inf, whole=True, example=21)

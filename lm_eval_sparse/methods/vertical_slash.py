@@ -43,6 +43,7 @@ class VerticalSlashMethod(PrefillMethod):
     tile: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         number("window", self.window, 1, math.inf, whole=True, example=256)
         number("sinks", self.sinks, 0, math.inf, whole=True, example=4)
         number("near", self.near, 1, math.inf, whole=True, example=64)

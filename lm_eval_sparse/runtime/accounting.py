@@ -129,6 +129,7 @@ class Ledger:
     """Running totals over the prompts of a run (or of one task): everything adds, so ranks can be merged.
 
     Attributes:
+        restored: prompts that were counted from stored answers, without details.
         full: whether figures are kept per layer and head, too.
         details: phase -> layer -> figure -> `(2, H)` sums of the figure over prompts, and numbers of prompts.
     """
@@ -139,6 +140,7 @@ class Ledger:
     backends: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
     reasons: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
     knobs: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {name: {} for name in PHASES})
+    restored: int = 0
     full: bool = False
     details: dict[str, dict[int, dict[str, np.ndarray]]] = field(default_factory=lambda: {name: {} for name in PHASES})
 
@@ -164,6 +166,7 @@ class Ledger:
     def add_stats(self, stats: dict[str, Any]) -> None:
         """Count one prompt from the figures that its responses carry."""
         self.rows += 1
+        self.restored += 1
         for name in PHASES:
             phase = dict(stats[name])
             calls, backends = phase.pop("calls"), phase.pop("backends")
@@ -183,6 +186,7 @@ class Ledger:
     def merge(self, other: Ledger) -> None:
         """Add another rank's totals to these."""
         self.rows += other.rows
+        self.restored += other.restored
         for name in PHASES:
             for figure, (total, count) in other.sums[name].items():
                 mine = self.sums[name].setdefault(figure, [0.0, 0])

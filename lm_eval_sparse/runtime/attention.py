@@ -261,7 +261,7 @@ class Runtime:
             self._evict_row(index, query[row, :, start:], key[row, :, start:], row, len(starts), scale, softcap)
             for row, start in enumerate(starts)
         ]
-        if any(choice is not None for choice in kept):
+        if self.plan.eviction is not None:  # also when all rows keep everything: a row must not feel its neighbours
             layer.evict(kept)
         if self.plan.decode is not None:
             layer.keep_bounds(self.plan.decode.method.page_size)
@@ -491,7 +491,7 @@ class Runtime:
                 table[at, :fresh].sum(1).numpy() for table in (selection.estimator_bytes, selection.estimator_flops)
             )
             kind = "sparse"
-            counts.note_knobs(selection.knobs)
+            counts.note_knobs({"budget": float(keys.mean()) / fresh, **selection.knobs})
         share = heads // kv_heads
 
         def per_head(values: Any) -> Any:

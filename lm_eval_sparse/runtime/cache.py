@@ -263,7 +263,16 @@ class SparseCache(Cache):
         if not layers:  # a configuration that does not tell: make a layer whenever one is first used
             super().__init__(layer_class_to_replicate=lambda: PreallocatedLayer(reserve, evicts))
             return
-        super().__init__(layers=[PreallocatedLayer(reserve, evicts) if type(x) is DynamicLayer else x for x in layers])
+        longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        full = [
+            type(x) is DynamicLayer
+            # A window of all that the model can hold hides nothing (Phi-3 has such configurations).
+            or (type(x) is DynamicSlidingWindowLayer and longest is not None and x.sliding_window >= longest)
+            for x in layers
+        ]
+        super().__init__(
+            layers=[PreallocatedLayer(reserve, evicts) if ours else x for ours, x in zip(full, layers, strict=True)]
+        )
 
     def snapshot(self) -> list[Any]:
         """The present state of every layer, for `restore`."""
