@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lm_eval_sparse.analysis import curve
-from lm_eval_sparse.analysis.results import find, load, records
+from lm_eval_sparse.analysis.results import figures_table, find, load, records
 from lm_eval_sparse.errors import UserError
 
 
@@ -63,9 +63,29 @@ def test_models_are_kept_apart() -> None:
     rows = [row for model in ("a", "b") for s in (0.0, 0.9) for row in records(result("niah", 0.5, s, model))]
     header, *body = curve.table(rows)
     assert header[:3] == ["model", "task", "method"] and [line[0] for line in body] == ["a", "a", "b", "b"]
-    narrow, wide = curve.draw(rows[:2]), curve.draw(rows)
-    widths = [int.from_bytes(picture[16:20], "big") for picture in (narrow, wide)]
-    assert widths[1] == 2 * widths[0]  # a panel for each model
+    three = [*rows, *records(result("niah", 0.5, 0.9, "c"))]
+    widths = [int.from_bytes(curve.draw(some)[16:20], "big") for some in (rows[:2], rows, three)]
+    assert widths[1] - widths[0] == widths[2] - widths[1] > 300  # a panel for each model
+
+
+def test_phases_of_a_combination() -> None:
+    content = result("niah", 0.25, 0.8)
+    content["config"]["sparse"] |= {"method": "flexprefill+snapkv", "requested_sparsity": None}
+    phases = content["config"]["sparse"]["tasks"]["niah"]
+    phases["prefill"] |= {"method": "flexprefill", "requested_sparsity": 0.8}
+    phases["eviction"] = {"method": "snapkv", "requested_sparsity": 0.5, "executed_sparsity": 0.52}
+    phases["decode"] = {"method": "dense", "executed_sparsity": 0.51}
+    (row,) = records(content)
+    assert row.phases == "prefill+eviction" and row.method == "flexprefill+snapkv"
+    assert (row.requested, row.measured) == pytest.approx((0.65, 0.66))
+    lines = figures_table(content).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+    assert cells[0][:6] == ["Task", "Phase", "Method", "requested", "selected", "executed"]
+    assert [line[:6] for line in cells[1:]] == [
+        ["niah", "prefill", "flexprefill", "0.8000", "-", "0.8000"],
+        ["niah", "eviction", "snapkv", "0.5000", "-", "0.5200"],
+    ]
+    assert figures_table(result("niah", 0.25, 0.0)) == ""  # nothing but dense phases
 
 
 def test_picture_and_page_are_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

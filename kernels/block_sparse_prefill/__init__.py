@@ -84,8 +84,8 @@ def block_sparse_prefill(
 
 
 def gather_is_faster(device: str, dtype: torch.dtype, block: int) -> bool:
-    """Half precision in small blocks on CPU: there `flex`, which computes in fp32, lost (benchmarks/results)."""
-    return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and block <= 32
+    """Half precision in the smallest blocks on CPU: there `flex`, all in fp32, lost (benchmarks/results)."""
+    return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and block <= 16
 
 
 #: Where `flex` has failed although its probe ran, and why.

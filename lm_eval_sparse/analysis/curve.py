@@ -11,6 +11,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from .results import Record, find, load, records
@@ -29,12 +30,17 @@ def draw(rows: Sequence[Record]) -> bytes:
     for row in rows:
         panels[row.model, row.task, row.metric].append(row)
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 3.9), squeeze=False, layout="constrained", dpi=130
+        1, len(panels), figsize=(5.2 * len(panels) + 2.2, 3.9), squeeze=False, layout="constrained", dpi=130
     )
+    # The same colour in every panel, and one legend for all of them.
+    methods = sorted({(row.phases, row.method) for row in rows if row.measured})
+    colours = {method: f"C{place % 10}" for place, (_, method) in enumerate(methods)}
+    names = {method: f"{method} ({phases})" if phases else method for phases, method in methods}
+    shown: dict[str, Any] = {}
     for axis, ((model, task, metric), members) in zip(axes[0], sorted(panels.items()), strict=True):
         dense = next((row for row in members if row.measured == 0), None)
         if dense is not None:
-            axis.axhline(dense.score, color="black", linestyle="--", linewidth=1, label="dense")
+            shown["dense"] = axis.axhline(dense.score, color="black", linestyle="--", linewidth=1)
             if dense.stderr:
                 low, high = dense.score - dense.stderr, dense.score + dense.stderr
                 axis.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
@@ -45,13 +51,13 @@ def draw(rows: Sequence[Record]) -> bytes:
             # Every method at sparsity 0 is dense attention, so its curve starts there.
             if dense is not None and dense not in line:
                 line.insert(0, dense)
-            axis.errorbar(
+            shown[names[method]] = axis.errorbar(
                 [row.measured for row in line],
                 [row.score for row in line],
                 yerr=[row.stderr or 0.0 for row in line],
                 marker="o",
                 capsize=3,
-                label=method,
+                color=colours[method],
             )
         better = "higher" if members[0].higher_is_better else "lower"
         axis.set_xlabel("measured sparsity of the phase that the method fills")
@@ -62,7 +68,8 @@ def draw(rows: Sequence[Record]) -> bytes:
         )
         axis.set_xlim(-0.03, 1.0)
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False)
+    order = [name for name in ("dense", *names.values()) if name in shown]
+    figure.legend([shown[name] for name in order], order, loc="outside right upper", frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)

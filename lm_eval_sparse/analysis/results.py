@@ -17,6 +17,7 @@ class Record:
 
     Attributes:
         model, method, task, metric: names; `method` is `dense` for other model types.
+        phases: those that the method fills, joined by `+`; empty for dense attention.
         score, stderr: as aggregated by lm-eval; `stderr` is None where it gave none.
         n: documents scored.
         requested, measured: sparsity asked for and executed sparsity of the phase that the method fills, in [0, 1];
@@ -36,6 +37,7 @@ class Record:
     measured: float
     higher_is_better: bool
     seconds: float | None
+    phases: str = ""
 
 
 def find(paths: Iterable[str | Path]) -> list[Path]:
@@ -141,4 +143,5 @@ def records(content: dict[str, Any]) -> Iterator[Record]:
                 measured=float(measured),
                 higher_is_better=bool(content.get("higher_is_better", {}).get(task, {}).get(metric, True)),
                 seconds=float(seconds) if seconds is not None else None,
+                phases="+".join(name for name in PHASES if phases.get(name, {}).get("method", "dense") != "dense"),
             )
