@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml lm_eval_sparse/__init__.py $(wildcard patches
 demo: install
 	rm -rf $(DEMO)
 	$(BIN)/lm_eval --model sparse-hf --model_args method=flexprefill,sparsity=0.9 --tasks frontier_niah_4k,forced_frontier_niah_4k --limit 5 --output_path $(DEMO)/main
-	$(BIN)/python examples/sparsity_curve.py --method vertical_slash snapkv quest --sparsity 0 0.5 0.9 --limit 3 --backend gather --output_path $(DEMO)/sweep
+	$(BIN)/python examples/sparsity_curve.py --method vertical_slash snapkv quest --sparsity 0 0.5 0.9 --limit 2 --backend gather --output_path $(DEMO)/sweep
 	$(BIN)/lm-eval-sparse plot $(DEMO)/sweep --output $(DEMO)/curve.png --output $(DEMO)/curve.html
 	@echo "Look at $(DEMO)/curve.png or open $(DEMO)/curve.html"
 

@@ -51,26 +51,28 @@ def window_sums(
         key: `(H_kv, L, D)`.
         scale, softcap: as the attention itself uses them.
     """
-    heads, length, dim = query.shape
+    heads, length, _ = query.shape
     group = heads // key.shape[0]
     window = min(window, length)
     future = torch.ones(window, window, dtype=torch.bool, device=query.device).triu(1)
     parts: dict[str, list[Tensor]] = {"columns": [], "diagonals": [], "peaks": []}
-    step = max(1, WINDOW_ELEMENTS // (max(window, dim) * length))
-    for first in range(0, heads, step):
-        chunk = torch.arange(first, min(first + step, heads), device=query.device)
-        scores = query[chunk, -window:].float() @ key[chunk // group].float().transpose(1, 2)
-        scores *= scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores[..., -window:].masked_fill_(future, float("-inf"))
-        weights = scores.softmax(-1)
-        if columns:
-            parts["columns"].append(weights.sum(1))
-        if diagonals:
-            parts["diagonals"].append(diagonal_sums(weights))
-        if peaks:
-            parts["peaks"].append(weights.amax(1))
+    step = max(1, min(group, WINDOW_ELEMENTS // (window * length)))
+    for kv_head, key_states in enumerate(key):
+        # The query heads of a group are rows of one product with their keys, which are not repeated.
+        keys = key_states.float().T
+        for first in range(kv_head * group, (kv_head + 1) * group, step):
+            scores = query[first : min(first + step, (kv_head + 1) * group), -window:].float() @ keys
+            scores *= scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores[..., -window:].masked_fill_(future, float("-inf"))
+            weights = scores.softmax(-1)
+            if columns:
+                parts["columns"].append(weights.sum(1))
+            if diagonals:
+                parts["diagonals"].append(diagonal_sums(weights))
+            if peaks:
+                parts["peaks"].append(weights.amax(1))
     return WindowSums(**{name: torch.cat(found) if found else None for name, found in parts.items()})
 
 

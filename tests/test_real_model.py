@@ -1,0 +1,97 @@
+"""The methods on SmolLM2: real queries and keys meet the promise, prompts of the paper's lengths its presets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from lm_eval.api.instance import Instance
+from torch import Tensor
+
+from lm_eval_sparse import patches
+from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.kernels.estimators import PageBounds
+from lm_eval_sparse.kernels.layout import causal_pairs
+from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.methods import METHODS, DecodeContext, EvictionMethod, PrefillMethod
+from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.runtime.attention import Runtime
+
+patches.install()
+
+LENGTH = 4321
+LAYERS = (0, 11, 29)
+
+
+@pytest.fixture(scope="module")
+def real_states() -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys of three layers of the embedded model on a text of 4321 tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        lm = SparseHFLM(device="cpu")
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+        attend = Runtime.attend
+
+        def noted(self: Runtime, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if module.layer_idx in LAYERS:
+                seen[module.layer_idx] = query[0], key[0]
+            return attend(self, module, query, key, *args, **kwargs)
+
+        patch.setattr(Runtime, "attend", noted)
+        ids = torch.tensor([lm.tok_encode(tiny.words(1, 6000))[:LENGTH]])
+        lm._forward(ids, cache=None, keep=1)
+    return [seen[layer] for layer in LAYERS]
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])
+def test_promise_on_real_queries_and_keys(name: str, sparsity: float, real_states: list[tuple[Tensor, Tensor]]) -> None:
+    method = METHODS[name]()
+    for query, key in real_states:
+        heads, length, dim = query.shape
+        kv_heads = len(key)
+        options: dict[str, Any] = {"scale": dim**-0.5, "softcap": None, "sparsity": sparsity}
+        if isinstance(method, PrefillMethod):
+            layout = method.select(query, key, **options).layout
+            layout.check(heads)
+            density = float(layout.executed_pairs().sum()) / (heads * causal_pairs(length))
+        elif isinstance(method, EvictionMethod):
+            density = sum(method.select(query, key, **options).counts) / (kv_heads * length)
+        else:
+            flat, starts = key.reshape(-1, dim), [head * length for head in range(kv_heads)]
+            bounds = PageBounds.empty(kv_heads, length, flat, method.page_size)
+            bounds.update(flat, starts, [0] * kv_heads, [length] * kv_heads)
+            visible = (torch.arange(length - 40, length) + 1).expand(kv_heads, -1)
+            context = DecodeContext(RaggedKV(flat, flat, starts, [length] * kv_heads), visible, visible, bounds)
+            grouped = query[:, -40:].reshape(kv_heads, -1, 40, dim)
+            density = float(method.select(grouped, context, sparsity=sparsity).keys_read.sum() / visible.sum())
+        assert 1 - density == pytest.approx(sparsity, abs=0.01)
+
+
+def request(kind: str, *args: Any) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=args, idx=0, metadata=("t", 0, 1))
+
+
+def test_a_preset_runs_at_its_lengths_and_at_no_others() -> None:
+    """15,000 tokens are a prompt of 16K: capacity 1638 and pages for 1632 keys, as in the paper's Table 3 at 0.9."""
+    model = tiny.family("llama", num_hidden_layers=1, max_position_embeddings=20000)
+    lm = SparseHFLM(
+        pretrained=model, tokenizer=tiny.tiny_tokenizer(), method="snapkv+quest", preset="paper", kv_sparsity=0.8,
+        decode_sparsity=0.9, max_length=20000, dtype="float32",
+    )  # fmt: skip
+    prompt = lm.tok_decode((torch.arange(15000) * 7 % 300 + 20).tolist())
+    while not 14746 <= len(lm.tok_encode(prompt)) <= 16384:
+        prompt = prompt[: len(prompt) * 15500 // len(lm.tok_encode(prompt))]
+    length = len(lm.tok_encode(prompt))
+    (text,) = lm.generate_until([request("generate_until", prompt, {"until": [], "max_gen_toks": 4})], True)
+    solved = lm.report()["phases"]
+    assert solved["eviction"]["knobs_solved"]["capacity"] == {"mean": 3276, "min": 3276, "max": 3276}
+    assert solved["eviction"]["executed_sparsity"] == pytest.approx(1 - 3276 / length)
+    read = solved["decode"]["knobs_solved"]["budget"]
+    assert 1632 < read["min"] <= read["max"] <= 1632 + 16
+    assert text.stats["sparsities"]["kv_sparsity"] == solved["eviction"]["executed_sparsity"]
+    short = " ".join(["river"] * 100)
+    with pytest.raises(UserError, match="no parameters of snapkv for a prompt of .* tokens .*14746-16384"):
+        lm.loglikelihood([request("loglikelihood", short, " stone cloud")], True)
