@@ -387,18 +387,18 @@ def _scores(results: Mapping[str, Any], sparse: Mapping[str, Any]) -> list[dict[
                     "metric": metric + {True: " ↑", False: " ↓"}.get(better, ""),
                     "value": _number(value),
                     "stderr": _number(values.get(f"{metric}_stderr,{metric_filter}")),
-                    "sparsity": _number(_executed_sparsity((sparse.get("tasks") or {}).get(task))),
+                    "sparsity": _measured((sparse.get("tasks") or {}).get(task)),
                     "n": ((results.get("n-samples") or {}).get(task) or {}).get("effective", values.get("sample_len")),
                 }
             )
     return rows
 
 
-def _executed_sparsity(phases: Mapping[str, Any] | None) -> float | None:
-    """What the kernels of the (one) sparse phase executed, or what prefill did when all phases were dense."""
+def _measured(phases: Mapping[str, Any] | None) -> str:
+    """What the sparse phases executed, in their order, or what prefill did when all phases were dense."""
     known = [figures for figures in (phases or {}).values() if figures.get("executed_sparsity") is not None]
     sparse = [figures for figures in known if (figures.get("calls") or {}).get("sparse")]
-    return (sparse or known)[0]["executed_sparsity"] if known else None
+    return " / ".join(_number(figures["executed_sparsity"]) for figures in sparse or known[:1]) or _number(None)
 
 
 def _skipped(results: Mapping[str, Any], sparse: Mapping[str, Any]) -> dict[str, str]:

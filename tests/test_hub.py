@@ -427,6 +427,27 @@ def test_card_contents() -> None:
     assert "\n\n\n" not in card
 
 
+def test_card_of_methods_in_several_phases() -> None:
+    calls = {"calls": {"sparse": 30, "dense": 0, "fallback": 0}, "backends": {"gather": 30}}
+    phases = {
+        "prefill": {"requested_sparsity": None, "executed_sparsity": 0.0, "calls": {"dense": 30}, "backends": {}},
+        "eviction": {"requested_sparsity": 0.5, "executed_sparsity": 0.501, **calls},
+        "decode": {"requested_sparsity": 0.8, "executed_sparsity": 0.799, **calls},
+    }
+    knobs = {"snapkv": {"window": 256, "kernel": 21}, "quest": {"page_size": 16}}
+    sparse = {"method": "snapkv+quest", "requested_sparsity": None, "knobs": knobs, "phases": phases}
+    config = {**RESULTS["config"], "sparse": {**sparse, "tasks": {"tiny": phases}}}
+    card = hub.results_card({**RESULTS, "config": config}, repo_id="a/b")
+    for line in (
+        "| Knobs of snapkv | window=256, kernel=21 |",
+        "| Knobs of quest | page_size=16 |",
+        "| | prefill | eviction | decode |",
+        "| Requested sparsity | – | 0.5000 | 0.8000 |",
+        "| tiny | 1 | 0 | none | a\\|b | 3.0000 | – | 2 | 0.5010 / 0.7990 |",
+    ):
+        assert line in card, line
+
+
 def test_card_of_sparse_results_says_so_and_of_dense_ones_too() -> None:
     dense = {"config": {"sparse": {"method": "dense", "requested_sparsity": None}}, "model_name": "m"}
     assert "dense attention, the baseline" in hub.results_card(dense, repo_id="a/b")
