@@ -82,9 +82,12 @@ def table(rows: Sequence[Record]) -> list[list[str]]:
     header = ["model", "task", "method", "requested", "measured", "n", *metrics]
     lines: dict[tuple, dict[str, Record]] = defaultdict(dict)
     for row in rows:
-        lines[row.model, row.task, row.measured, row.method, row.requested][row.metric] = row
+        lines[row.model, row.task, row.method, row.measured, row.requested][row.metric] = row
     body = []
-    for (model, task, measured, method, requested), found in sorted(lines.items(), key=lambda item: item[0][:4]):
+    # Dense first, then method by method.
+    for (model, task, method, measured, requested), found in sorted(
+        lines.items(), key=lambda item: (*item[0][:2], item[0][2] != "dense", *item[0][2:4])
+    ):
         cells = []
         for metric in metrics:
             row = found.get(metric)
