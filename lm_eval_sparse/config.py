@@ -34,6 +34,7 @@ class SparseConfig:
         backend: kernel choice.
         stats: `basic`, or `full` to keep figures per layer and head.
         given: knobs that the user typed.
+        arguments: the model argument that asked for each phase's sparsity.
     """
 
     method: str
@@ -43,6 +44,7 @@ class SparseConfig:
     backend: str
     stats: str
     given: dict[str, Any]
+    arguments: dict[str, str]
 
     @property
     def sparsity(self) -> float | None:
@@ -54,7 +56,7 @@ class SparseConfig:
     def plan(self) -> Plan:
         """What the runtime executes. Sparsity 0 is dense attention, for every method."""
         filled = {
-            phase: Assignment(method, self.sparsities[phase], self.preset)
+            phase: Assignment(method, self.sparsities[phase], self.preset, self.arguments[phase])
             for phase, method in self.methods.items()
             if self.sparsities[phase] != 0
         }
@@ -149,8 +151,12 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
             "skip; give a decode_sparsity above kv_sparsity=%g",
             read, chosen["eviction"].name, 1 - kept, chosen["decode"].name, kept,
         )  # fmt: skip
+    arguments = {
+        phase: PHASE_ARGUMENTS[phase] if ours.get(PHASE_ARGUMENTS[phase]) is not None else "sparsity"
+        for phase in methods
+    }
     name = "+".join(method.name for method in methods.values()) or Dense.name
-    return SparseConfig(name, methods, sparsities, preset, backend, stats, given)
+    return SparseConfig(name, methods, sparsities, preset, backend, stats, given, arguments)
 
 
 def _methods(names: list[str]) -> dict[str, type[Method]]:

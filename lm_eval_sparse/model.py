@@ -38,7 +38,7 @@ from .errors import UserError, install_excepthook, nearest
 from .methods import PHASE_ARGUMENTS, presets
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime.accounting import PHASES, Ledger, RowCounts
-from .runtime.attention import IMPLEMENTATION, Runtime, register
+from .runtime.attention import COVERED, IMPLEMENTATION, Runtime, register
 from .runtime.cache import SparseCache, position_ids
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,10 @@ FROM_PRETRAINED = (
 )  # fmt: skip
 
 #: Generation arguments that would take the cache or the prefill out of our hands.
-REFUSED_GENERATION = ("past_key_values", "cache_implementation", "cache_config", "assistant_model", "use_cache")
+REFUSED_GENERATION = (
+    "past_key_values", "cache_implementation", "cache_config", "assistant_model", "use_cache",
+    "prompt_lookup_num_tokens", "assistant_early_exit", "num_return_sequences", "return_dict_in_generate",
+)  # fmt: skip
 
 #: Answer tokens scored per forward pass: bounds the logits held at once.
 SCORE_CHUNK = 1024
@@ -438,6 +441,7 @@ class SparseHFLM(HFLM):
     def _score(self, contexts: list[Context], results: list[Any], total: int, disable_tqdm: bool) -> None:
         """Fill `results` for all targets of all contexts, longest contexts first (an out-of-memory shows at once)."""
         contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
+        self.runtime.check_lengths(len(context.prompt) for context in contexts)
         fresh: dict[str, Ledger] = defaultdict(self._new_ledger)
         run = self._score_whole if self._is_recurrent else self._score_batch
         later = [a.method.name for phase, a in self.runtime.plan.phases.items() if phase != "prefill"]
@@ -607,10 +611,11 @@ class SparseHFLM(HFLM):
         )
         for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
             self._check_generation(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+        self._check_prompt_lengths(queue)
         fresh: dict[str, Ledger] = defaultdict(self._new_ledger)
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(queue), disable=quiet, desc="Running generate_until requests") as bar:
-            for chunk in order.get_batched(n=self._rows_per_batch):
+            for chunk in self._chunks(order):
                 contexts, gen_kwargs = [item[1] for item in chunk], chunk[0][2]
                 texts, rows = self._generate_batch(contexts, gen_kwargs)
                 for (index, context, _), text, counts in zip(chunk, texts, rows, strict=True):
@@ -620,6 +625,23 @@ class SparseHFLM(HFLM):
                     bar.update(1)
         self._after_requests(fresh)
         return results
+
+    def _check_prompt_lengths(self, queue: list[tuple]) -> None:
+        """Find prompts at which a sparsity is out of reach or a preset has no knobs, before any compute."""
+        if self.runtime.plan.phases:
+            lengths = []
+            for _, context, gen_kwargs in queue:
+                room = self.max_length - normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)["max_gen_toks"]
+                lengths.append(min(len(self.tok_encode(context)), room))
+            self.runtime.check_lengths(lengths)
+
+    def _chunks(self, order: Collator) -> Iterator[list[tuple]]:
+        """Batches of requests. Beams run one prompt at a time: stop strings of a batch would end them elsewhere."""
+        for chunk in order.get_batched(n=self._rows_per_batch):
+            if int(chunk[0][2].get("num_beams") or 1) > 1:
+                yield from ([item] for item in chunk)
+            else:
+                yield chunk
 
     def _generate_batch(self, contexts: list[str], gen_kwargs: dict[str, Any]) -> tuple[list[str], list[RowCounts]]:
         kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
@@ -705,8 +727,8 @@ class SparseHFLM(HFLM):
             )
         if refused:
             raise UserError(
-                f"--gen_kwargs {refused[0]}={kwargs[refused[0]]} is not accepted: sparse-hf brings its own KV cache; "
-                f"leave {refused[0]} out"
+                f"--gen_kwargs {refused[0]}={kwargs[refused[0]]} is not accepted: sparse-hf generates one text per "
+                f"prompt with its own KV cache; leave {refused[0]} out"
             )
 
     def _finish(self, tokens: list[int], until: list[str]) -> str:
@@ -830,6 +852,9 @@ class SparseHFLM(HFLM):
             method, measured = assignment.method.name, report["phases"][phase]
             if measured["calls"]["sparse"]:
                 continue
+            reasons = set(measured.get("fallback_reasons", {}))
+            if phase == "decode" and reasons == {COVERED} and report["phases"]["eviction"]["calls"]["sparse"]:
+                continue  # eviction left no more than decoding may read: as requested, and in the results
             if report["prompts"]:
                 reasons = "; ".join(measured.get("fallback_reasons", {})) or NEVER_CALLED[phase]
                 calls = sum(measured["calls"].values())

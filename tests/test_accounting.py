@@ -136,16 +136,16 @@ def test_block_sparse_by_hand(heads: int, kv_heads: int) -> None:
     Row 0: its triangle, 16 * 17 / 2 = 136. Row 1: a full tile and a triangle, 256 + 136 = 392. Row 2: block 0 and its
     own, 16 + 1 = 17. Together 545 of 33 * 34 / 2 = 561 pairs. Keys loaded: 16 + 32 + 17 = 65; a dense kernel with
     these tiles loads 16 + 32 + 33 = 81.
-    Selecting: pooling H + H_kv heads (33 * 4 additions each), and the 6 causal pairs of blocks, 8 operations each,
+    Selecting: pooling H + H_kv heads (33 * 4 additions each), and all 9 pairs of blocks, 8 operations each,
     per query head. It reads all queries and keys: 33 * 16 bytes for each head.
     """
     counts = drive({"method": "block_sparse", "top_k": 2}, heads, kv_heads, 33)
-    flops = (heads + kv_heads) * 33 * 4 + heads * 6 * 8
+    flops = (heads + kv_heads) * 33 * 4 + heads * 9 * 8
     read = 65 * 32 + (heads + kv_heads) * 33 * 16 / heads
     assert_figures(
         counts, "prefill", {"sparse": 1}, 16 / 561, 16 / 561, read / (81 * 32), 1, flops / heads / (561 * 16)
     )
-    assert flops / heads == {1: 312, 4: 246, 2: 246}[heads]
+    assert flops / heads == {1: 336, 4: 270, 2: 270}[heads]
 
 
 def test_vertical_slash_by_hand() -> None:
@@ -390,13 +390,13 @@ def cost(method: Any, knobs: dict[str, Any], length: int) -> tuple[float, float]
         return 2 * HEADS * window * length * DIM, ELEMENT * DIM * (KV_HEADS * length + HEADS * window)
     block = knobs["block_size"]
     blocks = -(-length // block)
-    causal = blocks * (blocks + 1) // 2
+    maps = blocks * blocks  # the product is computed whole
     if name == "block_sparse":
         pooling = (HEADS + KV_HEADS) * length * DIM
-        return pooling + HEADS * causal * 2 * DIM, ELEMENT * DIM * (HEADS + KV_HEADS) * length
+        return pooling + HEADS * maps * 2 * DIM, ELEMENT * DIM * (HEADS + KV_HEADS) * length
     aware = knobs["query_aware_heads"]
     window = HEADS * (2 * block * length * DIM + block * DIM + 2 * blocks * DIM)
-    flops = window + KV_HEADS * length * DIM + aware * (length * DIM + causal * 2 * DIM)
+    flops = window + KV_HEADS * length * DIM + aware * (length * DIM + maps * 2 * DIM)
     return flops, ELEMENT * DIM * (2 * KV_HEADS * length + HEADS * block + aware * length)
 
 

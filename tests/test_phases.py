@@ -521,7 +521,9 @@ def test_everything_selected_through_the_sparse_path_is_dense(
     """The same budgets, but nothing falls back: layouts of all tiles, caches of all tokens, lists of all pages."""
     for cls in METHODS.values():
         monkeypatch.setattr(cls, "too_short", lambda self, sparsity, length: None)
-    monkeypatch.setattr(Quest, "covers", lambda self, sparsity, visible, logical: torch.zeros_like(visible, dtype=bool))
+    monkeypatch.setattr(
+        Quest, "covers", lambda self, sparsity, visible, logical, kv_heads=1: torch.zeros_like(visible, dtype=bool)
+    )
     model, own, prompts, pairs = dense_case
     lm = sparse(copy.deepcopy(model), **covering(method), batch_size=2)
     found = assert_dense(own, lm, prompts, pairs, 6)
@@ -1072,7 +1074,7 @@ def test_full_budget_beams_equal_dense_beams(
         for cls in METHODS.values():
             monkeypatch.setattr(cls, "too_short", lambda self, sparsity, length: None)
         monkeypatch.setattr(
-            Quest, "covers", lambda self, sparsity, visible, logical: torch.zeros_like(visible, dtype=bool)
+            Quest, "covers", lambda self, sparsity, visible, logical, kv_heads=1: torch.zeros_like(visible, dtype=bool)
         )
     model, prompts = model_of(rng), [text(rng, length) for length in (40, 1, 73)]
     own = oracle_of(model)

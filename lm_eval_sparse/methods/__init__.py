@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .ada_snapkv import AdaSnapKV
 from .base import (
+    PROMISED_LENGTH,
     DecodeContext,
     DecodeMethod,
     DecodeSelection,
@@ -36,6 +37,7 @@ PHASE_ARGUMENTS: dict[str, str] = {
 __all__ = [
     "METHODS",
     "PHASE_ARGUMENTS",
+    "PROMISED_LENGTH",
     "AdaSnapKV",
     "BlockSparse",
     "DecodeContext",

@@ -18,6 +18,9 @@ from ..kernels.layout import BlockLayout
 from ..kernels.paged_decode import PageSelection
 from ..kernels.ragged import RaggedKV
 
+#: From this prompt length on a requested sparsity is a promise: out of reach it is an error, not dense attention.
+PROMISED_LENGTH = 4096
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -76,12 +79,14 @@ class DecodeContext:
         visible: `(S, T)` int64 on the CPU, keys of the sequence that each new token may see.
         logical: `(S, T)` int64 on the CPU, keys a dense step would read: the tokens so far, evicted ones included.
         bounds: page bounds over `kv`, when the method's `page_size` asks for them.
+        kv_heads: sequences of one row, which follow each other; S is a multiple of it.
     """
 
     kv: RaggedKV
     visible: Tensor
     logical: Tensor
     bounds: PageBounds | None
+    kv_heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -204,11 +209,11 @@ class DecodeMethod(Method):
         """
         raise NotImplementedError
 
-    def covers(self, sparsity: float | None, visible: Tensor, logical: Tensor) -> Tensor:
+    def covers(self, sparsity: float | None, visible: Tensor, logical: Tensor, kv_heads: int = 1) -> Tensor:
         """Which of the new tokens have a budget that takes all `visible` keys: where all do, dense attention is due.
 
         Args:
-            visible, logical: as in `DecodeContext`, any shape; the result is boolean of that shape.
+            visible, logical, kv_heads: as in `DecodeContext`; the result is boolean of their shape `(S, T)`.
         """
         raise NotImplementedError
 

@@ -19,7 +19,7 @@ from .base import Geometry, PrefillMethod, Selection, number, one_of
 from .vertical_slash import closest
 
 #: Block scores held at once.
-SCORE_ELEMENTS = 1 << 25
+SCORE_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class BlockSparse(PrefillMethod):
         return Selection(
             layout=layout,
             selected_pairs=layout.executed_pairs(),
-            estimator_flops=heads * (blocks * (blocks + 1) * dim + length * dim) + kv_heads * length * dim,
+            estimator_flops=heads * (2 * blocks * blocks * dim + length * dim) + kv_heads * length * dim,
             estimator_bytes=query.element_size() * dim * (heads + kv_heads) * length,
             knobs={"top_k": float(budgets[-1]), "block_size": block},
         )
@@ -118,7 +118,7 @@ def best_blocks(scores: Tensor, rows: Tensor, budgets: Tensor) -> Tensor:
     edge = best.gather(-1, (budgets - 1).expand(scores.shape[0], -1)[..., None])
     above, equal = scores > edge, scores == edge
     room = budgets[:, None] - above.sum(-1, keepdim=True)
-    return above | (equal & (equal.flip(-1).cumsum(-1).flip(-1) <= room))
+    return above | (equal & (equal.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= room))
 
 
 def uniform_pairs(length: int, block: int, count: int) -> int:

@@ -21,12 +21,14 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels.estimators import pool, sum_blocks, window_sums
 from ..kernels.layout import BLOCK_SIZES, BlockLayout, block_lengths, causal_pairs, tile_pairs
-from .base import Geometry, PrefillMethod, Selection, apply_softcap, number
+from .base import PROMISED_LENGTH, Geometry, PrefillMethod, Selection, apply_softcap, number
 
 #: Forced tiles may take this share of the budget before the automatic block size shrinks.
 FORCED_SHARE = 0.25
 #: One more block column of one head may change the mean density by this much (twice the promised tolerance).
 MAX_STEP = 0.02
+#: A typed block is refused where one column of one head changes it by more than this.
+MAX_COARSE = 0.03
 #: The solve stops once the mean density is this close to the target (a tenth of the promised tolerance).
 CLOSE_ENOUGH = 0.001
 #: Smaller shares to leave out than this cannot be told from 0 once written as gamma = 1 - share.
@@ -90,6 +92,11 @@ class FlexPrefill(PrefillMethod):
         are fine enough to meet the sparsity; 16 where none is.
         """
         if self.block_size != "auto":
+            if length >= PROMISED_LENGTH and 2 * self.block_size / (length * geometry.heads) > MAX_COARSE:
+                raise UserError(
+                    f"block_size={self.block_size} is too coarse to meet a sparsity at {length} tokens with "
+                    f"{geometry.heads} query heads: give a smaller one, or leave it out"
+                )
             return replace(self, min_budget=0, max_budget=None)
         fitting = [
             block
@@ -180,7 +187,7 @@ class FlexPrefill(PrefillMethod):
         mask &= offset >= 0
         layout = BlockLayout.from_mask(mask, length, block, block)
 
-        map_cost = length * dim + dim * blocks * (blocks + 1)
+        map_cost = length * dim + 2 * dim * blocks * blocks
         element = query.element_size()
         return Selection(
             layout=layout,

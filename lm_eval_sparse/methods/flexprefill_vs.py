@@ -18,7 +18,7 @@ from ..kernels.estimators import window_sums
 from ..kernels.layout import causal_pairs
 from .base import Selection, number
 from .flexprefill import APART, coverage_keys, solve
-from .vertical_slash import TILE, Pattern, VerticalSlashMethod
+from .vertical_slash import TILE, TOLERANCE, Pattern, VerticalSlashMethod, closest
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class FlexPrefillVS(VerticalSlashMethod):
 
         rest = 1 - self.alpha if sparsity is None else solve(density, 1 - sparsity)
         n_vertical, n_slash = counts(rest)
+        if sparsity is not None:
+            n_vertical, n_slash = fit(pattern, n_vertical, n_slash, (1 - sparsity) * heads * causal_pairs(length))
         selection = method._selection(query, key, pattern, n_vertical, n_slash)
         solved = {
             "alpha": 1 - rest,
@@ -82,3 +84,26 @@ class FlexPrefillVS(VerticalSlashMethod):
             "slashes": float(n_slash.float().mean()),
         }
         return replace(selection, knobs={**solved, **selection.knobs})
+
+
+def fit(pattern: Pattern, n_vertical: Tensor, n_slash: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+    """Counts whose executed pairs meet `goal`, where single slashes are too coarse for it (large tiles, few heads).
+
+    Slashes are taken back from all heads until the goal is not exceeded; verticals, which are finer, make up the rest.
+    """
+    heads, length = len(n_vertical), pattern.length
+
+    def pairs(more: int, fewer: int) -> int:
+        counts = (n_vertical + more).clamp(max=length), (n_slash - fewer).clamp(min=1)
+        return int(pattern.executed_pairs(*counts).sum())
+
+    if abs(pairs(0, 0) - goal) <= TOLERANCE * heads * causal_pairs(length):
+        return n_vertical, n_slash
+    fewer = 0
+    if pairs(0, 0) > goal:
+        low, fewer = 0, length
+        while fewer - low > 1:
+            middle = (low + fewer) // 2
+            low, fewer = (low, middle) if pairs(0, middle) <= goal else (middle, fewer)
+    more = closest(lambda n: pairs(n, fewer), goal, 0, length)
+    return (n_vertical + more).clamp(max=length), (n_slash - fewer).clamp(min=1)

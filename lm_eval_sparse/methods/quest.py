@@ -18,7 +18,7 @@ from ..kernels.estimators import bound_scores
 from ..kernels.paged_decode import PageSelection
 from .base import DecodeContext, DecodeMethod, DecodeSelection, number, one_of
 
-PAGE_SIZES = (8, 16, 32, 64, 128)
+PAGE_SIZES = (8, 16, 32, 64)
 #: Bound scores held at once.
 SCORE_ELEMENTS = 1 << 25
 
@@ -29,7 +29,7 @@ class Quest(DecodeMethod):
 
     Knobs:
         budget: keys that a new token reads besides those of the current page, a multiple of `page_size`.
-        page_size: keys per page: 8, 16, 32, 64 or 128.
+        page_size: keys per page: 8, 16, 32 or 64.
         share_pages: whether the query heads of a KV head read the same pages, those with the largest summed bounds;
             else each reads its own, and keys are loaded once for every query head that asks for them.
 
@@ -59,18 +59,23 @@ class Quest(DecodeMethod):
             nearest = " or ".join(f"budget={pages * self.page_size}" for pages in (below, above) if pages)
             raise UserError(f"budget={self.budget} is not a multiple of page_size={self.page_size}: give {nearest}")
 
-    def _complete_pages(self, sparsity: float | None, visible: Tensor, logical: Tensor) -> tuple[Tensor, Tensor]:
+    def _complete_pages(
+        self, sparsity: float | None, visible: Tensor, logical: Tensor, kv_heads: int
+    ) -> tuple[Tensor, Tensor]:
         """Complete pages that there are before the current one, and how many of them are read."""
         before = (visible - 1) // self.page_size
         if sparsity is None:
-            wanted = torch.full_like(before, self.budget // self.page_size)
-        else:
-            current = visible - before * self.page_size
-            wanted = torch.round(((1 - sparsity) * logical.double() - current) / self.page_size).long()
-        return before, torch.minimum(wanted.clamp(min=0), before)
+            return before, torch.full_like(before, self.budget // self.page_size).minimum(before)
+        current = visible - before * self.page_size
+        wanted = torch.round(((1 - sparsity) * logical.double() - current) / self.page_size).long().clamp(min=0)
+        if bool((wanted <= before).all()):
+            return before, wanted
+        # After eviction some heads hold fewer pages than they may read: the others of their row read more.
+        rows = (-1, kv_heads, *before.shape[1:])
+        return before, fill(wanted.reshape(rows).sum(1), before.reshape(rows)).reshape(before.shape)
 
-    def covers(self, sparsity: float | None, visible: Tensor, logical: Tensor) -> Tensor:
-        before, read = self._complete_pages(sparsity, visible, logical)
+    def covers(self, sparsity: float | None, visible: Tensor, logical: Tensor, kv_heads: int = 1) -> Tensor:
+        before, read = self._complete_pages(sparsity, visible, logical, kv_heads)
         return read == before
 
     @torch.no_grad()
@@ -78,7 +83,7 @@ class Quest(DecodeMethod):
         sequences, group, steps, dim = query.shape
         lists = 1 if self.share_pages else group
         device = query.device
-        before, read = self._complete_pages(sparsity, context.visible, context.logical)
+        before, read = self._complete_pages(sparsity, context.visible, context.logical, context.kv_heads)
         most, width = int(before.max()), int(read.max())
         current = before.to(device=device, dtype=torch.int32)
         pages = torch.empty(sequences, lists, steps, width + 1, dtype=torch.int32, device=device)
@@ -108,3 +113,22 @@ class Quest(DecodeMethod):
             estimator_bytes=torch.where(read < before, before, 0) * (2 * dim * element),
             knobs={"page_size": self.page_size},
         )
+
+
+def fill(total: Tensor, held: Tensor) -> Tensor:
+    """Share `total (R, T)` among the heads `(R, H, T)` evenly, none getting more than it holds.
+
+    What does not divide goes to the heads that hold the most.
+    """
+    total = torch.minimum(total, held.sum(1))
+    given = torch.zeros_like(held)
+    while True:
+        hungry = given < held
+        count = hungry.sum(1).clamp(min=1)
+        share = (total - given.sum(1)) // count
+        if not bool(share.any()):
+            break
+        given += torch.where(hungry, torch.minimum(held - given, share[:, None]), 0)
+    # Fewer are left than heads that could take one: the largest first, of equals the first.
+    rank = (held - given).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return given + ((rank < (total - given.sum(1))[:, None]) & (given < held))

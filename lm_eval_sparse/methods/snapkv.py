@@ -72,13 +72,26 @@ class SnapKV(EvictionMethod):
             )
 
     def knobs_for(self, sparsity: float, length: int, geometry: Geometry | None = None) -> SnapKV:
-        """Capacity in closed form; sinks and local tokens shrink to a quarter of it together."""
+        """Capacity in closed form; sinks and local tokens shrink to a quarter of it, unless they were typed."""
         capacity = max(1, round((1 - sparsity) * length))
-        sinks = min(self.sinks, capacity // FORCED_SHARE)
-        local = max(1, min(self.local, capacity // FORCED_SHARE - sinks))
+        sinks, local = self.sinks, self.local
+        if sinks == SnapKV.sinks:
+            sinks = min(sinks, capacity // FORCED_SHARE)
+        if local == SnapKV.local:
+            local = max(1, min(local, capacity // FORCED_SHARE - sinks))
         return replace(self, capacity=capacity, sinks=sinks, local=local)
 
+    def largest_sparsity(self, length: int) -> float:
+        sinks = 0 if self.sinks == SnapKV.sinks else self.sinks
+        local = 0 if self.local == SnapKV.local else self.local
+        return max(0.0, 1 - (sinks + local) / length)
+
     def too_short(self, sparsity: float | None, length: int) -> str | None:
+        if sparsity is not None and self.largest_sparsity(length) < sparsity:
+            return (
+                f"prompt of {length} tokens is too short for sparsity {sparsity:g} ({self.sinks} sinks and "
+                f"{self.local} recent tokens are always kept: at most {self.largest_sparsity(length):.3f} there)"
+            )
         capacity = self.capacity if sparsity is None else self.knobs_for(sparsity, length).capacity
         if capacity >= length:
             return f"prompt of {length} tokens fits into the capacity of {capacity}"

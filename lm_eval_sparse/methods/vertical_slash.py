@@ -61,19 +61,24 @@ class VerticalSlashMethod(PrefillMethod):
             for tile in tiles:
                 if forced_density(length, tile, near, int(self.sinks)) <= FORCED_SHARE * (1 - sparsity):
                     return replace(self, tile=tile, near=near)
-            if near == 1:
+            if near == 1 or self._near_is_typed:
                 return replace(self, tile=tiles[-1], near=near)
             near //= 2
 
+    @property
+    def _near_is_typed(self) -> bool:
+        """Only the default shrinks; what a user asks for is kept."""
+        return self.near != VerticalSlashMethod.near
+
     def largest_sparsity(self, length: int) -> float:
         tile = BLOCK_SIZES[0] if self.tile == "auto" else int(self.tile)
-        return 1 - forced_density(length, tile, 1, int(self.sinks))
+        return 1 - forced_density(length, tile, int(self.near) if self._near_is_typed else 1, int(self.sinks))
 
     def too_short(self, sparsity: float | None, length: int) -> str | None:
         if sparsity is not None and self.largest_sparsity(length) < sparsity:
             return (
-                f"prompt of {length} tokens is too short for sparsity {sparsity:g} (the diagonal and {self.sinks} "
-                f"sinks are always kept: at most {max(0.0, self.largest_sparsity(length)):.3f} there)"
+                f"prompt of {length} tokens is too short for sparsity {sparsity:g} (near diagonals and "
+                f"{self.sinks} sinks are always kept: at most {max(0.0, self.largest_sparsity(length)):.3f} there)"
             )
         return None
 

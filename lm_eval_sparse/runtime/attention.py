@@ -7,7 +7,7 @@ change what is selected.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +26,15 @@ from ..kernels.layout import causal_pairs
 from ..kernels.paged_decode import BACKENDS as DECODE_BACKENDS
 from ..kernels.paged_decode import paged_decode
 from ..kernels.ragged import RaggedKV, ragged_decode
-from ..methods import DecodeContext, DecodeMethod, DecodeSelection, Method, presets
+from ..methods import PROMISED_LENGTH, DecodeContext, DecodeMethod, DecodeSelection, Method, presets
 from .accounting import PhaseCounts, RowCounts
 from .cache import PreallocatedLayer, SparseCache
 
 #: The name under which transformers knows us. It must not look like one of its own implementations.
 IMPLEMENTATION = "lm_eval_sparse"
 
-#: Below this prompt length a sparsity that cannot be reached means dense attention, from it on an error.
-PROMISED_LENGTH = 4096
+#: Why a decode method was not used although it could run.
+COVERED = "the decode budget covers the whole cache"
 
 #: Keyword arguments that change what attention computes and that our kernels do not know.
 UNSUPPORTED = ("s_aux", "sinks", "position_bias", "attention_bias", "head_mask")
@@ -48,17 +48,32 @@ class Assignment:
         method: with the knobs as typed.
         sparsity: requested sparsity, or None when the native knobs rule.
         preset: name of the table that turns the sparsity into knobs, or None.
+        argument: the model argument that asked for the sparsity.
     """
 
     method: Method
     sparsity: float | None
     preset: str | None = None
+    argument: str = "sparsity"
 
     def at(self, length: int) -> tuple[Any, float | None]:
         """The method and the sparsity that it has to meet itself, for a prompt of `length` tokens."""
         if self.preset is None:
             return self.method, self.sparsity
         return presets.lookup(self.preset, self.method, self.sparsity, length), None
+
+    def check_length(self, length: int) -> None:
+        """Raise `UserError` when the sparsity is promised for a prompt of `length` tokens but out of reach there."""
+        method, sparsity = self.at(length)
+        if sparsity is None or length < PROMISED_LENGTH:
+            return
+        largest = method.largest_sparsity(length)
+        if largest < sparsity:
+            raise UserError(
+                f"{self.argument}={sparsity:g} is out of reach of {method.name} at {length} tokens, where the parts it "
+                f"always keeps leave at most {largest:.3f}: type {self.argument}={int(largest * 100) / 100:g} or less, "
+                "or use longer prompts"
+            )
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,12 @@ class Runtime:
             yield
         finally:
             self.rows, self.cache, self.prompt, self.fresh = None, None, 0, None
+
+    def check_lengths(self, lengths: Iterable[int]) -> None:
+        """Raise `UserError` when a prompt of one of these lengths (tokens) cannot be run as requested."""
+        for length in sorted(set(lengths)):
+            for assignment in self.plan.phases.values():
+                assignment.check_length(length)
 
     def new_cache(self, config: Any, reserve: int) -> SparseCache:
         """A cache for one batch under this plan, with room for `reserve` tokens after the prompt."""
@@ -196,12 +217,7 @@ class Runtime:
         reason = method.too_short(sparsity, length)
         if reason is None:
             return True
-        if sparsity is not None and length >= PROMISED_LENGTH:
-            raise UserError(
-                f"sparsity={sparsity:g} is out of reach of {method.name} at {length} tokens, where the parts it always "
-                f"keeps leave at most {method.largest_sparsity(length):.3f}: type sparsity="
-                f"{int(method.largest_sparsity(length) * 100) / 100:g} or less, or use longer prompts"
-            )
+        self.plan.prefill.check_length(length)
         if counts := self._counts("prefill", row, batch):
             counts.reasons[reason] += 1
         return False
@@ -290,6 +306,7 @@ class Runtime:
                 counts.add(index, heads, "dense", None, **everything)
             return None
         method, sparsity = self.plan.eviction.at(length)
+        self.plan.eviction.check_length(length)
         if reason := method.too_short(sparsity, length):
             if counts is not None:
                 counts.reasons[reason] += 1
@@ -375,13 +392,13 @@ class Runtime:
             part = slice(rows.start * kv_heads, rows.stop * kv_heads)
             held = RaggedKV(view.keys, view.values, view.starts[part], view.lengths[part])
             if covered[rows.start]:
-                reason = "the decode budget covers the whole cache"
+                reason = COVERED
                 self._count_decode(index, rows.start, batch, sizes, visible, logical, None, None, "ragged", reason)
                 out[part] = ragged_decode(grouped[part], held, scale=scale, softcap=softcap)
                 continue
             method, sparsity = methods[rows.start]
             bounds = PageBounds(layer.bounds.page_size, layer.bounds.low[part], layer.bounds.high[part])
-            context = DecodeContext(held, visible[part], logical[part], bounds)
+            context = DecodeContext(held, visible[part], logical[part], bounds, kv_heads)
             selection = method.select(grouped[part], context, sparsity=sparsity)
             backend = self.plan.backend if self.plan.backend in DECODE_BACKENDS else "auto"
             out[part], used = paged_decode(
@@ -396,7 +413,7 @@ class Runtime:
     ) -> bool:
         """Whether the budget of every real new token of a row takes all keys it may see, so that dense is due."""
         fresh = visible.shape[1] if self.fresh is None else max(1, self.fresh[row])
-        return bool(method.covers(sparsity, visible[:, :fresh], logical[:, :fresh]).all())
+        return bool(method.covers(sparsity, visible[:, :fresh], logical[:, :fresh], len(visible)).all())
 
     # --- counting --------------------------------------------------------------------------------------------
 
