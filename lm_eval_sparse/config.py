@@ -165,9 +165,10 @@ def _methods(names: list[str]) -> dict[str, type[Method]]:
     for name in names:
         cls = METHODS.get(name)
         if cls is None:
+            in_full = f" in method={'+'.join(names)}" if len(names) > 1 else ""
             raise UserError(
-                f"method={name!r} is unknown{nearest(name, METHODS)} (accepted: {', '.join(METHODS)}; "
-                "type for example method=flexprefill)"
+                f"method={name!r}{in_full} is unknown{nearest(name, METHODS)} (accepted: {', '.join(METHODS)}; "
+                "type for example method=flexprefill, or method=flexprefill+snapkv+quest for several phases)"
             )
         if cls.phase in chosen:
             raise UserError(

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from . import __version__, embedded, gguf_check
 from .config import OWN_ARGS, SparseConfig, argument_names, knob_names, parse, split
 from .errors import UserError, install_excepthook, nearest
-from .methods import PHASE_ARGUMENTS, presets
+from .methods import METHODS, PHASE_ARGUMENTS, presets
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime.accounting import PHASES, Ledger, RowCounts
 from .runtime.attention import COVERED, IMPLEMENTATION, Runtime, register
@@ -867,6 +867,24 @@ class SparseHFLM(HFLM):
             if self.skipped:
                 task, reason = next(iter(self.skipped.items()))
                 raise UserError(f"{method} never ran: every task was skipped, such as {task} ({reason})")
+        self._check_eviction_mattered()
+
+    def _check_eviction_mattered(self) -> None:
+        """Raise when nothing was decoded after eviction, warn when that is so in some tasks only."""
+        if self.runtime.plan.eviction is None:
+            return
+        method = self.runtime.plan.eviction.method.name
+        idle, busy = [], []
+        for task, ledger in self.ledgers.items():
+            if ledger.calls["eviction"]["sparse"]:
+                (busy if sum(ledger.calls["decode"].values()) else idle).append(task)
+        if idle and not busy:
+            raise UserError(f"{method} could not change any answer: {NEVER_CALLED['decode']}")
+        if idle:
+            logger.warning(
+                "%s could not change any answer of %s, whose scores are those of the prefill: no token was decoded "
+                "against the evicted cache", method, ", ".join(idle),
+            )  # fmt: skip
 
     def get_model_info(self) -> dict[str, Any]:
         """As lm-eval's, with the `sparse` block. lm-eval calls it once, after the last request."""
@@ -989,6 +1007,11 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
             unknown = [name for name in unknown if name not in fields]
     if unknown:
         name = unknown[0]
+        if name in METHODS:
+            raise UserError(
+                f"{name} stands alone among the model arguments: type method={name}, and join methods of several "
+                "phases by a plus sign, as in method=flexprefill+snapkv+quest"
+            )
         everything = {*known, *argument_names()}
         raise UserError(
             f"model argument {name}={model_args[name]!r} is unknown{nearest(name, everything)} (accepted: "

@@ -54,7 +54,12 @@ def _with_sample_stats(evaluate: Any) -> Any:
                 _add_to_samples(results["samples"])
             model = getattr(given["lm"], "lm", given["lm"])
             if results is not None and model.full_stats:
-                results["sparse_stats"] = model.detail_report()
+                results["sparse_stats"] = {
+                    "model": model.model_label,
+                    **model.sparse.describe(),
+                    "figures": "one value per query head, averaged over prompts; see docs/accounting.md",
+                    "tasks": model.detail_report(),
+                }
         return results
 
     return wrapper

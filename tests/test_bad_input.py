@@ -138,6 +138,7 @@ SPARSE_ARGUMENTS: dict[str, tuple[str, ...]] = {
     ),
     "method=quest,budget=100": ("budget=100", "page_size=16", "budget=96 or budget=112"),
     "method=snapkv,capacity=200": ("capacity=200", "does not exceed window=256"),
+    "method=flexprefill+,sparsity=0.5": ("method='' in method=flexprefill+", "flexprefill+snapkv+quest"),
     "method=snapkv+quest,stats=ful": ("stats='ful'", "did you mean 'full'"),
     "gamma=0.9": ("gamma=0.9", "knob of flexprefill", "method=dense", "method=flexprefill,gamma=0.9"),
     "method=flexprefill,gamma=2": ("gamma=2 ", "a number above 0", "to 1", "gamma=0.9"),
@@ -178,6 +179,11 @@ def test_sparsity_from_python(llama: str, value: Any) -> None:
 def test_method_from_python(llama: str, value: Any) -> None:
     with pytest.raises(UserError, match="method=.*accepted: dense, vertical_slash, flexprefill"):
         SparseHFLM(pretrained=llama, method=value)
+
+
+def test_methods_joined_by_a_comma(llama: str) -> None:
+    with pytest.raises(UserError, match=r"snapkv stands alone .* plus sign, as in method=flexprefill\+snapkv\+quest"):
+        SparseHFLM.create_from_arg_string(f"pretrained={llama},method=flexprefill,snapkv,sparsity=0.5")
 
 
 @pytest.mark.parametrize("value", [["gather"], {}, None.__class__, 3])

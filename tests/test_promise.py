@@ -14,7 +14,15 @@ from torch import Tensor
 from lm_eval_sparse import patches
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.layout import causal_pairs
-from lm_eval_sparse.methods import AdaSnapKV, BlockSparse, FlexPrefill, FlexPrefillVS, SnapKV, VerticalSlash
+from lm_eval_sparse.methods import (
+    AdaSnapKV,
+    BlockSparse,
+    EvictionSelection,
+    FlexPrefill,
+    FlexPrefillVS,
+    SnapKV,
+    VerticalSlash,
+)
 from lm_eval_sparse.methods.quest import fill
 from lm_eval_sparse.model import SparseHFLM
 
@@ -84,6 +92,38 @@ def test_a_decode_budget_that_eviction_leaves_whole_is_no_failure() -> None:
     alone.loglikelihood([request("loglikelihood", *pair)], disable_tqdm=True)
     with pytest.raises(UserError, match="quest never ran.*covers the whole cache"):
         alone.check_it_ran()
+
+
+def test_eviction_that_changes_no_answer_is_no_result(caplog: pytest.LogCaptureFixture) -> None:
+    """Answers of one token come from the prefill: alone they fail the run, beside others they are named."""
+    prompt = tiny.words(8, 300)
+    one, many = " apple", " river stone cloud"
+    lm = sparse(tiny.family("llama"), method="snapkv", sparsity=0.5, max_length=2000)
+    assert len(lm.tok_encode(one)) == 1
+    lm.loglikelihood([request("loglikelihood", prompt, one)], disable_tqdm=True)
+    with pytest.raises(UserError, match="snapkv could not change any answer.*no token was decoded"):
+        lm.check_it_ran()
+    other = Instance(request_type="loglikelihood", doc={}, arguments=(prompt, many), idx=0, metadata=("long", 0, 1))
+    lm.loglikelihood([other], disable_tqdm=True)
+    lm.check_it_ran()
+    assert "snapkv could not change any answer of t," in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ids", "counts", "message"),
+    [
+        ([[2, 1, 3]], [3], "ascending"),
+        ([[1, 1, 3]], [3], "ascending"),
+        ([[0, 1, 10]], [3], "below the prompt's 10 tokens"),
+        ([[0, 1, 2]], [0], "1 to 3 tokens"),
+        ([[0, 1, 2]], [4], "1 to 3 tokens"),
+        ([[0, 1, 2], [0, 1, 2]], [1, 2], r"expected \(1, W\)"),
+    ],
+)
+def test_kept_tokens_of_a_new_method_are_checked(ids: list[list[int]], counts: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvictionSelection(torch.tensor(ids), counts, 0, 0).check(1, 10)
+    EvictionSelection(torch.tensor([[0, 4, 9, 0], [3, 0, 0, 0]]), [3, 1], 0, 0).check(2, 10)
 
 
 # --- coarse knobs and few heads ---------------------------------------------------------------------------------------

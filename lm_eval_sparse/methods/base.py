@@ -67,6 +67,22 @@ class EvictionSelection:
     estimator_bytes: int
     knobs: dict[str, Any] = field(default_factory=dict)
 
+    def check(self, kv_heads: int, length: int) -> None:
+        """Raise ValueError unless every head keeps at least one token, each once, ascending, and in range."""
+        shape = tuple(self.indices.shape)
+        if len(shape) != 2 or shape[0] != kv_heads or len(self.counts) != kv_heads:
+            raise ValueError(
+                f"indices {shape} and {len(self.counts)} counts given, expected ({kv_heads}, W) and {kv_heads}"
+            )
+        if not all(0 < count <= shape[1] for count in self.counts):
+            raise ValueError(f"counts {self.counts} given, expected 1 to {shape[1]} tokens of each head")
+        place = torch.arange(shape[1], device=self.indices.device)
+        kept = place < torch.tensor(self.counts, device=self.indices.device)[:, None]
+        rises = self.indices[:, 1:] > self.indices[:, :-1]
+        good = ((self.indices >= 0) & (self.indices < length) | ~kept).all() & (rises | ~kept[:, 1:]).all()
+        if not bool(good):
+            raise ValueError(f"token ids must be ascending, each once, and below the prompt's {length} tokens")
+
 
 @dataclass(frozen=True)
 class DecodeContext:

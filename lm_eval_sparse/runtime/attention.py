@@ -313,6 +313,10 @@ class Runtime:
                 counts.add(index, heads, "fallback", None, **everything)
             return None
         selection = method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity)
+        try:
+            selection.check(kv_heads, length)
+        except ValueError as error:
+            raise ValueError(f"method {method.name} selected what cannot be kept: {error}") from error
         if counts is not None:
             kept = np.repeat(np.array(selection.counts, dtype=float), heads // kv_heads)
             counts.add(
