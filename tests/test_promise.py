@@ -170,6 +170,9 @@ def test_a_block_that_is_too_coarse_is_refused() -> None:
 
 def test_typed_floors_are_kept() -> None:
     assert SnapKV(local=100).knobs_for(0.95, 4096).local == 100
+    # The paper's values are kept like any others when they are typed; only what was left out shrinks.
+    assert SnapKV(local=128).knobs_for(0.95, 4096).local == 128
+    assert VerticalSlash(near=64).knobs_for(0.95, 4096).near == 64
     assert SnapKV().knobs_for(0.95, 4096).local == 47
     assert VerticalSlash(near=96).knobs_for(0.9, 4096).near == 96
     assert VerticalSlash().knobs_for(0.95, 4096).near < 64

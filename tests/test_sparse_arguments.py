@@ -697,9 +697,15 @@ def test_the_table_of_methods() -> None:
 
 def test_defaults_are_the_papers() -> None:
     knobs = {name: METHODS[name].knobs() for name in METHODS}
-    assert knobs["vertical_slash"] | {"window": 256, "sinks": 4, "near": 64} == knobs["vertical_slash"]
-    assert knobs["flexprefill_vs"] | {"window": 256, "sinks": 4, "near": 64} == knobs["flexprefill_vs"]
+    query, key = torch.randn(2, 700, 16), torch.randn(1, 700, 16)
+    options = {"scale": 0.25, "softcap": None, "sparsity": None}
+    # What `auto` stands for when native knobs rule.
+    for name in ("vertical_slash", "flexprefill_vs"):
+        used = METHODS[name]().select(query, key, **options).knobs
+        assert used | {"window": 256, "sinks": 4, "near": 64, "tile": 64} == used
+    for name in ("snapkv", "ada_snapkv"):
+        used = METHODS[name](capacity=400).select(query, key, **options).knobs
+        assert used | {"window": 256, "kernel": 21, "sinks": 4, "local": 128} == used
     assert knobs["block_sparse"]["block_size"] == 16
-    assert knobs["snapkv"] | {"window": 256, "kernel": 21, "sinks": 4, "local": 128} == knobs["snapkv"]
     assert knobs["ada_snapkv"] == {**knobs["snapkv"], "floor": 0.2}
     assert knobs["quest"]["page_size"] == 16

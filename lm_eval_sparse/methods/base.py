@@ -20,6 +20,10 @@ from ..kernels.ragged import RaggedKV
 
 #: From this prompt length on a requested sparsity is a promise: out of reach it is an error, not dense attention.
 PROMISED_LENGTH = 4096
+#: What is always kept may take this share of a requested sparsity's budget before its defaults shrink.
+FORCED_SHARE = 0.25
+#: The smallest step of a budget may change the mean density by this much: twice the promised tolerance.
+MAX_STEP = 0.02
 
 
 @dataclass(frozen=True)

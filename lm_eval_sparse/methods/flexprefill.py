@@ -21,12 +21,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels.estimators import pool, sum_blocks, window_sums
 from ..kernels.layout import BLOCK_SIZES, BlockLayout, block_lengths, causal_pairs, tile_pairs
-from .base import PROMISED_LENGTH, Geometry, PrefillMethod, Selection, apply_softcap, number
+from .base import FORCED_SHARE, MAX_STEP, PROMISED_LENGTH, Geometry, PrefillMethod, Selection, apply_softcap, number
 
-#: Forced tiles may take this share of the budget before the automatic block size shrinks.
-FORCED_SHARE = 0.25
-#: One more block column of one head may change the mean density by this much (twice the promised tolerance).
-MAX_STEP = 0.02
 #: A typed block is refused where one column of one head changes it by more than this.
 MAX_COARSE = 0.03
 #: The solve stops once the mean density is this close to the target (a tenth of the promised tolerance).

@@ -14,11 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels.estimators import window_sums
 from ..kernels.layout import causal_pairs
 from .base import Selection, number
 from .flexprefill import APART, coverage_keys, solve
-from .vertical_slash import TILE, TOLERANCE, Pattern, VerticalSlashMethod, closest
+from .vertical_slash import VerticalSlashMethod, fit
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,8 @@ class FlexPrefillVS(VerticalSlashMethod):
     ) -> Selection:
         heads, length, _ = query.shape
         method = self if sparsity is None else self.knobs_for(sparsity, length)
-        sums = window_sums(query, key, int(self.window), scale=scale, softcap=softcap, columns=True, diagonals=True)
-        tile = TILE if method.tile == "auto" else int(method.tile)
-        pattern = Pattern(sums.columns, sums.diagonals, int(method.sinks), int(method.near), tile)
+        sums = self._sums(query, key, scale, softcap)
+        pattern = method._pattern(sums)
         # Equal heads reach the next column at shares that lie a hair apart, so that the solve takes them one by one.
         apart = 1 + APART * torch.arange(heads, device=query.device, dtype=torch.float64)[:, None]
         keys = [coverage_keys(mass.sort(-1, descending=True).values) * apart for mass in (sums.columns, sums.diagonals)]
@@ -84,26 +82,3 @@ class FlexPrefillVS(VerticalSlashMethod):
             "slashes": float(n_slash.float().mean()),
         }
         return replace(selection, knobs={**solved, **selection.knobs})
-
-
-def fit(pattern: Pattern, n_vertical: Tensor, n_slash: Tensor, goal: float) -> tuple[Tensor, Tensor]:
-    """Counts whose executed pairs meet `goal`, where single slashes are too coarse for it (large tiles, few heads).
-
-    Slashes are taken back from all heads until the goal is not exceeded; verticals, which are finer, make up the rest.
-    """
-    heads, length = len(n_vertical), pattern.length
-
-    def pairs(more: int, fewer: int) -> int:
-        counts = (n_vertical + more).clamp(max=length), (n_slash - fewer).clamp(min=1)
-        return int(pattern.executed_pairs(*counts).sum())
-
-    if abs(pairs(0, 0) - goal) <= TOLERANCE * heads * causal_pairs(length):
-        return n_vertical, n_slash
-    fewer = 0
-    if pairs(0, 0) > goal:
-        low, fewer = 0, length
-        while fewer - low > 1:
-            middle = (low + fewer) // 2
-            low, fewer = (low, middle) if pairs(0, middle) <= goal else (middle, fewer)
-    more = closest(lambda n: pairs(n, fewer), goal, 0, length)
-    return (n_vertical + more).clamp(max=length), (n_slash - fewer).clamp(min=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,10 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels.estimators import window_flops, window_sums
 from ..kernels.layout import listed
-from .base import EvictionMethod, EvictionSelection, Geometry, number, top
+from .base import FORCED_SHARE, EvictionMethod, EvictionSelection, Geometry, number, top
 
-#: Forced tokens may take this share of a requested sparsity's capacity.
-FORCED_SHARE = 4
+#: First and last tokens that are always kept, as in the paper.
+SINKS, LOCAL = 4, 128
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class SnapKV(EvictionMethod):
         capacity: tokens that each KV head keeps (on average), forced ones included.
         window: last queries that vote.
         kernel: width of the average pooling over keys, odd; zeros are padded at both ends.
-        sinks, local: first and last tokens that are always kept.
+        sinks, local: first and last tokens that are always kept: 4 and 128, fewer where a requested sparsity leaves no
+            room for them; what is typed is kept.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -45,16 +46,18 @@ class SnapKV(EvictionMethod):
     capacity: int = 1024
     window: int = 256
     kernel: int = 21
-    sinks: int = 4
-    local: int = 128
+    sinks: int | Literal["auto"] = "auto"
+    local: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number("capacity", self.capacity, 1, math.inf, whole=True, example=1024)
         number("window", self.window, 1, math.inf, whole=True, example=256)
         number("kernel", self.kernel, 1, math.inf, whole=True, example=21)
-        number("sinks", self.sinks, 0, math.inf, whole=True, example=4)
-        number("local", self.local, 1, math.inf, whole=True, example=128)
+        if self.sinks != "auto":
+            number("sinks", self.sinks, 0, math.inf, whole=True, example=4)
+        if self.local != "auto":
+            number("local", self.local, 1, math.inf, whole=True, example=128)
         if self.kernel % 2 == 0:
             raise UserError(f"kernel={self.kernel} is even: give an odd width, for example kernel={self.kernel + 1}")
 
@@ -65,32 +68,37 @@ class SnapKV(EvictionMethod):
                 f"capacity={self.capacity} does not exceed window={self.window}: give a capacity above "
                 f"{self.window}, or a smaller window"
             )
-        if self.capacity < self.sinks + self.local:
+        sinks, local = self._native().sinks, self._native().local
+        if self.capacity < sinks + local:
             raise UserError(
-                f"capacity={self.capacity} cannot hold sinks={self.sinks} and local={self.local}, which are always "
-                f"kept: give a capacity of at least {self.sinks + self.local}, or smaller sinks and local"
+                f"capacity={self.capacity} cannot hold sinks={sinks} and local={local}, which are always kept: give a "
+                f"capacity of at least {sinks + local}, or smaller sinks and local"
             )
+
+    def _native(self) -> SnapKV:
+        """With the paper's sinks and local tokens where none were typed."""
+        sinks, local = (
+            paper if typed == "auto" else typed for typed, paper in ((self.sinks, SINKS), (self.local, LOCAL))
+        )
+        return replace(self, sinks=sinks, local=local)
 
     def knobs_for(self, sparsity: float, length: int, geometry: Geometry | None = None) -> SnapKV:
         """Capacity in closed form; sinks and local tokens shrink to a quarter of it, unless they were typed."""
         capacity = max(1, round((1 - sparsity) * length))
-        sinks, local = self.sinks, self.local
-        if sinks == SnapKV.sinks:
-            sinks = min(sinks, capacity // FORCED_SHARE)
-        if local == SnapKV.local:
-            local = max(1, min(local, capacity // FORCED_SHARE - sinks))
+        forced = int(capacity * FORCED_SHARE)
+        sinks = min(SINKS, forced) if self.sinks == "auto" else self.sinks
+        local = max(1, min(LOCAL, forced - sinks)) if self.local == "auto" else self.local
         return replace(self, capacity=capacity, sinks=sinks, local=local)
 
     def largest_sparsity(self, length: int) -> float:
-        sinks = 0 if self.sinks == SnapKV.sinks else self.sinks
-        local = 0 if self.local == SnapKV.local else self.local
-        return max(0.0, 1 - (sinks + local) / length)
+        typed = sum(value for value in (self.sinks, self.local) if value != "auto")
+        return max(0.0, 1 - typed / length)
 
     def too_short(self, sparsity: float | None, length: int) -> str | None:
         if sparsity is not None and self.largest_sparsity(length) < sparsity:
             return (
-                f"prompt of {length} tokens is too short for sparsity {sparsity:g} ({self.sinks} sinks and "
-                f"{self.local} recent tokens are always kept: at most {self.largest_sparsity(length):.3f} there)"
+                f"prompt of {length} tokens is too short for sparsity {sparsity:g} (sinks={self.sinks} and "
+                f"local={self.local} are always kept: at most {self.largest_sparsity(length):.3f} there)"
             )
         capacity = self.capacity if sparsity is None else self.knobs_for(sparsity, length).capacity
         if capacity >= length:
@@ -103,7 +111,7 @@ class SnapKV(EvictionMethod):
     ) -> EvictionSelection:
         heads, length, dim = query.shape
         kv_heads = key.shape[0]
-        method = self if sparsity is None else self.knobs_for(sparsity, length)
+        method = self._native() if sparsity is None else self.knobs_for(sparsity, length)
         scores = method._scores(query, key, scale, softcap)
         padding = method.kernel // 2
         pooled = F.avg_pool1d(scores[:, None], method.kernel, stride=1, padding=padding)[:, 0]

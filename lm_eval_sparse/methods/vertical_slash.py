@@ -7,6 +7,7 @@ single columns where no tile covers them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,18 +16,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..kernels.estimators import sum_blocks, window_flops, window_sums
+from ..kernels.estimators import WindowSums, sum_blocks, window_flops, window_sums
 from ..kernels.layout import BLOCK_SIZES, BlockLayout, causal_pairs
-from .base import Geometry, PrefillMethod, Selection, number, one_of
+from .base import FORCED_SHARE, MAX_STEP, Geometry, PrefillMethod, Selection, number, one_of
 
-#: What is always kept may take this share of the budget before tiles and near diagonals shrink.
-FORCED_SHARE = 0.25
-#: One more slash in every head may change the density by this much: it may touch two tiles in every row.
-MAX_STEP = 0.02
 #: Counts stay equal as long as the density is met to this; else verticals, which are finer, make up the difference.
 TOLERANCE = 0.009
-#: The paper's tile; larger ones are used only when asked for.
-TILE = 64
+#: The paper's tile and near diagonals; larger ones are used only when asked for.
+TILE = NEAR = 64
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,15 @@ class VerticalSlashMethod(PrefillMethod):
 
     window: int = 256
     sinks: int = 4
-    near: int = 64
+    near: int | Literal["auto"] = "auto"
     tile: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number("window", self.window, 1, math.inf, whole=True, example=256)
         number("sinks", self.sinks, 0, math.inf, whole=True, example=4)
-        number("near", self.near, 1, math.inf, whole=True, example=64)
+        if self.near != "auto":
+            number("near", self.near, 1, math.inf, whole=True, example=64)
         one_of("tile", self.tile, BLOCK_SIZES, auto=True)
 
     def knobs_for(self, sparsity: float, length: int, geometry: Geometry | None = None) -> VerticalSlashMethod:
@@ -54,25 +52,18 @@ class VerticalSlashMethod(PrefillMethod):
 
         A tile is also no larger than lets single slashes meet the sparsity: 16 at 4K, 32 at 8K, 64 from 16K on.
         """
+        # One more slash may touch two tiles in every row.
         fine = [size for size in (64, 32, 16) if 4 * size / length <= MAX_STEP]
         tiles = (fine or [16]) if self.tile == "auto" else [int(self.tile)]
-        near = int(self.near)
-        while True:
-            for tile in tiles:
-                if forced_density(length, tile, near, int(self.sinks)) <= FORCED_SHARE * (1 - sparsity):
-                    return replace(self, tile=tile, near=near)
-            if near == 1 or self._near_is_typed:
-                return replace(self, tile=tiles[-1], near=near)
-            near //= 2
-
-    @property
-    def _near_is_typed(self) -> bool:
-        """Only the default shrinks; what a user asks for is kept."""
-        return self.near != VerticalSlashMethod.near
+        nears = [NEAR >> halvings for halvings in range(7)] if self.near == "auto" else [int(self.near)]
+        for near, tile in itertools.product(nears, tiles):
+            if forced_density(length, tile, near, int(self.sinks)) <= FORCED_SHARE * (1 - sparsity):
+                return replace(self, tile=tile, near=near)
+        return replace(self, tile=tiles[-1], near=nears[-1])
 
     def largest_sparsity(self, length: int) -> float:
         tile = BLOCK_SIZES[0] if self.tile == "auto" else int(self.tile)
-        return 1 - forced_density(length, tile, int(self.near) if self._near_is_typed else 1, int(self.sinks))
+        return 1 - forced_density(length, tile, 1 if self.near == "auto" else int(self.near), int(self.sinks))
 
     def too_short(self, sparsity: float | None, length: int) -> str | None:
         if sparsity is not None and self.largest_sparsity(length) < sparsity:
@@ -82,10 +73,13 @@ class VerticalSlashMethod(PrefillMethod):
             )
         return None
 
-    def _pattern(self, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Pattern:
-        sums = window_sums(query, key, int(self.window), scale=scale, softcap=softcap, columns=True, diagonals=True)
+    def _pattern(self, sums: WindowSums) -> Pattern:
         tile = TILE if self.tile == "auto" else int(self.tile)
-        return Pattern(sums.columns, sums.diagonals, int(self.sinks), int(self.near), tile)
+        near = NEAR if self.near == "auto" else int(self.near)
+        return Pattern(sums.columns, sums.diagonals, int(self.sinks), near, tile)
+
+    def _sums(self, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> WindowSums:
+        return window_sums(query, key, int(self.window), scale=scale, softcap=softcap, columns=True, diagonals=True)
 
     def _selection(
         self, query: Tensor, key: Tensor, pattern: Pattern, n_vertical: Tensor, n_slash: Tensor
@@ -107,8 +101,9 @@ class VerticalSlash(VerticalSlashMethod):
     Knobs:
         verticals, slashes: columns and diagonals that each query head reads, the forced ones included.
         window: last queries that vote; the paper takes 512 for NIAH and Story Retrieval, else 256.
-        sinks, near: first columns and nearest diagonals that are always read.
-        tile: 16, 32, 64 or 128, or `auto`: 64, less where a requested sparsity leaves no room for it.
+        sinks, near: first columns and nearest diagonals that are always read; `near` is 64 by default.
+        tile: 16, 32, 64 or 128; 64 by default. Where a requested sparsity leaves no room for the defaults of `near` and
+            `tile` they shrink; what is typed is kept.
     """
 
     name: ClassVar[str] = "vertical_slash"
@@ -135,22 +130,19 @@ class VerticalSlash(VerticalSlashMethod):
     ) -> Selection:
         heads, length, _ = query.shape
         method = self if sparsity is None else self.knobs_for(sparsity, length)
-        pattern = method._pattern(query, key, scale, softcap)
-        verticals, slashes = int(self.verticals), int(self.slashes)
+        pattern = method._pattern(self._sums(query, key, scale, softcap))
+
+        def same(count: int) -> Tensor:
+            return torch.full((heads,), count, device=query.device)
+
+        n_vertical, n_slash = same(int(self.verticals)), same(int(self.slashes))
         if sparsity is not None:
             goal = (1 - sparsity) * heads * causal_pairs(length)
-
-            def pairs(n_vertical: int, n_slash: int) -> int:
-                n = [torch.full((heads,), count, device=query.device) for count in (n_vertical, n_slash)]
-                return int(pattern.executed_pairs(*n).sum())
-
-            verticals = slashes = closest(lambda n: pairs(n, n), goal, 1, length)
-            if abs(pairs(verticals, slashes) - goal) > TOLERANCE * heads * causal_pairs(length):
-                slashes -= pairs(verticals, slashes) > goal
-                verticals = closest(lambda n: pairs(n, slashes), goal, slashes, length)
-        n_vertical, n_slash = (torch.full((heads,), n, device=query.device) for n in (verticals, slashes))
+            count = closest(lambda n: int(pattern.executed_pairs(same(n), same(n)).sum()), goal, 1, length)
+            n_vertical, n_slash = fit(pattern, same(count), same(count), goal)
         selection = method._selection(query, key, pattern, n_vertical, n_slash)
-        return replace(selection, knobs={"verticals": verticals, "slashes": slashes, **selection.knobs})
+        counts = {"verticals": int(n_vertical[0]), "slashes": int(n_slash[0])}
+        return replace(selection, knobs={**counts, **selection.knobs})
 
 
 class Pattern:
@@ -185,8 +177,7 @@ class Pattern:
         rank[:, : self.length] = self.diagonal_rank
         rank = rank.reshape(self.heads, self.blocks, self.tile)
         beyond = torch.full_like(rank[:, :, 0], never)
-        if self.tile > 1:
-            beyond[:, 1:] = rank[:, :-1, 1:].amin(-1)
+        beyond[:, 1:] = rank[:, :-1, 1:].amin(-1)
         return torch.minimum(rank.amin(-1), beyond), torch.minimum(rank[:, :, : self.last].amin(-1), beyond)
 
     def _taken(self, n_vertical: Tensor, n_slash: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -219,6 +210,29 @@ class Pattern:
         mask = bands[:, distance.clamp(min=0)] & (distance >= 0)
         mask[:, -1] = last.flip(-1)
         return BlockLayout.from_mask(mask, self.length, self.tile, self.tile).with_columns(columns)
+
+
+def fit(pattern: Pattern, n_vertical: Tensor, n_slash: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+    """Counts whose executed pairs meet `goal`, where single slashes are too coarse for it (large tiles, few heads).
+
+    Slashes are taken back from all heads until the goal is not exceeded; verticals, which are finer, make up the rest.
+    """
+    heads, length = len(n_vertical), pattern.length
+
+    def pairs(more: int, fewer: int) -> int:
+        counts = (n_vertical + more).clamp(max=length), (n_slash - fewer).clamp(min=1)
+        return int(pattern.executed_pairs(*counts).sum())
+
+    if abs(pairs(0, 0) - goal) <= TOLERANCE * heads * causal_pairs(length):
+        return n_vertical, n_slash
+    fewer = 0
+    if pairs(0, 0) > goal:
+        low, fewer = 0, length
+        while fewer - low > 1:
+            middle = (low + fewer) // 2
+            low, fewer = (low, middle) if pairs(0, middle) <= goal else (middle, fewer)
+    more = closest(lambda n: pairs(n, fewer), goal, 0, length)
+    return (n_vertical + more).clamp(max=length), (n_slash - fewer).clamp(min=1)
 
 
 def pattern_pairs(columns: Tensor, bands: Tensor, last: Tensor, length: int, tile: int) -> Tensor:
