@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from . import __version__, embedded, gguf_check
 from .config import OWN_ARGS, SparseConfig, argument_names, knob_names, parse, split
+from .encoding import SharedEncoder
 from .errors import UserError, install_excepthook, nearest
 from .methods import METHODS, PHASE_ARGUMENTS, presets
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
@@ -397,7 +399,7 @@ class SparseHFLM(HFLM):
         if head:
             whole, scored, before = [*head, *tail], len(tail), len(head)
             if isinstance(context, SharedPrompt) and context.shared < len(context):
-                before = common_prefix(self._encode_shared(context[: context.shared]), head)
+                before = common_prefix(self._shared_encoder.prompt(context[: context.shared]), head)
         else:  # no context, or one of nothing but space, which belongs to the continuation
             tokens = self.tok_encode(context + continuation, add_special_tokens=False)
             whole = tokens if tokens[:1] == [self.prefix_token_id] else [self.prefix_token_id, *tokens]
@@ -418,11 +420,17 @@ class SparseHFLM(HFLM):
         before = max(1, min(before, len(whole) - scored))
         return whole[:before], whole[before:], scored
 
-    def _encode_shared(self, text: str) -> list[int]:
-        """Tokens of a shared prompt; its requests come one after the other, so remembering one is enough."""
-        if getattr(self, "_shared", ("", []))[0] != text:
-            self._shared = (text, self.tok_encode(text))
-        return self._shared[1]
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval's; the requests of a shared prompt, which follow each other, read it once."""
+        if not isinstance(context, SharedPrompt) or context.rstrip() != context:
+            return super()._encode_pair(context, continuation)
+        head = self._shared_encoder(str(context), context.shared)
+        whole = self._shared_encoder(context + continuation, context.shared)
+        return head, whole[len(head) :]
+
+    @cached_property
+    def _shared_encoder(self) -> SharedEncoder:
+        return SharedEncoder(self.tok_encode)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple], disable_tqdm: bool = False, override_bs: int | None = None

@@ -1,9 +1,11 @@
-"""lm-eval's evaluator: measured sparsity in every logged sample and under the table, Hub mistakes found beforehand.
+"""lm-eval's evaluator: measured sparsity in every logged sample and under the table, and there also the leaves that
+did not run; Hub mistakes found beforehand.
 
 Works around: a model type can add figures to the results as a whole (`get_model_info`) but not to a logged
-sample of a task that it does not own, nor to the table that is printed; and `simple_evaluate` builds the model before
-anything about the Hub is checked. Delete the first part when lm-eval lets a response carry metadata into logged
-samples, the second when a model type can print, the third when its tracker checks before the run.
+sample of a task that it does not own, nor to the table that is printed, and a task cannot say there that it dropped
+out; and `simple_evaluate` builds the model before anything about the Hub is checked. Delete the first part when lm-eval
+lets a response carry metadata into logged samples, the second when model types and tasks can print, the third when its
+tracker checks before the run.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 def apply(module: Any) -> None:
     """Wrap `evaluate` and `simple_evaluate` of `lm_eval.evaluator`, and `make_table` of `lm_eval.utils`.
 
-    Nothing changes for other model types. lm-eval's command line takes `make_table` after it has imported the
+    For other model types nothing changes but the lines on leaves that did not run. lm-eval's command line takes `make_table` after it has imported the
     evaluator.
     """
     utils = importlib.import_module("lm_eval.utils")
@@ -69,6 +71,8 @@ def _with_figures(make_table: Any) -> Any:
     @functools.wraps(make_table)
     def wrapper(result_dict: Any, column: str = "results", *args: Any, **kwargs: Any) -> str:
         table = make_table(result_dict, column, *args, **kwargs)
+        if column == "results" and (left_out := not_run(result_dict)):
+            table = f"{table}\n{left_out}"
         figures = ""
         if column == "results" and ((result_dict.get("config") or {}).get("sparse") or {}).get("phases"):
             from lm_eval_sparse.analysis.results import figures_table
@@ -77,6 +81,15 @@ def _with_figures(make_table: Any) -> Any:
         return f"{table}\n{figures}" if figures else table
 
     return wrapper
+
+
+def not_run(result_dict: Any) -> str:
+    """A line per reason for which frontier leaves dropped out of the table; empty when all ran."""
+    reasons: dict[str, list[str]] = {}
+    for name, config in (result_dict.get("configs") or {}).items():
+        if reason := (config.get("metadata") or {}).get("skipped"):
+            reasons.setdefault(reason, []).append(name)
+    return "".join(f"Not run: {', '.join(names)}: {reason}\n" for reason, names in reasons.items())
 
 
 def _distinct(responses: Any) -> list[dict[str, Any]]:

@@ -16,6 +16,14 @@ from .recipe import Recipe
 #: `task` in a YAML file's `dataset_kwargs` -> "module:class" of its recipe. Imported on use.
 RECIPES = {
     "niah": "lm_eval_sparse.frontier.niah:Niah",
+    "vt": "lm_eval_sparse.frontier.vt:Vt",
+    "cwe": "lm_eval_sparse.frontier.cwe:Cwe",
+    "squad": "lm_eval_sparse.frontier.qa:Squad",
+    "quality": "lm_eval_sparse.frontier.qa:Quality",
+    "toefl": "lm_eval_sparse.frontier.qa:Toefl",
+    "story_retrieval": "lm_eval_sparse.frontier.story_retrieval:StoryRetrieval",
+    "story_multihop": "lm_eval_sparse.frontier.story_multihop:StoryMultihop",
+    "story_filtering": "lm_eval_sparse.frontier.story_filtering:StoryFiltering",
 }
 
 

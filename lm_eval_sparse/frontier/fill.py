@@ -101,12 +101,18 @@ def _prose(words: int, tail: str = "") -> str:
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
-def fit(draft: Draft, budget: int, count: Callable[[str], int], filler: Filler) -> Fitted:
+def fit(draft: Draft, budget: int, count: Callable[[str], int], filler: Filler, sibling: Draft | None = None) -> Fitted:
     """Give `draft` as many units as fit into `budget` prompt tokens, then fill the rest, exactly where possible.
 
-    `count` returns the tokens of the whole rendered prompt for a user message. The result never exceeds `budget`,
-    and falls short of it only by what neither a unit nor the filler can supply. Raises `DoesNotFit`.
+    `count` returns the tokens of the whole rendered prompt for a user message. With a `sibling`, a draft of the same
+    content under longer instructions, the units are those that fit for the sibling. The result never exceeds
+    `budget`, and falls short of it only by what neither a unit nor the filler can supply. Raises `DoesNotFit`.
     """
+    if sibling is not None:
+        units = fit(sibling, budget, count, filler).units
+        if (bare := count(draft.message(units, ""))) > budget:
+            raise DoesNotFit(bare)
+        return _fill(draft, units, bare, budget, count, filler)
     sizes: dict[int, int] = {}
 
     def size(units: int) -> int:
@@ -139,18 +145,24 @@ def fit(draft: Draft, budget: int, count: Callable[[str], int], filler: Filler) 
     best = Fitted(fits, "", size(fits))
     # When the rest is smaller than the shortest line, or cannot be hit, one unit less leaves more to fill.
     for units in (fits, fits - 1):
-        if best.tokens == budget or units < 0:
+        if best.tokens < budget and units >= 0:
+            best = max(best, _fill(draft, units, size(units), budget, count, filler), key=lambda one: one.tokens)
+    return best
+
+
+def _fill(draft: Draft, units: int, bare: int, budget: int, count: Callable[[str], int], filler: Filler) -> Fitted:
+    """The best filler line for `units` units, which without one come to `bare` tokens."""
+    best = Fitted(units, "", bare)
+    want, tried = budget - bare, set()
+    while want > 0 and want not in tried and len(tried) < 5:
+        tried.add(want)
+        line = filler.line(want)
+        if not line:
             break
-        want, tried = budget - size(units), set()
-        while want > 0 and want not in tried and len(tried) < 5:
-            tried.add(want)
-            line = filler.line(want)
-            if not line:
-                break
-            tokens = count(draft.message(units, line))
-            if best.tokens < tokens <= budget:
-                best = Fitted(units, line, tokens)
-            if tokens == budget:
-                break
-            want += budget - tokens  # a line costs a token more or less here than where its cost was measured
+        tokens = count(draft.message(units, line))
+        if best.tokens < tokens <= budget:
+            best = Fitted(units, line, tokens)
+        if tokens == budget:
+            break
+        want += budget - tokens  # a line costs a token more or less here than where its cost was measured
     return best

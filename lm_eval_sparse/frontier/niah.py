@@ -14,7 +14,7 @@ from bisect import insort
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import rng, slot_scores
+from .recipe import Recipe, first_answer, rng, slot_scores
 
 TARGETS = 4
 
@@ -23,8 +23,6 @@ _CODE = r"(?<![\w-])[A-Za-z0-9]{8}(?:-[A-Za-z0-9]{8}){3}(?![\w-])"
 # An answer line starts with its number, then the key, with any punctuation (quotes, brackets, markup) between.
 _NUMBERED_KEY = re.compile(rf"(?<![\w-])(\d{{1,2}})[^\w\n]{{1,8}}(?:[Kk]ey[^\w\n]{{1,4}})?({_CODE})")
 _VALUE = re.compile(_CODE)
-_OPEN = re.compile(r"<answer>", re.IGNORECASE)
-_CLOSE = re.compile(r"</answer>", re.IGNORECASE)
 
 _INTRO = (
     "Below is a long list of entries. Each entry gives one key and the value stored under it. "
@@ -109,7 +107,7 @@ class NiahDraft:
                 return code
 
 
-class Niah:
+class Niah(Recipe):
     """Four needles among as many distractor pairs as fit. Scored per needle (paper, NIAH: accuracy)."""
 
     name = "niah"
@@ -132,6 +130,16 @@ class Niah:
         """`exact` and `bits_per_char` over the four values, see `recipe.slot_scores`."""
         return slot_scores(doc["values"], results)
 
+    def evidence(self, doc: dict[str, Any]) -> list[str]:
+        """The four entries."""
+        return [_ENTRY.format(key=k, value=v) for k, v in zip(doc["keys"], doc["values"], strict=True)]
+
+    def secrets(self, doc: dict[str, Any]) -> list[str]:
+        return doc["values"]
+
+    def chance(self, doc: dict[str, Any]) -> dict[str, float]:
+        return {"exact": 0.0}
+
 
 def _requests(keys: Sequence[str], values: Sequence[str]) -> list[tuple[str, str]]:
     requests, before = [], ""
@@ -144,15 +152,9 @@ def _requests(keys: Sequence[str], values: Sequence[str]) -> list[tuple[str, str
 def parse(text: str) -> dict[int, tuple[str, str]]:
     """The numbered key-value lines of an answer: number -> (key as written, value in lower case).
 
-    Read from the first answer block that has such a line (a block may lack its end when the model ran out of
-    tokens), else from the whole text. The first line of a number counts.
+    Read from the first answer block that has such a line, else from the whole text. The first line of a number counts.
     """
-    for part in _CLOSE.split(text):
-        # After the last opening tag: an explanation may have named the tag before.
-        block = _OPEN.split(part)[1:]
-        if block and (found := _lines(block[-1])):
-            return found
-    return _lines(text)
+    return first_answer(text, _lines) or _lines(text)
 
 
 def _lines(text: str) -> dict[int, tuple[str, str]]:

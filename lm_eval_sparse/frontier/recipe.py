@@ -1,4 +1,4 @@
-"""What a task must supply, and what several tasks share: seeds and scores of teacher-forced answers.
+"""What a task must supply, and what several tasks share: seeds, answer blocks and scores of teacher-forced answers.
 
 A recipe knows its text and its scoring, and nothing of tokenizers, lm-eval or files: `fill.fit` decides how many
 units a document gets, `task.FrontierTask` does the rest.
@@ -9,8 +9,19 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Sequence
-from typing import Any, Protocol
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+_OPEN = re.compile(r"<answer>", re.IGNORECASE)
+_CLOSE = re.compile(r"</answer>", re.IGNORECASE)
+
+
+class Unavailable(Exception):
+    """What a task's documents are made from cannot be had; its leaves drop out. The message is the reason."""
 
 
 class Draft(Protocol):
@@ -33,35 +44,92 @@ class Draft(Protocol):
         ...
 
 
-class Recipe(Protocol):
-    """One task: how its documents are written and scored. Raise `version` whenever documents or scores change."""
+class Recipe(ABC):
+    """One task: how its documents are written and scored. Raise `version` whenever documents or scores change.
+
+    A task whose documents are made from nothing but a seed overrides the abstract methods only. `find`, `identity`,
+    `origin` and `bind` are for tasks that read data.
+    """
 
     name: str
     version: int
+    #: Whether the twin has exactly as many units as the document it is the twin of. Needed where the question or the
+    #: answer depends on them; elsewhere the room that shorter instructions leave is better used for more units.
+    twin_keeps_units: bool = False
 
+    def find(self, given: Mapping[str, Any]) -> None:  # noqa: B027 (most tasks need no data)
+        """Get hold of the data that documents are made from; `given` is the task's metadata.
+
+        Raises `Unavailable` when the data cannot be had, `UserError` when something the user named is wrong.
+        """
+
+    def identity(self) -> list[Any]:
+        """What decides a document beyond name, version, wording, length, seed and tokenizer, as JSON types."""
+        return []
+
+    def origin(self) -> dict[str, Any] | None:
+        """Where the data came from, for the results."""
+        return None
+
+    def bind(self, length: int, seed: int, count: Callable[[str], int], identity: str) -> int | None:
+        """Get ready to write documents for one leaf; called before any `draft`.
+
+        `count` returns the tokens of the rendered prompt for a user message, `identity` names tokenizer and template.
+        Returns how many documents there can be, None when there is no end to them. Raises `Unavailable`.
+        """
+        return None
+
+    @abstractmethod
     def draft(self, length: int, seed: int, index: int, forced: bool) -> Draft:
         """Start document `index` of the leaf with `length` prompt tokens.
 
         A pure function of its arguments. The twin (`forced`) has the same content under its own instructions.
         """
-        ...
 
+    @abstractmethod
     def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
-        """Metrics of a generated answer to `doc` (the merged `Draft.gold`)."""
-        ...
+        """Metrics of a generated answer to `doc` (the merged `Draft.gold`). An answer that cannot be read scores 0."""
 
+    @abstractmethod
     def requests(self, doc: dict[str, Any]) -> list[tuple[str, str]]:
         """The twin's log-likelihood requests: (text forced after the prompt, continuation to score)."""
-        ...
 
+    @abstractmethod
     def forced_score(self, doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
         """Metrics of the twin from one (logprob in nats, is_greedy) per request."""
-        ...
+
+    @abstractmethod
+    def evidence(self, doc: dict[str, Any]) -> list[str]:
+        """The pieces of the context that the answer follows from, each of them once in `doc["input"]`, verbatim."""
+
+    def secrets(self, doc: dict[str, Any]) -> list[str]:
+        """Strings that give the answer away: they may stand in the evidence and nowhere else in the prompt.
+
+        Empty where nothing is so telling, as with chapter numbers or with words that occur by chance elsewhere.
+        """
+        return []
+
+    @abstractmethod
+    def chance(self, doc: dict[str, Any]) -> dict[str, float]:
+        """What a scorer that answers at random gets on average in each forced metric that has such a value."""
 
 
 def rng(*key: Any) -> random.Random:
     """A generator seeded by `key` alone: the same on every machine, whatever ran before."""
     return random.Random(int.from_bytes(hashlib.sha256("|".join(map(str, key)).encode()).digest(), "big"))
+
+
+def first_answer(text: str, parse: Callable[[str], T]) -> T | None:
+    """What `parse` finds in the first `<answer>` block in which it finds anything (a truthy value), else None.
+
+    A block may lack its end, as when a model runs out of tokens. Within a block, the text after its last opening
+    tag counts: an explanation may have named the tag before.
+    """
+    for part in _CLOSE.split(text):
+        block = _OPEN.split(part)[1:]
+        if block and (found := parse(block[-1])):
+            return found
+    return None
 
 
 def slot_scores(values: Sequence[str], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
@@ -75,3 +143,49 @@ def slot_scores(values: Sequence[str], results: Sequence[tuple[float, bool]]) ->
         "exact": sum(bool(greedy) for _, greedy in results) / len(results),
         "bits_per_char": bits / sum(len(value) for value in values),
     }
+
+
+def normalised(continuations: Sequence[str], results: Sequence[tuple[float, bool]]) -> list[float]:
+    """By what the candidates of a ranking or options twin are compared: log-probability."""
+    return [logprob for _, (logprob, _) in zip(continuations, results, strict=True)]
+
+
+def ranking_scores(
+    candidates: Sequence[str], gold: Collection[str], results: Sequence[tuple[float, bool]]
+) -> dict[str, float]:
+    """`average_precision` of the `gold` ones among `candidates` ranked by likelihood, one result per candidate.
+
+    The mean over the gold candidates of precision at their rank. Among equals a gold one counts as the later, so that
+    a model that cannot tell them apart gains nothing.
+    """
+    scores = normalised(candidates, results)
+    order = sorted(range(len(candidates)), key=lambda i: (-scores[i], candidates[i] in gold))
+    hits, total = 0, 0.0
+    for rank, i in enumerate(order, 1):
+        if candidates[i] in gold:
+            hits += 1
+            total += hits / rank
+    return {"average_precision": total / len(gold)}
+
+
+def ranking_chance(candidates: int, gold: int) -> float:
+    """Expected average precision of `gold` items in a random order of `candidates`.
+
+    At rank k a candidate is gold with probability g/n, and then each of the k − 1 before it with (g − 1)/(n − 1).
+    """
+    if candidates == gold:
+        return 1.0
+    before = (gold - 1) / (candidates - 1)
+    return sum((1 + (k - 1) * before) / k for k in range(1, candidates + 1)) / candidates
+
+
+def option_scores(
+    options: Sequence[str], gold: Collection[int], results: Sequence[tuple[float, bool]]
+) -> dict[str, float]:
+    """`acc`: 1 when the best `len(gold)` options by likelihood are the gold ones (positions), else 0.
+
+    Among equals a gold one counts as the worse.
+    """
+    scores = normalised(options, results)
+    order = sorted(range(len(options)), key=lambda i: (-scores[i], i in gold))
+    return {"acc": float(set(order[: len(gold)]) == set(gold))}

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..protocol import SKIPPED, SharedPrompt, mean_sparsities, stats_of
 from . import recipe
 from .fill import DoesNotFit, Filler, fit
 from .meter import Meter, meter_for
+from .recipe import Draft, Unavailable
 from .store import DocumentStore
 
 logger = logging.getLogger(__name__)
@@ -45,9 +46,9 @@ class Documents(Sequence):
         self._docs: dict[int, dict[str, Any]] = {}
         self._make: Callable[[int], dict[str, Any]] | None = None
 
-    def bind(self, known: dict[int, dict[str, Any]], make: Callable[[int], dict[str, Any]]) -> None:
-        """Use the documents in `known` and `make` the others."""
-        self._docs, self._make = dict(known), make
+    def bind(self, number: int, known: dict[int, dict[str, Any]], make: Callable[[int], dict[str, Any]]) -> None:
+        """There are `number` documents: use those in `known` and `make` the others."""
+        self._number, self._docs, self._make = number, dict(known), make
 
     @property
     def features(self) -> dict[str, str]:
@@ -73,9 +74,10 @@ class Documents(Sequence):
 class FrontierTask(ConfigurableTask):
     """One (task, length) leaf, answered by generation.
 
-    `dataset_kwargs` names the recipe (`task`) and the prompt's `length` in tokens; `metadata` holds `samples`
-    (documents) and `seed`, which a user may override. Other metadata, such as model arguments, is ignored except
-    for finding the tokenizer (see `meter`).
+    `dataset_kwargs` names the recipe (`task`, a name in `RECIPES`, or `recipe`, a class) and the prompt's `length` in
+    tokens; `metadata` holds `samples` (documents) and `seed`, which a user may override, and what the user adds:
+    `strict` makes a leaf that cannot run an error, and a recipe may read more (see `qa_data`). Other metadata, such as
+    model arguments, is ignored except for finding the tokenizer (see `meter`).
     """
 
     forced = False
@@ -89,20 +91,45 @@ class FrontierTask(ConfigurableTask):
         # Any value keeps lm-eval from looking the metric names up in (remote) libraries; see process_results below.
         config["process_results"] = "process_results"
         self._skipped: str | None = None
+        self._told: str | None = None
         super().__init__(config=config, **kwargs)
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Nothing is downloaded: set up the recipe and a sequence of documents yet to be made."""
+        """Set up the recipe, find its data if it needs any, and a sequence of documents yet to be made."""
         given, metadata = dict(dataset_kwargs or {}), dict(self.config.metadata or {})
-        self.recipe = recipe(str(given.get("task")))
+        self.recipe = given["recipe"]() if given.get("recipe") else recipe(str(given.get("task")))
         self.length = self._whole("length", given.get("length"), 1)
         self.samples = self._whole("samples", metadata.get("samples", 100), 1)
         self.seed = self._whole("seed", metadata.get("seed", 0), None)
+        self.strict = self._flag("strict", metadata.get("strict", False))
         self.VERSION = self.recipe.version
         # What the leaf is wins over whatever model arguments of the same name lm-eval has merged in.
         metadata.update(version=self.VERSION, length=self.length, samples=self.samples, seed=self.seed)
         self.config.metadata = metadata
+        self._unavailable: str | None = None
+        try:
+            self.recipe.find(metadata)
+        except Unavailable as error:
+            self._unavailable = str(error)
+            self._skip(self._unavailable)
+        if origin := self.recipe.origin():
+            self.config.metadata = {**self.config.metadata, "data": origin}
         self.dataset = {self.config.test_split: Documents(self.samples)}
+
+    def _skip(self, reason: str) -> None:
+        """Let this leaf drop out. Raises `UserError` under `strict`."""
+        if self.strict:
+            raise UserError(f"{self.config.task} cannot run and strict is set: {reason}")
+        if reason != self._told:
+            logger.warning("%s is skipped: %s", self.config.task, reason)
+        self._skipped = self._told = reason
+        self.config.metadata = {**self.config.metadata, "skipped": reason}
+
+    def _flag(self, key: str, value: Any) -> bool:
+        known = {"true": True, "1": True, "false": False, "0": False}
+        if str(value).lower() not in known:
+            raise UserError(f"{self.config.task}: {key}={value!r} given, but {key} must be true or false")
+        return known[str(value).lower()]
 
     def _whole(self, key: str, value: Any, least: int | None) -> int:
         try:
@@ -173,45 +200,61 @@ class FrontierTask(ConfigurableTask):
         def count(message: str) -> int:
             return meter.count(_plain(render(message)))
 
-        def draft(index: int):
-            return self.recipe.draft(self.length, self.seed, index, self.forced)
+        def draft(index: int, forced: bool = self.forced) -> Draft:
+            return self.recipe.draft(self.length, self.seed, index, forced)
 
-        reserve = self._reserve(meter, lambda: _plain(render(_SENTINEL)), draft)
+        self.config.metadata = {k: v for k, v in self.config.metadata.items() if k not in ("skipped", "prompt_tokens")}
+        if self._unavailable:
+            self._skip(self._unavailable)
+            return self._unavailable
+        self._skipped = None
+        frame = _plain(render(_SENTINEL))
+        template = hashlib.sha256(json.dumps([frame, meter.identity]).encode()).hexdigest()
+        try:
+            number = self.recipe.bind(self.length, self.seed, count, template)
+            if number == 0:
+                raise Unavailable(f"none of its documents fits into {self.length} tokens")
+        except Unavailable as error:
+            self._skip(str(error))
+            return str(error)
+        number = self.samples if number is None else min(self.samples, number)
+        if number < self.samples:
+            logger.warning("%s: there are %d documents, not %d", self.config.task, number, self.samples)
+
+        reserve = self._reserve(meter, frame, (draft(index) for index in range(number)))
         budget = self.length if meter.limit is None else min(self.length, meter.limit - reserve)
         empty = draft(0).message(0, "")
-        self._skipped = None
         shortest = math.ceil(SHORTEST * self.length)
+        reason = None
         if budget < shortest:
-            self._skipped = (
+            reason = (
                 f"needs {shortest} to {self.length} prompt tokens and {reserve} for the answer, "
                 f"the model takes {meter.limit} together"
             )
         elif (bare := count(empty)) > budget:
-            self._skipped = f"question, instructions and system prompt alone have {bare} of {budget} prompt tokens"
-        metadata = {k: v for k, v in self.config.metadata.items() if k not in ("skipped", "prompt_tokens")}
-        if self._skipped:
-            logger.warning("%s is skipped: %s", self.config.task, self._skipped)
-            self.config.metadata = {**metadata, "skipped": self._skipped}
-            return self._skipped
+            reason = f"question, instructions and system prompt alone have {bare} of {budget} prompt tokens"
+        if reason:
+            self._skip(reason)
+            return reason
         if budget < self.length:
             logger.warning(
                 "%s: prompts have %d instead of %d tokens, because the model takes %d and the answer needs %d",
                 *(self.config.task, budget, self.length, meter.limit, reserve),
             )
-        self.config.metadata = {**metadata, "prompt_tokens": budget}
+        self.config.metadata = {**self.config.metadata, "prompt_tokens": budget}
 
-        frame = _plain(render(_SENTINEL))
         identity = [self.recipe.name, self.recipe.version, self.forced, self.length, budget, self.seed]
         # The text of a bare document too: a changed wording must not meet documents written before it.
-        identity += [frame, meter.count(frame), meter.identity, empty]
+        identity += [frame, meter.count(frame), meter.identity, empty, *self.recipe.identity()]
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         store = DocumentStore(f"{'forced_' if self.forced else ''}{self.recipe.name}-{self.length}", fingerprint)
         filler = Filler(count)
 
         def make(index: int) -> dict[str, Any]:
             begun = draft(index)
+            sibling = draft(index, forced=False) if self.forced and self.recipe.twin_keeps_units else None
             try:
-                fitted = fit(begun, budget, count, filler)
+                fitted = fit(begun, budget, count, filler, sibling)
             except DoesNotFit as error:
                 raise UserError(f"{self.config.task}: document {index} has {error}, the budget is {budget}") from error
             if fitted.tokens < FILLED * budget:
@@ -230,10 +273,10 @@ class FrontierTask(ConfigurableTask):
             store.add(doc)
             return doc
 
-        self.eval_docs.bind(store.load(), make)
+        self.eval_docs.bind(number, store.load(), make)
         return fingerprint
 
-    def _reserve(self, meter: Meter, frame: Callable[[], str], draft: Callable[[int], Any]) -> int:
+    def _reserve(self, meter: Meter, frame: str, drafts: Iterable[Draft]) -> int:
         """Tokens kept free after the prompt: as many as may be generated (the aliases are lm-eval's)."""
         given = self.config.generation_kwargs or {}
         for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
@@ -306,14 +349,13 @@ class ForcedFrontierTask(FrontierTask):
 
     forced = True
 
-    def _reserve(self, meter: Meter, frame: Callable[[], str], draft: Callable[[int], Any]) -> int:
+    def _reserve(self, meter: Meter, frame: str, drafts: Iterable[Draft]) -> int:
         """Tokens kept free after the prompt: the longest forced answer of any document of the leaf."""
-        answers = [draft(index).answer for index in range(self.samples)]
+        answers = [draft.answer for draft in drafts]
         longest = max(len(answer.encode()) for answer in answers)
         if meter.limit is None or meter.limit - self.length >= longest:
             return longest  # no tokenizer makes more tokens than bytes, and nobody needs the exact number
-        before = frame()
-        most = max(meter.count(before + answer) for answer in answers) - meter.count(before)
+        most = max(meter.count(frame + answer) for answer in answers) - meter.count(frame)
         return most + 4  # the seam between prompt and answer may cost a token more than in this short test
 
     def _arguments(self, doc: dict[str, Any], ctx: Any) -> list[tuple[Any, Any]]:

@@ -1,0 +1,181 @@
+"""Common words: ten words of a long shuffled list occur thirty times, all others three times; which ten?
+(paper, §10 "CWE"; the task's idea is RULER's, Hsieh et al. 2024).
+
+Nothing can be found by looking for it, the whole list must be weighed. Low dispersion, high scope.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from .recipe import Recipe, first_answer, ranking_chance, ranking_scores, rng
+
+COMMON = 10
+COMMON_TIMES = 30
+RARE_TIMES = 3
+
+_LISTS = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
+# A number, its punctuation, and what stands after it up to the next number or the end of the line.
+_NUMBERED = re.compile(
+    r"(?<![\w.])\d{1,3}\s{0,2}[^\w\s]{1,4}\s{0,4}(.{0,80}?)(?=(?:[\s,;|]\s{0,4}\d{1,3}\s{0,2}[.):])|$)"
+)
+# What a model may add to a word: "(30 times)", ": 30", " - thirty times", ", which is common".
+_ADDED = re.compile(r"[(\[:;,=|\t–—]|\s-+\s|->|→")
+
+_INTRO = (
+    "Below is a long numbered list of words in random order. {common} of the words occur {common_times} times each, "
+    "all others occur {rare_times} times each. You will be asked for the {common} common ones."
+)
+_TWICE = "The question is written twice, once before the list and once after it, so that you know what to look for."
+_QUESTION = (
+    "Which {common} words are the most common in the list? Each of them occurs {common_times} times, "
+    "every other word {rare_times} times."
+)
+_HEADING = "List of words:"
+_GENERATE = """\
+Reply in two parts. First say in one or two sentences how you found the words, between <explanation> and \
+</explanation>. Then give the {common} words as numbered lines between <answer> and </answer>:
+
+<explanation>
+your explanation
+</explanation>
+<answer>
+1. first word
+2. second word
+and so on, to
+{common}. last word
+</answer>
+
+Write each word once, in any order, and nothing else on its line. Write nothing after </answer>."""
+_FORCED = """\
+Reply with the {common} words as numbered lines, in any order, and nothing else.
+
+Answer:
+"""
+_LEAD = "1."
+_FIGURES = {"common": COMMON, "common_times": COMMON_TIMES, "rare_times": RARE_TIMES}
+
+
+@lru_cache(maxsize=1)
+def pool() -> tuple[str, ...]:
+    """The nouns, adjectives and verbs of the package `wonderwords` without a hyphen, in lower case, sorted."""
+    folder = files("wonderwords") / "assets"
+    lines = [line for name in _LISTS for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+    return tuple(sorted({word for line in lines if (word := " ".join(line.lower().split())) and "-" not in word}))
+
+
+@lru_cache(maxsize=1)
+def _longest() -> str:
+    return max(pool(), key=lambda word: len(word.encode()))
+
+
+class CweDraft:
+    """Units are rare words. Every copy of every word draws its place: the order does not depend on how many fit."""
+
+    def __init__(self, random_source: random.Random, forced: bool):
+        self._random, self._forced = random_source, forced
+        words = list(pool())
+        self.words = random_source.sample(words, COMMON)
+        self.most = len(words) - COMMON
+        self._copies: list[int] = []
+        self._rare: list[str] = []
+        self.answer = f"{_LEAD} {_longest()}"
+
+    def _write(self) -> None:
+        """Order the rare words and all copies, once: a draft is often begun for nothing but its `answer`."""
+        common = set(self.words)
+        self._rare = [word for word in pool() if word not in common]
+        self._random.shuffle(self._rare)
+        # −1 − i stands for common word i, i for rare word i.
+        self._copies = [-1 - i for i in range(COMMON) for _ in range(COMMON_TIMES)]
+        self._copies += [i for i in range(self.most) for _ in range(RARE_TIMES)]
+        self._random.shuffle(self._copies)
+
+    def message(self, units: int, filler: str) -> str:
+        """The user message with the common words, `units` rare ones and, unless empty, `filler` below the list."""
+        if not self._copies:
+            self._write()
+        listed = (self.words[-1 - i] if i < 0 else self._rare[i] for i in self._copies if i < units)
+        entries = "\n".join(f"{number}. {word}" for number, word in enumerate(listed, 1))
+        question = _QUESTION.format(**_FIGURES)
+        after = (_FORCED if self._forced else _GENERATE).format(**_FIGURES)
+        below = f"\n\n{filler}" if filler else ""
+        head = f"{_INTRO.format(**_FIGURES)}\n{_TWICE}\n\n{question}"
+        return f"{head}\n\n{_HEADING}\n{entries}{below}\n\n{question}\n\n{after}"
+
+    def gold(self, units: int) -> dict[str, Any]:
+        """`words`: the common ones; `rare`: as many rare ones, which the twin holds against them; the `target`."""
+        if not self._copies:
+            self._write()
+        return {
+            "words": self.words,
+            "rare": self._rare[: min(units, COMMON)],
+            "distinct": COMMON + units,
+            "target": "\n".join(f"{i}. {word}" for i, word in enumerate(self.words, 1)),
+        }
+
+
+class Cwe(Recipe):
+    """Ten words occur thirty times, all others three times (paper, CWE: IoU)."""
+
+    name = "cwe"
+    version = 1
+
+    def identity(self) -> list[Any]:
+        """The version of the word list's package and the list itself."""
+        digest = hashlib.sha256("\n".join(pool()).encode()).hexdigest()
+        return ["wonderwords", version("wonderwords"), digest]
+
+    def draft(self, length: int, seed: int, index: int, forced: bool) -> CweDraft:
+        return CweDraft(rng(self.name, self.version, length, seed, index), forced)
+
+    def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
+        """`iou` of the words in numbered lines and the gold ones; without an answer block 0."""
+        gold = set(doc["words"])
+        found = first_answer(text, lambda part: parse(part, gold)) or set()
+        return {"iou": len(found & gold) / len(found | gold)}
+
+    def requests(self, doc: dict[str, Any]) -> list[tuple[str, str]]:
+        """One request per common word and per rare one, as the first of the answer."""
+        return [(_LEAD, f" {word}") for word in self._candidates(doc)]
+
+    def forced_score(self, doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+        """`average_precision` of the ten common words among them and ten rare ones."""
+        return ranking_scores(self._candidates(doc), doc["words"], results)
+
+    def evidence(self, doc: dict[str, Any]) -> list[str]:
+        """The whole list: no part of it is enough."""
+        text = doc["input"]
+        start = text.index(f"{_HEADING}\n") + len(_HEADING) + 1
+        return [text[start : text.index("\n\n", start)]]
+
+    def chance(self, doc: dict[str, Any]) -> dict[str, float]:
+        return {"average_precision": ranking_chance(len(self._candidates(doc)), len(doc["words"]))}
+
+    def _candidates(self, doc: dict[str, Any]) -> list[str]:
+        # In alphabetical order: where a model type breaks ties by position, the gold words gain nothing.
+        return sorted([*doc["words"], *doc["rare"]])
+
+
+def parse(text: str, gold: set[str]) -> set[str]:
+    """The words of an answer's numbered lines, in lower case. Lines without a number do not count.
+
+    What follows a word in brackets or after a colon, a comma or a dash is ignored. An entry of several words counts
+    as its first, unless all of it is a word of the pool.
+    """
+    found = set()
+    for line in text.splitlines():
+        for match in _NUMBERED.finditer(line):
+            entry = _ADDED.split(match.group(1).strip())[0]
+            words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", entry.lower())
+            if words:
+                whole = " ".join(words)
+                found.add(whole if whole in gold else words[0])
+    return found

@@ -1,0 +1,169 @@
+"""Story filtering: in which chapters did the traveller buy nothing (paper, Table 1 and Appendix, "Story Filtering")?
+
+Every chapter has a purchase but three, and only reading them all shows which. Low dispersion, high scope.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from .recipe import Recipe, first_answer, ranking_chance, ranking_scores, rng
+from .story import HERO, INTRO, MOST, Chapter, Story, message
+
+MISSING = 3
+
+# A number in an answer, with the word "chapter" before it if there is one.
+_NUMBER = re.compile(r"(?:\b(chapters?|ch\.?)[\W_]{0,6}|(?<![^\W_]))(\d+)(?![^\W_])", re.IGNORECASE)
+_CHAPTER_FOLLOWS = re.compile(r"[.):\]]?[*_`\"'“„«([ \t]{0,8}(?:such[ \t]+)?chapters?\b", re.IGNORECASE)
+_LIST_NUMBER = re.compile(r"[^\w\n]*(\d+)[.):\]](?=[^\w\n]*[ \t*_|])(?=.*\d)")
+
+_INTRO = f"{INTRO} There are also chapters in which she buys nothing at all, and you will be asked to find them."
+_QUESTION = f"In which chapters did {HERO} buy nothing? There {{are}}."
+_GENERATE = """\
+Reply in two parts. First say in one or two sentences how you found the chapters, between <explanation> and \
+</explanation>. Then give {numbers} between <answer> and </answer>:
+
+<explanation>
+your explanation
+</explanation>
+<answer>
+{form}
+</answer>
+
+Give nothing but {numbers}{commas}. A chapter in which an item is sold but none is bought counts as one \
+in which nothing was bought. Write nothing after </answer>."""
+_FORCED = """\
+Reply with one line and nothing else: the word Chapter and the number of a chapter in which nothing was bought.
+
+Answer:
+"""
+_LEAD = "Chapter"
+
+
+class StoryFilteringDraft:
+    """Units are chapters. Which have no purchase depends on how many there are, but seldom changes with one more."""
+
+    most = MOST
+
+    def __init__(self, random_source: random.Random, forced: bool):
+        self._story = Story(random_source)
+        self._forced = forced
+        self.answer = _LEAD + _candidate(MOST)
+
+    def message(self, units: int, filler: str) -> str:
+        """The user message with `units` chapters and, unless empty, the line `filler` after them."""
+        chapters = self._story.written(units)
+        for number, text in self._changed(units).items():
+            chapters[number - 1] = f"Chapter {number}\n{text}"
+        count = len(self._bare(units))
+        numbers = "the number of the chapter" if count == 1 else f"the {count} chapter numbers"
+        question = _QUESTION.format(
+            are="is exactly 1 such chapter" if count == 1 else f"are exactly {count} such chapters"
+        )
+        form = ", ".join(("first number", "second number", "third number")[:count])
+        after = (
+            _FORCED
+            if self._forced
+            else _GENERATE.format(numbers=numbers, commas=", separated by commas" * (count > 1), form=form)
+        )
+        return message(_INTRO, question, chapters, filler, after)
+
+    def gold(self, units: int) -> dict[str, Any]:
+        """`chapters` there are, `numbers` of those without a purchase, their texts as `pieces`, the gold `target`."""
+        numbers = sorted(chapter.number for chapter in self._bare(units))
+        changed = self._changed(units)
+        return {
+            "chapters": units,
+            "numbers": numbers,
+            "pieces": [changed[number] for number in numbers],
+            "target": ", ".join(map(str, numbers)),
+        }
+
+    def _bare(self, units: int) -> list[Chapter]:
+        return self._story.chosen(min(MISSING, max(units - 1, 0)), self._story.chapters(units))
+
+    def _changed(self, units: int) -> dict[int, str]:
+        """The chapters that are not as the story has them, by number: those without a purchase, and the sales of what
+        would have been bought there.
+
+        Such a sale is of another item instead, one that is held then and in the present chapters never sold, so that
+        no further sale need change. Without such an item (only near the start of the story) there is no sale.
+        """
+        chapters = self._story.chapters(units)
+        bare = {chapter.number for chapter in self._bare(units)}
+        gone = bare | {chapter.sold for chapter in chapters}
+        changed = {}
+        for chapter in chapters:
+            sold = chapter.sold
+            if sold in bare:
+                unsold = [number for number in range(1, chapter.number) if number not in gone]
+                sold = unsold[int(chapter.fraction * len(unsold))] if unsold else None
+                gone.add(sold)
+            if sold != chapter.sold or chapter.number in bare:
+                item = None if sold is None else chapters[sold - 1].item
+                changed[chapter.number] = chapter.text(item, purchase=chapter.number not in bare)
+        return changed
+
+
+class StoryFiltering(Recipe):
+    """Three chapters without a purchase, found among all. Scored by overlap (paper, Story Filtering: IoU)."""
+
+    name = "story_filtering"
+    version = 1
+    twin_keeps_units = True
+
+    def draft(self, length: int, seed: int, index: int, forced: bool) -> StoryFilteringDraft:
+        return StoryFilteringDraft(rng(self.name, self.version, length, seed, index), forced)
+
+    def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
+        """`iou`: chapters both given and right, among those given or right; 0 without an answer."""
+        given, right = parse(text), set(doc["numbers"])
+        return {"iou": len(given & right) / max(len(given | right), 1)}
+
+    def requests(self, doc: dict[str, Any]) -> list[tuple[str, str]]:
+        """One request per chapter of the story, all after the same lead-in."""
+        return [(_LEAD, _candidate(number)) for number in range(1, doc["chapters"] + 1)]
+
+    def forced_score(self, doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+        """`average_precision` of the chapters without a purchase among all, see `recipe.ranking_scores`."""
+        candidates = [_candidate(number) for number in range(1, doc["chapters"] + 1)]
+        return ranking_scores(candidates, {_candidate(number) for number in doc["numbers"]}, results)
+
+    def evidence(self, doc: dict[str, Any]) -> list[str]:
+        """The whole text of each chapter without a purchase."""
+        return doc["pieces"]
+
+    def chance(self, doc: dict[str, Any]) -> dict[str, float]:
+        return {"average_precision": ranking_chance(doc["chapters"], len(doc["numbers"]))}
+
+
+def _candidate(number: int) -> str:
+    # As in a heading, and with an end, or the likelihood of 1 would contain those of 10 to 19.
+    return f" {number}\n"
+
+
+def parse(text: str) -> set[int]:
+    """The chapter numbers in the first answer block that has any.
+
+    Every whole number counts, however the numbers are joined, except those that number or count the chapters: one
+    with "chapter" right after it ("2. Chapter 17", "3 chapters:"), unless "chapter" stands right before it as well,
+    and at the start of a line one with a point, bracket or colon and a further number after it ("2) 17"), when these
+    run 1, 2, 3, … from line to line. Ranges are not expanded: the format asks for each number.
+    """
+    return first_answer(text, _numbers) or set()
+
+
+def _numbers(block: str) -> set[int]:
+    lines = block.splitlines()
+    listed = [match for line in lines if (match := _LIST_NUMBER.match(line))]
+    is_list = [match.group(1) for match in listed] == [str(i) for i in range(1, len(listed) + 1)]
+    found = set()
+    for line in lines:
+        start = match.end() if is_list and (match := _LIST_NUMBER.match(line)) else 0
+        for number in _NUMBER.finditer(line, start):
+            if number.group(1) or not _CHAPTER_FOLLOWS.match(line, number.end()):
+                found.add(int(number.group(2)[:9]))
+    return found

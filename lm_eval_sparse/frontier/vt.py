@@ -1,0 +1,161 @@
+"""Variable tracking: which variables end up with a given number, over chains of assignments scattered in noise
+(paper, §10 "VT"; the task's idea is RULER's, Hsieh et al. 2024).
+
+Eight chains of five variables: one assignment of a number and four copies, one from the other. All assignments and
+all noise are shuffled together, so that a copy may stand before what it copies. High dispersion, low scope.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+from bisect import insort
+from collections.abc import Sequence
+from typing import Any
+
+from .recipe import Recipe, first_answer, ranking_chance, ranking_scores, rng
+
+CHAINS = 8
+HOPS = 4
+
+_NAME = re.compile(r"(?<![A-Za-z0-9_])[A-Za-z]{5}(?![A-Za-z0-9_])")
+
+_INTRO = (
+    "Below is a text with assignments in it. Some give a variable a number, as in VAR A = 1, others give it the value "
+    "of another variable, as in VAR B = VAR A. They stand in no particular order, among sentences that mean nothing. "
+    "Each variable is assigned once."
+)
+_TWICE = "The question is written twice, once before the text and once after it, so that you know what to look for."
+_QUESTION = (
+    "Which {count} variables have the value {value}, be it because the number is assigned to them or because they "
+    "copy, directly or through others, a variable that it is assigned to?"
+)
+_NUMBER = "VAR {name} = {value}."
+_COPY = "VAR {name} = VAR {source}."
+# One unit: five short sentences that name and count nothing.
+_NOISE = "The road is long. The hills are low. The river is cold. On we walk. Soon we shall rest."
+_GENERATE = """\
+Reply in two parts. First say in one or two sentences how the value is passed on from variable to variable, between \
+<explanation> and </explanation>. Then give the names of the {count} variables on one line, with commas between them, \
+between <answer> and </answer>:
+
+<explanation>
+your explanation
+</explanation>
+<answer>
+first name, second name, and so on
+</answer>
+
+Copy the names exactly, in capital letters. The variables may be in any order. Write nothing after </answer>."""
+_FORCED = """\
+Reply with the names of the {count} variables and nothing else, each on a line of its own after the word VAR.
+
+Answer:
+"""
+_LEAD = "VAR"
+
+
+class VtDraft:
+    """Units are noise. The assignments are the same, in the same order, however much noise fits."""
+
+    most = 1_000_000
+
+    def __init__(self, random_source: random.Random, forced: bool):
+        self._random = random_source
+        self._forced = forced
+        self.chains = _chains(random_source)
+        self.value, *self.gold_names = self.chains[0]
+        lines = []
+        for value, first, *copies in self.chains:
+            lines.append(_NUMBER.format(name=first, value=value))
+            lines += [_COPY.format(name=n, source=s) for s, n in zip([first, *copies[:-1]], copies, strict=True)]
+        self._assignments = sorted((random_source.random(), line) for line in lines)
+        self._filler_place = random_source.random()
+        self._noise: list[tuple[float, str]] = []
+        self.answer = f"{_LEAD} {self.gold_names[0]}"
+
+    def message(self, units: int, filler: str) -> str:
+        """The user message with all assignments, `units` times the noise and, unless empty, the line `filler`."""
+        while len(self._noise) < units:
+            self._noise.append((self._random.random(), _NOISE))
+        lines = sorted(self._assignments + self._noise[:units])
+        if filler:
+            insort(lines, (self._filler_place, filler))
+        count = len(self.gold_names)
+        question = _QUESTION.format(count=count, value=self.value)
+        text = "\n".join(line for _, line in lines)
+        after = (_FORCED if self._forced else _GENERATE).format(count=count)
+        return f"{_INTRO}\n{_TWICE}\n\n{question}\n\nText:\n{text}\n\n{question}\n\n{after}"
+
+    def gold(self, units: int) -> dict[str, Any]:
+        """`names`: gold variables in the order of the chain; `value`; `variables`: all names; the `target` text."""
+        return {
+            "names": self.gold_names,
+            "value": self.value,
+            "variables": sorted(name for _, *names in self.chains for name in names),
+            "target": ", ".join(self.gold_names),
+        }
+
+
+def _chains(random_source: random.Random) -> list[list[str]]:
+    """Each a five-digit number and the names of a chain; all numbers and all names distinct."""
+    values = random_source.sample(range(10_000, 100_000), CHAINS)
+    names: dict[str, None] = {}
+    while len(names) < CHAINS * (HOPS + 1):
+        names["".join(random_source.choices(string.ascii_uppercase, k=5))] = None
+    given = iter(names)
+    return [[str(value), *(next(given) for _ in range(HOPS + 1))] for value in values]
+
+
+class Vt(Recipe):
+    """Eight chains of four hops in noise; the variables of one are asked for (paper, VT: IoU)."""
+
+    name = "vt"
+    version = 1
+
+    def draft(self, length: int, seed: int, index: int, forced: bool) -> VtDraft:
+        return VtDraft(rng(self.name, self.version, length, seed, index), forced)
+
+    def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
+        """`iou` of the names given and the gold ones, in any case and order; see `parse`."""
+        found, gold = parse(text, doc["variables"]), set(doc["names"])
+        return {"iou": len(found & gold) / len(found | gold)}
+
+    def requests(self, doc: dict[str, Any]) -> list[tuple[str, str]]:
+        """One request per variable of the document, as the first of the answer."""
+        return [(_LEAD, f" {name}") for name in doc["variables"]]
+
+    def forced_score(self, doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+        """`average_precision` of the five gold variables among all forty."""
+        return ranking_scores(doc["variables"], doc["names"], results)
+
+    def evidence(self, doc: dict[str, Any]) -> list[str]:
+        """The five assignments of the chain, from the number on."""
+        first, *copies = doc["names"]
+        return [
+            _NUMBER.format(name=first, value=doc["value"]),
+            *(_COPY.format(name=n, source=s) for s, n in zip(doc["names"], copies, strict=False)),
+        ]
+
+    def secrets(self, doc: dict[str, Any]) -> list[str]:
+        return doc["names"]
+
+    def chance(self, doc: dict[str, Any]) -> dict[str, float]:
+        return {"average_precision": ranking_chance(len(doc["variables"]), len(doc["names"]))}
+
+
+def parse(text: str, variables: Sequence[str]) -> set[str]:
+    """The variable names of an answer, in capitals: read from the first answer block that has any, else from all of it.
+
+    A name is a word of five letters in capitals, or in any case when it is one of the document's `variables`: words
+    such as "value" or "which" around the names are no answer, and invented names are.
+    """
+    known = set(variables)
+
+    def names(part: str) -> set[str]:
+        return {
+            word.upper() for word in _NAME.findall(part) if word.isupper() or word.upper() in known
+        }  # VAR has three letters
+
+    return first_answer(text, names) or names(text)
