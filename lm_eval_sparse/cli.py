@@ -28,7 +28,7 @@ class Command:
 
 
 def _methods(argv: list[str]) -> None:
-    parser = _Parser(prog=f"{PROGRAM} methods", description=COMMANDS["methods"].summary)
+    parser = Parser(prog=f"{PROGRAM} methods", description=COMMANDS["methods"].summary)
     parser.parse_args(argv)
     from lm_eval_sparse.methods import table
 
@@ -41,10 +41,31 @@ def _plot(argv: list[str]) -> int | None:
     return curve.main(argv)
 
 
+def _show(argv: list[str]) -> int | None:
+    from lm_eval_sparse.frontier import show
+
+    return show.main(argv)
+
+
+def _check_task(argv: list[str]) -> int | None:
+    from lm_eval_sparse.frontier import check
+
+    return check.main(argv)
+
+
+def _new_task(argv: list[str]) -> int | None:
+    from lm_eval_sparse.frontier import scaffold
+
+    return scaffold.main(argv)
+
+
 #: Our sub-commands, in the order of the help text. A new one is one function and one line here.
 COMMANDS: dict[str, Command] = {
     "methods": Command("methods", "print the table of sparse-attention methods and their knobs", _methods),
     "plot": Command("plot RESULTS... --output FILE", "draw score against measured sparsity", _plot),
+    "show": Command("show TASK --index I", "print a document of a task: prompt, evidence, gold answer", _show),
+    "check-task": Command("check-task PATH", "check a task folder: names, lengths, scores, leaks, chance", _check_task),
+    "new-task": Command("new-task NAME", "write a folder with a working example task to change", _new_task),
 }
 
 #: For the help text only; a later lm-eval's sub-commands work as well.
@@ -55,7 +76,7 @@ LM_EVAL_COMMANDS: dict[str, str] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
 
     def error(self, message: str) -> NoReturn:

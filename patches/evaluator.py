@@ -19,8 +19,8 @@ from typing import Any
 def apply(module: Any) -> None:
     """Wrap `evaluate` and `simple_evaluate` of `lm_eval.evaluator`, and `make_table` of `lm_eval.utils`.
 
-    For other model types nothing changes but the lines on leaves that did not run. lm-eval's command line takes `make_table` after it has imported the
-    evaluator.
+    For other model types nothing changes but the lines on leaves that did not run. lm-eval's command line takes
+    `make_table` after it has imported the evaluator.
     """
     utils = importlib.import_module("lm_eval.utils")
     for owner, name, wrap in (

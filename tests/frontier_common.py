@@ -143,7 +143,7 @@ class StandIn(LM):
 
 def leaf(name: str = "frontier_niah_4k", **metadata: Any) -> FrontierTask:
     """The leaf `name` of tasks/, as lm-eval builds it; `metadata` as from --metadata or model arguments."""
-    folder = TASKS / name.replace("forced_", "").split("_")[1]
+    folder = TASKS / name.removeprefix("forced_").removeprefix("frontier_").rpartition("_")[0]
     config = _load(folder / f"{name}.yaml")
     shared = _load(folder / config.pop("include"))
     config = {**shared, **config, "metadata": {**shared["metadata"], **metadata}}

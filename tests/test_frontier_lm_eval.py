@@ -15,6 +15,19 @@ from lm_eval_sparse.protocol import MeasuredText, set_active_lm
 
 LENGTHS = {"4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536, "128k": 128000}
 NAMES = list(frontier.RECIPES)
+#: The paper's groups of tasks (its second version): single and multiple questions, high scope, high dispersion.
+KINDS = {
+    "qa": {"squad", "quality", "toefl"},
+    "retrieval": {"niah", "story_retrieval"},
+    "high-scope": {"cwe", "story_filtering"},
+    "high-dispersion": {"vt", "story_multihop"},
+}
+METRICS = {
+    **dict.fromkeys(("niah", "story_retrieval"), "acc"),
+    **dict.fromkeys(("vt", "cwe", "story_filtering"), "iou"),
+    **dict.fromkeys(("quality", "toefl", "story_multihop"), "exact_match"),
+    "squad": "f1",
+}
 LEAVES = {f"frontier_{name}_{length}" for name in NAMES for length in LENGTHS}
 
 
@@ -53,7 +66,7 @@ def test_names():
 
 def test_every_leaf_is_what_its_name_says():
     for name, task in manager().load(sorted(LEAVES | {f"forced_{leaf}" for leaf in LEAVES}))["tasks"].items():
-        *_, kind, length = name.split("_")
+        kind, _, length = name.removeprefix("forced_").removeprefix("frontier_").rpartition("_")
         assert (task.recipe.name, task.length) == (kind, LENGTHS[length])
         assert task.forced == name.startswith("forced_") == (task.OUTPUT_TYPE == "loglikelihood")
         assert task.config.num_fewshot == 0 and len(task.eval_docs) == 100
@@ -68,8 +81,11 @@ def test_groups_and_tags_hold_their_leaves():
         for length in LENGTHS:
             assert set(names.load([f"{tag}-{length}"])["tasks"]) == {x for x in every if x.endswith(f"_{length}")}
         for name in NAMES:
-            assert set(names.load([f"{tag}-{name}"])["tasks"]) == {x for x in every if f"_{name}_" in x}
-        assert {f"{prefix}frontier_niah_4k"} < set(names.load([f"{tag}-retrieval"])["tasks"])
+            named = names.load([f"{tag}-{name.replace('_', '-')}"])["tasks"]
+            assert set(named) == {f"{prefix}frontier_{name}_{length}" for length in LENGTHS}
+        for kind, members in KINDS.items():
+            expected = {f"{prefix}frontier_{name}_{length}" for name in members for length in LENGTHS}
+            assert set(names.load([f"{tag}-{kind}"])["tasks"]) == expected
 
 
 def test_a_glob_and_the_group_do_not_collide():
@@ -167,26 +183,35 @@ def test_cached_requests_never_come_from_another_prompt(tmp_path, monkeypatch):
     assert len(prompts(StandIn(answer=lambda _: (0.0, True)), "forced_frontier_niah_4k")) == 8
 
 
-def test_leaves_a_model_cannot_take_are_listed_not_scored(tmp_path):
+def test_leaves_a_model_cannot_take_are_listed_not_scored():
     lm = StandIn(max_length=9000, answer=gold)
     results = evaluate(lm, ["frontier"])
-    ran = {name for name, row in results["results"].items() if "acc,none" in row}
-    assert ran == {"frontier", *(leaf for leaf in LEAVES if leaf.endswith(("_4k", "_8k")))}
-    assert results["groups"]["frontier"]["acc,none"] == 1.0  # not 2/6
+    without_data = {leaf for leaf in LEAVES if leaf.split("_")[1] in KINDS["qa"]}
+    expected = {leaf for leaf in LEAVES if leaf.endswith(("_4k", "_8k"))} - without_data
+    ran = {name for name, row in results["results"].items() if any("," in key for key in row)} - {"frontier"}
+    assert ran == expected
+    for name in ran:
+        metric = METRICS[name.removeprefix("frontier_").rpartition("_")[0]]
+        assert results["results"][name][f"{metric},none"] == 1.0
+    averages = {key: value for key, value in results["groups"]["frontier"].items() if key.endswith(",none")}
+    averages = {key: value for key, value in averages.items() if "stderr" not in key}
+    assert averages == {"acc,none": 1.0, "iou,none": 1.0, "exact_match,none": 1.0}  # not 2/6: no zeros for the absent
     for name in LEAVES - ran:
-        assert "the model takes 9000" in results["configs"][name]["metadata"]["skipped"]
+        why = "cannot" if name in without_data else "the model takes 9000"
+        assert why in results["configs"][name]["metadata"]["skipped"]
         assert results["n-samples"][name] == {"original": 100, "effective": 0}
         assert not [key for key in results["results"][name] if "," in key]
     tiny = [request for request in lm.seen if request.task_name not in ran]
     assert len(tiny) == len(LEAVES - ran) and all(len(request.args[0]) < 100 for request in tiny)
-    table = lm_eval.utils.make_table(results)
+    table, _, below = lm_eval.utils.make_table(results).partition("Not run: ")
     assert "frontier_niah_8k" in table and "frontier_niah_16k" not in table
+    assert "frontier_niah_16k: needs" in below and all(name in below for name in LEAVES - ran)
     json.dumps(results, default=str)
 
 
 def test_a_model_too_short_for_all_of_them_still_ends_well():
     results = evaluate(StandIn(max_length=1000, answer=lambda _: (0.0, True)), ["forced_frontier"])
-    assert not [key for row in results["results"].values() for key in row if "exact" in key]
+    assert not [key for row in results["results"].values() for key in row if "," in key]
     assert all(results["configs"][f"forced_{leaf}"]["metadata"]["skipped"] for leaf in LEAVES)
     lm_eval.utils.make_table(results)
 

@@ -50,7 +50,7 @@ _QUESTION = "Question about document {number}: {question}"
 _HEADING = "Document {number}:"
 _REPLY = """\
 Reply in two parts. First say in one or two sentences where in the document the answer is found, between \
-<explanation> and </explanation>. Then give {what} between <answer> and </answer>:
+<explanation> and </explanation>. Then give {what}, between <answer> and </answer>:
 
 <explanation>
 your explanation

@@ -71,6 +71,8 @@ class _Malformed(Exception):
 
 #: What has been found, or why it could not be: twelve leaves ask for each data set, and a timeout is paid once.
 _known: dict[tuple[Any, ...], DataSet | str] = {}
+#: In `_known`, that the Hub cannot be reached. Finding that out takes its library 24 s, for any data set.
+_UNREACHABLE = ("the Hub",)
 
 
 def load(name: str, given: Mapping[str, Any]) -> DataSet:
@@ -94,7 +96,7 @@ def load(name: str, given: Mapping[str, Any]) -> DataSet:
     if isinstance(found, DataSet):
         return found
     if folder := _text(given, "qa_folder"):
-        found = f"{Path(folder).expanduser()} has no {' or '.join(kind.files)}, and {found}"
+        found = f"{folder} has no {' or '.join(kind.files)}, and {found}"
     raise Unavailable(
         f"no {kind.title} data: {found}; put {' or '.join(kind.files)} into a folder and add "
         """--metadata '{"qa_folder": "<folder>"}'"""
@@ -140,11 +142,16 @@ def _from_copy_or_hub(kind: _Kind, hub: str | None) -> DataSet | str:
     copy = _copies() / f"{kind.name}-{re.sub(r'[^A-Za-z0-9._-]+', '--', hub)}.jsonl"
     if (items := _from_copy(copy)) is not None:
         return _data_set(items, f"{hub} on the Hub")
+    if _UNREACHABLE in _known:
+        return f"{hub} could not be loaded from the Hub ({_known[_UNREACHABLE]})"
     try:
         items = [item for number, row in enumerate(_hub_rows(kind, hub), 1) for item in _checked(kind, row, number)]
     except Exception as error:  # whatever the network, the Hub or its libraries may raise
         first = next(iter(str(error).strip().splitlines()), "")
-        return f"{hub} could not be loaded from the Hub ({type(error).__name__}: {first[:160]})"
+        reason = f"{type(error).__name__}: {first[:160]}"
+        if isinstance(error, ConnectionError):
+            _known[_UNREACHABLE] = reason
+        return f"{hub} could not be loaded from the Hub ({reason})"
     if not items:
         return f"{hub} on the Hub has no question with an answer"
     found = _data_set(items, f"{hub} on the Hub")
@@ -343,7 +350,7 @@ def _split_options(text: str) -> list[str]:
             break
         ends.append(label.start())
         starts.append(label.end())
-    options = [text[start:end].strip() for start, end in zip(starts, [*ends[1:], len(text)], strict=True)]
+    options = [text[start:end].strip() for start, end in zip(starts, [*ends, len(text)][1:], strict=True)]
     return options if all(options) else []
 
 
@@ -357,6 +364,19 @@ def _tidy(text: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
+def _json(content: bytes, where: str) -> Any:
+    """The JSON value in `content`, which is found at `where`. Raises `UserError`."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start + 1} is not UTF-8 text"
+    except json.JSONDecodeError as error:
+        reason = f"not JSON ({error.msg} in line {error.lineno}, column {error.colno} of it)"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested by thousands
+        reason = f"not JSON that can be read ({error})"
+    raise UserError(f"{where}: {reason}; a JSON object is expected")
+
+
 def _lines(row: Callable[[Any], Iterator[Item]]) -> Callable[[Path], Iterator[Item]]:
     """A reader of files with one row per line."""
 
@@ -364,15 +384,11 @@ def _lines(row: Callable[[Any], Iterator[Item]]) -> Callable[[Path], Iterator[It
         for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
             if not line.strip():
                 continue
+            where = f"{file}, line {number}"
             try:
-                items = list(row(json.loads(line.decode("utf-8-sig"))))
+                items = list(row(_json(line, where)))
             except _Malformed as error:
-                raise UserError(f"{file}, line {number}: {error}") from None
-            except UnicodeDecodeError:
-                raise UserError(f"{file}, line {number}: this is not UTF-8 text") from None
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", "nested too deeply")
-                raise UserError(f"{file}, line {number}: not JSON ({reason}); one JSON object is expected") from None
+                raise UserError(f"{where}: {error}") from None
             yield from items
 
     return read
@@ -382,16 +398,11 @@ def _whole_json(row: Callable[[Any], Iterator[Item]]) -> Callable[[Path], Iterat
     """A reader of files that are one JSON object."""
 
     def read(file: Path) -> Iterator[Item]:
+        content = file.read_bytes()
         try:
-            yield from row(json.loads(file.read_bytes().decode("utf-8-sig")))
+            yield from row(_json(content, str(file)))
         except _Malformed as error:
             raise UserError(f"{file}: {error}") from None
-        except UnicodeDecodeError as error:
-            line = error.object.count(b"\n", 0, error.start) + 1
-            raise UserError(f"{file}, line {line}: this is not UTF-8 text") from None
-        except (ValueError, RecursionError) as error:
-            line, reason = getattr(error, "lineno", 1), getattr(error, "msg", "nested too deeply")
-            raise UserError(f"{file}, line {line}: not JSON ({reason}); one JSON object is expected") from None
 
     return read
 

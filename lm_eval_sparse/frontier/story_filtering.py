@@ -89,19 +89,20 @@ class StoryFilteringDraft:
         """The chapters that are not as the story has them, by number: those without a purchase, and the sales of what
         would have been bought there.
 
-        Such a sale is of another item instead, one that is held then and in the present chapters never sold, so that
-        no further sale need change. Without such an item (only near the start of the story) there is no sale.
+        Such a sale is of another item that is held then, and so is the sale of that item if one follows. There is no
+        sale when nothing is held, as at the start of any story.
         """
         chapters = self._story.chapters(units)
         bare = {chapter.number for chapter in self._bare(units)}
-        gone = bare | {chapter.sold for chapter in chapters}
+        held: dict[int, None] = {}  # the chapters whose item is held, in order
         changed = {}
         for chapter in chapters:
             sold = chapter.sold
-            if sold in bare:
-                unsold = [number for number in range(1, chapter.number) if number not in gone]
-                sold = unsold[int(chapter.fraction * len(unsold))] if unsold else None
-                gone.add(sold)
+            if sold is not None and sold not in held:
+                sold = list(held)[int(chapter.fraction * len(held))] if held else None
+            held.pop(sold, None)
+            if chapter.number not in bare:
+                held[chapter.number] = None
             if sold != chapter.sold or chapter.number in bare:
                 item = None if sold is None else chapters[sold - 1].item
                 changed[chapter.number] = chapter.text(item, purchase=chapter.number not in bare)

@@ -1,0 +1,320 @@
+"""`lm-eval-sparse show`: one document of a leaf, with its evidence and gold answer, without any model.
+
+The leaf is the one that lm-eval would build, and its prompt is rendered and counted by the tokenizer that is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..cli import PROGRAM, Parser
+from ..embedded import NAME, ensure, is_embedded
+from ..errors import UserError, nearest
+from ..patches.register_tasks import task_folders
+from .task import FrontierTask
+
+_LONG = 300
+_MANY = 12
+_MARK, _PLAIN = "\x1b[1;33m", "\x1b[0m"
+
+
+def main(argv: list[str]) -> int:
+    """`lm-eval-sparse show TASK --index I [...]`: the exit status."""
+    parser = Parser(prog=f"{PROGRAM} show", description="Print one document of a leaf as a model would get it.")
+    parser.add_argument(
+        "task", metavar="TASK", help="name of a leaf, such as frontier_niah_4k or forced_frontier_vt_8k"
+    )
+    parser.add_argument("--index", metavar="I", required=True, help="number of the document, from 0")
+    add_options(parser)
+    parser.add_argument("--apply_chat_template", action="store_true", help="render the tokenizer's chat template")
+    parser.add_argument("--include_path", metavar="DIR", help="folder with more tasks, as in lm_eval")
+    options = parser.parse_args(argv)
+    if not options.index.isdigit():
+        raise UserError(f"--index {options.index} given, but it must be a whole number from 0; type --index 0")
+    metadata = read_metadata(options.metadata)
+    folders = task_folders()
+    if options.include_path is not None:
+        if not Path(options.include_path).expanduser().is_dir():
+            raise UserError(f"--include_path {options.include_path} given, but there is no such folder")
+        folders.append(str(Path(options.include_path).expanduser()))
+    check_leaf_name(options.task, folders)  # before anything is loaded
+    reader = Reader.of(options.tokenizer, metadata, options.apply_chat_template)
+    with quiet():
+        task = load_leaves(folders, [options.task], metadata)[options.task]
+    text = describe(task, int(options.index), reader, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def add_options(parser: Parser) -> None:
+    """Options that `show` and `check-task` share."""
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="name or path of a tokenizer (default: the embedded model's)"
+    )
+    parser.add_argument("--metadata", metavar="JSON", help="""as in lm_eval, such as '{"seed": 7}'""")
+
+
+def read_metadata(given: str | None) -> dict[str, Any]:
+    """The value of --metadata. Raises `UserError` unless it is a JSON object."""
+    wanted = """--metadata must be a JSON object, such as '{"seed": 7}'"""
+    if given is None:
+        return {}
+    try:
+        found = json.loads(given)
+    except ValueError as error:
+        raise UserError(f"--metadata {given!r} given, which is no JSON ({error}); {wanted}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"--metadata {given!r} given, but {wanted}")
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- the tokenizer
+
+
+class Reader:
+    """A tokenizer in the place of a model: what a task sees of one when it renders and counts prompts.
+
+    A task asks the owner of the chat-template function first, so that neither a model of this process nor a name in
+    the metadata can come between.
+    """
+
+    def __init__(self, tokenizer: Any, name: str, chat: bool, max_length: int | None = None):
+        self.tokenizer, self.name, self.chat, self.max_length = tokenizer, name, chat, max_length
+
+    @classmethod
+    def of(cls, named: str | None, metadata: Mapping[str, Any], chat: bool) -> Reader:
+        """The tokenizer `named`, else the one that `metadata` names, else the embedded model's. Raises `UserError`."""
+        name = named or metadata.get("tokenizer") or metadata.get("pretrained") or NAME
+        if not isinstance(name, str):
+            raise UserError(f"tokenizer {name!r} given, but it must be a name or a path")
+        where = ensure() if is_embedded(name) else name
+        from transformers import AutoTokenizer
+
+        try:
+            with quiet():
+                tokenizer = AutoTokenizer.from_pretrained(where)
+        except Exception as error:  # whatever the loader raises, the user needs the same advice
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"cannot load the tokenizer {name!r} ({reason}); give a name on the Hub, or a folder with "
+                f"tokenizer.json, with --tokenizer, or leave it out for the embedded model's"
+            ) from None
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                f"--apply_chat_template given, but the tokenizer {name!r} has no chat template; leave the option out "
+                "or give another --tokenizer"
+            )
+        limit = metadata.get("max_length")
+        return cls(tokenizer, name, chat, int(limit) if str(limit).isdigit() else None)
+
+    @property
+    def has_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def with_chat(self, chat: bool) -> Reader:
+        return Reader(self.tokenizer, self.name, chat, self.max_length)
+
+    def apply_chat_template(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def tok_encode(self, text: str, **_: Any) -> list[int]:
+        return self.tokenizer.encode(text, **self._special(text))
+
+    def positions(self, text: str) -> Callable[[int], int]:
+        """A function from a character of `text` to the number of tokens before the one that holds it."""
+        if getattr(self.tokenizer, "is_fast", False):
+            offsets = self.tokenizer(text, return_offsets_mapping=True, **self._special(text))["offset_mapping"]
+            ends = list(accumulate((end for _, end in offsets), max))  # special tokens have no characters: (0, 0)
+            return lambda character: bisect_right(ends, character)
+        return lambda character: len(self.tok_encode(text[:character]))
+
+    def _special(self, text: str) -> dict[str, bool]:
+        bos = getattr(self.tokenizer, "bos_token", None)  # a template may have written it already; as HFLM does
+        return {"add_special_tokens": False} if isinstance(bos, str) and text.startswith(bos) else {}
+
+
+# ------------------------------------------------------------------------------------------------------------ the leaf
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and warnings back: what they would say is said elsewhere."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm_eval_sparse", "transformers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def leaf_files(folder: str | Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Name -> (file, content) of all that the YAML files under `folder` define, with what they include merged in.
+
+    Nothing is imported: functions are their names. Raises `UserError` for a file that is no YAML.
+    """
+    found = {}
+    for path in sorted(Path(folder).rglob("*.yaml")):
+        if "__pycache__" in path.parts or ".ipynb_checkpoints" in path.parts:
+            continue
+        content = _read_yaml(path)
+        name = content.get("task") if isinstance(content.get("task"), str) else content.get("group")
+        if isinstance(name, str):
+            found[name] = (path, content)
+    return found
+
+
+def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: f"!function {loader.construct_scalar(node)}")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a mapping, such as `task: frontier_name_4k`, but holds {content!r:.60}")
+    included = content.pop("include", [])
+    merged: dict[str, Any] = {}
+    for other in included if isinstance(included, list) else [included]:
+        if depth > 8:
+            raise UserError(f"{path} includes itself, directly or through others")
+        merged |= _read_yaml(path.parent / str(other), depth + 1)
+    return merged | content
+
+
+def check_leaf_name(name: str, folders: list[str]) -> None:
+    """Raises `UserError` with the nearest names unless one of `folders` has a leaf called `name`."""
+    known: dict[str, Any] = {}
+    for folder in folders:
+        known |= leaf_files(folder)
+    leaves = [leaf for leaf, (_, content) in known.items() if "group" not in content]
+    if name not in leaves:
+        what = "a group of leaves" if name in known else "no task"
+        close = nearest(name, leaves)
+        advice = close or f"; leaves are called frontier_<task>_<length>, see `{PROGRAM} ls tasks`"
+        raise UserError(f"{name!r} given, which is {what} here; show takes one leaf{advice}")
+
+
+def load_leaves(folders: list[str], names: list[str], metadata: Mapping[str, Any]) -> dict[str, FrontierTask]:
+    """The leaves `names` as lm-eval builds them. Raises `UserError` for a task that is none of ours."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=list(folders), include_defaults=False, metadata=dict(metadata))
+    found = {}
+    for name in names:
+        found[name] = manager.load([name])["tasks"][name]
+        if not isinstance(found[name], FrontierTask):
+            raise UserError(
+                f"{name} is of the class {type(found[name]).__name__}, which has no documents with evidence; its YAML "
+                "needs class: !function lm_eval_sparse.frontier.task.FrontierTask (or ForcedFrontierTask)"
+            )
+    return found
+
+
+def make(task: FrontierTask, reader: Reader, samples: list[int] | None = None) -> None:
+    """Let `task` make its requests, of the documents `samples` only if given, for the tokenizer of `reader`."""
+    task.build_all_requests(samples=samples, apply_chat_template=reader.chat, chat_template=reader.apply_chat_template)
+
+
+def prompt_of(instance: Any) -> str:
+    """The rendered prompt of a request, without what a twin forces after it."""
+    context = str(instance.args[0])
+    return context[: getattr(instance.args[0], "shared", len(context))]
+
+
+# --------------------------------------------------------------------------------------------------------- the document
+
+
+def describe(task: FrontierTask, index: int, reader: Reader, colour: bool) -> str:
+    """Document `index` of `task`, in full. Raises `UserError` when there is none or the leaf is skipped."""
+    name = task.config.task
+    try:
+        with quiet():
+            make(task, reader, [index] if index < task.samples else [0])
+    except UserError:
+        if index < len(task.eval_docs):
+            raise
+    if skipped := task.config.metadata.get("skipped"):
+        raise UserError(f"{name} is skipped: {skipped}")
+    if index >= len(task.eval_docs):
+        most = len(task.eval_docs) - 1
+        more = """; more with --metadata '{"samples": 500}'""" if most + 1 == task.samples else ""
+        raise UserError(f"--index {index} given, but {name} has documents 0 to {most}{more}")
+    doc, prompt = task.instances[0].doc, prompt_of(task.instances[0])
+    position, tokens = reader.positions(prompt), len(reader.tok_encode(prompt))
+    metadata = task.config.metadata
+    kind = "teacher-forced twin" if task.forced else "answered by generation"
+    lines = [
+        f"task       {name}, {kind}",
+        f"document   {index} of 0 to {len(task.eval_docs) - 1}, seed {task.seed}",
+        f"length     {tokens} tokens of {metadata.get('prompt_tokens', task.length)}",
+        f"tokenizer  {reader.name}, {'with its' if reader.chat else 'no'} chat template",
+    ]
+    if task.forced:
+        chance = task.recipe.chance(doc)
+        given = ", ".join(f"{metric} {value:.4g}" for metric, value in chance.items()) or "not known"
+        lines.append(f"chance     {given}")
+    lines += ["", "gold answer", *(f"  {line}" for line in str(doc["target"]).splitlines())]
+    pieces = task.recipe.evidence(doc)
+    lines += ["", f"evidence: {len(pieces)} (first token, depth in the prompt)"]
+    spans = []
+    for piece in pieces:
+        at = prompt.find(piece)
+        if at < 0:
+            where = f"{'?':>7}      ?"
+        else:
+            spans.append((at, at + len(piece)))
+            where = f"{position(at):>7}  {100 * position(at) / max(tokens, 1):4.1f}%"
+        lines.append(f"{where}  {abridged(piece)}")
+    if task.forced:
+        lines += ["", f"requests: {len(task.instances)} (forced text | continuation)", *_requests(task.instances)]
+    shown = _marked(prompt, spans) if colour else prompt
+    return "\n".join([*lines, "", f"prompt {'-' * 112}", shown])
+
+
+def abridged(text: str, longest: int = _LONG) -> str:
+    """`text` on one line, its middle left out when it is long."""
+    line = text.replace("\n", " ⏎ ")
+    half = (longest - 20) // 2
+    return line if len(line) <= longest else f"{line[:half]} […] {line[-half:]}"
+
+
+def _requests(instances: list[Any]) -> list[str]:
+    rows = []
+    for number, instance in enumerate(instances):
+        forced, continuation = str(instance.args[0])[len(prompt_of(instance)) :], str(instance.args[1])
+        tail = forced if len(forced) <= 80 else f"…{forced[-80:]}"
+        rows.append(f"{number:>7}  {tail!r} | {abridged(continuation, 120)!r}")
+    if len(rows) > _MANY:
+        rows[_MANY - 2 : -1] = [f"         … {len(rows) - _MANY + 1} more …"]
+    return rows
+
+
+def _marked(prompt: str, spans: list[tuple[int, int]]) -> str:
+    parts, last = [], 0
+    for start, end in sorted(spans):
+        start = max(start, last)  # pieces may overlap
+        if end > start:
+            parts += [prompt[last:start], _MARK, prompt[start:end], _PLAIN]
+            last = end
+    return "".join([*parts, prompt[last:]])
