@@ -11,7 +11,7 @@ prompts and scores every normalisation on them:
 
 `separation` is the mean difference of the scores with and without context over its standard error, over documents.
 
-    python benchmarks/twin_normalisation.py --limit 20 --output benchmarks/results/twin_normalisation.json
+    python benchmarks/twin_normalisation.py --limit 20 --output benchmarks/results/twin_normalisation
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ import transformers
 import lm_eval_sparse
 from lm_eval_sparse import patches
 
-TASKS = ("vt", "cwe", "story_filtering", "quality", "toefl")
+#: Tasks whose candidates differ as texts. VT offers every variable the same continuation: there all are the same.
+TASKS = ("cwe", "story_filtering", "quality", "toefl")
 
 
 def without_context(prompt: str) -> str:
@@ -63,9 +64,7 @@ def measure(lm: Any, leaf: str, limit: int, metadata: dict[str, Any], chat: bool
         context, continuation = request.args
         text = without_context(context[: context.shared])
         arguments = (SharedPrompt(text + context[context.shared :], len(text)), continuation)
-        bare.append(
-            Instance(request_type="loglikelihood", doc={}, arguments=arguments, idx=0, metadata=(leaf, 0, 1))
-        )
+        bare.append(Instance(request_type="loglikelihood", doc={}, arguments=arguments, idx=0, metadata=(leaf, 0, 1)))
     blind = [result[0] for result in lm.loglikelihood(bare)]
     found: dict[int, dict[str, Any]] = {}
     for request, seen, unseen in zip(requests, answers, blind, strict=True):
@@ -81,11 +80,11 @@ def score(document: dict[str, Any], value: Callable[[str, float, float], float])
     return metric
 
 
-NORMALISATIONS: dict[str, tuple[Callable[[str, float, float], float], Callable[[str, float, float], float]]] = {
-    # name: (with the context, without it)
+NORMALISATIONS: dict[str, tuple[Callable[[str, float, float], float], Callable[[str, float, float], float] | None]] = {
+    # name: (with the context, without it); None where candidates cannot differ without it, which is chance
     "sum": (lambda text, seen, unseen: seen, lambda text, seen, unseen: unseen),
     "per_char": (lambda text, seen, unseen: seen / len(text), lambda text, seen, unseen: unseen / len(text)),
-    "gain": (lambda text, seen, unseen: seen - unseen, lambda text, seen, unseen: 0.0),
+    "gain": (lambda text, seen, unseen: seen - unseen, None),
 }
 
 
@@ -94,7 +93,10 @@ def summary(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     chance = [next(iter(one["recipe"].chance(one["doc"]).values())) for one in documents]
     for name, (seen, unseen) in NORMALISATIONS.items():
-        pairs = [(score(one, seen), score(one, unseen)) for one in documents]
+        pairs = [
+            (score(one, seen), score(one, unseen) if unseen else level)
+            for one, level in zip(documents, chance, strict=True)
+        ]
         differences = [a - b for a, b in pairs]
         error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
         rows[name] = {
@@ -104,6 +106,26 @@ def summary(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "separation": statistics.fmean(differences) / error if error else None,
         }
     return {"documents": len(documents), "chance": statistics.fmean(chance), "normalisations": rows}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a markdown table."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        "# By what to compare the candidates of a twin\n",
+        f"{report['model']}, dense, {report['device']}; {versions}; "
+        f"{'with' if report['chat_template'] else 'without'} chat template.\n",
+        "| leaf | documents | chance | normalisation | with context | without | difference / its standard error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for leaf, found in report["leaves"].items():
+        for name, row in found["normalisations"].items():
+            separation = "-" if row["separation"] is None else f"{row['separation']:.1f}"
+            lines.append(
+                f"| {leaf} | {found['documents']} | {found['chance']:.3f} | {name} | {row['with']:.3f} "
+                f"| {row['without']:.3f} | {separation} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -141,7 +163,8 @@ def main() -> None:
                 report["leaves"][leaf] = summary(documents)
                 print(leaf, json.dumps(report["leaves"][leaf], indent=1), flush=True)
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        arguments.output.with_suffix(".md").write_text(table(report))
 
 
 if __name__ == "__main__":

@@ -118,8 +118,17 @@ def test_show_renders_the_template_and_ignores_an_active_model(command, tokenize
     assert len(tokenizer("digits").encode(prompt)) == 4096 and "with its chat template" in out
 
 
+def test_show_takes_the_embedded_tokenizer_by_default(command, tokenizers, monkeypatch):
+    monkeypatch.setattr(show, "ensure", lambda: tokenizers("bpe"))
+    default, named = (
+        command("show", "frontier_vt_4k", "--index", 2, *more)[1] for more in ([], ["--tokenizer", tokenizers("bpe")])
+    )
+    assert "tokenizer  embedded/SmolLM2-135M-Instruct-Q4_1, no chat template\n" in default
+    assert default.partition("gold")[2] == named.partition("gold")[2] != ""
+
+
 def test_show_marks_evidence_on_a_terminal_only(tokenizers):
-    task = show.load_leaves(task_folders(), ["frontier_niah_4k"], {})["frontier_niah_4k"]
+    task = show.load_leaves(show.manager(task_folders(), {}), ["frontier_niah_4k"])["frontier_niah_4k"]
     reader = show.Reader.of(tokenizers("bpe"), {}, False)
     plain, coloured = (show.describe(task, 0, reader, colour) for colour in (False, True))
     assert coloured.count("\x1b[1;33m") == coloured.count("\x1b[0m") == 4
@@ -173,6 +182,13 @@ def test_mistakes_in_show(argv, told, command, tokenizers):
         argv = [*argv, "--tokenizer", tokenizers("bpe")]
     status, out, err = command("show", *argv)
     assert status == 1 and out == "" and told.lower() in one_line(err).lower()
+
+
+def test_an_exception_in_an_authors_code_is_one_line(command, tokenizers, folder):
+    _edit(f"{NAME}.py", DRAFT, DRAFT + "        raise RuntimeError('no lockers')\n")(folder)
+    argv = ["show", f"frontier_{NAME}_4k", "--index", 0, "--include_path", folder, "--tokenizer", tokenizers("bpe")]
+    status, _, err = command(*argv)
+    assert status == 1 and re.search(rf"RuntimeError: no lockers at .*/{NAME}\.py:\d+$", one_line(err))
 
 
 # ------------------------------------------------------------------------------------------------------------ new-task
@@ -309,7 +325,7 @@ SCORE = '{"acc": float(found[:1] == [doc["locker"]])}'
 SEED = "rng(self.name, self.version, length, seed, index)"
 DRAFT = "self._random = random_source\n"
 BROKEN = {
-    "hash order": ("for _, line in placed)", "for line in {line for _, line in placed})", "other process", "hash order"),
+    "hash order": ("for _, line in placed)", "for line in {x for _, x in placed})", "other process", "hash order"),
     "a clock": (SEED, "__import__('random').Random()", "order", "has another 'input'"),
     "calls counted": (
         "lines = ",
@@ -377,7 +393,7 @@ def test_a_broken_recipe_is_found(case, folder, command, tokenizers):
 def checked(folder: Path, command, tokenizers) -> dict[str, str]:
     """The failed checks of a folder: name -> what was found."""
     status, out, err = command(
-        "check-task", folder, "--tokenizer", tokenizers("bpe"), "--lengths", "4k", "--samples", 3
+        "check-task", folder, "--tokenizer", tokenizers("bpe"), "--lengths", "4k", "--samples", 2
     )
     failed = re.findall(r"^FAIL  (\S.{19}) (.+)$", out, re.MULTILINE)
     assert status == bool(failed) and err == "" and "Traceback" not in out

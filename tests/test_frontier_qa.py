@@ -406,7 +406,7 @@ def test_two_hundred_documents(tmp_path, task):
         else:
             for letter, option in zip("ABCD", gold["options"], strict=True):
                 assert text.count(f"\n{letter}. {option}\n") == 2
-        assert recipe.score(gold, f"<explanation>x</explanation>\n{gold['target']}") in (
+        assert recipe.score(gold, f"<explanation>x</explanation>\n<answer>\n{gold['target']}\n</answer>") in (
             {"f1": 1.0},
             {"exact_match": 1.0},
         )
@@ -833,7 +833,7 @@ def test_squad_twin_by_hand():
 
 def test_choice_twin_by_hand():
     recipe = Toefl()
-    assert recipe.requests(AC) == [("The answer is:", f" {text}") for text in AC["options"]]
+    assert recipe.requests(AC) == [("The answer is:", f" {letter}") for letter in "ABCD"]
 
     def acc(doc, *logprobs):
         return recipe.forced_score(doc, [(logprob, False) for logprob in logprobs])["acc"]
@@ -902,7 +902,7 @@ def test_leaves_end_to_end(tmp_path, lm, name):
         assert doc["tokens"] == other["tokens"] == 4096
         assert doc["question"] == other["question"] and task.recipe.evidence(doc) == twin.recipe.evidence(other)
         (metric,) = {"squad": ["f1"]}.get(name, ["exact_match"])
-        assert task.process_results(doc, [doc["target"]]) == {metric: 1.0}
+        assert task.process_results(doc, [task.doc_to_target(doc)]) == {metric: 1.0}
     for instance in twin.instances:
         context, continuation = instance.args
         assert isinstance(context, SharedPrompt)

@@ -86,7 +86,9 @@ def qa_folder(tmp_path_factory) -> str:
             }
         )
         several = ["".join(sorted(source.sample("ABCD", source.choice((1, 1, 1, 2, 3))))) for _ in range(2)]
-        options = "".join(f"{letter}.{span}" + " " * (letter != "D") for letter, span in zip("ABCD", spans, strict=True))
+        options = "".join(
+            f"{letter}.{span}" + " " * (letter != "D") for letter, span in zip("ABCD", spans, strict=True)
+        )
         toefl.append(
             {
                 "context": context,
@@ -148,17 +150,21 @@ def bound(name: str, qa_folder: str, length: int = 4096, seed: int = 0):
     return one
 
 
-def contents(one, number: int, units: int, forced: bool = True, length: int = 4096):
+def contents(one, number: int, units: int, forced: bool = True, length: int = 4096, written: bool = True):
     """Documents as a task would merge them, cheaply: of a fixed number of units."""
     for index in range(number):
         draft = one.draft(length, 0, index, forced)
         fitting = min(units, draft.most)
-        yield {"index": index, "length": length, "input": draft.message(fitting, ""), **draft.gold(fitting)}
+        text = draft.message(fitting, "") if written else ""
+        yield {"index": index, "length": length, "input": text, **draft.gold(fitting)}
 
 
 # ------------------------------------------------------------------------------------------------------------ lengths
 
-CASES = [(kind, False, None) for kind in KINDS] + [("digits", True, SYSTEM), ("bos", True, SYSTEM), ("bpe", False, SYSTEM)]
+CASES = [(kind, False, None) for kind in KINDS] + [
+    ("digits", True, SYSTEM),
+    ("bos", True, SYSTEM),
+]
 
 
 def check_evidence(one, doc):
@@ -202,13 +208,16 @@ def test_prompts_have_their_length_and_their_evidence(name, kind, chat, system, 
 
 
 @each
-@pytest.mark.parametrize(("kind", "chat", "less"), [("digits", True, 0), ("wordpiece", False, 100), ("bytes", False, 9)])
+@pytest.mark.parametrize(("kind", "chat", "less"), [("digits", True, 100), ("bytes", False, 9)])
 def test_prompt_and_forced_answer_never_exceed_a_tight_model(name, kind, chat, less, qa_folder):
     # At 4K the common words of CWE, or sixteen answers, are too many of these tokenizers' short tokens.
     length = "8k" if name in ("cwe", "story_retrieval") else "4k"
     tight = LENGTHS[length] - less
     lm = active(kind, max_length=tight)
     task = build(leaf(name, length, True, qa_folder=qa_folder, samples=30), lm, chat=chat, limit=2)
+    if (name, kind) == ("story_retrieval", "bytes"):
+        assert "for the answer" in task.config.metadata["skipped"]  # sixteen answers: more than 10% of the model
+        return
     assert "skipped" not in task.config.metadata
     assert max(lm.tokens(i.args[0] + i.args[1]) for i in task.instances) <= tight
     assert task.config.metadata["prompt_tokens"] >= 0.9 * LENGTHS[length]
@@ -227,8 +236,9 @@ def test_a_generated_prompt_leaves_room_for_the_answer(name, qa_folder):
 # -------------------------------------------------------------------------------------------------------- determinism
 
 
-@each
-@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize(
+    ("name", "forced"), [(name, False) for name in NAMES] + [(name, True) for name in NAMES if name.startswith("story")]
+)
 def test_documents_are_the_same_whoever_makes_them(name, forced, lm, qa_folder, tmp_path, monkeypatch):
     def made(where, **kwargs):
         monkeypatch.setenv("LM_EVAL_SPARSE_CACHE", str(tmp_path / where))
@@ -431,25 +441,20 @@ def test_stories_of_few_chapters_can_be_scored(name, qa_folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "prompt"),
+    ("name", "kind", "forced", "system"),
     [
-        pytest.param("story_filtering", "bytes", 2000, marks=_too_few("the twin raises ZeroDivisionError")),
-        pytest.param("story_multihop", "bytes", 1600, marks=_too_few("the answer is not in the story")),
-        pytest.param("cwe", "digits", "all but 15 tokens", marks=_too_few("the twin has gold candidates only")),
-        ("vt", "bytes", 1000),
-        ("niah", "bytes", 800),
+        pytest.param("story_filtering", "bytes", True, "x" * 2000, marks=_too_few("scoring raises ZeroDivisionError")),
+        pytest.param("story_filtering", "bytes", False, "x" * 2000, marks=_too_few("there is nothing to be found")),
+        pytest.param("story_multihop", "bytes", True, "x" * 1600, marks=_too_few("the answer is not in the story")),
+        pytest.param("story_multihop", "bytes", False, "x" * 1600, marks=_too_few("the answer is not in the story")),
+        pytest.param("cwe", "digits", True, " the" * 962, marks=_too_few("there is hardly a rare word to rank")),
+        ("vt", "bytes", True, "x" * 1000),
+        ("niah", "bytes", False, "x" * 800),
     ],
 )
-@pytest.mark.parametrize("forced", [False, True])
-def test_a_question_with_hardly_any_room_can_be_answered_or_is_skipped(name, kind, prompt, forced, qa_folder):
+def test_a_question_with_hardly_any_room_can_be_answered_or_is_skipped(name, kind, forced, system):
     """A long system prompt may leave room for less content than a question needs to have an answer."""
     lm = active(kind)
-    if isinstance(prompt, str):
-        bare = lm.tokens(recipe(name).draft(4096, 0, 0, False).message(0, ""))
-        prompt = max(n for n in range(0, 9000, 3) if lm.tokens(" the" * n) + bare <= 4096 - 15)
-        system = " the" * prompt
-    else:
-        system = "x" * prompt
     task = build(leaf(name, forced=forced), lm, limit=3, system_instruction=system)
     if "skipped" in task.config.metadata:
         return
@@ -458,7 +463,7 @@ def test_a_question_with_hardly_any_room_can_be_answered_or_is_skipped(name, kin
         if forced:
             asked = task.recipe.requests(doc)
             task.recipe.forced_score(doc, [(-1.0, False)] * len(asked))
-            assert all(chance < 1 for chance in task.recipe.chance(doc).values())
+            assert all(chance < 0.6 for chance in task.recipe.chance(doc).values())
 
 
 @each
@@ -497,9 +502,9 @@ def gold_requests(name: str, doc: dict, asked: list[tuple[str, str]]) -> set[int
         return {i for i, (_, more) in enumerate(asked) if more.strip() in right}
     if name == "story_filtering":
         return {i for i, (_, more) in enumerate(asked) if int(more) in doc["numbers"]}
-    if name in ("quality", "toefl"):
-        right = {doc["options"]["ABCDEFGH".index(letter)] for letter in doc["letters"]}
-        return {i for i, (_, more) in enumerate(asked) if any(more.strip().endswith(option) for option in right)}
+    if name in ("quality", "toefl"):  # the letters or the texts, with or without more before them
+        right = {text for letter in doc["letters"] for text in (letter, doc["options"]["ABCDEFGH".index(letter)])}
+        return {i for i, (_, more) in enumerate(asked) if any(more.endswith(f" {text}") for text in right)}
     return set(range(len(asked)))
 
 
@@ -529,7 +534,7 @@ def test_a_random_scorer_gets_what_chance_says(name, qa_folder):
     one = bound(name, qa_folder)
     source = random.Random(11)
     differences = []
-    for doc in contents(one, 220, 20):
+    for doc in contents(one, 220, 20, written=False):
         asked, expected = one.requests(doc), one.chance(doc)
         for _ in range(3):
             got = one.forced_score(doc, [(-source.random(), False) for _ in asked])
@@ -542,7 +547,7 @@ def test_a_random_scorer_gets_what_chance_says(name, qa_folder):
 @pytest.mark.parametrize("name", RANKED)
 def test_a_scorer_that_cannot_tell_candidates_apart_gains_nothing(name, qa_folder):
     one = bound(name, qa_folder)
-    for doc in contents(one, 30, 20):
+    for doc in contents(one, 30, 20, written=False):
         asked = one.requests(doc)
         (got,) = one.forced_score(doc, [(-5.0, True)] * len(asked)).values()
         gold = len(gold_requests(name, doc, asked))
@@ -590,11 +595,11 @@ def test_ranking_chance_of_the_tasks():
     for n, gold in ((40, 5), (20, 10), (29, 3)):
         source = random.Random(1)
         drawn = []
-        for _ in range(20_000):
+        for _ in range(5_000):
             ranks = [i < gold for i in range(n)]
             source.shuffle(ranks)
             drawn.append(plain_average_precision(tuple(ranks)))
-        assert abs(statistics.fmean(drawn) - ranking_chance(n, gold)) < 4 * statistics.stdev(drawn) / 20_000**0.5
+        assert abs(statistics.fmean(drawn) - ranking_chance(n, gold)) < 4 * statistics.stdev(drawn) / 5_000**0.5
 
 
 @pytest.mark.parametrize(("n", "gold"), [(n, g) for n in range(1, 6) for g in range(1, n + 1)])
@@ -719,7 +724,7 @@ def test_every_leaf_loads_and_patterns_match_leaves_only(qa_folder):
         assert sorted(matched) == sorted(group)
         assert not set(matched) & ({*manager.all_groups} | {*manager.all_tags})
     assert not any("_" in tag for tag in manager.all_tags)
-    if NAMES != list(RECIPES):
+    if list(RECIPES) != NAMES:
         pytest.skip("not all recipes are there yet")
     for prefix, group in names.items():
         loaded = manager.load([f"{prefix}frontier"])["tasks"]
@@ -746,7 +751,8 @@ def test_tags_are_the_groups_of_the_paper(tag, kinds):
             one.name
             for one in leaves.BUILT_IN
             for text in one.files().values()
-            if f"{'forced-' if forced else ''}frontier-{tag}," in text.replace("]", ",").replace("[", ",").replace(" ", "")
+            if f"{'forced-' if forced else ''}frontier-{tag},"
+            in text.replace("]", ",").replace("[", ",").replace(" ", "")
         }
         assert found == set(kinds)
 

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -30,8 +29,8 @@ from typing import Any
 from .. import frontier
 from ..cli import PROGRAM, Parser
 from ..errors import UserError, nearest
-from .fill import _SENTENCES as SENTENCES
-from .leaves import LENGTHS
+from .fill import SENTENCES
+from .leaves import LENGTHS, MEASURED
 from .recipe import Recipe
 
 # `show` and `task` are imported where they are used: the process that writes documents anew needs no lm-eval.
@@ -52,7 +51,7 @@ _DRAWS = 200
 _TELLING = 12  # characters from which a gold line in the prompt is no coincidence
 _SLOWEST_DRAFT = 0.02  # seconds
 _FULLEST = 0.95
-_MOST_FILLER = 0.1
+_MOST_FILLER = 0.15
 _SHOWN = 3
 
 
@@ -152,37 +151,17 @@ class _Report:
 
     def check(self, name: str, function: Callable[..., str], *args: Any) -> bool:
         """Run one check; `function` returns what it found, or raises."""
+        from .show import told
+
         try:
             found, good = function(*args), True
         except _Wrong as wrong:
             found, good = str(wrong), False
         except Exception as error:  # code of the task's author
-            found, good = self.told(error), False
+            found, good = told(error, self.folder), False
         self.passed, self.failed = self.passed + good, self.failed + (not good)
         print(f"{'ok' if good else 'FAIL':<5} {name:<20} {' '.join(found.split())}", flush=True)
         return good
-
-    def told(self, error: BaseException) -> str:
-        """An exception in one line: its message, and the line of the author's code that it came from."""
-        message = " ".join(str(error).split())[:300]
-        if isinstance(error, UserError):
-            return message
-        chain = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-            chain.append(cause)
-        place = ""
-        for one in chain:
-            if isinstance(one, SyntaxError) and one.filename:
-                place = f" at {one.filename}:{one.lineno}"
-            frames = traceback.extract_tb(one.__traceback__)
-            own = [frame for frame in frames if self.folder in Path(frame.filename).parents]
-            package = [frame for frame in frames if Path(__file__).parent in Path(frame.filename).parents]
-            if own or (not place and package):
-                frame = (own or package)[-1]
-                place = f" at {frame.filename}:{frame.lineno}"
-            if own or isinstance(one, SyntaxError):
-                break
-        return f"{type(error).__name__}: {message}{place}"
 
     def close(self) -> int:
         checks = self.passed + self.failed
@@ -223,6 +202,7 @@ class _Checker:
         self.built_in = next((name for name, path in _built_in().items() if path == folder), None)
         self.name = ""
         self.made: list[_Made] = []
+        self.managers: dict[str, Any] = {}  # by metadata: each reads all YAML files
 
     def run(self) -> None:
         check = self.report.check
@@ -359,14 +339,17 @@ class _Checker:
     # ---------------------------------------------------------------------------------------------------- documents
 
     def _load(self, names: Sequence[str], **metadata: Any) -> dict[str, Any]:
-        from .show import load_leaves, quiet
+        from .show import load_leaves, manager, quiet
 
         with quiet():
-            return load_leaves([str(self.folder)], list(names), {**self.metadata, **metadata})
+            key = json.dumps(metadata, sort_keys=True)
+            if key not in self.managers:
+                self.managers[key] = manager([str(self.folder)], {**self.metadata, **metadata})
+            return load_leaves(self.managers[key], list(names))
 
     def _classes(self) -> str:
         problems = []
-        for name, task in self._load(list(self._leaves())).items():
+        for name, task in self._load(list(self._leaves()), samples=self.samples).items():
             wanted = (
                 "ForcedFrontierTask, loglikelihood" if name.startswith("forced_") else "FrontierTask, generate_until"
             )
@@ -576,7 +559,7 @@ class _Checker:
         problems, shown = [], []
         for made in self._plain():
             listed = [row["metric"] for row in made.task.config.metric_list]
-            listed = [name for name in listed if not name.endswith("sparsity")]
+            listed = [name for name in listed if name not in MEASURED]
             requests = len(made.instances[0])
             results = [_LOW] * requests if made.task.forced else [""]
             given = list(made.task.process_results(made.docs[0], results))
@@ -594,12 +577,15 @@ class _Checker:
         problems = []
         for made in self._generated():
             for doc in made.docs:
-                for metric, value in self._scores(made, doc, _answer(doc["target"])).items():
-                    if not math.isclose(value, 1.0, abs_tol=1e-9):
-                        problems.append(
-                            f"the gold answer of document {doc['index']} of {made.name} ({doc['target']!r:.60}) scores "
-                            f"{metric} {value:.4g}; expected 1"
-                        )
+                for text in {_answer(doc["target"]): 0, made.task.doc_to_target(doc): 0}:  # lm-eval logs the latter
+                    for metric, value in self._scores(made, doc, text).items():
+                        if not math.isclose(value, 1.0, abs_tol=1e-9):
+                            problems.append(
+                                f"the gold answer of document {doc['index']} of {made.name} ({doc['target']!r:.60}) "
+                                f"scores {metric} {value:.4g}; expected 1"
+                            )
+                    if problems:
+                        break
         _raise(problems)
         return "the gold answer in tags scores 1"
 
@@ -635,7 +621,9 @@ class _Checker:
     # ------------------------------------------------------------------------------------------------------ leakage
 
     def _natural(self) -> str:
-        return "texts that others wrote may say things twice" if self.made[0].task.recipe.origin() else ""
+        """Why chance repetitions are not held against the task: only tasks with a set of data of their own bind it."""
+        data = type(self.made[0].task.recipe).bind is not Recipe.bind
+        return "texts that others wrote may say things twice" if data else ""
 
     def _evidence(self) -> str:
         problems, pieces = [], 0
@@ -760,6 +748,7 @@ class _Checker:
         problems, shown = [], {}
         for made in self._plain(True):
             differences: dict[str, list[float]] = {}
+            levels: dict[str, list[float]] = {}
             for doc, row in zip(made.docs, made.instances, strict=True):
                 chance = made.task.recipe.chance(doc)
                 source = random.Random(doc["index"])
@@ -772,20 +761,21 @@ class _Checker:
                         if not math.isfinite(found[name]):
                             raise _Wrong(f"{name} of {made.name} is {found[name]}; expected a finite number")
                         differences.setdefault(name, []).append(found[name] - level)
-                        shown.setdefault(name, level)
                 for name, level in chance.items():
+                    levels.setdefault(name, []).append(level)
                     if equal[name] > level + 1e-9:
                         problems.append(
                             f"equal likelihoods give {name} {equal[name]:.4g} on document {doc['index']} of "
                             f"{made.name}; expected at most chance, {level:.4g}"
                         )
             for name, values in differences.items():
-                mean = sum(values) / len(values)
+                mean, level = sum(values) / len(values), sum(levels[name]) / len(levels[name])
+                shown.setdefault(name, level)
                 error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
                 if abs(mean) > 4 * error + 1e-9:
                     problems.append(
-                        f"random likelihoods give {name} {shown[name] + mean:.4g} on {made.name} (standard error "
-                        f"{error:.2g}); expected what `chance` says, {shown[name]:.4g}"
+                        f"random likelihoods give {name} {level + mean:.4g} on {made.name} (standard error "
+                        f"{error:.2g}); expected what `chance` says, {level:.4g}"
                     )
         _raise(problems)
         return _told(shown) if shown else "`chance` names no metric"
@@ -806,7 +796,9 @@ class _Checker:
         for where, begin in self._drafts():
             used, fresh = begin(), begin()
             few, many = min(3, used.most), min(29, used.most)
-            used.message(many, ""), used.gold(few), used.message(0, "A line of filler.")
+            used.message(many, "")
+            used.gold(few)
+            used.message(0, "A line of filler.")
             if used.message(few, "") != fresh.message(few, ""):
                 problems.append(f"`message({few}, '')` of {where} depends on what was asked for before")
             elif used.gold(many) != begin().gold(many):
@@ -855,8 +847,8 @@ class _Checker:
         median = sorted(times)[len(times) // 2]
         if median > _SLOWEST_DRAFT:
             raise _Wrong(
-                f"a draft takes {1000 * median:.0f} ms to start, expected at most {1000 * _SLOWEST_DRAFT:.0f}: the twins "
-                "start one for every document; do the work in `message`"
+                f"a draft takes {1000 * median:.0f} ms to start, expected at most {1000 * _SLOWEST_DRAFT:.0f}: "
+                "the twins start one for every document; do the work in `message`"
             )
         return f"a draft takes {1000 * median:.2g} ms to start"
 

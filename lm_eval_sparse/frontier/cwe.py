@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
@@ -22,12 +23,11 @@ COMMON_TIMES = 30
 RARE_TIMES = 3
 
 _LISTS = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
-# A number, its punctuation, and what stands after it up to the next number or the end of the line.
-_NUMBERED = re.compile(
-    r"(?<![\w.])\d{1,3}\s{0,2}[^\w\s]{1,4}\s{0,4}(.{0,80}?)(?=(?:[\s,;|]\s{0,4}\d{1,3}\s{0,2}[.):])|$)"
-)
+# The number of an entry: at the start of a line with or without punctuation ("#1 word", "12 word"), later with it.
+_NUMBER = re.compile(r"^[^\w\n]{0,12}\d{1,6}(?!\w)[^\w\n]{0,12}|(?<![\w.,])\d{1,6}\s?[.):]\s{0,4}(?=[^\W\d])")
 # What a model may add to a word: "(30 times)", ": 30", " - thirty times", ", which is common".
 _ADDED = re.compile(r"[(\[:;,=|\t–—]|\s-+\s|->|→")
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 _INTRO = (
     "Below is a long numbered list of words in random order. {common} of the words occur {common_times} times each, "
@@ -69,6 +69,11 @@ def pool() -> tuple[str, ...]:
     folder = files("wonderwords") / "assets"
     lines = [line for name in _LISTS for line in (folder / name).read_text(encoding="utf-8").splitlines()]
     return tuple(sorted({word for line in lines if (word := " ".join(line.lower().split())) and "-" not in word}))
+
+
+@lru_cache(maxsize=1)
+def _words() -> frozenset[str]:
+    return frozenset(pool())
 
 
 @lru_cache(maxsize=1)
@@ -127,11 +132,16 @@ class Cwe(Recipe):
 
     name = "cwe"
     version = 1
+    least_units = COMMON
 
     def identity(self) -> list[Any]:
         """The version of the word list's package and the list itself."""
+        return list(self.origin().values())
+
+    def origin(self) -> dict[str, Any]:
+        """The package and its version, and the hash of the list."""
         digest = hashlib.sha256("\n".join(pool()).encode()).hexdigest()
-        return ["wonderwords", version("wonderwords"), digest]
+        return {"source": f"wonderwords {version('wonderwords')}", "sha256": digest}
 
     def draft(self, length: int, seed: int, index: int, forced: bool) -> CweDraft:
         return CweDraft(rng(self.name, self.version, length, seed, index), forced)
@@ -139,7 +149,7 @@ class Cwe(Recipe):
     def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
         """`iou` of the words in numbered lines and the gold ones; without an answer block 0."""
         gold = set(doc["words"])
-        found = first_answer(text, lambda part: parse(part, gold)) or set()
+        found = first_answer(text, parse) or set()
         return {"iou": len(found & gold) / len(found | gold)}
 
     def requests(self, doc: dict[str, Any]) -> list[tuple[str, str]]:
@@ -164,18 +174,18 @@ class Cwe(Recipe):
         return sorted([*doc["words"], *doc["rare"]])
 
 
-def parse(text: str, gold: set[str]) -> set[str]:
+def parse(text: str) -> set[str]:
     """The words of an answer's numbered lines, in lower case. Lines without a number do not count.
 
     What follows a word in brackets or after a colon, a comma or a dash is ignored. An entry of several words counts
-    as its first, unless all of it is a word of the pool.
+    as its first, unless all of it is one word of the pool ("contact lens").
     """
     found = set()
-    for line in text.splitlines():
-        for match in _NUMBERED.finditer(line):
-            entry = _ADDED.split(match.group(1).strip())[0]
-            words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", entry.lower())
-            if words:
+    for line in unicodedata.normalize("NFC", text).splitlines():
+        numbers = list(_NUMBER.finditer(line))
+        for number, following in zip(numbers, [*numbers[1:], None], strict=False):
+            entry = line[number.end() : following.start() if following else None].lower()
+            if words := _WORD.findall(_ADDED.split(entry, maxsplit=1)[0]):
                 whole = " ".join(words)
-                found.add(whole if whole in gold else words[0])
+                found.add(whole if whole in _words() else words[0])
     return found

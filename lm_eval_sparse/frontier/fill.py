@@ -5,16 +5,19 @@ Knows drafts and a function that counts tokens; nothing of tokenizers, templates
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from .recipe import Draft
 
 #: Units measured first, to learn their mean size: about 1% exact, at half the cost of a 4096-token prompt.
 _PROBE = 32
+# In each line the first place between two words of small letters: byte-level tokenizers begin a token at the blank.
+_CUT = re.compile(r"^.*?[a-z](?= [a-z])", re.MULTILINE)
 
 # Filler says nothing, names nothing, counts nothing, and reads on wherever it is cut off.
-_SENTENCES = (
+SENTENCES = (
     "this part of the text is of no use to anyone and can be passed over without any loss",
     "it was put here only so that the whole comes out at the right size and not for what it says",
     "what comes before it and what comes after it would be just the same if it had been left out",
@@ -93,7 +96,7 @@ def _prose(words: int, tail: str = "") -> str:
     """The first `words` words of the filler text, sentence by sentence, then `tail`, then a full stop."""
     sentences: list[str] = []
     while words > 0:
-        taken = _SENTENCES[len(sentences) % len(_SENTENCES)].split()[:words]
+        taken = SENTENCES[len(sentences) % len(SENTENCES)].split()[:words]
         sentences.append(" ".join(taken))
         words -= len(taken)
     if tail:
@@ -101,52 +104,108 @@ def _prose(words: int, tail: str = "") -> str:
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
-def fit(draft: Draft, budget: int, count: Callable[[str], int], filler: Filler, sibling: Draft | None = None) -> Fitted:
+class Sizes:
+    """Tokens of a draft's messages without filler, by units, with as little of the tokenizer as possible.
+
+    Messages of nearby sizes share nearly all of their lines. They are cut between two words in each line, where the
+    tokenizers that are in use never join tokens, and the parts are counted once each. `parts` counts texts as they
+    stand in the middle of a prompt. Whether the parts add up is checked on the first two sizes: if not, or without
+    `parts`, whole messages are counted.
+    """
+
+    def __init__(
+        self, draft: Draft, count: Callable[[str], int], parts: Callable[[Sequence[str]], Sequence[int]] | None
+    ):
+        self._draft, self._count, self._parts = draft, count, parts
+        self._known: dict[int, int] = {}
+        self._costs: dict[str, int] = {}
+        self._offsets: list[int] = []
+
+    def __call__(self, units: int) -> int:
+        if units not in self._known:
+            message = self._draft.message(units, "")
+            if self._parts and len(self._offsets) == 2:
+                self._known[units] = self._sum(message) + self._offsets[0]
+            else:
+                self._known[units] = self._count(message)
+                if self._parts:
+                    self._offsets.append(self._known[units] - self._sum(message))
+                    if self._offsets[0] != self._offsets[-1]:
+                        self._parts = None
+        return self._known[units]
+
+    def exact(self, units: int) -> int:
+        """The same, counted as a whole in any case."""
+        return self._count(self._draft.message(units, "")) if self._parts else self(units)
+
+    def _sum(self, message: str) -> int:
+        texts, begin = [], 0
+        for cut in _CUT.finditer(message):
+            texts.append(message[begin : cut.end()])
+            begin = cut.end()
+        texts.append(message[begin:])
+        new = [text for text in dict.fromkeys(texts) if text not in self._costs]
+        self._costs.update(zip(new, self._parts(new), strict=True))
+        return sum(self._costs[text] for text in texts)
+
+
+def fit(
+    draft: Draft,
+    budget: int,
+    count: Callable[[str], int],
+    filler: Filler,
+    sibling: Draft | None = None,
+    parts: Callable[[Sequence[str]], Sequence[int]] | None = None,
+) -> Fitted:
     """Give `draft` as many units as fit into `budget` prompt tokens, then fill the rest, exactly where possible.
 
-    `count` returns the tokens of the whole rendered prompt for a user message. With a `sibling`, a draft of the same
-    content under longer instructions, the units are those that fit for the sibling. The result never exceeds
-    `budget`, and falls short of it only by what neither a unit nor the filler can supply. Raises `DoesNotFit`.
+    `count` returns the tokens of the whole rendered prompt for a user message; see `Sizes` for `parts`. With a
+    `sibling`, a draft of the same content under longer instructions, the units are those that fit for the sibling.
+    The result is counted as a whole, never exceeds `budget`, and falls short of it only by what neither a unit nor
+    the filler can supply. Raises `DoesNotFit`.
     """
     if sibling is not None:
-        units = fit(sibling, budget, count, filler).units
+        units = fit(sibling, budget, count, filler, parts=parts).units
         if (bare := count(draft.message(units, ""))) > budget:
             raise DoesNotFit(bare)
         return _fill(draft, units, bare, budget, count, filler)
-    sizes: dict[int, int] = {}
-
-    def size(units: int) -> int:
-        if units not in sizes:
-            sizes[units] = count(draft.message(units, ""))
-        return sizes[units]
-
+    size = Sizes(draft, count, parts)
     if size(0) > budget:
         raise DoesNotFit(size(0))
     fits, over = 0, draft.most + 1
-    last, mean = 0, 0.0
+    before, last, mean = 0, 0, 0.0
     for attempt in range(64):
         if over - fits <= 1:
             break
         if not last:
             guess = min(_PROBE, draft.most)
         elif attempt < 12:
-            guess = last + int((budget - size(last)) // mean)
+            # By the mean of all units; by that of the last ones where they are many, as their cost may grow.
+            far = abs(last - before) > 0.1 * last
+            slope = (size(last) - size(before)) / (last - before) if far else mean
+            guess = last + int((budget - size(last)) // max(slope, 1.0))
         else:  # units so uneven that the secant crawls
             guess = (fits + over) // 2
         if guess <= fits and last and (budget - size(fits)) < 0.75 * mean:
             break  # a further unit would have to be a quarter smaller than the mean: leave it to the filler
-        last = min(max(guess, fits + 1), over - 1)
+        before, last = last, min(max(guess, fits + 1), over - 1)
         if size(last) <= budget:
             fits = last
         else:
             over = last
         mean = max((size(last) - size(0)) / last, 1.0)
 
-    best = Fitted(fits, "", size(fits))
+    best = None
     # When the rest is smaller than the shortest line, or cannot be hit, one unit less leaves more to fill.
     for units in (fits, fits - 1):
-        if best.tokens < budget and units >= 0:
-            best = max(best, _fill(draft, units, size(units), budget, count, filler), key=lambda one: one.tokens)
+        if units >= 0 and (best is None or best.tokens < budget):
+            tried = _fill(draft, units, size(units), budget, count, filler)
+            if not tried.filler:
+                tried = replace(tried, tokens=size.exact(units))
+            if tried.tokens <= budget and (best is None or tried.tokens > best.tokens):
+                best = tried
+    if best is None:
+        raise DoesNotFit(size.exact(0))
     return best
 
 

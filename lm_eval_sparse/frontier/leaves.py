@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 #: Name of a length -> tokens of the whole prompt.
 LENGTHS = {"4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536, "128k": 128000}
 
-_MEASURED = ("sparsity", "prefill_sparsity", "kv_sparsity", "decode_sparsity")
+MEASURED = ("sparsity", "prefill_sparsity", "kv_sparsity", "decode_sparsity")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class TaskFolder:
             "metric_list:\n"
             f"{rows}"
             "  # Only where the model type measures them: one phase with a method, or several.\n"
-            f"{''.join(_metric(name) for name in _MEASURED)}"
+            f"{''.join(_metric(name) for name in MEASURED)}"
             f"metadata:\n  version: {self.version}\n  samples: 100\n  seed: 0\n"
         )
 
@@ -132,3 +132,15 @@ def tree() -> dict[str, str]:
     """Path below tasks/ -> content, for every YAML file of this package."""
     found = {f"{folder.name}/{name}": text for folder in BUILT_IN for name, text in folder.files().items()}
     return found | {"frontier.yaml": group(BUILT_IN, False), "forced_frontier.yaml": group(BUILT_IN, True)}
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python -m lm_eval_sparse.frontier.leaves FOLDER, where FOLDER is tasks/ of a checkout")
+    for name, text in tree().items():
+        path = Path(sys.argv[1]) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -31,11 +31,13 @@ _API_MAX_LENGTH = 2048
 @dataclass(frozen=True)
 class Meter:
     """`count(prompt)`: tokens of a rendered prompt, special tokens included. `limit`: tokens of prompt and answer
-    the model takes, None when unknown. `identity`: hash of the tokenizer's content, the same on every machine."""
+    the model takes, None when unknown. `identity`: hash of the tokenizer's content, the same on every machine.
+    `parts(texts)`: tokens of each text without special ones, None where that is not to be had."""
 
     count: Callable[[str], int]
     limit: int | None
     identity: str
+    parts: Callable[[Sequence[str]], Sequence[int]] | None = None
 
 
 def meter_for(metadata: Mapping[str, Any], chat_template: Callable[..., Any] | None) -> Meter:
@@ -73,7 +75,7 @@ def _of_model(lm: Any) -> Meter:
             return len(ids[0] if ids and isinstance(ids[0], list) else ids)
 
     limit = getattr(lm, "max_length", None)
-    return Meter(count, int(limit) if limit else None, tokenizer_hash(lm.tokenizer))
+    return _meter(lm.tokenizer, count, int(limit) if limit else None)
 
 
 def _of_names(metadata: Mapping[str, Any]) -> Meter:
@@ -99,7 +101,36 @@ def _of_names(metadata: Mapping[str, Any]) -> Meter:
             return len(tokenizer.encode(prompt, add_special_tokens=bool(add_bos)))
         return len(tokenizer.encode(prompt))
 
-    return Meter(count, _limit(metadata, tokenizer), tokenizer_hash(tokenizer))
+    return _meter(tokenizer, count, _limit(metadata, tokenizer))
+
+
+def _meter(tokenizer: Any, count: Callable[[str], int], limit: int | None) -> Meter:
+    """A meter that counts with the tokenizer's Rust core where it can: without offsets and tensors, which take a third
+    of the time, and several texts at once.
+
+    Whether special tokens are added is read off `count` itself, for prompts that begin alike; where the core does not
+    agree with it, as with slow tokenizers, `count` does all the work.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(core, "encode_batch_fast"):
+        return Meter(count, limit, tokenizer_hash(tokenizer))
+    special: dict[str, bool | None] = {}
+
+    def lengths(texts: Sequence[str], add_special_tokens: bool = False) -> list[int]:
+        core.no_truncation()  # calls of others leave their settings here
+        core.no_padding()
+        return [len(encoded) for encoded in core.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+
+    def quick(prompt: str) -> int:
+        beginning = prompt[:200]
+        if beginning not in special:
+            truth = count(beginning)
+            agree = (flag for flag in (True, False) if lengths([beginning], flag) == [truth])
+            special[beginning] = next(agree, None)
+        flag = special[beginning]
+        return count(prompt) if flag is None else lengths([prompt], flag)[0]
+
+    return Meter(quick, limit, tokenizer_hash(tokenizer), lengths)
 
 
 @lru_cache(maxsize=4)

@@ -245,7 +245,7 @@ class QaDraft:
             "documents": documents,
             "span": [start, start + len(item.context)],
             **self._leaf.task.key(item),
-            "target": f"<answer>\n{self._leaf.task.gold_answer(item)}\n</answer>",
+            "target": self._leaf.task.gold_answer(item),
         }
 
     def _written(self, units: int, filler: str) -> tuple[str, int, int, int]:
@@ -476,8 +476,9 @@ class Choice(Qa):
 
 
 def _continuations(options: Sequence[str]) -> list[str]:
-    """What the twin scores for each option. The text, not the letter alone: several tokens are decoded."""
-    return [f" {text}" for _, text in zip(string.ascii_uppercase, options, strict=False)]
+    """What the twin scores for each option: its letter. The tokens of the lead-in come before it, so that it is
+    predicted in decoding. Letters tell most of the context, see benchmarks/results/twin_normalisation.md."""
+    return [f" {letter}" for letter, _ in zip(string.ascii_uppercase, options, strict=False)]
 
 
 class Quality(Choice):
@@ -485,11 +486,11 @@ class Quality(Choice):
 
     name = "quality"
     version = 1
-    _what = ("the letter of the right option", "the text of the right option")
+    _what = ("the letter of the right option", "the letter of the right option")
     _example = "letter"
     _rule = (
         "Exactly one option is right: give its letter and not its text.",
-        "Exactly one option is right. Copy its text word for word, without its letter.",
+        "Exactly one option is right.",
     )
 
 
@@ -498,11 +499,11 @@ class Toefl(Choice):
 
     name = "toefl"
     version = 1
-    _what = ("the letter of the right option, or the letters if several are right", "the text of a right option")
+    _what = ("the letter of the right option, or the letters if several are right", "the letter of a right option")
     _example = "letter, or letters with commas between them"
     _rule = (
         "One or several options are right: give the letters of all that are, and not their texts.",
-        "One or several options are right. Copy the text of one word for word, without its letter.",
+        "One or several options are right.",
     )
 
 

@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 _OPEN = re.compile(r"<answer>", re.IGNORECASE)
 _CLOSE = re.compile(r"</answer>", re.IGNORECASE)
+_EXPLANATION = re.compile(r"<explanation>.*?</explanation>", re.IGNORECASE | re.DOTALL)
 
 
 class Unavailable(Exception):
@@ -40,7 +41,7 @@ class Draft(Protocol):
         ...
 
     def gold(self, units: int) -> dict[str, Any]:
-        """What scoring needs, as JSON types only, and `target`: the gold answer as a model should write it."""
+        """What scoring needs, as JSON types only, and `target`: the gold answer, without the answer tags."""
         ...
 
 
@@ -56,6 +57,9 @@ class Recipe(ABC):
     #: Whether the twin has exactly as many units as the document it is the twin of. Needed where the question or the
     #: answer depends on them; elsewhere the room that shorter instructions leave is better used for more units.
     twin_keeps_units: bool = False
+    #: Units without which the question cannot be asked or the twin's candidates are too few. A leaf whose prompts have
+    #: no room for them drops out.
+    least_units: int = 0
 
     def find(self, given: Mapping[str, Any]) -> None:  # noqa: B027 (most tasks need no data)
         """Get hold of the data that documents are made from; `given` is the task's metadata.
@@ -122,12 +126,26 @@ def rng(*key: Any) -> random.Random:
 def first_answer(text: str, parse: Callable[[str], T]) -> T | None:
     """What `parse` finds in the first `<answer>` block in which it finds anything (a truthy value), else None.
 
-    A block may lack its end, as when a model runs out of tokens. Within a block, the text after its last opening
-    tag counts: an explanation may have named the tag before.
+    A block may lack its end, as when a model runs out of tokens, and begins with the last opening tag before its end.
+    Tags may also be talked about ("between <answer> and </answer>"): blocks that begin a line outside of the
+    explanation are read first, then the others outside of it, then those within.
     """
-    for part in _CLOSE.split(text):
-        block = _OPEN.split(part)[1:]
-        if block and (found := parse(block[-1])):
+    explanations = [match.span() for match in _EXPLANATION.finditer(text)]
+
+    def doubt(start: int) -> int:
+        if any(begin <= start < end for begin, end in explanations):
+            return 2
+        before = text[max(start - 40, 0) : start].rstrip(" \t*_`#>")
+        return 0 if not before or before[-1] == "\n" or before.lower().endswith("</explanation") else 1
+
+    blocks, begin = [], 0
+    for end in [*(match.span() for match in _CLOSE.finditer(text)), (len(text), len(text))]:
+        opened = list(_OPEN.finditer(text, begin, end[0]))
+        if opened:
+            blocks.append((doubt(opened[-1].start()), opened[-1].end(), end[0]))
+        begin = end[1]
+    for _, start, end in sorted(blocks):
+        if found := parse(text[start:end]):
             return found
     return None
 

@@ -110,9 +110,11 @@ def _next_steps(name: str, folder: Path) -> str:
      python -m pytest {folder / f"test_{name}.py"}
 3. Run it; the twin asks for likelihoods instead of text, which small models can be measured with too:
      lm_eval --model sparse-hf --include_path {folder} --tasks {leaf},forced_{leaf} --limit 5
-4. To make it one of the package's tasks: move {name}.py to lm_eval_sparse/frontier/ and its tests to tests/, add a line
-   to RECIPES in lm_eval_sparse/frontier/__init__.py and one to BUILT_IN in lm_eval_sparse/frontier/leaves.py, write
-   what `leaves.tree()` returns to tasks/, and add the section of README.md to tasks/README.md."""
+4. To make it one of the package's tasks, in a clone: move {name}.py to lm_eval_sparse/frontier/ and its tests to
+   tests/, add a line to RECIPES in lm_eval_sparse/frontier/__init__.py and one to BUILT_IN in
+   lm_eval_sparse/frontier/leaves.py, let the YAML files be written by
+     python -m lm_eval_sparse.frontier.leaves tasks
+   and add the section of README.md to tasks/README.md."""
 
 
 _RECIPE = '''\
@@ -201,7 +203,7 @@ class Draft:
         return f"{_INTRO}\\n{_TWICE}\\n\\n{question}\\n\\nList:\\n{lines}\\n\\n{question}\\n\\n{after}"
 
     def gold(self, units: int) -> dict[str, Any]:
-        """What scoring needs, as JSON types (no tuples, no sets), and `target`, the answer as a model should write it.
+        """What scoring needs, as JSON types (no tuples, no sets), and `target`, the gold answer without tags.
 
         Other names than task, length, seed, index, tokens and input, which the document has anyway.
         """

@@ -11,11 +11,12 @@ import json
 import logging
 import os
 import sys
+import traceback
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -24,6 +25,9 @@ from ..embedded import NAME, ensure, is_embedded
 from ..errors import UserError, nearest
 from ..patches.register_tasks import task_folders
 from .task import FrontierTask
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 _LONG = 300
 _MANY = 12
@@ -51,9 +55,15 @@ def main(argv: list[str]) -> int:
         folders.append(str(Path(options.include_path).expanduser()))
     check_leaf_name(options.task, folders)  # before anything is loaded
     reader = Reader.of(options.tokenizer, metadata, options.apply_chat_template)
-    with quiet():
-        task = load_leaves(folders, [options.task], metadata)[options.task]
-    text = describe(task, int(options.index), reader, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    try:
+        with quiet():
+            task = load_leaves(manager(folders, metadata), [options.task])[options.task]
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        text = describe(task, int(options.index), reader, colour)
+    except UserError:
+        raise
+    except Exception as error:  # code of the task's author
+        raise UserError(f"{options.task} cannot be shown: {told(error, Path(folders[-1]).resolve())}") from error
     try:
         print(text, flush=True)
     except BrokenPipeError:  # `… | head`
@@ -103,11 +113,13 @@ class Reader:
         if not isinstance(name, str):
             raise UserError(f"tokenizer {name!r} given, but it must be a name or a path")
         where = ensure() if is_embedded(name) else name
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        # The embedded model's is of a known class; to find that out takes longer than everything else here.
+        loader = PreTrainedTokenizerFast if is_embedded(name) else AutoTokenizer
         try:
             with quiet():
-                tokenizer = AutoTokenizer.from_pretrained(where)
+                tokenizer = loader.from_pretrained(where)
         except Exception as error:  # whatever the loader raises, the user needs the same advice
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -119,6 +131,7 @@ class Reader:
                 f"--apply_chat_template given, but the tokenizer {name!r} has no chat template; leave the option out "
                 "or give another --tokenizer"
             )
+        tokenizer.model_max_length = 10**30  # no warnings that a prompt is longer than some model takes
         limit = metadata.get("max_length")
         return cls(tokenizer, name, chat, int(limit) if str(limit).isdigit() else None)
 
@@ -215,14 +228,18 @@ def check_leaf_name(name: str, folders: list[str]) -> None:
         raise UserError(f"{name!r} given, which is {what} here; show takes one leaf{advice}")
 
 
-def load_leaves(folders: list[str], names: list[str], metadata: Mapping[str, Any]) -> dict[str, FrontierTask]:
-    """The leaves `names` as lm-eval builds them. Raises `UserError` for a task that is none of ours."""
+def manager(folders: list[str], metadata: Mapping[str, Any]) -> TaskManager:
+    """What finds tasks in `folders` as lm-eval does, and in none of its own, which would take seconds."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=list(folders), include_defaults=False, metadata=dict(metadata))
+    return TaskManager(include_path=list(folders), include_defaults=False, metadata=dict(metadata))
+
+
+def load_leaves(tasks: TaskManager, names: list[str]) -> dict[str, FrontierTask]:
+    """The leaves `names` as lm-eval builds them. Raises `UserError` for a task that is none of ours."""
     found = {}
     for name in names:
-        found[name] = manager.load([name])["tasks"][name]
+        found[name] = tasks.load([name])["tasks"][name]
         if not isinstance(found[name], FrontierTask):
             raise UserError(
                 f"{name} is of the class {type(found[name]).__name__}, which has no documents with evidence; its YAML "
@@ -240,6 +257,29 @@ def prompt_of(instance: Any) -> str:
     """The rendered prompt of a request, without what a twin forces after it."""
     context = str(instance.args[0])
     return context[: getattr(instance.args[0], "shared", len(context))]
+
+
+def told(error: BaseException, folder: Path) -> str:
+    """An exception in one line: its message, and the line of the task author's code in `folder` that it came from."""
+    message = " ".join(str(error).split())[:300]
+    if isinstance(error, UserError):
+        return message
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    place = ""
+    for one in chain:
+        frames = traceback.extract_tb(one.__traceback__)
+        own = [frame for frame in frames if folder in Path(frame.filename).parents]
+        package = [frame for frame in frames if Path(__file__).parent in Path(frame.filename).parents]
+        if own or (package and not place):
+            frame = (own or package)[-1]
+            place = f" at {frame.filename}:{frame.lineno}"
+        if isinstance(one, SyntaxError) and one.filename:
+            place = f" at {one.filename}:{one.lineno}"
+        if own or isinstance(one, SyntaxError):
+            break
+    return f"{type(error).__name__}: {message}{place}"
 
 
 # --------------------------------------------------------------------------------------------------------- the document

@@ -358,7 +358,6 @@ class Story:
                 return item
 
     def _pick(self, pool: Sequence[T]) -> T:
-        # Not choice(): only random() is promised to give the same numbers in every version of Python.
         return pool[int(self._random.random() * len(pool))]
 
 

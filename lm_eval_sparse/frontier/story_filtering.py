@@ -115,6 +115,7 @@ class StoryFiltering(Recipe):
     name = "story_filtering"
     version = 1
     twin_keeps_units = True
+    least_units = 4
 
     def draft(self, length: int, seed: int, index: int, forced: bool) -> StoryFilteringDraft:
         return StoryFilteringDraft(rng(self.name, self.version, length, seed, index), forced)

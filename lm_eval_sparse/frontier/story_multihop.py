@@ -81,6 +81,7 @@ class StoryMultihop(Recipe):
     name = "story_multihop"
     version = 1
     twin_keeps_units = True
+    least_units = 2
 
     def draft(self, length: int, seed: int, index: int, forced: bool) -> StoryMultihopDraft:
         return StoryMultihopDraft(rng(self.name, self.version, length, seed, index), forced)

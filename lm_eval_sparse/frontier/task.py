@@ -148,7 +148,8 @@ class FrontierTask(ConfigurableTask):
         return doc["input"]
 
     def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: Any = None) -> str:
-        return doc["target"]
+        """The gold answer as a model should write it; a generated one gets the full score."""
+        return doc["target"] if self.forced else f"<answer>\n{doc['target']}\n</answer>"
 
     # ------------------------------------------------------------------------------------------------ documents
 
@@ -231,8 +232,8 @@ class FrontierTask(ConfigurableTask):
                 f"needs {shortest} to {self.length} prompt tokens and {reserve} for the answer, "
                 f"the model takes {meter.limit} together"
             )
-        elif (bare := count(empty)) > budget:
-            reason = f"question, instructions and system prompt alone have {bare} of {budget} prompt tokens"
+        elif (bare := count(draft(0).message(self.recipe.least_units, ""))) > budget:
+            reason = f"even the shortest prompt, system instruction included, has {bare} of {budget} tokens"
         if reason:
             self._skip(reason)
             return reason
@@ -254,7 +255,7 @@ class FrontierTask(ConfigurableTask):
             begun = draft(index)
             sibling = draft(index, forced=False) if self.forced and self.recipe.twin_keeps_units else None
             try:
-                fitted = fit(begun, budget, count, filler, sibling)
+                fitted = fit(begun, budget, count, filler, sibling, meter.parts)
             except DoesNotFit as error:
                 raise UserError(f"{self.config.task}: document {index} has {error}, the budget is {budget}") from error
             if fitted.tokens < FILLED * budget:

@@ -19,7 +19,8 @@ from .recipe import Recipe, first_answer, ranking_chance, ranking_scores, rng
 CHAINS = 8
 HOPS = 4
 
-_NAME = re.compile(r"(?<![A-Za-z0-9_])[A-Za-z]{5}(?![A-Za-z0-9_])")
+# No further letter or digit of the Latin alphabets may touch it; markup, and other scripts, may.
+_NAME = re.compile(r"(?<![A-Za-z0-9\u00c0-\u024f])[A-Za-z]{5}(?![A-Za-z0-9\u00c0-\u024f])")
 
 _INTRO = (
     "Below is a text with assignments in it. Some give a variable a number, as in VAR A = 1, others give it the value "
@@ -49,11 +50,13 @@ first name, second name, and so on
 
 Copy the names exactly, in capital letters. The variables may be in any order. Write nothing after </answer>."""
 _FORCED = """\
-Reply with the names of the {count} variables and nothing else, each on a line of its own after the word VAR.
+Reply with {count} lines and nothing else, one for each of these variables, in the form: The value of NAME is {value}.
 
 Answer:
 """
-_LEAD = "VAR"
+# Every variable is offered the same number, so that nothing but the variable makes a difference. Names as continuations
+# tell a small model's context hardly at all: SmolLM2-135M, 4096 tokens, 4 documents: average precision .25 against .35.
+_LEAD = "The value of {name} is"
 
 
 class VtDraft:
@@ -73,7 +76,7 @@ class VtDraft:
         self._assignments = sorted((random_source.random(), line) for line in lines)
         self._filler_place = random_source.random()
         self._noise: list[tuple[float, str]] = []
-        self.answer = f"{_LEAD} {self.gold_names[0]}"
+        self.answer = "".join(_request(self.gold_names[0], self.value))
 
     def message(self, units: int, filler: str) -> str:
         """The user message with all assignments, `units` times the noise and, unless empty, the line `filler`."""
@@ -85,7 +88,7 @@ class VtDraft:
         count = len(self.gold_names)
         question = _QUESTION.format(count=count, value=self.value)
         text = "\n".join(line for _, line in lines)
-        after = (_FORCED if self._forced else _GENERATE).format(count=count)
+        after = (_FORCED if self._forced else _GENERATE).format(count=count, value=self.value)
         return f"{_INTRO}\n{_TWICE}\n\n{question}\n\nText:\n{text}\n\n{question}\n\n{after}"
 
     def gold(self, units: int) -> dict[str, Any]:
@@ -123,8 +126,8 @@ class Vt(Recipe):
         return {"iou": len(found & gold) / len(found | gold)}
 
     def requests(self, doc: dict[str, Any]) -> list[tuple[str, str]]:
-        """One request per variable of the document, as the first of the answer."""
-        return [(_LEAD, f" {name}") for name in doc["variables"]]
+        """One request per variable of the document: that it has the value asked for."""
+        return [_request(name, doc["value"]) for name in doc["variables"]]
 
     def forced_score(self, doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
         """`average_precision` of the five gold variables among all forty."""
@@ -143,6 +146,10 @@ class Vt(Recipe):
 
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
         return {"average_precision": ranking_chance(len(doc["variables"]), len(doc["names"]))}
+
+
+def _request(name: str, value: str) -> tuple[str, str]:
+    return _LEAD.format(name=name), f" {value}"
 
 
 def parse(text: str, variables: Sequence[str]) -> set[str]:
