@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lm_eval_sparse import protocol
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.frontier import recipe
 from lm_eval_sparse.frontier.fill import DoesNotFit, Filler, fit
 from lm_eval_sparse.frontier.meter import meter_for, tokenizer_hash
 from lm_eval_sparse.protocol import SKIPPED, set_active_lm
@@ -63,13 +64,25 @@ def test_longer_leaves_are_exact_too(length):
     assert [lm.tokens(i.args[0]) for i in task.instances] == [length, length]
 
 
-def test_a_hundred_and_twenty_eight_thousand_tokens_take_few_tokenizer_calls():
-    lm, calls = active("bpe"), []
-    count = lm.tok_batch_encode
-    lm.tok_batch_encode = lambda strings: calls.append(len(strings[0])) or count(strings)
-    task = build(leaf("frontier_niah_128k"), lm, limit=1)
-    assert task.instances[0].doc["tokens"] == 128_000
-    assert sum(calls) <= 4.5 * max(calls)  # in prompts of full length
+@pytest.mark.parametrize("name", ["niah", "vt", "cwe", "story_multihop"])
+def test_a_long_prompt_is_tokenized_few_times(name):
+    core, counted = tokenizer("bpe").backend_tokenizer, []
+
+    def parts(texts):
+        lengths = [len(encoded) for encoded in core.encode_batch_fast(texts, add_special_tokens=False)]
+        counted.append(sum(lengths))
+        return lengths
+
+    def count(text):
+        return parts([text])[0]
+
+    budget = 32_768
+    draft = recipe(name).draft(budget, 0, 0, False)
+    fitted = fit(draft, budget, count, Filler(count), parts=parts)
+    assert fitted.tokens == budget == count(draft.message(fitted.units, fitted.filler))
+    # Filler lines and the check above included. The numbers in front of CWE's words shift with every word more, so it
+    # has no parts that stay.
+    assert sum(counted) <= (18 if name == "cwe" else 7) * budget
 
 
 def test_distractors_fill_the_prompt_and_filler_only_the_rest():
@@ -237,7 +250,40 @@ def test_a_leaf_that_fits_again_is_no_longer_skipped():
 def test_a_system_instruction_that_fills_the_prompt_skips_the_leaf():
     lm = active("digits")
     task = build(leaf(), lm, limit=1, system_instruction="Answer with care. " * 1500)
-    assert "system prompt" in task.config.metadata["skipped"]
+    assert "system instruction" in task.config.metadata["skipped"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chat", [False, True])
+def test_quick_counts_are_the_models_own(kind, chat):
+    """Counting with the tokenizer's core agrees with what a model encodes, special tokens included."""
+    if chat and tokenizer(kind).chat_template is None:
+        pytest.skip("no chat template")
+    lm = active(kind)
+    meter = meter_for({}, lm.apply_chat_template if chat else None)
+    for name in ("niah", "cwe", "story_filtering"):
+        draft = recipe(name).draft(4096, 0, 3, False)
+        for units in (0, 7, 12):
+            message = draft.message(units, "")
+            prompt = lm.apply_chat_template([{"role": "user", "content": message}]) if chat else message
+            lm.tokenizer(["a", "b b b"], padding="longest", truncation=True, max_length=2)  # leaves its settings behind
+            assert meter.count(prompt) == lm.tokens(prompt)
+    bos = lm.tokenizer.bos_token + "Text."  # a prompt that brings its BOS along gets no second one
+    assert meter.count(bos) == lm.tokens(bos)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["niah", "vt", "cwe", "story_multihop"])
+def test_counting_in_parts_changes_no_document(kind, name):
+    lm = active(kind)
+    meter = meter_for({}, None)
+    for index in range(3):
+        fitted = []
+        for parts in (None, meter.parts):
+            draft = recipe(name).draft(8192, 0, index, False)
+            fitted.append(fit(draft, 8192, meter.count, Filler(meter.count), parts=parts))
+        assert fitted[0] == fitted[1]
+        assert lm.tokens(recipe(name).draft(8192, 0, index, False).message(fitted[0].units, fitted[0].filler)) == 8192
 
 
 # ----------------------------------------------------------------------------------------- where the tokenizer is from

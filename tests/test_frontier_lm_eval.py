@@ -197,7 +197,7 @@ def test_leaves_a_model_cannot_take_are_listed_not_scored():
     averages = {key: value for key, value in averages.items() if "stderr" not in key}
     assert averages == {"acc,none": 1.0, "iou,none": 1.0, "exact_match,none": 1.0}  # not 2/6: no zeros for the absent
     for name in LEAVES - ran:
-        why = "cannot" if name in without_data else "the model takes 9000"
+        why = "into a folder" if name in without_data else "the model takes 9000"
         assert why in results["configs"][name]["metadata"]["skipped"]
         assert results["n-samples"][name] == {"original": 100, "effective": 0}
         assert not [key for key in results["results"][name] if "," in key]

@@ -43,10 +43,6 @@ NAMES = [name for name in RECIPES if _there(name)]
 each = pytest.mark.parametrize("name", NAMES)
 
 
-def _too_few(what: str):
-    return pytest.mark.xfail(strict=True, reason=f"with too few units {what}")
-
-
 # ---------------------------------------------------------------------------------------------------- data and tasks
 
 
@@ -443,11 +439,11 @@ def test_stories_of_few_chapters_can_be_scored(name, qa_folder):
 @pytest.mark.parametrize(
     ("name", "kind", "forced", "system"),
     [
-        pytest.param("story_filtering", "bytes", True, "x" * 2000, marks=_too_few("scoring raises ZeroDivisionError")),
-        pytest.param("story_filtering", "bytes", False, "x" * 2000, marks=_too_few("there is nothing to be found")),
-        pytest.param("story_multihop", "bytes", True, "x" * 1600, marks=_too_few("the answer is not in the story")),
-        pytest.param("story_multihop", "bytes", False, "x" * 1600, marks=_too_few("the answer is not in the story")),
-        pytest.param("cwe", "digits", True, " the" * 962, marks=_too_few("there is hardly a rare word to rank")),
+        ("story_filtering", "bytes", True, "x" * 2000),
+        ("story_filtering", "bytes", False, "x" * 2000),
+        ("story_multihop", "bytes", True, "x" * 1600),
+        ("story_multihop", "bytes", False, "x" * 1600),
+        ("cwe", "digits", True, " the" * 962),
         ("vt", "bytes", True, "x" * 1000),
         ("niah", "bytes", False, "x" * 800),
     ],
@@ -457,6 +453,7 @@ def test_a_question_with_hardly_any_room_can_be_answered_or_is_skipped(name, kin
     lm = active(kind)
     task = build(leaf(name, forced=forced), lm, limit=3, system_instruction=system)
     if "skipped" in task.config.metadata:
+        assert "the shortest prompt" in task.config.metadata["skipped"]
         return
     for doc in docs(task, limit=3).values():
         check_evidence(task.recipe, doc)
@@ -497,9 +494,10 @@ def test_an_answer_to_another_document_is_seldom_right(name, qa_folder):
 
 def gold_requests(name: str, doc: dict, asked: list[tuple[str, str]]) -> set[int]:
     """Positions of the right candidates, found by what they say."""
-    if name in ("vt", "cwe"):
-        right = set(doc["names" if name == "vt" else "words"])
-        return {i for i, (_, more) in enumerate(asked) if more.strip() in right}
+    if name == "vt":  # "The value of NAME is"
+        return {i for i, (lead, _) in enumerate(asked) if set(lead.split()) & set(doc["names"])}
+    if name == "cwe":
+        return {i for i, (_, more) in enumerate(asked) if more.strip() in doc["words"]}
     if name == "story_filtering":
         return {i for i, (_, more) in enumerate(asked) if int(more) in doc["numbers"]}
     if name in ("quality", "toefl"):  # the letters or the texts, with or without more before them

@@ -205,7 +205,9 @@ def fit(
             if tried.tokens <= budget and (best is None or tried.tokens > best.tokens):
                 best = tried
     if best is None:
-        raise DoesNotFit(size.exact(0))
+        if parts:  # the parts have not added up after all
+            return fit(draft, budget, count, filler)
+        raise DoesNotFit(size(0))
     return best
 
 

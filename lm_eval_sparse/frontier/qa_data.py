@@ -143,15 +143,15 @@ def _from_copy_or_hub(kind: _Kind, hub: str | None) -> DataSet | str:
     if (items := _from_copy(copy)) is not None:
         return _data_set(items, f"{hub} on the Hub")
     if _UNREACHABLE in _known:
-        return f"{hub} could not be loaded from the Hub ({_known[_UNREACHABLE]})"
+        return f"{hub} cannot be loaded, the Hub is out of reach ({_known[_UNREACHABLE]})"
     try:
         items = [item for number, row in enumerate(_hub_rows(kind, hub), 1) for item in _checked(kind, row, number)]
     except Exception as error:  # whatever the network, the Hub or its libraries may raise
         first = next(iter(str(error).strip().splitlines()), "")
         reason = f"{type(error).__name__}: {first[:160]}"
         if isinstance(error, ConnectionError):
-            _known[_UNREACHABLE] = reason
-        return f"{hub} could not be loaded from the Hub ({reason})"
+            _known[_UNREACHABLE] = type(error).__name__
+        return f"{hub} cannot be loaded from the Hub ({reason})"
     if not items:
         return f"{hub} on the Hub has no question with an answer"
     found = _data_set(items, f"{hub} on the Hub")

@@ -102,7 +102,7 @@ class StoryRetrieval(Recipe):
     name = "story_retrieval"
     version = 1
     twin_keeps_units = True
-    least_units = 4
+    least_units = 1
 
     def draft(self, length: int, seed: int, index: int, forced: bool) -> StoryRetrievalDraft:
         return StoryRetrievalDraft(rng(self.name, self.version, length, seed, index), forced)

@@ -232,7 +232,7 @@ class FrontierTask(ConfigurableTask):
                 f"needs {shortest} to {self.length} prompt tokens and {reserve} for the answer, "
                 f"the model takes {meter.limit} together"
             )
-        elif (bare := count(draft(0).message(self.recipe.least_units, ""))) > budget:
+        elif (bare := self._barest(count, number, budget)) > budget:
             reason = f"even the shortest prompt, system instruction included, has {bare} of {budget} tokens"
         if reason:
             self._skip(reason)
@@ -276,6 +276,18 @@ class FrontierTask(ConfigurableTask):
 
         self.eval_docs.bind(number, store.load(), make)
         return fingerprint
+
+    def _barest(self, count: Callable[[str], int], number: int, budget: int) -> int:
+        """Tokens of the longest document's shortest prompt. Of the first document's where that leaves ample room."""
+
+        def size(index: int) -> int:
+            # The twin that keeps its sibling's units has those that fit under the longer instructions.
+            forced = self.forced and not self.recipe.twin_keeps_units
+            draft = self.recipe.draft(self.length, self.seed, index, forced)
+            return count(draft.message(self.recipe.least_units, ""))
+
+        first = size(0)
+        return first if first < budget / 2 else max(map(size, range(number)))
 
     def _reserve(self, meter: Meter, frame: str, drafts: Iterable[Draft]) -> int:
         """Tokens kept free after the prompt: as many as may be generated (the aliases are lm-eval's)."""
