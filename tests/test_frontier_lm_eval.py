@@ -265,6 +265,19 @@ def test_hf_from_the_model_arguments_alone(tiny, chat):
     assert len(tokenizer("digits").encode(prompt)) == 4096
 
 
+@pytest.mark.parametrize("task", ["vt", "cwe", "story_retrieval", "story_multihop", "story_filtering"])
+def test_twins_give_the_same_scores_on_hf_and_on_ours(tiny, task):
+    """`hf` reads the prompt once per request, ours once per document and tokenizes it in parts."""
+    leaf, rows = f"forced_frontier_{task}_4k", []
+    for model in ("hf", "sparse-hf"):
+        arguments = {"pretrained": tiny, "dtype": "float32"}
+        results = evaluate(model, [leaf], model_args=arguments, metadata=arguments, limit=1)
+        (sample,) = results["samples"][leaf]
+        rows.append([float(response[0][0]) for response in sample["resps"]])
+        assert results["n-samples"][leaf]["effective"] == 1
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4) and len(rows[0]) > 0
+
+
 def test_hf_too_short_is_skipped_without_a_template_too(tiny):
     results = evaluate(
         "hf", ["frontier_niah_4k", "forced_frontier_niah_4k"], model_args={"pretrained": tiny, "max_length": 2048},

@@ -8,11 +8,14 @@ documents for every rank on every rank, and raises when a rank has none.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -245,8 +248,9 @@ class FrontierTask(ConfigurableTask):
         self.config.metadata = {**self.config.metadata, "prompt_tokens": budget}
 
         identity = [self.recipe.name, self.recipe.version, self.forced, self.length, budget, self.seed]
-        # The text of a bare document too: a changed wording must not meet documents written before it.
-        identity += [frame, meter.count(frame), meter.identity, empty, *self.recipe.identity()]
+        # A changed wording, or anything else that is changed here, must not meet documents written before it.
+        identity += [frame, meter.count(frame), meter.identity, empty, _sources(type(self.recipe))]
+        identity += self.recipe.identity()
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         store = DocumentStore(f"{'forced_' if self.forced else ''}{self.recipe.name}-{self.length}", fingerprint)
         filler = Filler(count)
@@ -278,7 +282,7 @@ class FrontierTask(ConfigurableTask):
         return fingerprint
 
     def _barest(self, count: Callable[[str], int], number: int, budget: int) -> int:
-        """Tokens of the longest document's shortest prompt. Of the first document's where that leaves ample room."""
+        """Tokens of the longest document's shortest prompt. Of the first document's where that leaves room to spare."""
 
         def size(index: int) -> int:
             # The twin that keeps its sibling's units has those that fit under the longer instructions.
@@ -287,7 +291,7 @@ class FrontierTask(ConfigurableTask):
             return count(draft.message(self.recipe.least_units, ""))
 
         first = size(0)
-        return first if first < budget / 2 else max(map(size, range(number)))
+        return first if first < 0.85 * budget else max(map(size, range(number)))
 
     def _reserve(self, meter: Meter, frame: str, drafts: Iterable[Draft]) -> int:
         """Tokens kept free after the prompt: as many as may be generated (the aliases are lm-eval's)."""
@@ -383,6 +387,16 @@ class ForcedFrontierTask(FrontierTask):
 
     def _score(self, doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
         return self.recipe.forced_score(doc, [(float(logprob), bool(greedy)) for logprob, greedy in results])
+
+
+@lru_cache(maxsize=64)
+def _sources(recipe_class: type) -> str:
+    """SHA-256 of the code that writes documents: this package's and the recipe's own module."""
+    own = inspect.getsourcefile(recipe_class)
+    digest = hashlib.sha256()
+    for path in sorted({*Path(__file__).parent.glob("*.py"), *([Path(own)] if own else [])}, key=lambda p: p.name):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _plain(prompt: Any) -> str:
