@@ -26,25 +26,9 @@ import tokenizers
 import transformers
 
 import lm_eval_sparse
-from lm_eval_sparse import embedded, patches
+from lm_eval_sparse import patches
 from lm_eval_sparse.frontier.leaves import BUILT_IN, LENGTHS
-
-
-class Reader:
-    """What a model shows of itself to a task: its tokenizer and the room it has."""
-
-    max_length = 1_000_000
-
-    def __init__(self, path: str):
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-
-    def tok_encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
-
-    def apply_chat_template(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-    tokenizer_name = "benchmark"
+from lm_eval_sparse.frontier.show import Reader
 
 
 def leaf(name: str, metadata: dict[str, Any]) -> Any:
@@ -132,7 +116,7 @@ def main() -> None:
         "tasks": {},
     }
     readers = {
-        name: Reader(path or str(embedded.ensure()))
+        name: Reader.of(path or None, {}, chat=True)
         for name, _, path in (t.partition("=") for t in arguments.tokenizers)
     }
     for task in arguments.tasks:

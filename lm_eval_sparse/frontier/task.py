@@ -7,6 +7,7 @@ documents for every rank on every rank, and raises when a rank has none.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -392,9 +393,12 @@ class ForcedFrontierTask(FrontierTask):
 @lru_cache(maxsize=64)
 def _sources(recipe_class: type) -> str:
     """SHA-256 of the code that writes documents: this package's and the recipe's own module."""
-    own = inspect.getsourcefile(recipe_class)
+    paths = sorted(Path(__file__).parent.glob("*.py"))
+    if not recipe_class.__module__.startswith(f"{__package__}."):
+        with contextlib.suppress(TypeError, OSError):  # typed into a console, it has no file
+            paths.append(Path(inspect.getfile(recipe_class)))
     digest = hashlib.sha256()
-    for path in sorted({*Path(__file__).parent.glob("*.py"), *([Path(own)] if own else [])}, key=lambda p: p.name):
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
