@@ -17,45 +17,49 @@ AGREE = 8
 class SharedEncoder:
     """`encode(text)` for texts whose first `shared` characters are the prompt of the call before, most of the time.
 
-    The prompt is cut at the start of a line near its end. The cut is used when the two parts, encoded apart, give the
-    tokens of the whole prompt, and a text's tail begins with the same tokens as the prompt's; otherwise (SentencePiece
-    puts a space before every text, some tokenizers end each text with a token) the text is encoded as a whole. The
-    result is the same in every case.
+    The prompt is cut at the start of a line near its end. What follows is encoded with the line before it in front,
+    whose tokens are then dropped: SentencePiece puts a blank before every text. The cut is used when the two parts give
+    the tokens of the whole prompt, and a text's second part begins with the same tokens as the prompt's; otherwise
+    (some tokenizers end each text with a token) the text is encoded as a whole. The result is the same in every case.
     """
 
     def __init__(self, encode: Callable[..., list[int]]):
-        """`encode(text, add_special_tokens=...)` returns token ids; None leaves special tokens to the tokenizer."""
+        """`encode(text, add_special_tokens=...)` returns token ids; without the option it adds special tokens."""
         self._encode = encode
         self._prompt = ""
         self._tokens: list[int] = []
-        self._cut = 0
+        self._start = 0  # of the line before the cut
+        self._lead = 0  # tokens of that line
         self._head: list[int] = []
-        self._start: list[int] = []
+        self._first: list[int] = []
 
     def prompt(self, prompt: str) -> list[int]:
         """The prompt's own tokens."""
         if prompt != self._prompt or not self._tokens:
             self._prompt, self._tokens = prompt, self._encode(prompt)
-            self._cut = self._find_cut(prompt)
+            self._find_cut(prompt)
         return self._tokens
 
     def __call__(self, text: str, shared: int) -> list[int]:
         """The tokens of `text`, whose first `shared` characters are the prompt."""
         self.prompt(text[:shared])
-        if self._cut:
-            tail = self._encode(text[self._cut :], add_special_tokens=False)
-            if tail[:AGREE] == self._start:
+        if self._first:
+            tail = self._encode(text[self._start :], add_special_tokens=False)[self._lead :]
+            if tail[:AGREE] == self._first:
                 return self._head + tail
         return self._encode(text)
 
-    def _find_cut(self, prompt: str) -> int:
-        """Where the prompt may be cut, 0 for nowhere; remembers the tokens before it and the first ones behind it."""
+    def _find_cut(self, prompt: str) -> None:
+        """Decide where the prompt is cut, if anywhere, and remember the tokens before and just behind the cut."""
+        self._first = []
         cut = prompt.rfind("\n", 0, max(len(prompt) - TAIL, 0)) + 1
+        self._start = prompt.rfind("\n", 0, max(cut - 1, 0)) + 1
+        while self._start and prompt[self._start].isspace():  # an empty line gives a tokenizer nothing to hold on to
+            self._start = prompt.rfind("\n", 0, self._start - 1) + 1
         if not cut or prompt[cut].isspace():
-            return 0
+            return
+        self._lead = len(self._encode(prompt[self._start : cut], add_special_tokens=False))
         head = self._encode(prompt[:cut])
-        tail = self._encode(prompt[cut:], add_special_tokens=False)
-        if len(tail) < 2 * AGREE or head + tail != self._tokens:
-            return 0
-        self._head, self._start = head, tail[:AGREE]
-        return cut
+        tail = self._encode(prompt[self._start :], add_special_tokens=False)[self._lead :]
+        if len(tail) >= 2 * AGREE and head + tail == self._tokens:
+            self._head, self._first = head, tail[:AGREE]

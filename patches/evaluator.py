@@ -135,6 +135,10 @@ def _with_preflight(simple_evaluate: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         options = given.arguments
+        if options["metadata"] and any("frontier" in str(task) for task in options["tasks"] or ()):
+            from lm_eval_sparse.frontier.task import check_metadata
+
+            check_metadata(options["metadata"])
         if options["model"] == "sparse-hf" or is_ours(options["model"]):
             from lm_eval_sparse.patches import hub_tracker
 

@@ -344,6 +344,7 @@ BROKEN = {
                       "secrets", "outside the evidence"),
     "wrong gold": (GOLD, '"target": self.locker[1:] + "x"}', "gold answer", "scores acc 0; expected 1"),
     "garbage pays": (SCORE, '{"acc": float(not found or found[0] == doc["locker"])}', "no answer", "scores acc 1"),
+    "copying pays": (SCORE, '{"acc": float(doc["locker"] in text)}', "copied prompt", "a copy of the prompt"),
     "anything pays": (SCORE, '{"acc": float(bool(found))}', "wrong answer", "the gold answer of document"),
     "no index": (SEED, SEED.replace(", index", ""), "variety", "documents 0 and 1 of .* are equal"),
     "no seed": (SEED, SEED.replace(", seed", ""), "other seed", "is the same with seed 1"),
@@ -388,6 +389,30 @@ def test_a_broken_recipe_is_found(case, folder, command, tokenizers):
     module.write_text(text.replace(before, after))
     failed = checked(folder, command, tokenizers)
     assert check in failed and re.search(told, failed[check])
+
+
+def test_an_answer_that_the_prompt_tells_is_found_though_no_secret_is_named(folder, command, tokenizers):
+    module = folder / f"{NAME}.py"
+    text = module.read_text().replace('return [doc["locker"]]', "return []")
+    module.write_text(text.replace("question = _QUESTION", "question = f'Hint: {self.locker}. ' + _QUESTION"))
+    status, out, _ = command(
+        "check-task", folder, "--tokenizer", tokenizers("digits"), "--samples", 4, "--lengths", "4k"
+    )
+    assert status == 1 and re.search(r"^FAIL  secrets .*the prompt seems to tell it", out, re.MULTILINE)
+
+
+def test_a_file_beside_a_recipe_decides_its_documents(folder):
+    """Documents made from one content of the file must not be found again with another."""
+    from lm_eval_sparse.frontier import task
+
+    (folder / "data.txt").write_text("Rome")
+    leaf = f"frontier_{NAME}_4k"
+    loaded = TaskManager(include_defaults=False, include_path=str(folder)).load([leaf])["tasks"][leaf]
+    digest = task._sources.__wrapped__
+    before = digest(type(loaded.recipe))
+    assert digest(type(loaded.recipe)) == before
+    (folder / "data.txt").write_text("Oslo")
+    assert digest(type(loaded.recipe)) != before
 
 
 def checked(folder: Path, command, tokenizers) -> dict[str, str]:

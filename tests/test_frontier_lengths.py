@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lm_eval_sparse import protocol
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.frontier import recipe
-from lm_eval_sparse.frontier.fill import DoesNotFit, Filler, fit
+from lm_eval_sparse.frontier.fill import DoesNotFit, Filler, fit, fit_both
 from lm_eval_sparse.frontier.meter import meter_for, tokenizer_hash
 from lm_eval_sparse.protocol import SKIPPED, set_active_lm
 
@@ -284,6 +284,47 @@ def test_counting_in_parts_changes_no_document(kind, name):
             fitted.append(fit(draft, 8192, meter.count, Filler(meter.count), parts=parts))
         assert fitted[0] == fitted[1]
         assert lm.tokens(recipe(name).draft(8192, 0, index, False).message(fitted[0].units, fitted[0].filler)) == 8192
+
+
+@pytest.mark.parametrize("name", ["niah", "vt", "story_multihop", "story_filtering"])
+@pytest.mark.parametrize("limit", [8192, 8100])
+def test_a_document_does_not_depend_on_how_many_are_asked_for(name, limit):
+    """Where the model's limit is tight, room is kept for the longest answer: of the same documents always."""
+    lm = active("bpe", max_length=limit)
+    texts = set()
+    for samples in (1, 7, 100, 130):
+        task = build(leaf(f"forced_frontier_{name}_8k", samples=samples), lm, limit=1)
+        texts.add(task.instances[0].doc["input"])
+    assert len(texts) == 1
+    for _, doc in task.doc_iterator(samples=[3, 129]):  # the last one is beyond those that settle the room
+        for lead, more in task.recipe.requests(doc):
+            assert lm.tokens(doc["input"] + lead + more) <= limit
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "bytes"])
+@pytest.mark.parametrize("name", ["story_retrieval", "story_multihop", "story_filtering"])
+def test_twins_of_stories_have_their_siblings_chapters(kind, name):
+    lm = active(kind)
+    one = build(leaf(f"frontier_{name}_8k"), lm, limit=6)
+    twin = build(leaf(f"forced_frontier_{name}_8k"), lm, limit=6)
+    for (_, doc), (_, other) in zip(one.doc_iterator(limit=6), twin.doc_iterator(limit=6), strict=True):
+        assert doc["chapters"] == other["chapters"] and doc["target"] == other["target"]
+        assert 0.95 * 8192 <= min(doc["tokens"], other["tokens"]) <= max(doc["tokens"], other["tokens"]) <= 8192
+
+
+def test_a_twin_with_the_longer_instructions_gets_what_fits_for_both():
+    class Lengthy(Blocks):
+        def message(self, units, filler):
+            return super().message(units, filler) + "x" * 30
+
+    count = len
+    short, long = Blocks([40] * 50), Lengthy([40] * 50)
+    for budget in range(200, 400, 7):
+        try:
+            fitted = [fit_both(a, b, budget, count, Filler(count)) for a, b in ((short, long), (long, short))]
+        except DoesNotFit:
+            continue
+        assert fitted[0].units == fitted[1].units and max(one.tokens for one in fitted) <= budget
 
 
 # ----------------------------------------------------------------------------------------- where the tokenizer is from

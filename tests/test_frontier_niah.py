@@ -145,7 +145,13 @@ OUTPUTS = [
     ("rambling after the answer", f"<answer>{ALL}</answer>\n<answer>\n1. {K[0]}: {V[1]}\n</answer>", 1.0),
     ("tags named in the explanation", f"I will write <answer> and </answer>.\n<answer>{ALL}</answer>", 1.0),
     ("open tag named in the explanation", f"Then comes <answer>: so <answer>\n{ALL}</answer>", 1.0),
-    ("empty block, lines outside", f"<answer></answer>\n{ALL}", 1.0),
+    ("empty block, lines outside", f"<answer></answer>\n{ALL}", 0.0),  # the whole text counts only without tags
+    ("nothing in the block, values explained", f"<explanation>{ALL}</explanation>\n<answer>none</answer>", 0.0),
+    (
+        "thought of another answer first",
+        f"<think>\n<answer>1. {K[0]}: {V[1]}</answer>?\n</think>\n<answer>{ALL}</answer>",
+        1.0,
+    ),
     ("stray closing tag first", f"1. {K[0]}: {V[1]}</answer>\n<answer>{ALL}</answer>", 1.0),
     ("started over", f"<answer>\n1. {K[0]}: {V[1]}\nNo. Again:\n<answer>\n{ALL}\n</answer>", 1.0),
     ("wrong lines inside, right ones outside", f"{ALL}\n<answer>\n1. {K[0]}: {V[1]}\n</answer>", 0.0),
@@ -191,6 +197,7 @@ OUTPUTS = [
     ("100 KB of noise, then the answer", f"{NOISE}\n<answer>{ALL}</answer>", 1.0),
     ("answer, then 100 KB of noise", f"<answer>{ALL}</answer>{NOISE}", 1.0),
     ("100 KB of opening tags", "<answer>" * 12_500, 0.0),
+    ("100 KB of explanations that begin", "<explanation>" * 8_000, 0.0),
     ("100 KB of numbers", "1. " * 33_000, 0.0),
     ("100 KB of hyphens and digits", "1-" * 50_000, 0.0),
     ("100 KB of one key", f"1. {K[0]} " * 2_500, 0.0),

@@ -52,6 +52,7 @@ _TELLING = 12  # characters from which a gold line in the prompt is no coinciden
 _SLOWEST_DRAFT = 0.02  # seconds
 _FULLEST = 0.95
 _MOST_FILLER = 0.15
+_MOST_ECHO = 0.75
 _SHOWN = 3
 
 
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--samples", metavar="N", default="8", help="documents per leaf (default: 8)")
     options = parser.parse_args(argv)
-    if not options.samples.isdigit() or int(options.samples) < 2:
+    if not re.fullmatch("[0-9]+", options.samples) or int(options.samples) < 2:
         raise UserError(f"--samples {options.samples} given, but it must be a whole number of at least 2")
     metadata = read_metadata(options.metadata)
     folder = _folder(options.path)
@@ -228,6 +229,7 @@ class _Checker:
         check("gold answer", self._gold)
         check("no answer", self._nothing)
         check("wrong answer", self._wrong_answer)
+        check("copied prompt", self._echo)
         check("evidence", self._evidence)
         check("secrets", self._secrets)
         if self._twins():
@@ -618,6 +620,21 @@ class _Checker:
         _raise(problems)
         return "the gold answer of another document scores less than 1"
 
+    def _echo(self) -> str:
+        """A scorer that only looks whether the gold answer occurs somewhere pays for a copy of the prompt."""
+        problems = []
+        for made in self._plain(False):
+            for what, wrap in (("a copy of the prompt", str), ("a copy of the prompt in answer tags", _answer)):
+                scores = [
+                    self._scores(made, doc, wrap(text)) for doc, text in zip(made.docs, made.prompts, strict=True)
+                ]
+                for metric in scores[0] if scores else ():
+                    mean = sum(score[metric] for score in scores) / len(scores)
+                    if mean >= _MOST_ECHO:
+                        problems.append(f"{what} scores {metric} {mean:.4g} on average in {made.name}; expected little")
+        _raise(problems)
+        return "a copy of the prompt does not score"
+
     # ------------------------------------------------------------------------------------------------------ leakage
 
     def _natural(self) -> str:
@@ -644,30 +661,51 @@ class _Checker:
         return f"{pieces} pieces, each once in its prompt"
 
     def _secrets(self) -> str:
-        recipe, natural = self.made[0].task.recipe, self._natural()
-        declared = type(recipe).secrets is not Recipe.secrets
-        problems, looked = [], 0
+        natural, problems, named, looked = self._natural(), [], 0, 0
         for made in self.made:
             for doc, prompt in zip(made.docs, made.prompts, strict=True):
                 rest = prompt
                 for piece in sorted(made.task.recipe.evidence(doc), key=len, reverse=True):
                     rest = rest.replace(piece, "\n\0\n") if piece else rest
-                if declared:
-                    telling = list(made.task.recipe.secrets(doc))
-                else:
-                    lines = (line.strip() for line in str(doc["target"]).splitlines())
-                    telling = [] if natural else [line for line in lines if len(line) >= _TELLING]
+                secrets = list(made.task.recipe.secrets(doc))
+                named += len(secrets)
+                lines = (line.strip() for line in str(doc["target"]).splitlines())
+                telling = secrets or ([] if natural else [line for line in lines if len(line) >= _TELLING])
                 looked += len(telling)
                 for secret in telling:
-                    if not secret or secret in rest:
+                    if not secret or secret.lower() in rest.lower():
                         problems.append(
-                            f"{'the secret' if declared else 'the gold line'} {secret!r:.60} of document "
+                            f"{'the secret' if secrets else 'the gold line'} {secret!r:.60} of document "
                             f"{doc['index']} of {made.name} stands in the prompt outside the evidence"
                         )
         _raise(problems)
-        if not declared and not looked:
-            return f"the task names none{', and ' + natural if natural else ', and its gold answers are short'}"
-        return f"{looked} {'secrets' if declared else 'gold lines'} stand nowhere outside the evidence"
+        self._told_outright(natural)
+        if not looked:
+            why = natural or "its gold answers are short"
+            return (
+                f"not looked at: the recipe names no secrets, and {why}; see that the prompt does not tell the answer"
+            )
+        return f"{looked} {'secrets' if named else 'gold lines'} stand nowhere outside the evidence"
+
+    def _told_outright(self, natural: str) -> None:
+        """Short gold answers may stand in any prompt by chance; but not each in its own and in few of the others."""
+        for made in () if natural else self.made:
+            golds = [str(doc["target"]).strip().lower() for doc in made.docs]
+            rests = []
+            for doc, prompt in zip(made.docs, made.prompts, strict=True):
+                for piece in sorted(made.task.recipe.evidence(doc), key=len, reverse=True):
+                    prompt = prompt.replace(piece, "\n\0\n") if piece else prompt
+                rests.append(prompt.lower())
+            stands = [
+                [bool(re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", rest)) for gold in golds if gold] for rest in rests
+            ]
+            own = [row[i] for i, row in enumerate(stands)]
+            others = [value for i, row in enumerate(stands) for j, value in enumerate(row) if golds[i] != golds[j]]
+            if len(set(golds)) > 2 and all(own) and sum(others) < len(others) / 2:
+                raise _Wrong(
+                    f"the gold answer of every document of {made.name} stands in its own prompt outside the evidence, "
+                    "and in few of the others: the prompt seems to tell it"
+                )
 
     # -------------------------------------------------------------------------------------------------------- twins
 

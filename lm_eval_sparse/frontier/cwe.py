@@ -27,6 +27,8 @@ _LISTS = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
 _NUMBER = re.compile(r"^[^\w\n]{0,12}\d{1,6}(?!\w)[^\w\n]{0,12}|(?<![\w.,])\d{1,6}\s?[.):]\s{0,4}(?=[^\W\d])")
 # What a model may add to a word: "(30 times)", ": 30", " - thirty times", ", which is common".
 _ADDED = re.compile(r"[(\[:;,=|\t–—]|\s-+\s|->|→")
+# "the word oak", "word: oak"; but "word" alone may be an answer.
+_LABEL = re.compile(r"^[^\w\n]*(?:the\s+)?word\b\s*:?\s*(?=[^\W\d_])|^[^\w\n]*the\s+(?=[^\W\d_])")
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 _INTRO = (
@@ -166,6 +168,10 @@ class Cwe(Recipe):
         start = text.index(f"{_HEADING}\n") + len(_HEADING) + 1
         return [text[start : text.index("\n\n", start)]]
 
+    def secrets(self, doc: dict[str, Any]) -> list[str]:
+        """None: common words may be words of the instructions as well."""
+        return []
+
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
         return {"average_precision": ranking_chance(len(self._candidates(doc)), len(doc["words"]))}
 
@@ -185,6 +191,7 @@ def parse(text: str) -> set[str]:
         numbers = list(_NUMBER.finditer(line))
         for number, following in zip(numbers, [*numbers[1:], None], strict=False):
             entry = line[number.end() : following.start() if following else None].lower()
+            entry = _LABEL.sub("", entry)
             if words := _WORD.findall(_ADDED.split(entry, maxsplit=1)[0]):
                 whole = " ".join(words)
                 found.add(whole if whole in _words() else words[0])

@@ -13,6 +13,8 @@ from .recipe import Draft
 
 #: Units measured first, to learn their mean size: about 1% exact, at half the cost of a 4096-token prompt.
 _PROBE = 32
+#: A rest of fewer tokens may be less than any filler line has.
+_SHORT = 8
 # In each line the first place between two words of small letters: byte-level tokenizers begin a token at the blank.
 _CUT = re.compile(r"^.*?[a-z](?= [a-z])", re.MULTILINE)
 
@@ -114,11 +116,16 @@ class Sizes:
     """
 
     def __init__(
-        self, draft: Draft, count: Callable[[str], int], parts: Callable[[Sequence[str]], Sequence[int]] | None
+        self,
+        draft: Draft,
+        count: Callable[[str], int],
+        parts: Callable[[Sequence[str]], Sequence[int]] | None,
+        costs: dict[str, int] | None = None,
     ):
+        """`costs` holds what parts cost, for several drafts with parts in common."""
         self._draft, self._count, self._parts = draft, count, parts
         self._known: dict[int, int] = {}
-        self._costs: dict[str, int] = {}
+        self._costs = {} if costs is None else costs
         self._offsets: list[int] = []
 
     def __call__(self, units: int) -> int:
@@ -154,22 +161,63 @@ def fit(
     budget: int,
     count: Callable[[str], int],
     filler: Filler,
-    sibling: Draft | None = None,
     parts: Callable[[Sequence[str]], Sequence[int]] | None = None,
 ) -> Fitted:
     """Give `draft` as many units as fit into `budget` prompt tokens, then fill the rest, exactly where possible.
 
-    `count` returns the tokens of the whole rendered prompt for a user message; see `Sizes` for `parts`. With a
-    `sibling`, a draft of the same content under longer instructions, the units are those that fit for the sibling.
-    The result is counted as a whole, never exceeds `budget`, and falls short of it only by what neither a unit nor
-    the filler can supply. Raises `DoesNotFit`.
+    `count` returns the tokens of the whole rendered prompt for a user message; see `Sizes` for `parts`. The result is
+    counted as a whole, never exceeds `budget`, and falls short of it only by what neither a unit nor the filler can
+    supply. Raises `DoesNotFit`.
     """
-    if sibling is not None:
-        units = fit(sibling, budget, count, filler, parts=parts).units
-        if (bare := count(draft.message(units, ""))) > budget:
-            raise DoesNotFit(bare)
-        return _fill(draft, units, bare, budget, count, filler)
     size = Sizes(draft, count, parts)
+    fits = _search(draft, budget, size)
+    best = None
+    # When the rest is smaller than the shortest line, or cannot be hit, one unit less leaves more to fill.
+    for units in (fits, fits - 1):
+        if units >= 0 and (best is None or best.tokens < budget):
+            tried = _fill(draft, units, size(units), budget, count, filler)
+            if not tried.filler:
+                tried = replace(tried, tokens=size.exact(units))
+            if tried.tokens <= budget and (best is None or tried.tokens > best.tokens):
+                best = tried
+    if best is None:
+        if parts:  # the parts have not added up after all
+            return fit(draft, budget, count, filler)
+        raise DoesNotFit(size(0))
+    return best
+
+
+def fit_both(
+    draft: Draft,
+    sibling: Draft,
+    budget: int,
+    count: Callable[[str], int],
+    filler: Filler,
+    parts: Callable[[Sequence[str]], Sequence[int]] | None = None,
+) -> Fitted:
+    """As `fit`, with as many units as fit for both `draft` and `sibling`, the same content under other instructions.
+
+    The two get the same units whichever of them is the draft. Whether one unit less is taken, to leave the filler more
+    than its shortest lines, depends on the smaller of the two rests alone.
+    """
+    costs: dict[str, int] = {}
+    sizes = [Sizes(one, count, parts, costs) for one in (draft, sibling)]
+    units = min(_search(one, budget, size) for one, size in zip((draft, sibling), sizes, strict=True))
+    rest = budget - max(size(units) for size in sizes)
+    if units and 0 < rest < _SHORT:
+        units -= 1
+    fitted = _fill(draft, units, sizes[0](units), budget, count, filler)
+    if not fitted.filler:
+        fitted = replace(fitted, tokens=sizes[0].exact(units))
+    if fitted.tokens > budget:
+        if parts:  # the parts have not added up after all
+            return fit_both(draft, sibling, budget, count, filler)
+        raise DoesNotFit(sizes[0](0))
+    return fitted
+
+
+def _search(draft: Draft, budget: int, size: Sizes) -> int:
+    """The most units whose message fits into `budget`, but for one that would be much smaller than the mean."""
     if size(0) > budget:
         raise DoesNotFit(size(0))
     fits, over = 0, draft.most + 1
@@ -194,21 +242,7 @@ def fit(
         else:
             over = last
         mean = max((size(last) - size(0)) / last, 1.0)
-
-    best = None
-    # When the rest is smaller than the shortest line, or cannot be hit, one unit less leaves more to fill.
-    for units in (fits, fits - 1):
-        if units >= 0 and (best is None or best.tokens < budget):
-            tried = _fill(draft, units, size(units), budget, count, filler)
-            if not tried.filler:
-                tried = replace(tried, tokens=size.exact(units))
-            if tried.tokens <= budget and (best is None or tried.tokens > best.tokens):
-                best = tried
-    if best is None:
-        if parts:  # the parts have not added up after all
-            return fit(draft, budget, count, filler)
-        raise DoesNotFit(size(0))
-    return best
+    return fits
 
 
 def _fill(draft: Draft, units: int, bare: int, budget: int, count: Callable[[str], int], filler: Filler) -> Fitted:

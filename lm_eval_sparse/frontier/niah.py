@@ -14,7 +14,7 @@ from bisect import insort
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import Recipe, first_answer, rng, slot_scores
+from .recipe import Recipe, first_answer, has_answer_tag, rng, slot_scores
 
 TARGETS = 4
 
@@ -152,9 +152,10 @@ def _requests(keys: Sequence[str], values: Sequence[str]) -> list[tuple[str, str
 def parse(text: str) -> dict[int, tuple[str, str]]:
     """The numbered key-value lines of an answer: number -> (key as written, value in lower case).
 
-    Read from the first answer block that has such a line, else from the whole text. The first line of a number counts.
+    Read from the first answer block that has such a line, or without a block from the whole text. The first line of a
+    number counts.
     """
-    return first_answer(text, _lines) or _lines(text)
+    return first_answer(text, _lines) or ({} if has_answer_tag(text) else _lines(text))
 
 
 def _lines(text: str) -> dict[int, tuple[str, str]]:

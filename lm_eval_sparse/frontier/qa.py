@@ -61,7 +61,8 @@ your explanation
 
 {rule} Use only the document that the question is about, and write nothing after </answer>."""
 _FORCED = """\
-Reply with {what} and nothing else. {rule} Use only the document that the question is about.
+Reply with one line and nothing else: "The answer is:" and {what}. {rule} Use only the document that the question is \
+about.
 
 Answer:
 """
@@ -278,6 +279,8 @@ class QaDraft:
 class Qa(Recipe):
     """One question, whose number names its document, among as many documents of the same data as fit."""
 
+    twin_keeps_units = True  # the number in the question depends on them
+
     #: What the answer is called, how it is shown, and what is said about it: for the generated and the forced format.
     _what: tuple[str, str]
     _example: str
@@ -364,6 +367,10 @@ class Qa(Recipe):
         """The text of the document that the question is about."""
         start, end = doc["span"]
         return [doc["input"][start:end]]
+
+    def secrets(self, doc: dict[str, Any]) -> list[str]:
+        """None: other passages may well have the words of an answer, and options stand in the question."""
+        return []
 
 
 def _lettered(item: Item) -> list[tuple[str, str]]:
@@ -512,9 +519,16 @@ _TOKEN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _FRAME = frozenset(
     ("the", "correct", "right", "best", "final", "answer", "answers", "option", "options", "letter", "letters")
     + ("choice", "choices", "is", "are", "both", "and", "or", "und", "oder", "et", "ou")
+    + ("as", "well", "plus", "also")
+)
+# A letter that is refused ("Option A is wrong, so C") is no label: such a line is read letter by letter.
+_REFUSED = re.compile(
+    r"^\W*(?:is|are|was|seems|isn['’]t|not)?\W*(?:not|n['’]t|wrong|incorrect|false|out)\b", re.IGNORECASE
 )
 # Words after which "A" is a letter, not the article, and "I" no pronoun: "A and C", "A is right".
-_AFTER = frozenset(("and", "or", "und", "oder", "et", "ou", "is", "are", "ist", "est", "sind", "sont", "because"))
+_AFTER = frozenset(
+    ("and", "or", "und", "oder", "et", "ou", "is", "are", "ist", "est", "sind", "sont", "because", "as", "plus")
+)
 # Further options on a line that begins with one: "A. some text; C. other text".
 _FURTHER = re.compile(r"(?:[,;/&]|\b(?:and|or))[^\w\n]{0,6}([A-Z])\b[^\w\s]{0,4}[.):][^\w\n]{0,6}(?=[^\W\d_])")
 
@@ -553,6 +567,8 @@ def _labels(line: str, own: str) -> set[str]:
             if single_lower and found and not line[ended : token.start()].strip():
                 found.pop()
             break
+    if found and _REFUSED.match(line[ended:]):
+        return set()
     if found:
         found += [letter for letter in _FURTHER.findall(line, ended) if letter in own]
     return set(found)

@@ -34,6 +34,7 @@ import logging
 import os
 import re
 import string
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,10 +164,39 @@ def _from_copy_or_hub(kind: _Kind, hub: str | None) -> DataSet | str:
 def _hub_rows(kind: _Kind, hub: str) -> Iterable[Any]:
     import datasets
 
-    if kind.split:
-        return datasets.load_dataset(hub, split=kind.split)
-    splits = datasets.load_dataset(hub)
-    return [row for split in sorted(splits) for row in splits[split]]
+    with contextlib.nullcontext() if _answers(hub) else _offline():
+        if kind.split:
+            return datasets.load_dataset(hub, split=kind.split)
+        splits = datasets.load_dataset(hub)
+        return [row for split in sorted(splits) for row in splits[split]]
+
+
+def _answers(hub: str) -> bool:
+    """Whether the Hub answers at all, if with an error. Asked once: its libraries retry for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(hub, timeout=10)
+    except (HfHubHTTPError, ValueError):  # it said no; ValueError: not an id of a data set, which loading will say
+        return True
+    except Exception:  # whatever the network may raise
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Let `datasets` look only into its own cache."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def _checked(kind: _Kind, row: Any, number: int) -> Iterator[Item]:
@@ -198,7 +228,7 @@ def _from_copy(copy: Path) -> list[Item] | None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that others see whole or not at all. A cache that cannot be used is a warning, not an error."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # several machines may share the folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -270,9 +300,9 @@ def _line_of(text: str) -> str:
 
 
 def _squad_row(row: Any) -> Iterator[Item]:
-    context, question = _string(row, "context"), _line_of(_string(row, "question"))
     answers = _texts(_field(row, "answers", dict, 'an object with a list "text"'), "text", 0)
-    if answers:
+    if answers:  # what else an unanswerable question has or lacks does not matter
+        context, question = _string(row, "context"), _line_of(_string(row, "question"))
         yield Item(context, question, (), tuple(dict.fromkeys(answers)))
 
 

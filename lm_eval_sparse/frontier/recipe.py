@@ -11,6 +11,7 @@ import math
 import random
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -18,7 +19,8 @@ T = TypeVar("T")
 
 _OPEN = re.compile(r"<answer>", re.IGNORECASE)
 _CLOSE = re.compile(r"</answer>", re.IGNORECASE)
-_EXPLANATION = re.compile(r"<explanation>.*?</explanation>", re.IGNORECASE | re.DOTALL)
+_ENDED = re.compile(r"</(explanation|think|thinking|reasoning)$", re.IGNORECASE)
+_THOUGHT = re.compile(r"<(/?)(explanation|think|thinking|reasoning)>", re.IGNORECASE)
 
 
 class Unavailable(Exception):
@@ -54,8 +56,9 @@ class Recipe(ABC):
 
     name: str
     version: int
-    #: Whether the twin has exactly as many units as the document it is the twin of. Needed where the question or the
-    #: answer depends on them; elsewhere the room that shorter instructions leave is better used for more units.
+    #: Whether the twin has exactly as many units as the document it is the twin of: as many as fit under either
+    #: format's instructions. Needed where the question or the answer depends on them; elsewhere the room that shorter
+    #: instructions leave is better used for more units.
     twin_keeps_units: bool = False
     #: Units without which the question cannot be asked or the twin's candidates are too few. A leaf whose prompts have
     #: no room for them drops out.
@@ -106,12 +109,12 @@ class Recipe(ABC):
     def evidence(self, doc: dict[str, Any]) -> list[str]:
         """The pieces of the context that the answer follows from, each of them once in `doc["input"]`, verbatim."""
 
+    @abstractmethod
     def secrets(self, doc: dict[str, Any]) -> list[str]:
         """Strings that give the answer away: they may stand in the evidence and nowhere else in the prompt.
 
         Empty where nothing is so telling, as with chapter numbers or with words that occur by chance elsewhere.
         """
-        return []
 
     @abstractmethod
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
@@ -127,16 +130,17 @@ def first_answer(text: str, parse: Callable[[str], T]) -> T | None:
     """What `parse` finds in the first `<answer>` block in which it finds anything (a truthy value), else None.
 
     A block may lack its end, as when a model runs out of tokens, and begins with the last opening tag before its end.
-    Tags may also be talked about ("between <answer> and </answer>"): blocks that begin a line outside of the
-    explanation are read first, then the others outside of it, then those within.
+    Tags may also be talked about ("between <answer> and </answer>"): blocks that begin a line outside of explanation
+    and thinking are read first, then the others outside of them, then those within.
     """
-    explanations = [match.span() for match in _EXPLANATION.finditer(text)]
+    thoughts = _thoughts(text)
 
     def doubt(start: int) -> int:
-        if any(begin <= start < end for begin, end in explanations):
+        before = bisect_right(thoughts, (start, len(text)))
+        if before and start < thoughts[before - 1][1]:
             return 2
-        before = text[max(start - 40, 0) : start].rstrip(" \t*_`#>")
-        return 0 if not before or before[-1] == "\n" or before.lower().endswith("</explanation") else 1
+        line = text[max(start - 40, 0) : start].rstrip(" \t*_`#>")
+        return 0 if not line or line[-1] == "\n" or _ENDED.search(line) else 1
 
     blocks, begin = [], 0
     for end in [*(match.span() for match in _CLOSE.finditer(text)), (len(text), len(text))]:
@@ -148,6 +152,23 @@ def first_answer(text: str, parse: Callable[[str], T]) -> T | None:
         if found := parse(text[start:end]):
             return found
     return None
+
+
+def has_answer_tag(text: str) -> bool:
+    """Whether an answer block begins anywhere in `text`."""
+    return _OPEN.search(text) is not None
+
+
+def _thoughts(text: str) -> list[tuple[int, int]]:
+    """Spans from an opening tag of an explanation (or of thinking) to the next closing tag, in order."""
+    spans, begin = [], None
+    for tag in _THOUGHT.finditer(text):
+        if not tag.group(1):
+            begin = tag.start() if begin is None else begin
+        elif begin is not None:
+            spans.append((begin, tag.end()))
+            begin = None
+    return spans
 
 
 def slot_scores(values: Sequence[str], results: Sequence[tuple[float, bool]]) -> dict[str, float]:

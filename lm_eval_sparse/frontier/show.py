@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from bisect import bisect_right
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--apply_chat_template", action="store_true", help="render the tokenizer's chat template")
     parser.add_argument("--include_path", metavar="DIR", help="folder with more tasks, as in lm_eval")
     options = parser.parse_args(argv)
-    if not options.index.isdigit():
+    if not re.fullmatch("[0-9]+", options.index):
         raise UserError(f"--index {options.index} given, but it must be a whole number from 0; type --index 0")
     metadata = read_metadata(options.metadata)
     folders = task_folders()
@@ -133,7 +134,7 @@ class Reader:
             )
         tokenizer.model_max_length = 10**30  # no warnings that a prompt is longer than some model takes
         limit = metadata.get("max_length")
-        return cls(tokenizer, name, chat, int(limit) if str(limit).isdigit() else None)
+        return cls(tokenizer, name, chat, int(limit) if re.fullmatch("[0-9]+", str(limit)) else None)
 
     @property
     def has_template(self) -> bool:

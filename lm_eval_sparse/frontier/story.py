@@ -85,12 +85,12 @@ ARRIVALS = (
     "Nora arrived {at_place} with a map under one arm.",
     "Nora reached {place} in good spirits and took in the scene.",
     "{at_place}, Nora put down the bag and looked around.",
-    "The journey now brought Nora to {place}, which was as busy as an anthill.",
+    "The journey brought Nora to {place}, which was as busy as an anthill.",
     "Nora made a stop {at_place} and was glad of the change.",
     "Nora's route led to {place}, where the bag could rest for a while.",
     "Nora found the way to {place} without once looking at the map.",
     "Nora had marked {place} on the map, and now she was there.",
-    "It was {at_place} that Nora broke the journey this time.",
+    "It was {at_place} that Nora broke the journey.",
     "Nora turned up {at_place} a little out of breath but pleased to have made it.",
 )
 MOTIVES = (

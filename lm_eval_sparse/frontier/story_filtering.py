@@ -16,7 +16,7 @@ from .story import HERO, INTRO, MOST, Chapter, Story, message
 MISSING = 3
 
 # A number in an answer, with the word "chapter" before it if there is one.
-_NUMBER = re.compile(r"(?:\b(chapters?|ch\.?)[\W_]{0,6}|(?<![^\W_]))(\d+)(?![^\W_])", re.IGNORECASE)
+_NUMBER = re.compile(r"(?:\b(chapters?|ch\.?)[\W_]{0,6}|(?<![^\W_]))(\d+)(st|nd|rd|th)?(?![^\W_])", re.IGNORECASE)
 _CHAPTER_FOLLOWS = re.compile(r"[.):\]]?[*_`\"'“„«([ \t]{0,8}(?:such[ \t]+)?chapters?\b", re.IGNORECASE)
 _LIST_NUMBER = re.compile(r"[^\w\n]*(\d+)[.):\]](?=[^\w\n]*[ \t*_|])(?=.*\d)")
 
@@ -138,6 +138,10 @@ class StoryFiltering(Recipe):
         """The whole text of each chapter without a purchase."""
         return doc["pieces"]
 
+    def secrets(self, doc: dict[str, Any]) -> list[str]:
+        """None: numbers of chapters stand in their headings."""
+        return []
+
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
         return {"average_precision": ranking_chance(doc["chapters"], len(doc["numbers"]))}
 
@@ -166,6 +170,6 @@ def _numbers(block: str) -> set[int]:
     for line in lines:
         start = match.end() if is_list and (match := _LIST_NUMBER.match(line)) else 0
         for number in _NUMBER.finditer(line, start):
-            if number.group(1) or not _CHAPTER_FOLLOWS.match(line, number.end()):
+            if number.group(1) or number.group(3) or not _CHAPTER_FOLLOWS.match(line, number.end()):
                 found.add(int(number.group(2)[:9]))
     return found

@@ -7,6 +7,7 @@ The named item leads to a chapter, and the order of the chapters to the one befo
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ item that is asked for.
 
 Answer:
 """
+
+
+_BEFORE = re.compile(r"^[^\w\n]*(?:\d{1,2}[.):]\s+)?[^\w\n]*(?:acquired last before [^:\n]{1,80}:)?", re.IGNORECASE)
 
 
 class StoryMultihopDraft:
@@ -119,4 +123,6 @@ def parse(text: str) -> str:
 
 
 def _first_line(block: str) -> str:
-    return next(filter(None, map(normalise, block.splitlines())), "")
+    """Without a list number, and without "Acquired last before …:", which is how the twin's answer begins."""
+    lines = (normalise(_BEFORE.sub("", line)) for line in block.splitlines())
+    return next(filter(None, lines), "")

@@ -24,7 +24,7 @@ _ASK = {
 }
 _LONGEST = {"place": max(PLACES, key=len), "character": max(CHARACTERS, key=len), "item": LONGEST_ITEM}
 # An answer line starts with its number; punctuation, brackets or markup may stand around it.
-_LINE = re.compile(r"[^\w\n]*(?:(?:question|answer)[ \t]+)?(\d{1,2})(?!\w)[\W_]+([^\W_].*)", re.IGNORECASE)
+_LINE = re.compile(r"[^\w\n]*(?:(?:question|answer|q|a)[ \t.]{0,2})?(\d{1,2})(?!\w)[\W_]+([^\W_].*)", re.IGNORECASE)
 
 _INTRO = f"{INTRO} You will be asked about {{count}}."
 _QUESTION = "Answer {count} about the story:\n{questions}"

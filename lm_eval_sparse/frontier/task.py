@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..protocol import SKIPPED, SharedPrompt, mean_sparsities, stats_of
 from . import recipe
-from .fill import DoesNotFit, Filler, fit
+from .fill import DoesNotFit, Filler, fit, fit_both
 from .meter import Meter, meter_for
 from .recipe import Draft, Unavailable
 from .store import DocumentStore
@@ -37,6 +37,11 @@ logger = logging.getLogger(__name__)
 SHORTEST = 0.9
 #: Share of its budget that every prompt reaches (paper §4: samples have 95–100% of the target length).
 FILLED = 0.95
+
+#: Larger files beside a recipe are not read for the fingerprint of its documents.
+_LARGE = 64 * 2**20
+#: Documents whose answers settle how much room is kept for answers.
+_SETTLING = 100
 
 _SENTINEL = "{the prompt}"
 _STUB = "This leaf is skipped."
@@ -102,10 +107,10 @@ class FrontierTask(ConfigurableTask):
         """Set up the recipe, find its data if it needs any, and a sequence of documents yet to be made."""
         given, metadata = dict(dataset_kwargs or {}), dict(self.config.metadata or {})
         self.recipe = given["recipe"]() if given.get("recipe") else recipe(str(given.get("task")))
-        self.length = self._whole("length", given.get("length"), 1)
-        self.samples = self._whole("samples", metadata.get("samples", 100), 1)
-        self.seed = self._whole("seed", metadata.get("seed", 0), None)
-        self.strict = self._flag("strict", metadata.get("strict", False))
+        self.length = whole(self.config.task, "length", given.get("length"), 1)
+        self.samples = whole(self.config.task, "samples", metadata.get("samples", 100), 1)
+        self.seed = whole(self.config.task, "seed", metadata.get("seed", 0), None)
+        self.strict = flag(self.config.task, "strict", metadata.get("strict", False))
         self.VERSION = self.recipe.version
         # What the leaf is wins over whatever model arguments of the same name lm-eval has merged in.
         metadata.update(version=self.VERSION, length=self.length, samples=self.samples, seed=self.seed)
@@ -128,22 +133,6 @@ class FrontierTask(ConfigurableTask):
             logger.warning("%s is skipped: %s", self.config.task, reason)
         self._skipped = self._told = reason
         self.config.metadata = {**self.config.metadata, "skipped": reason}
-
-    def _flag(self, key: str, value: Any) -> bool:
-        known = {"true": True, "1": True, "false": False, "0": False}
-        if str(value).lower() not in known:
-            raise UserError(f"{self.config.task}: {key}={value!r} given, but {key} must be true or false")
-        return known[str(value).lower()]
-
-    def _whole(self, key: str, value: Any, least: int | None) -> int:
-        try:
-            number = int(value) if isinstance(value, float) and value.is_integer() else int(str(value))
-        except ValueError:
-            number = None
-        if number is None or (least is not None and number < least):
-            accepted = "a whole number" + (f" of at least {least}" if least is not None else "")
-            raise UserError(f"{self.config.task}: {key}={value!r} given, but {key} must be {accepted}")
-        return number
 
     def fewshot_docs(self) -> None:
         return None  # otherwise lm-eval lists all documents to sample examples from
@@ -222,11 +211,12 @@ class FrontierTask(ConfigurableTask):
         except Unavailable as error:
             self._skip(str(error))
             return str(error)
+        # The budget is settled by the same documents however many are asked for: it must not depend on that.
+        reserve = self._reserve(meter, frame, (draft(index) for index in range(min(_SETTLING, number or _SETTLING))))
         number = self.samples if number is None else min(self.samples, number)
         if number < self.samples:
             logger.warning("%s: there are %d documents, not %d", self.config.task, number, self.samples)
 
-        reserve = self._reserve(meter, frame, (draft(index) for index in range(number)))
         budget = self.length if meter.limit is None else min(self.length, meter.limit - reserve)
         empty = draft(0).message(0, "")
         shortest = math.ceil(SHORTEST * self.length)
@@ -258,9 +248,13 @@ class FrontierTask(ConfigurableTask):
 
         def make(index: int) -> dict[str, Any]:
             begun = draft(index)
-            sibling = draft(index, forced=False) if self.forced and self.recipe.twin_keeps_units else None
+            # Documents beyond those that the leaf's budget was settled by may have a longer answer.
+            own = budget if meter.limit is None else min(budget, meter.limit - self._reserve(meter, frame, [begun]))
             try:
-                fitted = fit(begun, budget, count, filler, sibling, meter.parts)
+                if self.recipe.twin_keeps_units:
+                    fitted = fit_both(begun, draft(index, not self.forced), own, count, filler, meter.parts)
+                else:
+                    fitted = fit(begun, own, count, filler, meter.parts)
             except DoesNotFit as error:
                 raise UserError(f"{self.config.task}: document {index} has {error}, the budget is {budget}") from error
             if fitted.tokens < FILLED * budget:
@@ -286,10 +280,10 @@ class FrontierTask(ConfigurableTask):
         """Tokens of the longest document's shortest prompt. Of the first document's where that leaves room to spare."""
 
         def size(index: int) -> int:
-            # The twin that keeps its sibling's units has those that fit under the longer instructions.
-            forced = self.forced and not self.recipe.twin_keeps_units
-            draft = self.recipe.draft(self.length, self.seed, index, forced)
-            return count(draft.message(self.recipe.least_units, ""))
+            # Units have to fit under the longer instructions where the twin has the same.
+            formats = {self.forced, not self.forced} if self.recipe.twin_keeps_units else {self.forced}
+            drafts = [self.recipe.draft(self.length, self.seed, index, forced) for forced in formats]
+            return max(count(draft.message(self.recipe.least_units, "")) for draft in drafts)
 
         first = size(0)
         return first if first < 0.85 * budget else max(map(size, range(number)))
@@ -299,7 +293,7 @@ class FrontierTask(ConfigurableTask):
         given = self.config.generation_kwargs or {}
         for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
             if given.get(key) is not None:
-                return self._whole(key, given[key], 1)
+                return whole(self.config.task, key, given[key], 1)
         return 256  # lm-eval's default
 
     def doc_iterator(
@@ -392,15 +386,43 @@ class ForcedFrontierTask(FrontierTask):
 
 @lru_cache(maxsize=64)
 def _sources(recipe_class: type) -> str:
-    """SHA-256 of the code that writes documents: this package's and the recipe's own module."""
+    """SHA-256 of what writes documents: this package's code, and all files beside a recipe from elsewhere."""
     paths = sorted(Path(__file__).parent.glob("*.py"))
     if not recipe_class.__module__.startswith(f"{__package__}."):
         with contextlib.suppress(TypeError, OSError):  # typed into a console, it has no file
-            paths.append(Path(inspect.getfile(recipe_class)))
+            folder = Path(inspect.getfile(recipe_class)).parent
+            paths += sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size < _LARGE)
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def whole(task: str, key: str, value: Any, least: int | None) -> int:
+    """`value` as a whole number of at least `least`. Raises `UserError`."""
+    try:
+        number = int(value) if isinstance(value, float) and value.is_integer() else int(str(value))
+    except ValueError:
+        number = None
+    if number is None or (least is not None and number < least):
+        accepted = "a whole number" + (f" of at least {least}" if least is not None else "")
+        raise UserError(f"{task}: {key}={value!r} given, but {key} must be {accepted}")
+    return number
+
+
+def flag(task: str, key: str, value: Any) -> bool:
+    """`value` as true or false. Raises `UserError`."""
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if str(value).lower() not in known:
+        raise UserError(f"{task}: {key}={value!r} given, but {key} must be true or false")
+    return known[str(value).lower()]
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """What every leaf reads of --metadata, so that a mistake is found before a model is loaded. Raises `UserError`."""
+    whole("--metadata", "samples", metadata.get("samples", 100), 1)
+    whole("--metadata", "seed", metadata.get("seed", 0), None)
+    flag("--metadata", "strict", metadata.get("strict", False))
 
 
 def _plain(prompt: Any) -> str:
