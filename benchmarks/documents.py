@@ -65,32 +65,29 @@ def measure(task: str, reader: Reader, metadata: dict[str, Any], samples: int) -
             }  # fmt: skip
     timed(f"frontier_{task}_4k", reader, 100, metadata)
     row["cached_100_s"] = min(timed(f"frontier_{task}_4k", reader, 100, metadata)[1] for _ in range(3))
-    runs = []
-    for seed in (1, 2, 3):  # fresh ones
-        runs.append(timed(f"frontier_{task}_128k", reader, 1, {**metadata, "seed": seed})[1])
-    row["one_128k_s"] = statistics.median(runs)
+    for prefix in ("", "forced_"):
+        runs = [timed(f"{prefix}frontier_{task}_128k", reader, 1, {**metadata, "seed": seed})[1] for seed in (1, 2, 3)]
+        row[f"{prefix}one_128k_s"] = statistics.median(runs)
     return row
 
 
 def table(report: dict[str, Any]) -> str:
     lines = [
-        "| task | tokenizer | one 128K document, s | 100 cached documents, s | 4K: least–most | 32K: least–most "
-        "| 128K (128000): least–most |",
-        "|---|---|---|---|---|---|---|",
+        "| task | tokenizer | one 128K document, s | its twin, s | 100 cached documents, s "
+        "| 4K: least–most | 32K: least–most | 128K (128000): least–most |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for task, rows in report["tasks"].items():
         for name, row in rows.items():
             spans = [row["lengths"].get(length) for length in ("4k", "32k", "128k")]
             cells = [f"{span['least']}–{span['most']}" if span else "-" for span in spans]
-            lines.append(
-                f"| {task} | {name} | {row['one_128k_s']:.2f} | {row['cached_100_s']:.3f} | {' | '.join(cells)} |"
-            )
+            times = f"{row['one_128k_s']:.2f} | {row['forced_one_128k_s']:.2f} | {row['cached_100_s']:.3f}"
+            lines.append(f"| {task} | {name} | {times} | {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return (
         f"# Documents: time and length\n\n{report['device']}; {versions}. Chat template applied. "
-        f"{report['samples']} documents of 4K and 32K, 3 of 128K; times of one 128K document are medians of three.\n\n"
-        + "\n".join(lines)
-        + "\n"
+        f"{report['samples']} documents of 4K and 32K, 3 of 128K; times of one 128K document are medians of three, "
+        "those of cached documents are for 4K.\n\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -318,7 +318,7 @@ def test_a_twin_with_the_longer_instructions_gets_what_fits_for_both():
             return super().message(units, filler) + "x" * 30
 
     count = len
-    short, long = Blocks([40] * 50), Lengthy([40] * 50)
+    short, long = Blocks([40], 50), Lengthy([40], 50)
     for budget in range(200, 400, 7):
         try:
             fitted = [fit_both(a, b, budget, count, Filler(count)) for a, b in ((short, long), (long, short))]

@@ -356,7 +356,7 @@ def test_other_data_sets_on_the_hub_have_copies_of_their_own(monkeypatch):
     assert one.sha256 != other.sha256 and other.source == "me/mine on the Hub"
     assert tries == [("rajpurkar/squad_v2", "validation")]
     hub(monkeypatch, [{"text": "x"}])
-    with pytest.raises(Unavailable, match=r"me/bad cannot be loaded .*row 1: 'context' is missing"):
+    with pytest.raises(Unavailable, match=r"me/bad cannot be loaded .*row 1: 'answers' is missing"):
         qa_data.load("squad", {"squad_hub": "me/bad"})
     hub(monkeypatch, [])
     with pytest.raises(Unavailable, match="me/empty on the Hub has no question"):

@@ -187,8 +187,8 @@ def test_prompts_have_their_length_and_their_evidence(name, kind, chat, system, 
             task = leaf(name, length, forced, qa_folder=qa_folder)
             build(task, lm, chat=chat, limit=1, system_instruction=system)
             reason = task.config.metadata.get("skipped")
-            # The ten common words of CWE alone are more than 4,096 tokens of some of these tokenizers.
-            assert not reason or (name, length) == ("cwe", "4k"), reason
+            # The ten common words of CWE alone, or four chapters byte by byte, are more than 4,096 tokens of some.
+            assert not reason or (name, length) in (("cwe", "4k"), ("story_filtering", "4k")), reason
             if not reason:
                 break
         tokens = LENGTHS[length]

@@ -573,7 +573,7 @@ FILTERING = [
     ("empty", "", 0.0),
     ("empty tags", "<answer></answer>", 0.0),
     ("none", "<answer>None.</answer>", 0.0),
-    ("ordinals are no chapters", "<answer>3rd, 17th and 25th</answer>", 0.0),
+    ("ordinals", "<answer>3rd, 17th and 25th</answer>", 1.0),
     ("noise", NOISE, 0.0),
     ("noise, then the answer", f"{NOISE}<answer>3, 17, 25</answer>", 1.0),
     ("answer, then noise", f"<answer>3, 17, 25</answer>{NOISE}", 1.0),

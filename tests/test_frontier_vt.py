@@ -181,7 +181,9 @@ def test_the_gold_answer_scores_one_for_two_hundred_documents(lm):
         wrapped = f"<explanation>Copies of copies.</explanation>\n<answer>\n{', '.join(gold)}\n</answer>"
         assert task.process_results(doc, [wrapped]) == {"iou": 1.0}
         assert task.process_results(doc, [other["target"]]) == {"iou": 0.0}
-        assert task.process_results(doc, [doc["input"]]) == {"iou": 5 / 40}  # the text read back
+        text = doc["input"].split("Reply in two parts")[0]
+        assert task.process_results(doc, [text]) == {"iou": 5 / 40}  # the text read back
+        assert task.process_results(doc, [doc["input"]]) == {"iou": 0.0}  # with its example of tags
 
 
 # ----------------------------------------------------------------------------------------------------------- scoring
@@ -211,7 +213,7 @@ OUTPUTS = [
     ("two blocks, first right", f"<answer>{ALL}</answer><answer>{W[0]}</answer>", 5, 5),
     ("two blocks, first wrong", f"<answer>{W[0]}</answer><answer>{ALL}</answer>", 0, 6),
     ("first block without names", f"<answer>the five names:</answer>\n<answer>{ALL}</answer>", 5, 5),
-    ("empty block, names outside", f"<answer></answer> {ALL}", 5, 5),
+    ("empty block, names outside", f"<answer></answer> {ALL}", 0, 5),  # the whole counts without tags only
     ("names outside do not count beside a block", f"{W[0]} {W[1]} <answer>{ALL}</answer> {W[2]}", 5, 5),
     ("explanation names others", f"<explanation>{W[0]} copies {W[1]}.</explanation><answer>{ALL}</answer>", 5, 5),
     ("no tags, explanation names others", f"Not {W[0]} and {W[1]}. {ALL}", 5, 7),

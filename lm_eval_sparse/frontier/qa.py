@@ -523,7 +523,7 @@ _FRAME = frozenset(
 )
 # A letter that is refused ("Option A is wrong, so C") is no label: such a line is read letter by letter.
 _REFUSED = re.compile(
-    r"^\W*(?:is|are|was|seems|isn['’]t|not)?\W*(?:not|n['’]t|wrong|incorrect|false|out)\b", re.IGNORECASE
+    r"\W{0,6}(?:is|are|was|seems)?\W{0,6}(?:not|isn['’]t|aren['’]t|wrong|incorrect|false|out)\b", re.IGNORECASE
 )
 # Words after which "A" is a letter, not the article, and "I" no pronoun: "A and C", "A is right".
 _AFTER = frozenset(
@@ -567,7 +567,7 @@ def _labels(line: str, own: str) -> set[str]:
             if single_lower and found and not line[ended : token.start()].strip():
                 found.pop()
             break
-    if found and _REFUSED.match(line[ended:]):
+    if found and _REFUSED.match(line, ended):
         return set()
     if found:
         found += [letter for letter in _FURTHER.findall(line, ended) if letter in own]
