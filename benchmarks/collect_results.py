@@ -95,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+")
     parser.add_argument("--output", required=True, help="path without suffix: .json and .md are written")
+    parser.add_argument("--note", help="a remark to put below the heading")
     parser.add_argument("--tasks", action="store_true", help="a line for each task instead of each method")
     options = parser.parse_args()
     runs = sorted(
@@ -103,6 +104,8 @@ def main() -> None:
                          run["requested"]),
     )  # fmt: skip
     lines = table_of_tasks(runs) if options.tasks else table_of_methods(runs)
+    if options.note:
+        lines[2:2] = [options.note, ""]
     path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
