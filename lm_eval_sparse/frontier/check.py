@@ -664,9 +664,7 @@ class _Checker:
         natural, problems, named, looked = self._natural(), [], 0, 0
         for made in self.made:
             for doc, prompt in zip(made.docs, made.prompts, strict=True):
-                rest = prompt
-                for piece in sorted(made.task.recipe.evidence(doc), key=len, reverse=True):
-                    rest = rest.replace(piece, "\n\0\n") if piece else rest
+                rest = _outside(made.task.recipe.evidence(doc), prompt)
                 secrets = list(made.task.recipe.secrets(doc))
                 named += len(secrets)
                 lines = (line.strip() for line in str(doc["target"]).splitlines())
@@ -691,11 +689,10 @@ class _Checker:
         """Short gold answers may stand in any prompt by chance; but not each in its own and in few of the others."""
         for made in () if natural else self.made:
             golds = [str(doc["target"]).strip().lower() for doc in made.docs]
-            rests = []
-            for doc, prompt in zip(made.docs, made.prompts, strict=True):
-                for piece in sorted(made.task.recipe.evidence(doc), key=len, reverse=True):
-                    prompt = prompt.replace(piece, "\n\0\n") if piece else prompt
-                rests.append(prompt.lower())
+            rests = [
+                _outside(made.task.recipe.evidence(doc), prompt).lower()
+                for doc, prompt in zip(made.docs, made.prompts, strict=True)
+            ]
             stands = [
                 [bool(re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", rest)) for gold in golds if gold] for rest in rests
             ]
@@ -952,6 +949,13 @@ def _some(names: Sequence[str] | Mapping[str, Any]) -> str:
 
 def _told(scores: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+
+
+def _outside(evidence: Sequence[str], prompt: str) -> str:
+    """The prompt without the pieces of evidence; nothing is joined that they parted."""
+    for piece in sorted(evidence, key=len, reverse=True):
+        prompt = prompt.replace(piece, "\n\0\n") if piece else prompt
+    return prompt
 
 
 def _answer(target: str) -> str:
