@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .recipe import Draft
 
@@ -107,7 +107,7 @@ def _prose(words: int, tail: str = "") -> str:
 
 
 class Sizes:
-    """Tokens of a draft's messages without filler, by units, with as little of the tokenizer as possible.
+    """Tokens of a draft's messages, by units and filler, with as little of the tokenizer as possible.
 
     Messages of nearby sizes share nearly all of their lines. They are cut between two words in each line, where the
     tokenizers that are in use never join tokens, and the parts are counted once each. `parts` counts texts as they
@@ -124,36 +124,45 @@ class Sizes:
     ):
         """`costs` holds what parts cost, for several drafts with parts in common."""
         self._draft, self._count, self._parts = draft, count, parts
-        self._known: dict[int, int] = {}
+        self._known: dict[tuple[int, str], int] = {}
         self._costs = {} if costs is None else costs
         self._offsets: list[int] = []
 
-    def __call__(self, units: int) -> int:
-        if units not in self._known:
-            message = self._draft.message(units, "")
+    def __call__(self, units: int, filler: str = "") -> int:
+        if (units, filler) not in self._known:
+            message = self._draft.message(units, filler)
             if self._parts and len(self._offsets) == 2:
-                self._known[units] = self._sum(message) + self._offsets[0]
+                tokens = self._sum(_cut(message)) + self._offsets[0]
             else:
-                self._known[units] = self._count(message)
+                tokens = self._count(message)
                 if self._parts:
-                    self._offsets.append(self._known[units] - self._sum(message))
-                    if self._offsets[0] != self._offsets[-1]:
+                    texts = _cut(message)
+                    self._offsets.append(tokens - self._sum(texts))
+                    # A list without two words in a line (CWE) stays in one part: nothing would be shared.
+                    if self._offsets[0] != self._offsets[-1] or 2 * max(map(len, texts)) > len(message):
                         self._parts = None
-        return self._known[units]
+            self._known[units, filler] = tokens
+        return self._known[units, filler]
 
-    def exact(self, units: int) -> int:
-        """The same, counted as a whole in any case."""
-        return self._count(self._draft.message(units, "")) if self._parts else self(units)
+    def confirms(self, fitted: Fitted) -> bool:
+        """Whether the message as a whole has the tokens that its parts add up to."""
+        if not self._parts:
+            return True
+        return self._count(self._draft.message(fitted.units, fitted.filler)) == fitted.tokens
 
-    def _sum(self, message: str) -> int:
-        texts, begin = [], 0
-        for cut in _CUT.finditer(message):
-            texts.append(message[begin : cut.end()])
-            begin = cut.end()
-        texts.append(message[begin:])
+    def _sum(self, texts: Sequence[str]) -> int:
         new = [text for text in dict.fromkeys(texts) if text not in self._costs]
         self._costs.update(zip(new, self._parts(new), strict=True))
         return sum(self._costs[text] for text in texts)
+
+
+def _cut(message: str) -> list[str]:
+    """The parts of a message, see `_CUT`."""
+    texts, begin = [], 0
+    for cut in _CUT.finditer(message):
+        texts.append(message[begin : cut.end()])
+        begin = cut.end()
+    return [*texts, message[begin:]]
 
 
 def fit(
@@ -171,20 +180,11 @@ def fit(
     """
     size = Sizes(draft, count, parts)
     fits = _search(draft, budget, size)
-    best = None
+    best = _fill(fits, budget, size, filler)
     # When the rest is smaller than the shortest line, or cannot be hit, one unit less leaves more to fill.
-    for units in (fits, fits - 1):
-        if units >= 0 and (best is None or best.tokens < budget):
-            tried = _fill(draft, units, size(units), budget, count, filler)
-            if not tried.filler:
-                tried = replace(tried, tokens=size.exact(units))
-            if tried.tokens <= budget and (best is None or tried.tokens > best.tokens):
-                best = tried
-    if best is None:
-        if parts:  # the parts have not added up after all
-            return fit(draft, budget, count, filler)
-        raise DoesNotFit(size(0))
-    return best
+    if best.tokens < budget and fits:
+        best = max(best, _fill(fits - 1, budget, size, filler), key=lambda one: one.tokens)
+    return best if size.confirms(best) else fit(draft, budget, count, filler)
 
 
 def fit_both(
@@ -206,14 +206,8 @@ def fit_both(
     rest = budget - max(size(units) for size in sizes)
     if units and 0 < rest < _SHORT:
         units -= 1
-    fitted = _fill(draft, units, sizes[0](units), budget, count, filler)
-    if not fitted.filler:
-        fitted = replace(fitted, tokens=sizes[0].exact(units))
-    if fitted.tokens > budget:
-        if parts:  # the parts have not added up after all
-            return fit_both(draft, sibling, budget, count, filler)
-        raise DoesNotFit(sizes[0](0))
-    return fitted
+    fitted = _fill(units, budget, sizes[0], filler)
+    return fitted if sizes[0].confirms(fitted) else fit_both(draft, sibling, budget, count, filler)
 
 
 def _search(draft: Draft, budget: int, size: Sizes) -> int:
@@ -245,16 +239,16 @@ def _search(draft: Draft, budget: int, size: Sizes) -> int:
     return fits
 
 
-def _fill(draft: Draft, units: int, bare: int, budget: int, count: Callable[[str], int], filler: Filler) -> Fitted:
-    """The best filler line for `units` units, which without one come to `bare` tokens."""
-    best = Fitted(units, "", bare)
-    want, tried = budget - bare, set()
+def _fill(units: int, budget: int, size: Sizes, filler: Filler) -> Fitted:
+    """The best filler line for `units` units."""
+    best = Fitted(units, "", size(units))
+    want, tried = budget - best.tokens, set()
     while want > 0 and want not in tried and len(tried) < 5:
         tried.add(want)
         line = filler.line(want)
         if not line:
             break
-        tokens = count(draft.message(units, line))
+        tokens = size(units, line)
         if best.tokens < tokens <= budget:
             best = Fitted(units, line, tokens)
         if tokens == budget:

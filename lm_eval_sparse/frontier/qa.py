@@ -16,6 +16,7 @@ import random
 import re
 import string
 import unicodedata
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -351,13 +352,13 @@ class Qa(Recipe):
         question = self.question(item, 1) if item else _QUESTION.format(number=1, question="")
         return f"{_INTRO}\n{_TWICE}\n\n{question}\n\n{question}\n\n{self.instructions(False)}"
 
+    @abstractmethod
     def key(self, item: Item) -> dict[str, Any]:
         """The part of a document that scoring needs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gold_answer(self, item: Item) -> str:
         """What stands between the answer tags in a right answer."""
-        raise NotImplementedError
 
     def asked(self, item: Item) -> list[tuple[str, str]]:
         """The twin's requests for `item`."""
