@@ -21,13 +21,14 @@ class BlockLayout:
 
     Attributes:
         indices: `(H, n_q, W)` int32, ids of key blocks; the first `counts` entries of a row are valid and
-            ascending, the rest is 0.
+            ascending, what lies behind them is undefined.
         counts: `(H, n_q)` int32, number of valid entries, at least 1.
         length: number of tokens `L` of the row (queries = keys).
         block_q, block_k: block sizes in tokens; the last block of each kind may be partial.
-        columns: `(H, n_q, C)` int32, ids of single keys that a query block reads besides its tiles, or None. The
-            first `column_counts` entries of a row are valid and ascending, the rest is 0; none lies in a listed
-            tile of its row, none after the row's last query.
+        columns: single keys that a query block reads besides its tiles, or None. `(H, n_q, C)` int32: a list for
+            each query block; or `(H, 1, C)`: one list for all query blocks of a head. The first `column_counts`
+            entries are valid and ascending, what lies behind them is undefined; none lies after the last query of
+            the block. A column in a listed tile of the block adds nothing (shared lists hold such, own lists do not).
         column_counts: `(H, n_q)` int32, number of valid columns, may be 0.
     """
 
@@ -46,28 +47,19 @@ class BlockLayout:
         return BlockLayout(indices, counts, length, block_q, block_k)
 
     def with_columns(self, keys: Tensor) -> BlockLayout:
-        """This layout and single key columns: of the keys `(H, L)` bool, those outside the tiles of each row."""
+        """This layout and single key columns: in every query block of a head the keys `(H, L)` bool that it may see."""
         if self.columns is not None or keys.shape != (self.heads, self.length):
             raise ValueError(
                 f"keys {tuple(keys.shape)} do not fit a layout of {self.heads} heads and {self.length} tokens, "
                 "or it has columns already"
             )
-        # In key blocks the question "outside the listed tiles?" has one answer for all columns of a block.
-        open_blocks = ~self.mask()
-        block_of = torch.arange(self.length, device=keys.device) // self.block_k
-        last_query = torch.clamp((torch.arange(self.blocks_q, device=keys.device) + 1) * self.block_q, max=self.length)
-        causal = torch.arange(self.length, device=keys.device) < last_query[:, None]
-        wanted, counts = [], []
-        for head in range(self.heads):  # one head at a time: n_q x L booleans, not H x n_q x L
-            ids = keys[head].nonzero().flatten()
-            mask = open_blocks[head][:, block_of[ids]] & causal[:, ids]
-            places, count = listed(mask[None])
-            inside = torch.arange(places.shape[-1], device=keys.device) < count[..., None]
-            wanted.append(torch.where(inside, ids[places.long()] if len(ids) else places.long(), 0)[0].to(torch.int32))
-            counts.append(count[0])
-        width = max(rows.shape[-1] for rows in wanted)
-        columns = torch.stack([F.pad(rows, (0, width - rows.shape[-1])) for rows in wanted])
-        return replace(self, columns=columns, column_counts=torch.stack(counts))
+        before = keys.cumsum(-1, dtype=torch.int32)  # columns up to and including each key
+        ids = torch.arange(self.length, dtype=torch.int32, device=keys.device)
+        # Keys that are not kept are written to a place behind the list.
+        columns = ids.new_empty(self.heads, 1, self.length + 1)
+        columns[:, 0].scatter_(1, torch.where(keys, before - 1, self.length).long(), ids.expand(self.heads, -1))
+        last = torch.clamp((torch.arange(self.blocks_q, device=keys.device) + 1) * self.block_q, max=self.length) - 1
+        return replace(self, columns=columns[..., : self.length], column_counts=before[:, last].contiguous())
 
     @property
     def heads(self) -> int:
@@ -81,36 +73,74 @@ class BlockLayout:
     def blocks_k(self) -> int:
         return -(-self.length // self.block_k)
 
+    def valid(self) -> Tensor:
+        """`(H, n_q, W)` bool: which entries of `indices` are valid."""
+        return torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
+
     def mask(self) -> Tensor:
         """The boolean block mask `(H, n_q, n_k)` of this layout."""
-        valid = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
-        # Padding entries carry id 0, so count hits instead of writing booleans that could overwrite a hit.
-        hits = torch.zeros(*self.counts.shape, self.blocks_k, dtype=torch.int32, device=self.indices.device)
-        hits.scatter_add_(-1, self.indices.long(), valid.to(torch.int32))
-        return hits > 0
+        blocks = torch.where(self.valid(), self.indices, self.blocks_k).long()
+        hits = torch.zeros(*self.counts.shape, self.blocks_k + 1, dtype=torch.bool, device=self.indices.device)
+        return hits.scatter_(-1, blocks, True)[..., :-1]
 
     def executed_pairs(self) -> Tensor:
         """`(H,)` int64: (query, key) pairs inside the causal triangle that lie in a listed tile or column."""
         weights = tile_pairs(self.length, self.block_q, self.block_k, self.indices.device)
-        valid = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
+        valid = self.valid()
         rows = torch.arange(self.blocks_q, device=self.indices.device)[None, :, None]
-        return torch.where(valid, weights[rows, self.indices.long()], 0).sum((1, 2)) + self._column_pairs()
-
-    def _column_pairs(self) -> Tensor | int:
-        if self.columns is None:
-            return 0
-        device = self.columns.device
-        valid = torch.arange(self.columns.shape[-1], device=device) < self.column_counts[..., None]
-        first = (torch.arange(self.blocks_q, device=device) * self.block_q)[None, :, None]
-        last = torch.clamp(first + self.block_q, max=self.length)
-        return torch.where(valid, last - torch.maximum(first, self.columns.long()), 0).sum((1, 2))
+        tiles = torch.where(valid, weights[rows, torch.where(valid, self.indices, 0).long()], 0).sum((1, 2))
+        return tiles if self.columns is None else tiles + self._open_columns(pairs=True)
 
     def keys_read(self) -> Tensor:
         """`(H,)` int64: keys that are loaded, summed over query blocks (each loads K and V of its keys once)."""
         sizes = block_lengths(self.length, self.block_k, self.indices.device)
-        valid = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
-        tiles = torch.where(valid, sizes[self.indices.long()], 0).sum((1, 2))
-        return tiles if self.columns is None else tiles + self.column_counts.sum(1)
+        valid = self.valid()
+        tiles = torch.where(valid, sizes[torch.where(valid, self.indices, 0).long()], 0).sum((1, 2))
+        return tiles if self.columns is None else tiles + self._open_columns(pairs=False)
+
+    def _open_columns(self, *, pairs: bool) -> Tensor:
+        """`(H,)` int64: columns outside the listed tiles of their query block, or the pairs that they add."""
+        device = self.columns.device
+        first = torch.arange(self.blocks_q, device=device) * self.block_q
+        last = torch.clamp(first + self.block_q, max=self.length)
+        if self.columns.shape[1] > 1:  # own lists: none lies in a listed tile
+            if not pairs:
+                return self.column_counts.sum(1)
+            valid = torch.arange(self.columns.shape[-1], device=device) < self.column_counts[..., None]
+            seen = last[:, None] - torch.maximum(first[:, None], self.columns.long())
+            return torch.where(valid, seen, 0).sum((1, 2))
+        keys = self.column_keys().long()
+        number, places = (
+            F.pad(table.cumsum(-1), (1, 0)) for table in (keys, keys * torch.arange(self.length).to(keys))
+        )
+        queries = last - first
+
+        def before(head: int, rows: Tensor, end: Tensor) -> Tensor:
+            """What the columns below `end` add to the query blocks `rows` of a head."""
+            if not pairs:
+                return number[head, end]
+            # From the block's first query on, a column is seen by part of the queries only.
+            far, near, start = torch.minimum(end, first[rows]), torch.maximum(end, first[rows]), first[rows]
+            seen = last[rows] * (number[head, near] - number[head, start]) - (places[head, near] - places[head, start])
+            return queries[rows] * number[head, far] + seen
+
+        total = []
+        for head, listed in enumerate(self.valid()):
+            row, place = listed.nonzero(as_tuple=True)
+            block = self.indices[head, row, place].long()
+            low, high = (torch.minimum(last[row], edge * self.block_k) for edge in (block, block + 1))
+            every = before(head, torch.arange(self.blocks_q, device=device), last).sum()
+            total.append(every - before(head, row, high).sum() + before(head, row, low).sum())
+        return torch.stack(total)
+
+    def column_keys(self) -> Tensor:
+        """`(H, L)` bool: the keys of shared column lists."""
+        if self.columns is None or self.columns.shape[1] != 1:
+            raise ValueError("only shared lists of columns, (H, 1, C), are the same keys for all query blocks")
+        valid = torch.arange(self.columns.shape[-1], device=self.columns.device) < self.column_counts[:, -1:]
+        places = torch.where(valid, self.columns[:, 0], self.length).long()
+        keys = torch.zeros(self.heads, self.length + 1, dtype=torch.bool, device=self.columns.device)
+        return keys.scatter_(1, places, True)[:, :-1]
 
     def check(self, heads: int) -> None:
         """Raise ValueError unless the layout is causal, in range, free of duplicates, and every query has a key.
@@ -124,8 +154,7 @@ class BlockLayout:
             )
         if self.columns is not None and bool((self.column_counts > self.columns.shape[-1]).any()):
             raise ValueError(f"layout counts more columns than the {self.columns.shape[-1]} it lists")
-        ids, counts = self.indices.long(), self.counts.long()
-        valid = torch.arange(ids.shape[-1], device=ids.device) < counts[..., None]
+        ids, valid = self.indices.long(), self.valid()
         if bool(((ids < 0) | (ids >= self.blocks_k)).logical_and(valid).any()):
             raise ValueError(f"layout holds a key block outside 0..{self.blocks_k - 1}")
         last_query = (
@@ -138,13 +167,18 @@ class BlockLayout:
         first_query = torch.arange(self.blocks_q, device=ids.device) * self.block_q
         smallest = torch.where(valid, ids, self.blocks_k).amin(-1)
         if self.columns is not None:
-            columns = self.columns.long()
-            valid = torch.arange(columns.shape[-1], device=ids.device) < self.column_counts[..., None]
+            shared = self.columns.shape[1] == 1
+            counts = self.column_counts[..., None]
+            columns = self.columns.long().expand(-1, self.blocks_q, -1)
+            valid = torch.arange(columns.shape[-1], device=ids.device) < counts
             if bool(((columns < 0) | (columns > last_query[None, :, None])).logical_and(valid).any()):
                 raise ValueError("layout holds a key column outside the keys that its query block may see")
             if bool((columns[..., 1:] <= columns[..., :-1]).logical_and(valid[..., 1:]).any()):
                 raise ValueError("layout's key columns are not strictly ascending (duplicate or unsorted)")
-            if bool(self.mask().gather(-1, columns // self.block_k).logical_and(valid).any()):
+            if shared and bool((columns <= last_query[None, :, None]).logical_and(_kept(columns, counts)).any()):
+                raise ValueError("layout counts fewer columns of a shared list than a query block may see")
+            blocks = torch.where(valid, columns // self.block_k, 0)
+            if not shared and bool(self.mask().gather(-1, blocks).logical_and(valid).any()):
                 raise ValueError("layout holds a key column that lies in a listed tile of its query block")
             reach = torch.where(valid, columns, self.length).amin(-1) if columns.shape[-1] else self.length
             smallest = torch.minimum(smallest * self.block_k, torch.as_tensor(reach, device=ids.device))
@@ -179,11 +213,17 @@ def check_shapes(layout: BlockLayout, heads: int) -> None:
         raise ValueError("layout has only one of columns and column_counts; expected both or neither")
     if layout.columns is not None:
         shapes = tuple(layout.columns.shape[:2]), tuple(layout.column_counts.shape)
-        if shapes != ((heads, layout.blocks_q), (heads, layout.blocks_q)):
+        if shapes[0] not in ((heads, layout.blocks_q), (heads, 1)) or shapes[1] != (heads, layout.blocks_q):
             raise ValueError(
                 f"layout has columns {tuple(layout.columns.shape)} and column_counts {shapes[1]}; "
-                f"expected ({heads}, {layout.blocks_q}, width) and ({heads}, {layout.blocks_q})"
+                f"expected ({heads}, {layout.blocks_q} or 1, width) and ({heads}, {layout.blocks_q})"
             )
+
+
+def _kept(columns: Tensor, counts: Tensor) -> Tensor:
+    """Entries of shared lists that some query block counts, but not the one at hand."""
+    place = torch.arange(columns.shape[-1], device=columns.device)
+    return (place >= counts) & (place < counts[:, -1:])
 
 
 def causal_pairs(length: int) -> int:

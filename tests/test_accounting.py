@@ -374,8 +374,9 @@ def of_layout(layout: BlockLayout) -> tuple[np.ndarray, np.ndarray]:
             for block in layout.indices[head, row, : int(layout.counts[head, row])].tolist():
                 keys |= set(range(block * layout.block_k, min((block + 1) * layout.block_k, length)))
             if layout.columns is not None:
-                single = layout.columns[head, row, : int(layout.column_counts[head, row])].tolist()
-                assert not keys & set(single)
+                shared = layout.columns.shape[1] == 1  # of shared lists, what lies in a tile adds nothing
+                single = layout.columns[head, 0 if shared else row, : int(layout.column_counts[head, row])].tolist()
+                assert shared or not keys & set(single)
                 keys |= set(single)
             mask[head, first : first + layout.block_q, sorted(keys)] = True
             loaded[head] += len(keys)

@@ -375,7 +375,9 @@ def read_layout(layout: BlockLayout, head: int) -> tuple[np.ndarray, list[list[i
         if layout.columns is None or layout.column_counts is None:
             columns.append([])
         else:
-            columns.append(layout.columns[head, row, : int(layout.column_counts[head, row])].tolist())
+            shared = layout.columns.shape[1] == 1
+        ids = layout.columns[head, 0 if shared else row, : int(layout.column_counts[head, row])].tolist()
+        columns.append([j for j in ids if not (shared and tiles[row, j // layout.block_k])])
     return tiles, columns
 
 

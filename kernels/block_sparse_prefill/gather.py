@@ -36,7 +36,9 @@ def forward(
 
     tiles, indices = layout.counts.flatten(), layout.indices.reshape(heads * n_q, -1)
     singles = torch.zeros_like(tiles) if layout.columns is None else layout.column_counts.flatten()
-    columns = None if layout.columns is None else layout.columns.reshape(heads * n_q, -1)
+    shared = layout.columns is not None and layout.columns.shape[1] == 1
+    columns = None if layout.columns is None else layout.columns.flatten(0, 1)
+    in_tiles = layout.mask().flatten(0, 1) if shared else None
     k_tokens, v_tokens = (blocks.reshape(-1, blocks.shape[-1]) for blocks in (k_blocks, v_blocks))
     needed = tiles * block_k + singles
     order = torch.argsort(needed, descending=True, stable=True)
@@ -52,24 +54,27 @@ def forward(
             stop += 1
         rows = order[start:stop]
         width, extra = max(tile_widths[start:stop]), max(single_widths[start:stop])
-        ids = indices[rows, :width].long()
+        listed = torch.arange(width, device=device) < tiles[rows, None]
+        ids = torch.where(listed, indices[rows, :width], 0).long()
         kv_head = rows // n_q // (heads // kv_heads)
         k = k_blocks[kv_head[:, None], ids].reshape(len(rows), width * block_k, dim)
         v = v_blocks[kv_head[:, None], ids].reshape(len(rows), width * block_k, dim)
         if extra:
-            tokens = columns[rows, :extra].long() + kv_head[:, None] * (n_k * block_k)
+            single = torch.arange(extra, device=device) < singles[rows, None]
+            position = torch.where(single, columns[rows // n_q if shared else rows, :extra].long(), 0)
+            if shared:  # its columns in listed tiles are there already
+                single &= ~in_tiles[rows[:, None], position // block_k]
+            tokens = position + kv_head[:, None] * (n_k * block_k)
             k, v = torch.cat([k, k_tokens[tokens]], 1), torch.cat([v, v_tokens[tokens]], 1)
         scores = torch.bmm(q_blocks[rows].to(work), k.to(work).transpose(1, 2)).mul_(scale)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        listed = torch.arange(width, device=device) < tiles[rows, None]
         # Unlisted slots get a key position after every query; keys past the end of the row lie there already.
         key_position = torch.where(listed[..., None], ids[..., None] * block_k + within_k, n_k * block_k)
         key_position = key_position.reshape(len(rows), -1)
         if extra:
-            single = torch.arange(extra, device=device) < singles[rows, None]
-            single = torch.where(single, columns[rows, :extra].long(), n_k * block_k)
-            key_position = torch.cat([key_position, single], 1)
+            position = torch.where(single, position, n_k * block_k)
+            key_position = torch.cat([key_position, position], 1)
         query_position = (rows % n_q)[:, None] * block_q + within_q
         hidden = key_position[:, None, :] > query_position[..., None]
         scores.masked_fill_(hidden, float("-inf"))

@@ -31,7 +31,8 @@ def forward(
         if layout.columns is not None:
             for block, count in enumerate(layout.column_counts[head].tolist()):
                 rows = slice(block * layout.block_q, (block + 1) * layout.block_q)
-                visible[rows, layout.columns[head, block, :count].long()] = True
+                shared = layout.columns.shape[1] == 1
+                visible[rows, layout.columns[head, 0 if shared else block, :count].long()] = True
         visible &= causal
         scores = scores.masked_fill(~visible, float("-inf"))
         out[head] = (scores.softmax(-1) @ v).to(query.dtype)

@@ -1,0 +1,19 @@
+"""What methods look at before they select: attention of the last queries, pooled queries and keys, bounds of pages.
+
+Scores are fp32, and nothing of size L x L is ever made.
+"""
+
+from .bounds import PageBounds, bound_scores
+from .pooling import pool, sum_blocks
+from .window import WindowSums, diagonal_sums, window_flops, window_sums
+
+__all__ = [
+    "PageBounds",
+    "WindowSums",
+    "bound_scores",
+    "diagonal_sums",
+    "pool",
+    "sum_blocks",
+    "window_flops",
+    "window_sums",
+]
