@@ -374,8 +374,8 @@ def read_layout(layout: BlockLayout, head: int) -> tuple[np.ndarray, list[list[i
         tiles[row, layout.indices[head, row, : int(layout.counts[head, row])].tolist()] = True
         if layout.columns is None or layout.column_counts is None:
             columns.append([])
-        else:
-            shared = layout.columns.shape[1] == 1
+            continue
+        shared = layout.columns.shape[1] == 1  # of shared lists, what lies in a tile adds nothing
         ids = layout.columns[head, 0 if shared else row, : int(layout.column_counts[head, row])].tolist()
         columns.append([j for j in ids if not (shared and tiles[row, j // layout.block_k])])
     return tiles, columns

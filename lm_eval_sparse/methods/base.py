@@ -6,6 +6,7 @@ lm-eval or which kernel will run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -41,18 +42,24 @@ class Selection:
 
     Attributes:
         layout: key blocks, and maybe single key columns, per (query head, query block).
-        selected_pairs: `(H,)` int64, pairs of the method's own pattern inside the causal triangle. Equal to the
-            executed ones where the method selects whole tiles.
         estimator_flops: floating-point operations spent on selecting (multiply and add count as two).
         estimator_bytes: bytes of queries, keys and values read to select.
-        knobs: the knobs as solved for this call, plain numbers, for the results.
+        knobs: the knobs as solved for this call, numbers, for the results. What was solved on a GPU is a tensor of
+            one number there, as may be the two above: selecting does not wait for the device.
+        count_selected: gives the `(H,)` int64 pairs of the method's own pattern inside the causal triangle; None
+            where the method selects whole tiles, so that they are the executed ones.
     """
 
     layout: BlockLayout
-    selected_pairs: Tensor
-    estimator_flops: int
-    estimator_bytes: int
+    estimator_flops: int | Tensor
+    estimator_bytes: int | Tensor
     knobs: dict[str, Any] = field(default_factory=dict)
+    count_selected: Callable[[], Tensor] | None = None
+
+    @property
+    def selected_pairs(self) -> Tensor:
+        """`(H,)` int64, counted anew at each reading."""
+        return self.layout.executed_pairs() if self.count_selected is None else self.count_selected()
 
 
 @dataclass(frozen=True)

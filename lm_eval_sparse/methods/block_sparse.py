@@ -97,7 +97,6 @@ class BlockSparse(PrefillMethod):
         layout = BlockLayout(indices, budgets.to(torch.int32).expand(heads, -1).contiguous(), length, block, block)
         return Selection(
             layout=layout,
-            selected_pairs=layout.executed_pairs(),
             estimator_flops=heads * (2 * blocks * blocks * dim + length * dim) + kv_heads * length * dim,
             estimator_bytes=query.element_size() * dim * (heads + kv_heads) * length,
             knobs={"top_k": float(budgets[-1]), "block_size": block},

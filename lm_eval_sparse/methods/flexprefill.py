@@ -187,7 +187,6 @@ class FlexPrefill(PrefillMethod):
         element = query.element_size()
         return Selection(
             layout=layout,
-            selected_pairs=layout.executed_pairs(),
             estimator_flops=heads * (2 * block * length * dim + 2 * blocks * dim + block * dim)
             + kv_heads * length * dim
             + len(maps) * map_cost,

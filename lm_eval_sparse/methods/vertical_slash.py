@@ -87,7 +87,7 @@ class VerticalSlashMethod(PrefillMethod):
         heads, length, dim = query.shape
         return Selection(
             layout=pattern.layout(n_vertical, n_slash),
-            selected_pairs=pattern.selected_pairs(n_vertical, n_slash),
+            count_selected=lambda: pattern.selected_pairs(n_vertical, n_slash),
             estimator_flops=window_flops(heads, int(self.window), length, dim),
             estimator_bytes=query.element_size() * dim * (key.shape[0] * length + heads * min(self.window, length)),
             knobs={"tile": pattern.tile, "near": pattern.near, "sinks": pattern.sinks, "window": self.window},
