@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import choose
+
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
@@ -85,14 +87,28 @@ class BlockLayout:
 
     def executed_pairs(self) -> Tensor:
         """`(H,)` int64: (query, key) pairs inside the causal triangle that lie in a listed tile or column."""
+        return self._pairs() if choose("auto", self.indices.device) == "naive" else self.pairs_and_keys()[0]
+
+    def keys_read(self) -> Tensor:
+        """`(H,)` int64: keys that are loaded, summed over query blocks (each loads K and V of its keys once)."""
+        return self._keys() if choose("auto", self.indices.device) == "naive" else self.pairs_and_keys()[1]
+
+    def pairs_and_keys(self, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """`executed_pairs` and `keys_read`, which `triton` counts at once and without waiting for the device."""
+        if choose(backend, self.indices.device) == "naive":
+            return self._pairs(), self._keys()
+        from . import layout_triton
+
+        return layout_triton.pairs_and_keys(self)
+
+    def _pairs(self) -> Tensor:
         weights = tile_pairs(self.length, self.block_q, self.block_k, self.indices.device)
         valid = self.valid()
         rows = torch.arange(self.blocks_q, device=self.indices.device)[None, :, None]
         tiles = torch.where(valid, weights[rows, torch.where(valid, self.indices, 0).long()], 0).sum((1, 2))
         return tiles if self.columns is None else tiles + self._open_columns(pairs=True)
 
-    def keys_read(self) -> Tensor:
-        """`(H,)` int64: keys that are loaded, summed over query blocks (each loads K and V of its keys once)."""
+    def _keys(self) -> Tensor:
         sizes = block_lengths(self.length, self.block_k, self.indices.device)
         valid = self.valid()
         tiles = torch.where(valid, sizes[torch.where(valid, self.indices, 0).long()], 0).sum((1, 2))

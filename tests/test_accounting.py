@@ -29,6 +29,7 @@ from lm_eval_sparse.methods import BlockSparse, FlexPrefill, FlexPrefillVS, Ques
 from lm_eval_sparse.methods.vertical_slash import Pattern
 from lm_eval_sparse.model import SparseHFLM
 from lm_eval_sparse.protocol import stats_of
+from lm_eval_sparse.runtime import accounting
 from lm_eval_sparse.runtime.accounting import Ledger, RowCounts
 from lm_eval_sparse.runtime.attention import Runtime
 
@@ -127,6 +128,49 @@ def test_a_prompt_in_chunks_by_hand() -> None:
     assert counts.phase("eviction").layers[0][:3, 0].tolist() == [20, 20, 20]
     assert counts.phase("decode").layers[0][:3, 0].tolist() == [21, 21, 21]
     assert counts.kv[0].tolist() == [[20 * 32] * 2] * 2
+
+
+@pytest.mark.parametrize("most", [1024, 1])
+def test_numbers_on_a_device_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """As on CUDA, whose tensors are not read call by call: the same counts, and one transfer when they are many."""
+    arguments = {"method": "vertical_slash+snapkv", "sparsity": 0.5}
+    expected = drive(arguments, 4, 2, 200)
+    transfers: list[int] = []
+    to_host = accounting.to_host
+
+    def noted(tensors: Sequence[Tensor]) -> list[Any]:
+        transfers.extend([len(tensors)] * (len(tensors) > 0))
+        return to_host(tensors)
+
+    monkeypatch.setattr(accounting, "on_device", lambda value: isinstance(value, Tensor))
+    monkeypatch.setattr(accounting, "to_host", noted)
+    monkeypatch.setattr(accounting, "MOST_PENDING", most)
+    counts = drive(arguments, 4, 2, 200)
+    assert len(transfers) == 1 and not counts.pending
+    assert counts.figures() == expected.figures() and len(transfers) == 1
+    for phase in PHASES:
+        mine, theirs = counts.phase(phase), expected.phase(phase)
+        assert (mine.calls, mine.backends, mine.knobs) == (theirs.calls, theirs.backends, theirs.knobs)
+        assert all(np.array_equal(mine.layers[layer], theirs.layers[layer]) for layer in theirs.layers)
+    for _ in range(3):
+        counts.later(lambda value, shape: None, torch.tensor(1.5), torch.ones(2, 3))
+    assert len(counts.pending) == (3 if most > 3 else 1)
+
+
+def test_numbers_of_a_device_keep_their_kind() -> None:
+    """Whole numbers stay whole and exact, tensors of several numbers keep their shape, in any mixture of dtypes."""
+    large = 2**53 - 1
+    tensors = [
+        torch.tensor(large),
+        torch.tensor([1, large]),
+        torch.tensor(0.5),
+        torch.ones(2, 0),
+        torch.tensor([[2.5]]),
+    ]
+    whole, pair, half, none, one = accounting.to_host([*tensors[:3], tensors[3].int(), tensors[4].double()])
+    assert whole == large and type(whole) is int and type(half) is float and half == 0.5
+    assert pair.tolist() == [1, large] and none.shape == (2, 0) and one.tolist() == [[2.5]]
+    assert accounting.to_host([]) == []
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (2, 1)])

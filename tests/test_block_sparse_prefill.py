@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import random
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill, flex
+from lm_eval_sparse.kernels import backends
+from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill, block_sparse_prefill_rows, fa4, flex
 from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout, block_lengths, causal_pairs, tile_pairs
 
 LENGTHS = (1, 16, 17, 63, 127, 333, 1000)
@@ -163,6 +169,10 @@ def valid() -> tuple[list[Tensor], BlockLayout]:
     return [torch.randn(heads, 100, 16) for heads in (4, 2, 2)], layout
 
 
+def moved(layout: BlockLayout, device: str) -> BlockLayout:
+    return replace(layout, indices=layout.indices.to(device), counts=layout.counts.to(device))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -171,7 +181,21 @@ def valid() -> tuple[list[Tensor], BlockLayout]:
         (lambda states, layout: ([states[0], states[1].double(), states[2]], layout, {}), "dtypes are"),
         (lambda states, layout: ([state.long() for state in states], layout, {}), "floating-point"),
         (lambda states, layout: ([state[:, :90] for state in states], layout, {}), "layout is for 100 tokens"),
-        (lambda states, layout: (states, layout, {"backend": "cuda"}), "backend 'cuda' is unknown"),
+        (
+            lambda states, layout: (states, layout, {"backend": "cuda"}),
+            "backend 'cuda' is unknown; accepted: auto, naive",
+        ),
+        (lambda states, layout: (states, layout, {"backend": None}), "backend None is unknown; accepted: auto, naive"),
+        (lambda states, layout: ([states[0][None], *states[1:]], layout, {}), r"query \(1, 4, 100, 16\).*\(H, L, D\)"),
+        (lambda states, layout: ([*states[:2], states[2][0]], layout, {}), r"value \(100, 16\) do not fit together"),
+        (lambda states, layout: ([states[0][..., :8], *states[1:]], layout, {}), r"\(4, 100, 8\), key \(2, 100, 16\)"),
+        (lambda states, layout: ([state.to("meta") for state in states], layout, {}), "meta, layout cpu; expected one"),
+        (lambda states, layout: (states, moved(layout, "meta"), {}), "devices are cpu, cpu, cpu, layout meta"),
+        (lambda states, layout: (states, replace(layout, block_q=48), {}), r"48x32; accepted: \(16, 32, 64, 128\)"),
+        (
+            lambda states, layout: (states, replace(layout, block_q=16), {}),
+            r"indices \(4, 4, .* expected \(4, 7, width\)",
+        ),
         (lambda states, layout: (states, layout, {"backend": "flex", "softcap": 5.0}), "it takes no softcap"),
     ],
 )
@@ -201,6 +225,162 @@ def test_check_finds_duplicates() -> None:
     layout = BlockLayout(indices, torch.tensor([[1, 2, 2, 2]], dtype=torch.int32), 100, 32, 32)
     with pytest.raises(ValueError, match="ascending"):
         layout.check(1)
+
+
+@pytest.mark.parametrize(
+    ("entry", "count", "message"),
+    [(-1, 1, "outside"), (10**6, 1, "outside"), (0, 0, "fewer than one"), (0, 2, "more than its 1")],
+)
+def test_check_finds_broken_lists(entry: int, count: int, message: str) -> None:
+    indices = torch.arange(4, dtype=torch.int32).reshape(1, 4, 1)
+    counts = torch.ones(1, 4, dtype=torch.int32)
+    BlockLayout(indices, counts, 100, 32, 32).check(1)
+    indices[0, 2], counts[0, 2] = entry, count
+    with pytest.raises(ValueError, match=message):
+        BlockLayout(indices, counts, 100, 32, 32).check(1)
+
+
+@pytest.fixture
+def fresh_reasons() -> Iterator[None]:
+    """Why a backend cannot run is remembered; forget it before and after."""
+    cached = (backends.triton_unavailable, fa4.unavailable_reason, flex.unavailable_reason)
+    for function in cached[:2]:
+        function.cache_clear()
+    yield
+    for function in cached[:2]:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda states: [state.double() for state in states], "dtype is torch.float64; the kernel takes torch.float32"),
+        (lambda states: [state[..., :48] for state in states], "head_dim is 48; the kernel takes 64, 80, 96, 128, 256"),
+    ],
+)
+def test_triton_says_what_it_takes(monkeypatch: pytest.MonkeyPatch, change, message: str) -> None:
+    """And `auto` takes another backend."""
+    monkeypatch.setattr(backends, "triton_unavailable", lambda device: None)
+    layout, _ = random_layout(100, 32, 32, 4, 0.5, torch.Generator().manual_seed(0))
+    states = change([torch.randn(heads, 100, 64) for heads in (4, 2, 2)])
+    with pytest.raises(ValueError, match=f"backend 'triton' cannot run here: {message}.*use 'auto' or 'gather'"):
+        block_sparse_prefill(*states, layout, backend="triton")
+    expected, _ = block_sparse_prefill(*states, layout, backend="naive")
+    out, used = block_sparse_prefill(*states, layout)
+    assert used in ("gather", "flex")
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_triton_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch, fresh_reasons: None) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    states, layout = valid()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"triton is not installed \(pip install triton\); use 'auto' or 'gather'"):
+        block_sparse_prefill(*states, layout, backend="triton")
+    backends.triton_unavailable.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="Triton kernels run on CUDA devices, not on 'cpu'"):
+        block_sparse_prefill(*states, layout, backend="triton")
+    assert block_sparse_prefill(*states, layout)[1] in ("gather", "flex")
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, r"package flash-attn-4 is not installed \(pip install"),
+        ("4.0.0b12", r"flash-attn-4 4.0.0b12 is too old: .* or newer is needed \(pip install"),
+    ],
+)
+def test_flash_attention_4_missing_or_too_old(
+    monkeypatch: pytest.MonkeyPatch, fresh_reasons: None, version: str | None, message: str
+) -> None:
+    """As on a GPU: only the name of the device is looked at before the package is."""
+
+    def installed(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    reason = fa4.unavailable_reason("cuda", 128, 128, 128, torch.bfloat16)
+    assert reason is not None and re.search(message, reason), reason
+    states, layout = valid()
+    with pytest.raises(
+        ValueError, match="backend 'fa4' cannot run here: .*not on device 'cpu'; use 'auto' or 'gather'"
+    ):
+        block_sparse_prefill(*states, layout, backend="fa4")
+    assert block_sparse_prefill(*states, layout)[1] in ("gather", "flex")
+
+
+def two_rows() -> tuple[list[list[Tensor]], list[BlockLayout]]:
+    rows = [valid(), valid()]
+    return [list(states) for states in zip(*(states for states, _ in rows), strict=True)], [row[1] for row in rows]
+
+
+def other_blocks(states, layouts, options):
+    layouts[1], _ = random_layout(100, 32, 64, 4, 0.5, torch.Generator().manual_seed(0))
+
+
+def other_columns(states, layouts, options):
+    layouts[1] = layouts[1].with_columns(torch.zeros(4, 100, dtype=torch.bool))
+
+
+def other_heads(states, layouts, options):
+    layouts[1], _ = random_layout(100, 32, 32, 2, 0.5, torch.Generator().manual_seed(0))
+    for row in states:
+        row[1] = row[1][:2]
+
+
+def other_dtype(states, layouts, options):
+    for row in states:
+        row[1] = row[1].double()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_blocks, "32, 32, .*32, 64.*expected the same block_q, block_k and kind of columns"),
+        (other_columns, "different kinds.*expected the same"),
+        (other_heads, "rows differ in heads.*expected the same for all rows"),
+        (other_dtype, "float32.*float64.*expected the same for all rows"),
+        (lambda states, layouts, options: layouts.pop(), "2 queries, 2 keys, 2 values and 1 layouts.*one of each"),
+        (lambda states, layouts, options: states[2].pop(), "2 keys, 1 values.*one of each"),
+        (lambda states, layouts, options: [part.clear() for part in (*states, layouts)], "0 queries.*at least one row"),
+        (lambda states, layouts, options: options.update(outs=states[0][:1]), "1 outs given for 2 rows"),
+        (
+            lambda states, layouts, options: options.update(outs=[out[:, :-1] for out in states[0]]),
+            r"out is \(4, 99, 16\), torch.float32, cpu; expected \(4, 100, 16\)",
+        ),
+        (
+            lambda states, layouts, options: options.update(outs=[out.double() for out in states[0]]),
+            r"out is .*torch.float64, cpu; expected \(4, 100, 16\), torch.float32",
+        ),
+    ],
+)
+def test_bad_calls_with_several_rows_are_refused(change, message: str) -> None:
+    states, layouts = two_rows()
+    options: dict = {}
+    change(states, layouts, options)
+    with pytest.raises(ValueError, match=message):
+        block_sparse_prefill_rows(*states, layouts, **options)
+
+
+@pytest.mark.parametrize("backend", ["naive", "gather", "auto"])
+def test_several_rows(backend: str) -> None:
+    """Rows of any lengths, one after the other where a backend knows no better; into given outputs too."""
+    generator = torch.Generator().manual_seed(4)
+    rows = []
+    for length in (1, 333, 64):
+        layout, mask = random_layout(length, 32, 16, 4, 0.4, generator)
+        rows.append(([torch.randn(heads, length, 16, generator=generator) for heads in (4, 2, 2)], layout, mask))
+    states = [list(parts) for parts in zip(*(row[0] for row in rows), strict=True)]
+    layouts = [row[1] for row in rows]
+    given = [torch.full_like(query, torch.nan) for query in states[0]]
+    for outs in (None, given):
+        found, used = block_sparse_prefill_rows(*states, layouts, backend=backend, outs=outs)
+        assert used == backend or backend == "auto"
+        for (parts, layout, mask), out in zip(rows, found if outs is None else given, strict=True):
+            torch.testing.assert_close(out.double(), definition(*parts, mask, layout, None), atol=2e-5, rtol=1e-4)
 
 
 @needs_flex

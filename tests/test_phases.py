@@ -256,7 +256,8 @@ def layout_mask(layout: Any) -> Tensor:
             for block in blocks[: int(layout.counts[head, row])]:
                 allowed[head, queries, block * bk : (block + 1) * bk] = True
             if layout.columns is not None:
-                own = layout.columns[head, row, : int(layout.column_counts[head, row])].long()
+                lists = layout.columns[head]  # one for all query blocks, or one for each
+                own = lists[min(row, len(lists) - 1), : int(layout.column_counts[head, row])].long()
                 allowed[head, queries, own] = True
     return allowed.tril()
 

@@ -1,19 +1,33 @@
-"""Block-sparse causal prefill attention over one unpadded row, with per-query-head layouts and native GQA.
+"""Block-sparse causal prefill attention over unpadded rows, with per-query-head layouts and native GQA.
 
-One public function, several backends. `auto` takes the fastest that works here: `flex` (FlexAttention,
-compiled) where a compiler is available and its blocks are not too small, else `gather`. Which one ran is
-returned, never guessed.
+Two public functions, for one row and for several, and several backends. `auto` takes the fastest that works here: on
+CUDA `fa4` (flash-attn-4, where it is installed and its tiles fit), `hopper` (own, for tiles of 64 and 128 on that
+generation of GPUs) or `triton` (own, for all); elsewhere `flex` (FlexAttention, compiled) where a compiler is available
+and its blocks are not too small, else `gather`. Which one ran is returned,
+never guessed.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..layout import BlockLayout, check_shapes
-from . import flex, gather, naive
+from . import fa4, flex, gather, naive
 
-BACKENDS = {"naive": naive.forward, "gather": gather.forward, "flex": flex.forward}
+logger = logging.getLogger(__name__)
+
+#: Backends in the order in which they are listed to users.
+BACKENDS = ("naive", "gather", "flex", "triton", "hopper", "fa4")
+
+#: What the Triton kernel takes.
+HEAD_DIMS = (64, 80, 96, 128, 256)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def block_sparse_prefill(
@@ -34,14 +48,172 @@ def block_sparse_prefill(
         layout: key blocks, and maybe single key columns, per (query head, query block).
         scale: factor on the scores, default `D ** -0.5`.
         softcap: `c` of `c * tanh(score / c)` (Gemma 2), or None.
-        backend: `auto`, `naive`, `gather` or `flex`.
+        backend: `auto` or one of `BACKENDS`. One that cannot run here is an error, but for `fa4`, an optional package
+            with tiles of one size: it falls back to `auto` with a warning, and what ran is returned.
 
     Returns:
         `(H, L, D)` in the query's dtype, and the name of the backend that computed it.
 
     Raises:
-        ValueError: shapes, devices or dtypes that do not fit together, or an unknown backend.
+        ValueError: shapes, devices or dtypes that do not fit together, an unknown backend, or one that cannot run
+            here. What the layout lists is checked by `BlockLayout.check`, which reads all of it.
     """
+    (out,), used = block_sparse_prefill_rows(
+        [query], [key], [value], [layout], scale=scale, softcap=softcap, backend=backend
+    )
+    return out, used
+
+
+def block_sparse_prefill_rows(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    layouts: Sequence[BlockLayout],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+    outs: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], str]:
+    """`block_sparse_prefill` of several rows of any lengths, in one launch where the backend can.
+
+    Args:
+        queries, keys, values: one tensor per row, as above, of the same heads, dimension, dtype and device; views of
+            a batch or of a packed sequence will do.
+        layouts: one per row; all with the same block sizes and the same kind of columns.
+        outs: where to write, one `(H, L, D)` per row, or None for new tensors.
+    """
+    if not len(queries) == len(keys) == len(values) == len(layouts) or not queries:
+        raise ValueError(
+            f"{len(queries)} queries, {len(keys)} keys, {len(values)} values and {len(layouts)} layouts given; "
+            "expected one of each per row, at least one row"
+        )
+    for row in zip(queries, keys, values, layouts, strict=True):
+        _check(*row)
+    _check_alike(queries, keys, layouts)
+    if outs is not None:
+        _check_outs(queries, outs)
+    dim = queries[0].shape[-1]
+    scale = dim**-0.5 if scale is None else scale
+    name = _choose([*queries, *keys, *values], layouts[0], softcap, backend)
+    if name in ("triton", "hopper"):
+        outs = [_like(query) for query in queries] if outs is None else list(outs)
+        if name == "triton":
+            from . import triton
+
+            triton.forward_rows(queries, keys, values, layouts, scale, softcap, outs)
+        else:
+            from . import hopper
+
+            for query, key, value, layout, out in zip(queries, keys, values, layouts, outs, strict=True):
+                hopper.forward_into(query, key, value, layout, scale, out)
+        return outs, name
+    modules = {"naive": naive, "gather": gather, "flex": flex, "fa4": fa4}
+    found = []
+    for query, key, value, layout in zip(queries, keys, values, layouts, strict=True):
+        call = (query, key, value, layout, scale, softcap)
+        if name == "flex":
+            try:
+                found.append(flex.forward(*call))
+                continue
+            except Exception as error:  # a shape that the probe did not foresee; the compiler raises what it likes
+                reason = _broken[_place(query, layout)] = flex.failed(error)
+                if backend == "flex":
+                    raise ValueError(f"backend 'flex' cannot run here: {reason}; use 'auto' or 'gather'") from error
+            return block_sparse_prefill_rows(
+                queries, keys, values, layouts, scale=scale, softcap=softcap, backend="auto", outs=outs
+            )
+        found.append(modules[name].forward(*call))
+    if outs is not None:
+        for out, result in zip(outs, found, strict=True):
+            out.copy_(result)
+        found = list(outs)
+    return found, name
+
+
+def _choose(states: Sequence[Tensor], layout: BlockLayout, softcap: float | None, backend: str) -> str:
+    """The backend to run.
+
+    Raises:
+        ValueError: it is unknown, or cannot run here.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; accepted: auto, {', '.join(BACKENDS)}")
+    if backend in ("naive", "gather"):
+        return backend
+    if backend != "auto":
+        if (reason := unavailable_reason(backend, states, layout, softcap)) is None:
+            return backend
+        if backend != "fa4":
+            raise ValueError(f"backend {backend!r} cannot run here: {reason}; use 'auto' or 'gather'")
+        _warn_once(f"backend 'fa4' cannot run here: {reason}; 'auto' chooses another")
+    query = states[0]
+    if query.device.type == "cuda":
+        order = ("fa4", "hopper", "triton", "flex")
+    elif gather_is_faster(query.device.type, query.dtype, layout.block_k):
+        order = ()
+    else:
+        order = ("flex",)
+    return next((name for name in order if unavailable_reason(name, states, layout, softcap) is None), "gather")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def unavailable_reason(
+    backend: str, states: Sequence[Tensor], layout: BlockLayout, softcap: float | None
+) -> str | None:
+    """Why a backend other than `naive` and `gather` cannot run this case here, or None when it can.
+
+    Args:
+        states: queries, keys and values of all rows, queries first.
+        layout: that of the first row.
+    """
+    query = states[0]
+    dim, device = query.shape[-1], query.device.type
+    if backend == "triton":
+        if (reason := backends.triton_unavailable(device)) is not None:
+            return reason
+        if dim not in HEAD_DIMS:
+            return f"head_dim is {dim}; the kernel takes {', '.join(map(str, HEAD_DIMS))}"
+        if query.dtype not in DTYPES:
+            return f"dtype is {query.dtype}; the kernel takes {', '.join(map(str, DTYPES))}"
+        return None
+    if softcap is not None or layout.columns is not None:  # triton takes both
+        return "it takes no softcap" if softcap is not None else "it takes no single key columns"
+    place = _place(query, layout)
+    if backend == "fa4":
+        return fa4.unavailable_reason(*place)
+    if backend == "hopper":
+        if (reason := backends.triton_unavailable(device)) is not None or device != "cuda":
+            return reason or "it needs a Hopper GPU (compute capability 9.0)"
+        from . import hopper
+
+        if (reason := hopper.unavailable_reason(*place)) is not None:
+            return reason
+        return "strides or addresses are no multiples of 16 bytes" if hopper.misaligned(states) else None
+    return _broken[place] if place in _broken else flex.unavailable_reason(*place)
+
+
+def gather_is_faster(device: str, dtype: torch.dtype, block: int) -> bool:
+    """Half precision in the smallest blocks on CPU: there `flex`, all in fp32, lost (benchmarks/results)."""
+    return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and block <= 16
+
+
+def _place(query: Tensor, layout: BlockLayout) -> tuple[str, int, int, int, torch.dtype]:
+    return query.device.type, layout.block_q, layout.block_k, query.shape[-1], query.dtype
+
+
+#: Where `flex` has failed although its probe ran, and why.
+_broken: dict[tuple[str, int, int, int, torch.dtype], str] = {}
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout) -> None:
+    """The cheap checks that every call makes of every row: they touch shapes only."""
+    if query.dim() != 3 or key.dim() != 3:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)}; expected (H, L, D) and (H_kv, L, D)")
     heads, length, dim = query.shape
     if key.shape != value.shape or key.shape[1:] != (length, dim) or not key.shape[0] or heads % key.shape[0]:
         raise ValueError(
@@ -50,43 +222,48 @@ def block_sparse_prefill(
         )
     if not query.dtype.is_floating_point or key.dtype != query.dtype or value.dtype != query.dtype:
         raise ValueError(f"dtypes are {query.dtype}, {key.dtype}, {value.dtype}; expected one floating-point dtype")
-    if not query.device == key.device == value.device == layout.indices.device:
+    parts = [layout.indices, layout.counts, layout.columns, layout.column_counts]
+    places = {part.device for part in parts if part is not None}
+    if not query.device == key.device == value.device or places != {query.device}:
         raise ValueError(
-            f"devices are {query.device}, {key.device}, {value.device}, layout {layout.indices.device}; "
+            f"devices are {query.device}, {key.device}, {value.device}, layout {', '.join(map(str, places))}; "
             "expected one device"
         )
     if layout.length != length:
         raise ValueError(f"layout is for {layout.length} tokens, query has {length}")
     check_shapes(layout, heads)
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; accepted: auto, {', '.join(BACKENDS)}")
-    scale = dim**-0.5 if scale is None else scale
-    call = (query, key, value, layout, scale, softcap)
-    place = (query.device.type, layout.block_q, layout.block_k, dim, query.dtype)
-    if backend == "auto" and gather_is_faster(query.device.type, query.dtype, layout.block_k):
-        backend = "gather"
-    if backend in ("auto", "flex"):
-        if softcap is not None or layout.columns is not None:
-            reason = "it takes no softcap" if softcap is not None else "it takes no single key columns"
-        else:
-            reason = flex.unavailable_reason(*place)
-        if place in _broken:
-            reason = _broken[place]
-        if reason is None:
-            try:
-                return flex.forward(*call), "flex"
-            except Exception as error:  # a shape that the probe did not foresee; the compiler raises what it likes
-                reason = _broken[place] = flex.failed(error)
-        if backend == "flex":
-            raise ValueError(f"backend 'flex' cannot run here: {reason}; use 'auto' or 'gather'")
-        backend = "gather"
-    return BACKENDS[backend](*call), backend
 
 
-def gather_is_faster(device: str, dtype: torch.dtype, block: int) -> bool:
-    """Half precision in the smallest blocks on CPU: there `flex`, all in fp32, lost (benchmarks/results)."""
-    return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and block <= 16
+def _like(query: Tensor) -> Tensor:
+    """An output `(H, L, D)` in memory as models want it next, token by token."""
+    heads, length, dim = query.shape
+    return query.new_empty(length, heads, dim).transpose(0, 1)
 
 
-#: Where `flex` has failed although its probe ran, and why.
-_broken: dict[tuple, str] = {}
+def _check_alike(queries: Sequence[Tensor], keys: Sequence[Tensor], layouts: Sequence[BlockLayout]) -> None:
+    kinds = {
+        (len(query), len(key), query.shape[-1], query.dtype, query.device)
+        for query, key in zip(queries, keys, strict=True)
+    }
+    if len(kinds) > 1:
+        raise ValueError(
+            f"rows differ in heads, KV heads, head_dim, dtype or device: {sorted(map(str, kinds))}; "
+            "expected the same for all rows of a call"
+        )
+    forms = {(own.block_q, own.block_k, None if own.columns is None else own.columns.shape[1] == 1) for own in layouts}
+    if len(forms) > 1:
+        raise ValueError(
+            f"layouts have blocks and columns of different kinds: {sorted(map(str, forms))}; "
+            "expected the same block_q, block_k and kind of columns in all rows of a call"
+        )
+
+
+def _check_outs(queries: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    if len(outs) != len(queries):
+        raise ValueError(f"{len(outs)} outs given for {len(queries)} rows; expected one per row")
+    for query, out in zip(queries, outs, strict=True):
+        if out.shape != query.shape or out.dtype != query.dtype or out.device != query.device:
+            raise ValueError(
+                f"out is {tuple(out.shape)}, {out.dtype}, {out.device}; expected {tuple(query.shape)}, {query.dtype}, "
+                f"{query.device}"
+            )

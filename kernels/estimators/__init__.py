@@ -6,14 +6,17 @@ Scores are fp32, and nothing of size L x L is ever made.
 from .bounds import PageBounds, bound_scores
 from .pooling import pool, sum_blocks
 from .window import WindowSums, diagonal_sums, window_flops, window_sums
+from .window_blocks import WindowBlocks, window_blocks
 
 __all__ = [
     "PageBounds",
+    "WindowBlocks",
     "WindowSums",
     "bound_scores",
     "diagonal_sums",
     "pool",
     "sum_blocks",
+    "window_blocks",
     "window_flops",
     "window_sums",
 ]

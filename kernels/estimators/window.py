@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import choose
+
 #: fp32 scores held at once, or those of one head.
 WINDOW_ELEMENTS = 1 << 26
 
@@ -37,6 +39,7 @@ def window_sums(
     columns: bool = False,
     diagonals: bool = False,
     peaks: bool = False,
+    backend: str = "auto",
 ) -> WindowSums:
     """Causal softmax attention of the last `window` queries, reduced to what is asked for.
 
@@ -44,7 +47,26 @@ def window_sums(
         query: `(H, L, D)`; the last min(window, L) queries are used.
         key: `(H_kv, L, D)`.
         scale, softcap: as the attention itself uses them.
+        backend: `auto`, `naive` or `triton` (half precision and fp32).
     """
+    backend = choose(backend, query.device)
+    if backend == "triton" and query.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        from . import window_triton
+
+        return WindowSums(*window_triton.sums(query, key, window, scale, softcap, (columns, diagonals, peaks)))
+    return _naive(query, key, window, scale, softcap, columns, diagonals, peaks)
+
+
+def _naive(
+    query: Tensor,
+    key: Tensor,
+    window: int,
+    scale: float,
+    softcap: float | None,
+    columns: bool,
+    diagonals: bool,
+    peaks: bool,
+) -> WindowSums:
     heads, length, _ = query.shape
     group = heads // key.shape[0]
     window = min(window, length)

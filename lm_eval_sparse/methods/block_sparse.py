@@ -6,6 +6,7 @@ product with its own.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -13,13 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels.estimators import pool
-from ..kernels.layout import BLOCK_SIZES, BlockLayout, block_lengths, causal_pairs, listed
+from ..kernels.estimators.pooling import pool_both
+from ..kernels.layout import BLOCK_SIZES, BlockLayout, causal_pairs
+from ..kernels.top_blocks import top_blocks
 from .base import Geometry, PrefillMethod, Selection, number, one_of
-from .vertical_slash import closest
-
-#: Block scores held at once.
-SCORE_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,7 @@ class BlockSparse(PrefillMethod):
 
     def knobs_for(self, sparsity: float, length: int, geometry: Geometry | None = None) -> BlockSparse:
         """The largest `top_k` that stays within the budget; `select` spends what is left on the last rows."""
-        budget = row_budgets(length, int(self.block_size), 1 - sparsity)
-        return replace(self, top_k=max(2, int(budget[-1]) - int(budget[-1] > budget[0])))
+        return replace(self, top_k=row_budgets(length, int(self.block_size), 1 - sparsity)[0])
 
     def largest_sparsity(self, length: int) -> float:
         return 1 - uniform_pairs(length, int(self.block_size), 2) / causal_pairs(length)
@@ -77,65 +74,44 @@ class BlockSparse(PrefillMethod):
         heads, length, dim = query.shape
         kv_heads, block = key.shape[0], int(self.block_size)
         blocks = -(-length // block)
-        if sparsity is None:
-            budgets = torch.full((blocks,), int(self.top_k))
-        else:
-            budgets = row_budgets(length, block, 1 - sparsity)
-        ids = torch.arange(blocks)
-        budgets = torch.minimum(budgets, ids + 1).to(query.device)
+        budget, extra = (int(self.top_k), 0) if sparsity is None else row_budgets(length, block, 1 - sparsity)
         # Neither the scale nor a softcap changes the order of scores.
-        pooled_queries, pooled_keys = pool(query, block), pool(key, block)
-        indices = torch.zeros(heads, blocks, int(budgets.max()), dtype=torch.int32, device=query.device)
-        step = max(1, SCORE_ELEMENTS // (heads * blocks))
-        for first in range(0, blocks, step):
-            rows = torch.arange(first, min(first + step, blocks), device=query.device)
-            grouped = pooled_queries[:, rows].reshape(kv_heads, -1, dim)
-            scores = (grouped @ pooled_keys.transpose(1, 2)).reshape(heads, len(rows), blocks)
-            mask = best_blocks(scores, rows, budgets[rows])
-            found, _ = listed(mask)
-            indices[:, rows, : found.shape[-1]] = found
-        layout = BlockLayout(indices, budgets.to(torch.int32).expand(heads, -1).contiguous(), length, block, block)
+        indices, counts = top_blocks(*pool_both(query, key, block), budget, extra)
         return Selection(
-            layout=layout,
+            layout=BlockLayout(indices, counts, length, block, block),
             estimator_flops=heads * (2 * blocks * blocks * dim + length * dim) + kv_heads * length * dim,
             estimator_bytes=query.element_size() * dim * (heads + kv_heads) * length,
-            knobs={"top_k": float(budgets[-1]), "block_size": block},
+            knobs={"top_k": float(min(budget + (extra > 0), blocks)), "block_size": block},
         )
 
 
-def best_blocks(scores: Tensor, rows: Tensor, budgets: Tensor) -> Tensor:
-    """`(H, r, n)` bool: in each row of block scores the `budgets` best causal blocks, the first and own included.
+def uniform_pairs(length: int, block: int, count: int, extra: int = 0) -> int:
+    """Pairs that a head executes when every query block reads `count` key blocks, its own included.
 
-    Ties go to later blocks. The scores are overwritten.
+    The last `extra` query blocks read one more. Each reads its own block's triangle, and full tiles of the others.
     """
-    columns = torch.arange(scores.shape[-1], device=scores.device)
-    scores.masked_fill_(columns > rows[:, None], -math.inf)
-    scores[..., 0] = math.inf
-    scores[:, torch.arange(len(rows), device=scores.device), rows] = math.inf
-    # The smallest score that is taken; of those equal to it only as many as there is room for, from the right.
-    best = scores.topk(int(budgets.max()), dim=-1).values
-    edge = best.gather(-1, (budgets - 1).expand(scores.shape[0], -1)[..., None])
-    above, equal = scores > edge, scores == edge
-    room = budgets[:, None] - above.sum(-1, keepdim=True)
-    return above | (equal & (equal.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= room))
+    blocks = -(-length // block)
+    last = length - (blocks - 1) * block
+
+    def others(rows: int, most: int) -> int:
+        """Tiles besides their own that the first `rows` query blocks read, each at most `most`."""
+        short = min(rows, most + 1)
+        return short * (short - 1) // 2 + (rows - short) * most
+
+    # Row r has r tiles besides its own; the last row of blocks may be partial.
+    usual = min(blocks - extra, blocks - 1)
+    tiles = others(usual, count - 1) + others(blocks - 1, count) - others(usual, count)
+    most = count if extra else count - 1
+    triangles = (blocks - 1) * (block * (block + 1) // 2) + last * (last + 1) // 2
+    return triangles + tiles * block * block + min(most, blocks - 1) * block * last
 
 
-def uniform_pairs(length: int, block: int, count: int) -> int:
-    """Pairs that a head executes when every query block reads `count` key blocks, its own included."""
-    return int(_row_pairs(length, block, torch.tensor(count)).sum())
+@functools.lru_cache(maxsize=1024)
+def row_budgets(length: int, block: int, density: float) -> tuple[int, int]:
+    """Blocks per query block for an executed density: a number for all, and in how many last rows one more is read.
 
-
-def _row_pairs(length: int, block: int, budgets: Tensor) -> Tensor:
-    """`(n,)` pairs of each row of blocks: its own block's triangle, and full tiles for the others."""
-    rows = block_lengths(length, block)
-    taken = torch.minimum(budgets, torch.arange(len(rows)) + 1)
-    return rows * (rows + 1) // 2 + (taken - 1) * block * rows
-
-
-def row_budgets(length: int, block: int, density: float) -> Tensor:
-    """`(n,)` blocks per query block for an executed density: k everywhere, one more in the last rows where k is short.
-
-    At least the two forced blocks.
+    The number is the largest within the density, and at least the two forced blocks; with the extra ones the density
+    is met as closely as whole blocks can.
     """
     blocks = -(-length // block)
     goal = density * causal_pairs(length)
@@ -144,12 +120,10 @@ def row_budgets(length: int, block: int, density: float) -> Tensor:
         middle = (low + high) // 2
         low, high = (middle, high) if uniform_pairs(length, block, middle) <= goal else (low, middle)
     count = high if uniform_pairs(length, block, high) <= goal else low
-    budgets = torch.full((blocks,), count)
-
-    def pairs(extra: int) -> int:
-        longer = budgets.clone()
-        longer[blocks - extra :] += 1
-        return int(_row_pairs(length, block, longer).sum())
-
-    budgets[blocks - closest(pairs, goal, 0, blocks) :] += 1
-    return budgets
+    low, high = 0, blocks
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if uniform_pairs(length, block, count, middle) <= goal else (low, middle)
+    above, below = (uniform_pairs(length, block, count, extra) for extra in (high, low))
+    extra = high if above - goal <= goal - below else low
+    return (count, extra) if extra < blocks else (count + 1, 0)

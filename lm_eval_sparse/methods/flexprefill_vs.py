@@ -14,10 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels.layout import causal_pairs
+from ..kernels.coverage import APART, coverage_keys
 from .base import Selection, number
-from .flexprefill import APART, coverage_keys, solve
-from .vertical_slash import VerticalSlashMethod, fit
+from .vertical_slash import VerticalSlashMethod, told
 
 
 @dataclass(frozen=True)
@@ -54,31 +53,22 @@ class FlexPrefillVS(VerticalSlashMethod):
     ) -> Selection:
         heads, length, _ = query.shape
         method = self if sparsity is None else self.knobs_for(sparsity, length)
-        sums = self._sums(query, key, scale, softcap)
-        pattern = method._pattern(sums)
+        pattern = method._pattern(self._sums(query, key, scale, softcap))
         # Equal heads reach the next column at shares that lie a hair apart, so that the solve takes them one by one.
         apart = 1 + APART * torch.arange(heads, device=query.device, dtype=torch.float64)[:, None]
-        keys = [coverage_keys(mass.sort(-1, descending=True).values) * apart for mass in (sums.columns, sums.diagonals)]
+        columns, diagonals = (coverage_keys(masses) * apart for masses in pattern.descending())
         floor = min(length, int(self.min_budget)) if sparsity is None else 0
-
-        def counts(rest: float) -> tuple[Tensor, Tensor]:
-            """Verticals and slashes of each head when the share `rest` = 1 - alpha may be left out."""
-            n_vertical, n_slash = ((key >= rest).sum(-1).clamp(min=max(1, floor)) for key in keys)
-            return n_vertical, n_slash
-
-        def density(rest: float) -> float:
-            return float(pattern.executed_pairs(*counts(rest)).sum()) / (heads * causal_pairs(length))
-
-        rest = 1 - self.alpha if sparsity is None else solve(density, 1 - sparsity)
-        n_vertical, n_slash = counts(rest)
-        if sparsity is not None:
-            n_vertical, n_slash = fit(pattern, n_vertical, n_slash, (1 - sparsity) * heads * causal_pairs(length))
+        if sparsity is None:
+            rest = 1 - self.alpha
+            n_vertical, n_slash = pattern.covering((columns, diagonals), rest, floor)
+        else:
+            rest, n_vertical, n_slash = pattern.solve_covering((columns, diagonals), 1 - sparsity)
         selection = method._selection(query, key, pattern, n_vertical, n_slash)
         solved = {
             "alpha": 1 - rest,
             "one_minus_alpha": rest,
             "min_budget": floor,
-            "verticals": float(n_vertical.float().mean()),
-            "slashes": float(n_slash.float().mean()),
+            "verticals": told(n_vertical.float().mean()),
+            "slashes": told(n_slash.float().mean()),
         }
         return replace(selection, knobs={**solved, **selection.knobs})

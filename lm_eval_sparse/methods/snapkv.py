@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels.estimators import window_flops, window_sums
-from ..kernels.layout import listed
 from .base import FORCED_SHARE, EvictionMethod, EvictionSelection, Geometry, number, top
 
 #: First and last tokens that are always kept, as in the paper.
@@ -117,11 +116,15 @@ class SnapKV(EvictionMethod):
         pooled = F.avg_pool1d(scores[:, None], method.kernel, stride=1, padding=padding)[:, 0]
         pooled[:, : method.sinks] = math.inf
         pooled[:, max(0, length - method.local) :] = math.inf
-        kept = method._keep(pooled)
-        indices, counts = listed(kept[:, None])
+        kept, counts = method._keep(pooled)
+        # Tokens that are not kept are written to a place behind the lists.
+        width = max(counts)
+        places = torch.where(kept, kept.cumsum(-1) - 1, width)
+        tokens = torch.arange(length, device=query.device).expand_as(places)
+        indices = places.new_zeros(kv_heads, width + 1).scatter_(1, places, tokens)
         return EvictionSelection(
-            indices=indices[:, 0].long(),
-            counts=counts[:, 0].tolist(),
+            indices=indices[:, :width],
+            counts=counts,
             estimator_flops=window_flops(heads, method.window, length, dim),
             estimator_bytes=query.element_size() * dim * (kv_heads * length + heads * min(method.window, length)),
             knobs={name: getattr(method, name) for name in method.knobs()},
@@ -132,6 +135,7 @@ class SnapKV(EvictionMethod):
         sums = window_sums(query, key, self.window, scale=scale, softcap=softcap, columns=True).columns
         return sums.reshape(key.shape[0], -1, key.shape[1]).mean(1)
 
-    def _keep(self, pooled: Tensor) -> Tensor:
-        """`(H_kv, L)` bool: what to keep; forced tokens score infinity."""
-        return top(pooled, min(self.capacity, pooled.shape[-1]))
+    def _keep(self, pooled: Tensor) -> tuple[Tensor, list[int]]:
+        """`(H_kv, L)` bool: what to keep; and how many tokens of each head that is. Forced tokens score infinity."""
+        count = min(self.capacity, pooled.shape[-1])
+        return top(pooled, count), [count] * len(pooled)

@@ -7,11 +7,13 @@ triangle of the unpadded prompt for prefill, over the prompt's keys for eviction
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 PHASES = ("prefill", "eviction", "decode")
 
@@ -26,6 +28,9 @@ QUOTIENTS = {
 }
 MEMORY = "kv_memory_fraction"
 FIGURES = (*QUOTIENTS, MEMORY)
+
+#: Numbers that a row leaves on the device at most, in calls; a 128K prompt of 80 layers leaves 80.
+MOST_PENDING = 1024
 
 Numbers = float | Sequence[float] | np.ndarray
 
@@ -92,23 +97,38 @@ class RowCounts:
     """Counts of one prompt: its phases, and the KV memory held once its prefill was over.
 
     Attributes:
+        phases: counts by phase, without those that are pending: `phase` gives them with all.
         kv: sparse-eligible layer -> `(2, H_kv)` bytes that each KV head holds, and those of the whole prompt.
+        pending: what is to be counted once its numbers are fetched from a device: how, and the numbers.
     """
 
     phases: dict[str, PhaseCounts] = field(default_factory=lambda: {name: PhaseCounts() for name in PHASES})
     kv: dict[int, np.ndarray] = field(default_factory=dict)
+    pending: list[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=list, repr=False)
+
+    def later(self, count: Callable[..., None], *numbers: Any) -> None:
+        """Call `count(*numbers)` when figures are first read, with the tensors among the numbers as host numbers.
+
+        A tensor of one number becomes an int or a float, another one an array of fp64. Numbers that are all on the
+        host are counted at once. `count` must not hold on to device memory.
+        """
+        self.pending.append((count, numbers))
+        if len(self.pending) > MOST_PENDING or not any(map(on_device, numbers)):
+            settle([self])
 
     def phase(self, name: str) -> PhaseCounts:
+        settle([self])
         return self.phases[name]
 
     def figures(self) -> dict[str, dict[str, float | None]]:
+        settle([self])
         held, dense = sum((table.sum(1) for table in self.kv.values()), np.zeros(2))
         memory = float(held / dense) if dense else None
         return {name: {**self.phases[name].figures(), MEMORY: memory} for name in PHASES}
 
     def layer_figures(self, phase: str, layer: int) -> dict[str, np.ndarray]:
         """The figures of one layer, `(H,)` each; NaN where nothing was counted."""
-        counts = self.phases[phase].layers[layer]
+        counts = self.phase(phase).layers[layer]
         figures = quotients(counts)
         if layer in self.kv:
             held, dense = self.kv[layer]
@@ -116,6 +136,48 @@ class RowCounts:
         else:
             figures[MEMORY] = np.full(counts.shape[1], np.nan)
         return figures
+
+
+def on_device(value: Any) -> bool:
+    """Whether reading this number waits for a device."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def settle(rows: Iterable[RowCounts]) -> None:
+    """Count what is pending in these rows, fetching all numbers of a device at once."""
+    waiting = []
+    for row in rows:
+        waiting += row.pending
+        row.pending = []
+    tensors = [number for _, numbers in waiting for number in numbers if isinstance(number, Tensor)]
+    fetched = iter(to_host(tensors))
+    for count, numbers in waiting:
+        count(*(next(fetched) if isinstance(number, Tensor) else number for number in numbers))
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Any]:
+    """The numbers of these tensors: an int or a float for one without dimensions, else an array of fp64.
+
+    Whole numbers below 2**53 stay exact.
+    """
+    values: list[Any] = [None] * len(tensors)
+    for device in {tensor.device for tensor in tensors}:
+        # One concatenation for each dtype, one copy to the host for all.
+        places: dict[torch.dtype, list[int]] = {}
+        for place, tensor in enumerate(tensors):
+            if tensor.device == device:
+                places.setdefault(tensor.dtype, []).append(place)
+        parts = [torch.cat([tensors[place].detach().reshape(-1) for place in own]).double() for own in places.values()]
+        numbers = torch.cat(parts).cpu().numpy()
+        start = 0
+        for place in (place for own in places.values() for place in own):
+            tensor = tensors[place]
+            found = numbers[start : start + tensor.numel()].reshape(tuple(tensor.shape))
+            if not tensor.dim():
+                found = float(found) if tensor.dtype.is_floating_point else int(found)
+            values[place] = found
+            start += tensor.numel()
+    return values
 
 
 def mean(values: Iterable[float | None]) -> float | None:

@@ -19,15 +19,15 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..errors import UserError
-from ..kernels.block_sparse_prefill import block_sparse_prefill
+from ..kernels.block_sparse_prefill import block_sparse_prefill_rows
 from ..kernels.dense import dense_attention
 from ..kernels.estimators import PageBounds
 from ..kernels.layout import causal_pairs
 from ..kernels.paged_decode import BACKENDS as DECODE_BACKENDS
 from ..kernels.paged_decode import paged_decode
 from ..kernels.ragged import RaggedKV, ragged_decode
-from ..methods import PROMISED_LENGTH, DecodeContext, DecodeMethod, DecodeSelection, Method, presets
-from .accounting import PhaseCounts, RowCounts
+from ..methods import PROMISED_LENGTH, DecodeContext, DecodeMethod, DecodeSelection, Method, Selection, presets
+from .accounting import PhaseCounts, RowCounts, settle
 from .cache import PreallocatedLayer, SparseCache
 
 #: The name under which transformers knows us. It must not look like one of its own implementations.
@@ -92,6 +92,18 @@ class Plan:
         return {name: assignment for name, assignment in found.items() if assignment is not None}
 
 
+@dataclass(frozen=True)
+class SparseRow:
+    """A row of a batch, what was selected for it (states are `(H or H_kv, L, D)`), and where its output goes, if given."""
+
+    row: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor | None
+    selection: Selection
+
+
 class Runtime:
     """State of sparse attention in one model: the plan, the layers seen, and the batch being run."""
 
@@ -120,6 +132,7 @@ class Runtime:
         self.rows, self.cache, self.prompt = list(rows), cache, prompt
         try:
             yield
+            settle(row for row in rows if row is not None)
         finally:
             self.rows, self.cache, self.prompt, self.fresh = None, None, 0, None
 
@@ -181,14 +194,24 @@ class Runtime:
             self._count_dense("prefill", index, query, key, value, [0] * batch, reason)
             out = dense_attention(query, key, value, **options)
         else:
-            out = query.new_zeros(*query.shape[:3], value.shape[-1])
+            # In memory as `attention` returns it, (B, L, H, D), so that nothing is copied there.
+            out = query.new_empty(batch, q_len, query.shape[1], value.shape[-1]).transpose(1, 2)
+            alone = batch == 1 and starts is None
+            sparse = []
             for row, start in enumerate(starts or [0] * batch):
                 q, k, v = query[row, :, start:], key[row, :, start:], value[row, :, start:]
+                if start:
+                    out[row, :, :start] = 0
                 if reason is None and self._is_sparse(row, batch, q.shape[1]):
-                    out[row, :, start:] = self._sparse_prefill(index, q, k, v, row, batch, scale, softcap)
+                    # A row that is the whole batch takes the output that the kernel makes.
+                    place = None if alone else out[row, :, start:]
+                    sparse.append(self._select(q, k, v, place, row, scale, softcap))
                 else:
                     self._count_dense("prefill", index, q[None], k[None], v[None], [0], reason, row=row, batch=batch)
                     out[row, :, start:] = dense_attention(q[None], k[None], v[None], **options)[0]
+            for rows in alike(sparse):
+                made = self._run_sparse(index, rows, batch, scale, softcap)
+                out = made[0][None] if alone else out
         if layer is not None and kv_len == self.prompt:
             self._end_prefill(index, layer, query, key, starts or [0] * batch, scale, softcap)
         return out
@@ -222,44 +245,45 @@ class Runtime:
             counts.reasons[reason] += 1
         return False
 
-    def _sparse_prefill(
+    def _select(
         self,
-        index: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        out: Tensor | None,
         row: int,
-        batch: int,
         scale: float,
         softcap: float | None,
-    ) -> Tensor:
-        heads, length, dim = query.shape
-        method, sparsity = self.plan.prefill.at(length)
+    ) -> SparseRow:
+        method, sparsity = self.plan.prefill.at(query.shape[1])
         selection = method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity)
-        layout = selection.layout
+        return SparseRow(row, query, key, value, out, selection)
+
+    def _run_sparse(
+        self, index: int, rows: Sequence[SparseRow], batch: int, scale: float, softcap: float | None
+    ) -> list[Tensor]:
+        """Compute the rows' attention in one call of the operator, and count it."""
+        outs = [row.out for row in rows]
         try:
-            out, backend = block_sparse_prefill(
-                query, key, value, layout, scale=scale, softcap=softcap, backend=self.plan.backend
+            made, backend = block_sparse_prefill_rows(
+                [row.query for row in rows],
+                [row.key for row in rows],
+                [row.value for row in rows],
+                [row.selection.layout for row in rows],
+                scale=scale,
+                softcap=softcap,
+                backend=self.plan.backend,
+                outs=None if outs[0] is None else outs,
             )
         except ValueError as error:
             raise UserError(f"backend={self.plan.backend}: {error}") from error
-        if counts := self._counts("prefill", row, batch):
-            per_key = (key.shape[-1] + value.shape[-1]) * key.element_size()
-            counts.add(
-                index,
-                heads,
-                "sparse",
-                backend,
-                pairs=causal_pairs(length),
-                selected=selection.selected_pairs.cpu().numpy(),
-                executed=layout.executed_pairs().cpu().numpy(),
-                bytes_dense=per_key * dense_keys(length, layout.block_q),
-                bytes_read=per_key * layout.keys_read().cpu().numpy() + selection.estimator_bytes / heads,
-                flops_dense=4 * dim * causal_pairs(length),
-                flops_estimator=selection.estimator_flops / heads,
-            )
-            counts.note_knobs(selection.knobs)
-        return out
+        for row in rows:
+            counts = self._row(row.row, batch)
+            if counts is not None:
+                if self.plan.backend not in ("auto", backend):
+                    counts.phases["prefill"].reasons[f"backend={self.plan.backend} could not run: {backend} did"] += 1
+                count_sparse(counts, index, row, backend)
+        return made
 
     def _end_prefill(
         self,
@@ -319,18 +343,15 @@ class Runtime:
             raise ValueError(f"method {method.name} selected what cannot be kept: {error}") from error
         if counts is not None:
             kept = np.repeat(np.array(selection.counts, dtype=float), heads // kv_heads)
-            counts.add(
-                index,
-                heads,
-                "sparse",
-                "compact",
-                selected=kept,
-                executed=kept,
-                bytes_read=selection.estimator_bytes / heads,
-                flops_estimator=selection.estimator_flops / heads,
-                **dense,
-            )
-            counts.note_knobs(selection.knobs)
+            names = list(selection.knobs)
+
+            def count(flops: float, read: float, *knobs: Any) -> None:
+                costs = {"bytes_read": read / heads, "flops_estimator": flops / heads}
+                counts.add(index, heads, "sparse", "compact", selected=kept, executed=kept, **costs, **dense)
+                counts.note_knobs(dict(zip(names, knobs, strict=True)))
+
+            cost = selection.estimator_flops, selection.estimator_bytes
+            self._row(row, batch).later(count, *cost, *selection.knobs.values())
         return selection.indices, selection.counts
 
     def _continue(
@@ -427,7 +448,7 @@ class Runtime:
 
     def _counts(self, phase: str, row: int, batch: int) -> PhaseCounts | None:
         counts = self._row(row, batch)
-        return None if counts is None else counts.phase(phase)
+        return None if counts is None else counts.phases[phase]
 
     def _count_dense(
         self,
@@ -534,6 +555,48 @@ class Runtime:
             flops_dense=per_head(whole[:, None] * 4 * dim),
             flops_estimator=per_head(np.reshape(flops, (-1, 1)) / share),
         )
+
+
+def alike(rows: Iterable[SparseRow]) -> list[list[SparseRow]]:
+    """Rows in groups whose layouts are of one kind: block sizes, and no columns, shared ones or own ones."""
+    groups: dict[tuple, list[SparseRow]] = {}
+    for row in rows:
+        layout = row.selection.layout
+        columns = None if layout.columns is None else layout.columns.shape[1] == 1
+        groups.setdefault((layout.block_q, layout.block_k, columns), []).append(row)
+    return list(groups.values())
+
+
+def count_sparse(counts: RowCounts, index: int, row: SparseRow, backend: str) -> None:
+    """Count a sparse prefill call of one row in layer `index`, once the device has counted its pairs."""
+    selection, layout = row.selection, row.selection.layout
+    heads, length, dim = row.query.shape
+    per_key = (row.key.shape[-1] + row.value.shape[-1]) * row.key.element_size()
+    bytes_dense = per_key * dense_keys(length, layout.block_q)
+    names = list(selection.knobs)
+    phase = counts.phases["prefill"]
+
+    def count(selected: Any, executed: Any, keys: Any, flops: float, read: float, *knobs: Any) -> None:
+        phase.add(
+            index,
+            heads,
+            "sparse",
+            backend,
+            pairs=causal_pairs(length),
+            selected=selected,
+            executed=executed,
+            bytes_dense=bytes_dense,
+            bytes_read=per_key * keys + read / heads,
+            flops_dense=4 * dim * causal_pairs(length),
+            flops_estimator=flops / heads,
+        )
+        phase.note_knobs(dict(zip(names, knobs, strict=True)))
+
+    executed, keys = layout.pairs_and_keys()
+    # A method that selects whole tiles has selected what is executed.
+    selected = executed if selection.count_selected is None else selection.count_selected()
+    cost = selection.estimator_flops, selection.estimator_bytes
+    counts.later(count, selected, executed, keys, *cost, *selection.knobs.values())
 
 
 def dense_keys(length: int, block: int) -> int:

@@ -1,0 +1,220 @@
+"""The Triton kernel of block-sparse prefill on the CPU, under Triton's interpreter, against fp64 attention.
+
+Shapes, layouts and inputs are fresh in every run. A failing test shows its seed; TRITON_PREFILL_SEED=<seed> repeats it.
+The interpreter computes products of bf16 wrongly, so that dtype is tested on GPUs only (test_gpu_prefill.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from prefill_cases import KINDS, POISON, Call, Draw, Row, assert_close, attention, random_call, random_row
+from torch import Tensor
+
+from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill, block_sparse_prefill_rows
+from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout
+
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton compiles for the GPU here; test_gpu_prefill.py is for that", allow_module_level=True)
+if triton.__version__ < "3.7" and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+    pytest.skip("the interpreter of Triton 3.6 does not work with numpy 2.4", allow_module_level=True)
+
+from lm_eval_sparse.kernels.block_sparse_prefill import triton as kernel  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+
+DTYPES = (torch.float32, torch.float16)
+#: Query heads and KV heads: groups of 1, 3 and 7, and one KV head.
+HEADS = ((2, 2), (6, 2), (7, 1), (1, 1))
+#: Rows of one call, by whether they are several.
+ROWS = {False: ([1], [63], [257], [100], [333]), True: ([1, 140, 63], [63, 1], [17, 16, 15, 1], [20, 257])}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def draw() -> Draw:
+    seed = int(os.environ.get("TRITON_PREFILL_SEED") or random.SystemRandom().randrange(1 << 31))
+    print(f"TRITON_PREFILL_SEED={seed}")
+    return Draw(seed)
+
+
+def deck(draw: Draw, values) -> Iterator:
+    """The values over and over, each time shuffled: a small sample holds all of them."""
+    while True:
+        yield from draw.rng.sample(list(values), len(values))
+
+
+def run(call: Call, choice: kernel.Tiling) -> None:
+    kernel.forward_rows(*call.inputs, call.scale, call.softcap, call.outs, choice)
+    call.check()
+
+
+@pytest.mark.parametrize("block_k", BLOCK_SIZES)
+@pytest.mark.parametrize("block_q", BLOCK_SIZES)
+def test_tilings(draw: Draw, block_q: int, block_k: int) -> None:
+    """All pairs of block sizes, with query blocks together and keys in steps of all sizes."""
+    heads, kinds, dtypes = (deck(draw, values) for values in (HEADS, KINDS, DTYPES))
+    caps, many = deck(draw, (None, None, 5.0, 50.0)), deck(draw, (False, True))
+    rows = {several: deck(draw, lists) for several, lists in ROWS.items()}
+    for together, step in draw.rng.sample(list(itertools.product((1, 2, 4), (32, 64, 128))), 4):
+        kind = next(kinds)
+        lengths = next(rows[next(many)])
+        if kind == "own":
+            together = 1  # and more than one query block, so that they are not shared ones
+            lengths = [block_q + min(length, 140) for length in lengths]
+        case = {"kind": kind, "softcap": next(caps), "heads": next(heads), "dtype": next(dtypes), "lengths": lengths}
+        print(case, "together", together, "step", step)
+        call = random_call(draw, dim=64, blocks=(block_q, block_k), **case)
+        run(call, kernel.Tiling(together, step, 4, 2))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_public_function(draw: Draw, dim: int, heads: tuple[int, int]) -> None:
+    """The tiling that is chosen, all head dimensions; outputs are written where they are asked for."""
+    kind, dtype = draw.rng.choice(KINDS), draw.rng.choice(DTYPES)
+    blocks = draw.rng.choice(BLOCK_SIZES), draw.rng.choice(BLOCK_SIZES)
+    lengths = [140, 133] if kind == "own" else draw.rng.choice(([140], [63, 100], [17, 80, 1]))
+    softcap = draw.rng.choice((None, 5.0))
+    call = random_call(draw, lengths, heads, dim, dtype, blocks, kind=kind, softcap=softcap)
+    print(kind, dtype, blocks, lengths, softcap)
+    options = {"scale": call.scale, "softcap": softcap, "backend": "triton"}
+    outs, used = block_sparse_prefill_rows(*call.inputs, **options, outs=call.outs)
+    assert used == "triton" and all(out is given for out, given in zip(outs, call.outs, strict=True))
+    call.check()
+    fresh, used = block_sparse_prefill_rows(*call.inputs, **options)
+    assert used == "triton" and fresh[0].dtype == dtype
+    call.check(fresh)
+    for out, row in zip(fresh, zip(*call.inputs, strict=True), strict=True):  # neighbours change nothing
+        alone, used = block_sparse_prefill(*row, **options)
+        assert used == "triton" and torch.equal(alone, out)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 127, 128, 129])
+def test_edges_of_blocks(draw: Draw, length: int) -> None:
+    for block_q, block_k in draw.rng.sample(list(itertools.product(BLOCK_SIZES, BLOCK_SIZES)), 2):
+        for together in (1, 4):
+            call = random_call(draw, [length], (1, 1), 64, torch.float32, (block_q, block_k), kind=None)
+            run(call, kernel.Tiling(together, 64, 4, 2))
+
+
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_every_tile_is_dense_attention(draw: Draw, together: int) -> None:
+    for blocks in ((16, 16), (32, 128), (64, 16)):
+        length = 205
+        n_q, n_k = (-(-length // block) for block in blocks)
+        last = torch.clamp((torch.arange(n_q) + 1) * blocks[0], max=length) - 1
+        causal = torch.arange(n_k) * blocks[1] <= last[:, None]
+        layout = BlockLayout.from_mask(causal.expand(3, -1, -1), length, *blocks)
+        states = [draw.normal(heads, length, 64) for heads in (3, 1, 1)]
+        out = kernel.forward(*states, layout, 0.125, None, kernel.Tiling(together, 64, 4, 2))
+        dense = torch.nn.functional.scaled_dot_product_attention(
+            *(state.double()[None] for state in states), is_causal=True, enable_gqa=True, scale=0.125
+        )
+        assert_close(out, dense[0])
+
+
+def test_columns_only_where_tiles_leave_a_query_alone(draw: Draw) -> None:
+    """The first steps of a query find no key: its tiles lie after it, and a column gives it one."""
+    length, block_q = 300, 128
+    indices = torch.tensor([[[7], [15], [18]]], dtype=torch.int32).expand(2, -1, -1)  # the end of each query block
+    counts = torch.ones(2, 3, dtype=torch.int32)
+    columns = torch.tensor([[[0, POISON]]], dtype=torch.int32).expand(2, -1, -1)
+    states = [draw.normal(heads, length, 64) for heads in (2, 1, 1)]
+    keys = torch.zeros(2, 3, length, dtype=torch.bool)
+    keys[..., 0] = True
+    for block, tile in enumerate((7, 15, 18)):
+        keys[:, block, tile * 16 : (tile + 1) * 16] = True
+    for own in (False, True):
+        lists = columns.expand(-1, 3, -1) if own else columns
+        layout = BlockLayout(indices, counts, length, block_q, 16, lists.contiguous(), counts)
+        layout.check(2)
+        expected = attention(*states, Row(layout, keys), 0.125, None)
+        for step in (32, 128):
+            assert_close(kernel.forward(*states, layout, 0.125, None, kernel.Tiling(1, step, 4, 2)), expected)
+
+
+def test_empty_lists_of_columns(draw: Draw) -> None:
+    """Lists of width 0, and lists that hold poison only."""
+    row = random_row(draw, 2, 150, 32, 32, None)
+    states = [draw.normal(heads, 150, 64) for heads in (2, 1, 1)]
+    expected = attention(*states, row, 0.125, None)
+    tiles = row.layout.indices, row.layout.counts, 150, 32, 32
+    none = torch.zeros_like(row.layout.counts)
+    for lists in (1, row.layout.blocks_q):
+        for width in (0, 3):
+            columns = torch.full((2, lists, width), POISON, dtype=torch.int32)
+            layout = BlockLayout(*tiles, columns, none)
+            layout.check(2)
+            assert_close(block_sparse_prefill(*states, layout, scale=0.125, backend="triton")[0], expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_scores_of_any_size(draw: Draw, softcap: float | None) -> None:
+    """Scores of thousands, with the largest at the first keys, at the last, and all far below zero."""
+    length = 200
+    row = random_row(draw, 1, length, 32, 32, "shared")
+    for ramp in (torch.linspace(4000, 0, length), torch.linspace(0, 4000, length), torch.full((length,), -4000.0)):
+        query, key, value = (draw.normal(1, length, 64) for _ in range(3))
+        query[..., 0], key[..., 0] = 1.0, ramp
+        out, _ = block_sparse_prefill(query, key, value, row.layout, scale=1.0, softcap=softcap, backend="triton")
+        # fp32 keeps some 4000 * 2**-23 of such a score.
+        assert_close(out, attention(query, key, value, row, 1.0, softcap), factor=200)
+
+
+def strange_rows(draw: Draw) -> dict[str, list[Tensor]]:
+    """Queries, keys and values whose memory is laid out as models rarely do."""
+    query, key, value = (draw.normal(heads, 140, 64) for heads in (2, 2, 2))
+    wide = draw.normal(140, 6, 64)
+    return {
+        "one product for all three": list(wide.transpose(0, 1).split(2)),
+        "one KV head for all heads, expanded": [query, key[:1].expand(2, -1, -1), value[:1].expand(2, -1, -1)],
+        "every other token": [state.repeat_interleave(2, 1)[:, ::2] for state in (query, key, value)],
+        "part of a wider head": [draw.normal(2, 140, 77)[..., 5:69] for _ in range(3)],
+        "reversed heads": [state.flip(0).contiguous()[[1, 0]] for state in (query, key, value)],
+    }
+
+
+@pytest.mark.parametrize("name", strange_rows(Draw(0)))
+def test_strides(draw: Draw, name: str) -> None:
+    states = strange_rows(draw)[name]
+    row = random_row(draw, 2, 140, 32, 16, None)
+    other = random_row(draw, 2, 90, 32, 16, None)
+    more = [draw.normal(2, 90, 64) for _ in range(3)]  # strides of its own
+    pairs = [list(pair) for pair in zip(states, more, strict=True)]
+    outs, used = block_sparse_prefill_rows(*pairs, [row.layout, other.layout], scale=0.125, backend="triton")
+    assert used == "triton"
+    assert_close(outs[0], attention(*states, row, 0.125, None))
+    assert_close(outs[1], attention(*more, other, 0.125, None))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_head_dimension_that_is_not_contiguous(draw: Draw, which: int) -> None:
+    """Right, or refused; never something else."""
+    states = [draw.normal(2, 140, 64) for _ in range(3)]
+    row = random_row(draw, 2, 140, 32, 32, None)
+    expected = attention(*states, row, 0.125, None)
+    states[which] = states[which].transpose(1, 2).contiguous().transpose(1, 2)
+    out, _ = block_sparse_prefill(*states, row.layout, scale=0.125, backend="triton")
+    assert_close(out, expected)
+
+
+def test_auto_is_not_the_interpreter(draw: Draw) -> None:
+    call = random_call(draw, [63], (2, 1), 64, torch.float32, (16, 16), kind="shared")
+    outs, used = block_sparse_prefill_rows(*call.inputs, scale=call.scale)
+    assert used == "gather"
+    call.check(outs)
