@@ -94,7 +94,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class SparseRow:
-    """A row of a batch, what was selected for it (states are `(H or H_kv, L, D)`), and where its output goes, if given."""
+    """A row of a batch: states `(H or H_kv, L, D)`, what was selected for it, where its output goes, or None."""
 
     row: int
     query: Tensor
