@@ -33,9 +33,7 @@ def entries(selection: Any) -> Tensor:
         layout = selection.layout
         found = [layout.mask().flatten()]
         if layout.columns is not None:
-            keys = torch.zeros(layout.heads, layout.blocks_q, layout.length, dtype=torch.int32, device=found[0].device)
-            valid = torch.arange(layout.columns.shape[-1], device=keys.device) < layout.column_counts[..., None]
-            found.append((keys.scatter_add_(-1, layout.columns.long(), valid.to(torch.int32)) > 0).flatten())
+            found.append(layout.column_keys().flatten())
         return torch.cat(found).cpu()
     if hasattr(selection, "indices"):
         chosen = [set(ids[:count].tolist()) for ids, count in zip(selection.indices, selection.counts, strict=True)]

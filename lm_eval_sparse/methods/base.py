@@ -79,7 +79,10 @@ class EvictionSelection:
     knobs: dict[str, Any] = field(default_factory=dict)
 
     def check(self, kv_heads: int, length: int) -> None:
-        """Raise ValueError unless every head keeps at least one token, each once, ascending, and in range."""
+        """Raise ValueError unless every head keeps at least one token, each once, ascending, and in range.
+
+        On a GPU only shapes and counts are looked at: reading the ids would wait for the device, in every layer.
+        """
         shape = tuple(self.indices.shape)
         if len(shape) != 2 or shape[0] != kv_heads or len(self.counts) != kv_heads:
             raise ValueError(
@@ -87,6 +90,8 @@ class EvictionSelection:
             )
         if not all(0 < count <= shape[1] for count in self.counts):
             raise ValueError(f"counts {self.counts} given, expected 1 to {shape[1]} tokens of each head")
+        if self.indices.is_cuda:
+            return
         place = torch.arange(shape[1], device=self.indices.device)
         kept = place < torch.tensor(self.counts, device=self.indices.device)[:, None]
         rises = self.indices[:, 1:] > self.indices[:, :-1]
