@@ -154,6 +154,30 @@ def store(draw: Draw, states: Sequence[Tensor], form: str) -> tuple[list[Tensor]
     return views, [buffer]
 
 
+#: Ways in which memory is laid out that models use rarely, or never.
+STRANGE = ("one product for all", "expanded", "every other token", "wider heads", "odd address", "dimensions outside")
+
+
+def strange_states(draw: Draw, name: str, length: int, dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Queries, keys and values `(2, L, D)`."""
+
+    def normal(*shape: int) -> Tensor:
+        return draw.normal(*shape).to(dtype)
+
+    if name == "one product for all":
+        return list(normal(length, 6, dim).transpose(0, 1).split(2))
+    if name == "expanded":
+        return [normal(2, length, dim), *(normal(1, length, dim).expand(2, -1, -1) for _ in range(2))]
+    if name == "every other token":
+        return [normal(2, 2 * length, dim)[:, ::2] for _ in range(3)]
+    if name == "wider heads":
+        return [normal(2, length, dim + 13)[..., 5 : dim + 5] for _ in range(3)]
+    if name == "odd address":
+        return [normal(2 * length * dim + 1)[1:].view(2, length, dim) for _ in range(3)]
+    assert name == "dimensions outside"
+    return [normal(2, dim, length).transpose(1, 2) for _ in range(3)]
+
+
 @dataclass(frozen=True)
 class Call:
     """Arguments of one call of the operator with several rows, and what it must give."""

@@ -16,14 +16,25 @@ from typing import Any
 
 import pytest
 import torch
-from prefill_cases import FORMS, KINDS, Draw, Row, assert_close, attention, random_call, random_row, store
+from prefill_cases import (
+    FORMS,
+    KINDS,
+    STRANGE,
+    Draw,
+    Row,
+    assert_close,
+    attention,
+    random_call,
+    random_row,
+    store,
+    strange_states,
+)
 from torch import Tensor
 
 from lm_eval_sparse.kernels.block_sparse_prefill import (
     BACKENDS,
     block_sparse_prefill,
     block_sparse_prefill_rows,
-    unavailable_reason,
 )
 from lm_eval_sparse.kernels.estimators import window_blocks, window_sums
 from lm_eval_sparse.kernels.estimators.pooling import pool, pool_both
@@ -168,7 +179,7 @@ def test_operator(draw: Draw, combination: Combination) -> None:
 
 
 #: Compiled for few shapes: (head_dim, query heads per KV head, dtype).
-LIBRARY_CASES = [
+OTHER_CASES = [
     (64, 1, torch.bfloat16),
     (64, 7, torch.float16),
     (128, 4, torch.bfloat16),
@@ -180,23 +191,50 @@ LIBRARY_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", LIBRARY_CASES, ids=str)
+@pytest.mark.parametrize("case", OTHER_CASES, ids=str)
 @pytest.mark.parametrize("backend", ["auto", *(name for name in BACKENDS if name not in ("naive", "gather", "triton"))])
-def test_libraries(draw: Draw, backend: str, case: tuple[int, int, torch.dtype]) -> None:
-    """Tiles of 128: what libraries take, and what `auto` makes of them. Nothing is compared that did not run."""
+def test_other_backends(draw: Draw, backend: str, case: tuple[int, int, torch.dtype]) -> None:
+    """Tiles of 64 and 128: what they take, and what `auto` makes of them. Nothing is compared that did not run."""
     dim, group, dtype = case
-    for place in range(20):
+    ran, refused = 0, set()
+    for place, blocks in enumerate(6 * [(128, 128), (64, 64), (128, 64), (64, 128)]):
         lengths = random_lengths(draw, draw.rng.random() < 0.3, place)
         kv_heads = draw.rng.choice((2, 3))
         heads = kv_heads * group, kv_heads
-        call = random_call(draw, lengths, heads, dim, dtype, (128, 128), poison=False)
-        if backend != "auto" and (reason := unavailable_reason(backend, call.queries[0], call.layouts[0], None)):
-            pytest.skip(f"{backend}: {reason}")
-        print(place, "lengths", lengths, "heads", heads)
-        outs, used = block_sparse_prefill_rows(*call.inputs, scale=call.scale, backend=backend, outs=call.outs)
-        assert used == backend or backend == "auto"
-        assert used not in ("naive", "gather")
+        call = random_call(draw, lengths, heads, dim, dtype, blocks, poison=False)
+        print(place, "blocks", blocks, "lengths", lengths, "heads", heads)
+        try:
+            outs, used = block_sparse_prefill_rows(*call.inputs, scale=call.scale, backend=backend, outs=call.outs)
+        except ValueError as error:
+            refused.add(str(error))
+            continue
         call.check()
+        call.check(block_sparse_prefill_rows(*call.inputs, scale=call.scale, backend=backend)[0])
+        assert used not in ("naive", "gather")
+        if backend == "auto" or used == backend:
+            ran += 1
+        else:
+            refused.add(f"{backend} gave way to {used}")
+    print(f"{ran} calls ran; refused: {refused}")
+    if not ran:
+        pytest.skip(f"{backend}: {'; '.join(sorted(refused))[:300]}")
+
+
+@pytest.mark.parametrize("blocks", [(128, 128), (64, 64), (16, 32)], ids=str)
+@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_strides(draw: Draw, backend: str, name: str, blocks: tuple[int, int]) -> None:
+    """Alone, and beside a row with strides of its own."""
+    dtype = torch.bfloat16
+    row, other = (random_row(draw, 2, length, *blocks, None) for length in (700, 333))
+    states = strange_states(draw, name, 700, 128, dtype)
+    more = [draw.normal(2, 333, 128).to(dtype) for _ in range(3)]
+    expected = attention(*states, row, 0.1, None)
+    pairs = [list(pair) for pair in zip(states, more, strict=True)]
+    outs, _ = block_sparse_prefill_rows(*pairs, [row.layout, other.layout], scale=0.1, backend=backend)
+    assert_close(outs[0], expected)
+    assert_close(outs[1], attention(*more, other, 0.1, None))
+    assert_close(block_sparse_prefill(*states, row.layout, scale=0.1, backend=backend)[0], expected)
 
 
 def banded(heads: int, length: int, block: int) -> BlockLayout:

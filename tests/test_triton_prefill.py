@@ -14,8 +14,19 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from prefill_cases import KINDS, POISON, Call, Draw, Row, assert_close, attention, random_call, random_row
-from torch import Tensor
+from prefill_cases import (
+    KINDS,
+    POISON,
+    STRANGE,
+    Call,
+    Draw,
+    Row,
+    assert_close,
+    attention,
+    random_call,
+    random_row,
+    strange_states,
+)
 
 from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill, block_sparse_prefill_rows
 from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout
@@ -70,7 +81,7 @@ def test_tilings(draw: Draw, block_q: int, block_k: int) -> None:
     heads, kinds, dtypes = (deck(draw, values) for values in (HEADS, KINDS, DTYPES))
     caps, many = deck(draw, (None, None, 5.0, 50.0)), deck(draw, (False, True))
     rows = {several: deck(draw, lists) for several, lists in ROWS.items()}
-    for together, step in draw.rng.sample(list(itertools.product((1, 2, 4), (32, 64, 128))), 4):
+    for together, step in draw.rng.sample(list(itertools.product((1, 2, 4), (32, 64, 128))), 3):
         kind = next(kinds)
         lengths = next(rows[next(many)])
         if kind == "own":
@@ -88,7 +99,7 @@ def test_public_function(draw: Draw, dim: int, heads: tuple[int, int]) -> None:
     """The tiling that is chosen, all head dimensions; outputs are written where they are asked for."""
     kind, dtype = draw.rng.choice(KINDS), draw.rng.choice(DTYPES)
     blocks = draw.rng.choice(BLOCK_SIZES), draw.rng.choice(BLOCK_SIZES)
-    lengths = [140, 133] if kind == "own" else draw.rng.choice(([140], [63, 100], [17, 80, 1]))
+    lengths = [blocks[0] + 5, blocks[0] + 20] if kind == "own" else draw.rng.choice(([140], [63, 90], [17, 80, 1]))
     softcap = draw.rng.choice((None, 5.0))
     call = random_call(draw, lengths, heads, dim, dtype, blocks, kind=kind, softcap=softcap)
     print(kind, dtype, blocks, lengths, softcap)
@@ -99,9 +110,9 @@ def test_public_function(draw: Draw, dim: int, heads: tuple[int, int]) -> None:
     fresh, used = block_sparse_prefill_rows(*call.inputs, **options)
     assert used == "triton" and fresh[0].dtype == dtype
     call.check(fresh)
-    for out, row in zip(fresh, zip(*call.inputs, strict=True), strict=True):  # neighbours change nothing
-        alone, used = block_sparse_prefill(*row, **options)
-        assert used == "triton" and torch.equal(alone, out)
+    row = draw.rng.randrange(len(lengths))
+    alone, used = block_sparse_prefill(*(part[row] for part in call.inputs), **options)
+    assert used == "triton" and torch.equal(alone, fresh[row])  # neighbours change nothing
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 127, 128, 129])
@@ -176,41 +187,21 @@ def test_scores_of_any_size(draw: Draw, softcap: float | None) -> None:
         assert_close(out, attention(query, key, value, row, 1.0, softcap), factor=200)
 
 
-def strange_rows(draw: Draw) -> dict[str, list[Tensor]]:
-    """Queries, keys and values whose memory is laid out as models rarely do."""
-    query, key, value = (draw.normal(heads, 140, 64) for heads in (2, 2, 2))
-    wide = draw.normal(140, 6, 64)
-    return {
-        "one product for all three": list(wide.transpose(0, 1).split(2)),
-        "one KV head for all heads, expanded": [query, key[:1].expand(2, -1, -1), value[:1].expand(2, -1, -1)],
-        "every other token": [state.repeat_interleave(2, 1)[:, ::2] for state in (query, key, value)],
-        "part of a wider head": [draw.normal(2, 140, 77)[..., 5:69] for _ in range(3)],
-        "reversed heads": [state.flip(0).contiguous()[[1, 0]] for state in (query, key, value)],
-    }
-
-
-@pytest.mark.parametrize("name", strange_rows(Draw(0)))
+@pytest.mark.parametrize("name", STRANGE)
 def test_strides(draw: Draw, name: str) -> None:
-    states = strange_rows(draw)[name]
-    row = random_row(draw, 2, 140, 32, 16, None)
-    other = random_row(draw, 2, 90, 32, 16, None)
-    more = [draw.normal(2, 90, 64) for _ in range(3)]  # strides of its own
+    """Alone, and beside a row with strides of its own."""
+    row, other = (random_row(draw, 2, length, 32, 16, None) for length in (140, 90))
+    states = strange_states(draw, name, 140, 64)
+    more = [draw.normal(2, 90, 64) for _ in range(3)]
     pairs = [list(pair) for pair in zip(states, more, strict=True)]
     outs, used = block_sparse_prefill_rows(*pairs, [row.layout, other.layout], scale=0.125, backend="triton")
     assert used == "triton"
     assert_close(outs[0], attention(*states, row, 0.125, None))
     assert_close(outs[1], attention(*more, other, 0.125, None))
-
-
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_head_dimension_that_is_not_contiguous(draw: Draw, which: int) -> None:
-    """Right, or refused; never something else."""
-    states = [draw.normal(2, 140, 64) for _ in range(3)]
-    row = random_row(draw, 2, 140, 32, 32, None)
-    expected = attention(*states, row, 0.125, None)
-    states[which] = states[which].transpose(1, 2).contiguous().transpose(1, 2)
-    out, _ = block_sparse_prefill(*states, row.layout, scale=0.125, backend="triton")
-    assert_close(out, expected)
+    assert_close(
+        block_sparse_prefill(*states, row.layout, scale=0.125, backend="triton")[0],
+        attention(*states, row, 0.125, None),
+    )
 
 
 def test_auto_is_not_the_interpreter(draw: Draw) -> None:

@@ -181,11 +181,9 @@ def unavailable_reason(
         if query.dtype not in DTYPES:
             return f"dtype is {query.dtype}; the kernel takes {', '.join(map(str, DTYPES))}"
         return None
-    if softcap is not None or layout.columns is not None:  # triton takes both
-        return "it takes no softcap" if softcap is not None else "it takes no single key columns"
     place = _place(query, layout)
-    if backend == "fa4":
-        return fa4.unavailable_reason(*place)
+    if softcap is not None:
+        return "it takes no softcap"
     if backend == "hopper":
         if (reason := backends.triton_unavailable(device)) is not None or device != "cuda":
             return reason or "it needs a Hopper GPU (compute capability 9.0)"
@@ -194,6 +192,10 @@ def unavailable_reason(
         if (reason := hopper.unavailable_reason(*place)) is not None:
             return reason
         return "strides or addresses are no multiples of 16 bytes" if hopper.misaligned(states) else None
+    if layout.columns is not None:
+        return "it takes no single key columns"
+    if backend == "fa4":
+        return fa4.unavailable_reason(*place)
     return _broken[place] if place in _broken else flex.unavailable_reason(*place)
 
 

@@ -1,8 +1,8 @@
-"""Kernel for Hopper GPUs and 128 x 128 tiles, in Triton's Gluon language: specialised warps keep the matrix units busy.
+"""Kernel for Hopper GPUs and tiles of 64 x 64 or 128 x 128, in Triton's Gluon language, with specialised warps.
 
-Every program stays on its multiprocessor and takes one query block after the other. One warp fetches queries, keys and
-values with the bulk copy engine; two groups of four warps own 64 queries each, compute the scores of one key block
-while the products of the last one with its values are still running, and share what is fetched.
+To keep the matrix units busy, every program stays on its multiprocessor and takes one query block after the other. One
+warp fetches queries, keys and values with the bulk copy engine; groups of four warps own 64 queries each, compute the
+scores of one key block while the products of the last one with its values are still running, and share what is fetched.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..layout import BlockLayout
 from . import naive
 from .schedule import order_programs
+from .triton import add_columns
 
 logger = logging.getLogger(__name__)
 
 LOG2_E = 1.4426950408889634
+#: Blocks of keys, and of values, that are fetched ahead.
+STAGES = 2
 #: The name of the copy changed between releases of Triton.
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
@@ -117,6 +120,7 @@ def _continue(
     dtype: gl.constexpr = queries.dtype
     out_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     weight_layout: gl.constexpr = w.type.layout
+    paired: gl.constexpr = queries.shape[2] == 128
     for _ in range(1, count):
         mbarrier.wait(bars[2].index((step + 1) % stages), ((step + 1) // stages) & 1)
         scores = _multiply(queries, turn, keys, step + 1, part, stages)
@@ -129,37 +133,45 @@ def _continue(
         weights = gl.exp2(scores * scale - (highest * scale)[:, None])
         total = total * shrink + gl.sum(weights, 1)
         peak = highest
-        # Never done: it keeps the assembler from waiting for the values before it computes the weights.
-        gl.store(guard + gl.arange(0, 64, total.type.layout), total.to(dtype), mask=total < 0)
-        gl.thread_barrier()
+        if paired:
+            # Never done: it keeps the assembler from waiting for the values before it computes the weights.
+            gl.store(guard + gl.arange(0, 64, total.type.layout), total.to(dtype), mask=total < 0)
+            gl.thread_barrier()
         acc = warpgroup_mma_wait(0, [running])
         mbarrier.arrive(bars[5].index(step % stages), count=1)
         acc = acc * gl.convert_layout(shrink, out_row)[:, None]
         w = gl.convert_layout(weights.to(dtype), weight_layout)
         step += 1
-    return acc, w, total, step
+    return acc, w, peak, total, step
 
 
 @gluon.jit
-def _finish(acc, total, out, out_head, out_token, head, first, length):
+def _finish(acc, peak, total, place_out, head, first, length, scale, keeps_sums: gl.constexpr):
+    out, out_head, out_token, sums = place_out
     layout: gl.constexpr = acc.type.layout
     out_row: gl.constexpr = gl.SliceLayout(1, layout)
-    acc = acc / gl.convert_layout(total, out_row)[:, None]
     rows = first + gl.arange(0, 64, out_row)
     dims = gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
     places = out + head.to(gl.int64) * out_head + rows.to(gl.int64)[:, None] * out_token + dims[None, :]
-    gl.store(places, acc.to(out.dtype.element_ty), mask=(rows < length)[:, None])
+    inside = rows < length
+    acc = acc / gl.convert_layout(total, out_row)[:, None]
+    gl.store(places, acc.to(out.dtype.element_ty), mask=inside[:, None])
+    if keeps_sums:
+        found = gl.convert_layout(peak * scale + gl.log2(total), out_row)
+        gl.store(sums + head.to(gl.int64) * length + rows, found, mask=inside)
 
 
 @gluon.jit
-def _consume(part: gl.constexpr, buffers, bars, lists, place_out, numbers, stages: gl.constexpr):
+def _consume(
+    part: gl.constexpr, buffers, bars, lists, place_out, numbers, stages: gl.constexpr, keeps_sums: gl.constexpr
+):
     """Attention of 64 queries of a query block, for one query block after the other.
 
     The first scores of a query block are computed before the last values of the one before are added.
     """
     queries, keys, values = buffers
     order, ids, counts = lists
-    out, out_head, out_token = place_out
+    out = place_out[0]
     blocks, width, length, scale, items = numbers
     height: gl.constexpr = queries.shape[2]
     dim: gl.constexpr = keys.shape[3]
@@ -182,7 +194,7 @@ def _consume(part: gl.constexpr, buffers, bars, lists, place_out, numbers, stage
     w = gl.convert_layout(weights.to(dtype), weight_layout)
     acc = gl.zeros([64, dim], gl.float32, out_layout)
     for following in range(item + gl.num_programs(0), items, gl.num_programs(0)):
-        acc, w, total, step = _continue(
+        acc, w, peak, total, step = _continue(
             acc, w, peak, total, queries, turn, keys, values, bars, step, count, scale, out, part, stages
         )
         mbarrier.arrive(bars[1].index(turn % 2), count=1)
@@ -198,25 +210,24 @@ def _consume(part: gl.constexpr, buffers, bars, lists, place_out, numbers, stage
         running = _accumulate(w, values, acc, step, stages)
         scores = warpgroup_mma_wait(1, [scores])
         mbarrier.arrive(bars[3].index((step + 1) % stages), count=1)
-        weights, peak, next_total = _begin(scores, next_first, block, scale)
-        gl.store(out + gl.arange(0, 64, next_total.type.layout), next_total.to(dtype), mask=next_total < 0)
-        gl.thread_barrier()
+        weights, next_peak, next_total = _begin(scores, next_first, block, scale)
         acc = warpgroup_mma_wait(0, [running])
         mbarrier.arrive(bars[5].index(step % stages), count=1)
         w = gl.convert_layout(weights.to(dtype), weight_layout)
-        _finish(acc, total, out, out_head, out_token, code // blocks, first, length)
+        _finish(acc, peak, total, place_out, code // blocks, first, length, scale, keeps_sums)
         acc = gl.zeros([64, dim], gl.float32, out_layout)
+        peak = next_peak
         total = next_total
         code = next_code
         first = next_first
         step += 1
-    acc, w, total, step = _continue(
+    acc, w, peak, total, step = _continue(
         acc, w, peak, total, queries, turn, keys, values, bars, step, count, scale, out, part, stages
     )
     mbarrier.wait(bars[4].index(step % stages), (step // stages) & 1)
     running = _accumulate(w, values, acc, step, stages)
     acc = warpgroup_mma_wait(0, [running])
-    _finish(acc, total, out, out_head, out_token, code // blocks, first, length)
+    _finish(acc, peak, total, place_out, code // blocks, first, length, scale, keeps_sums)
 
 
 @gluon.jit
@@ -236,7 +247,9 @@ def _attend(
     items,
     scale,
     group,
+    sums,
     stages: gl.constexpr,
+    keeps_sums: gl.constexpr,
 ):
     dtype: gl.constexpr = query.dtype
     height: gl.constexpr = query.block_type.shape[1]
@@ -264,15 +277,15 @@ def _attend(
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     buffers = (queries, keys, values)
     lists = (order, ids, counts)
-    place = (out, out_head, out_token)
+    place = (out, out_head, out_token, sums)
     # A literal part stays a constant only where the tuple is written.
     numbers = (blocks, width, length, scale, items)
     fetching = ((query, key, value), buffers, bars, lists, numbers, group)
     if parts == 2:
         gl.warp_specialize(
             [
-                (_consume, (gl.constexpr(0), buffers, bars, lists, place, numbers, stages)),
-                (_consume, (gl.constexpr(1), buffers, bars, lists, place, numbers, stages)),
+                (_consume, (gl.constexpr(0), buffers, bars, lists, place, numbers, stages, keeps_sums)),
+                (_consume, (gl.constexpr(1), buffers, bars, lists, place, numbers, stages, keeps_sums)),
                 (_produce, (fetching, stages)),
             ],
             [4, 1],
@@ -281,7 +294,7 @@ def _attend(
     else:
         gl.warp_specialize(
             [
-                (_consume, (gl.constexpr(0), buffers, bars, lists, place, numbers, stages)),
+                (_consume, (gl.constexpr(0), buffers, bars, lists, place, numbers, stages, keeps_sums)),
                 (_produce, (fetching, stages)),
             ],
             [1],
@@ -334,17 +347,17 @@ def misaligned(tensors: Iterable[Tensor]) -> bool:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, softcap: float | None
 ) -> Tensor:
-    """See `block_sparse_prefill`. Half precision, head_dim 64 or 128, tiles of 128 x 128, no columns, no softcap."""
+    """See `block_sparse_prefill`. Half precision, head_dim 64 or 128, tiles of 64 x 64 or 128 x 128, no softcap."""
     out = torch.empty_like(query)
     forward_into(query, key, value, layout, scale, out)
     return out
 
 
-def forward_into(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, out: Tensor, stages: int | None = None
-) -> None:
+def forward_into(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, out: Tensor) -> None:
     """`forward` into a given tensor of any strides."""
     heads, length, dim = query.shape
+    # Single columns are added by the portable kernel, which needs to know the sums of the softmax over the tiles.
+    sums = None if layout.columns is None else query.new_empty(heads, length, dtype=torch.float32)
     group = heads // key.shape[0]
     kind = gl.bfloat16 if query.dtype == torch.bfloat16 else gl.float16
     sizes = (layout.block_q, layout.block_k, layout.block_k)
@@ -368,10 +381,14 @@ def forward_into(
         items,
         scale * LOG2_E,
         group,
-        stages=stages or 2,
+        out if sums is None else sums,
+        stages=STAGES,
+        keeps_sums=sums is not None,
         num_warps=4,
         maxnreg=168 if parts == 2 else 128,
     )
+    if sums is not None:
+        add_columns(query, key, value, layout, scale, out, sums)
 
 
 def _described(states: Tensor, size: int, kind: gl.dtype) -> TensorDescriptor:

@@ -75,6 +75,7 @@ def _attend(
     order,
     table,
     row_of,
+    sums,
     query_head,
     query_token,
     key_head,
@@ -105,6 +106,7 @@ def _attend(
     shared: tl.constexpr,
     has_softcap: tl.constexpr,
     precision: tl.constexpr,
+    resumed: tl.constexpr,
 ):
     item = tl.load(order + tl.program_id(0))
     head = item // supers
@@ -143,16 +145,24 @@ def _attend(
         q = tl.load(queries, mask=(positions < length)[:, None] & (dims < head_dim)[None, :], other=0.0)
     else:
         q = tl.load(queries, mask=(positions < length)[:, None], other=0.0)
-    acc = tl.zeros((height, block_d), tl.float32)
-    peak = tl.full((height,), float("-inf"), tl.float32)
-    total = tl.zeros((height,), tl.float32)
+    outs = out + wide * out_head + positions.to(tl.int64)[:, None] * out_token + dims[None, :]
+    if resumed:  # the tiles have been read, `sums` holds the logarithm (base 2) of their sums
+        acc = tl.load(outs, mask=(positions < length)[:, None] & (dims < head_dim)[None, :], other=0.0).to(tl.float32)
+        peak = tl.load(sums + wide * length + positions, mask=positions < length, other=0.0)
+        total = tl.full((height,), 1.0, tl.float32)
+    else:
+        acc = tl.zeros((height, block_d), tl.float32)
+        peak = tl.full((height,), float("-inf"), tl.float32)
+        total = tl.zeros((height,), tl.float32)
     span = tl.arange(0, step)
     inside = span < step
 
     row = wide * supers + place
     count = tl.load(counts + row)
     listed = ids + row * width
-    if together == 1:
+    if resumed:
+        tl.static_assert(has_columns)
+    elif together == 1:
         # Lists ascend, so what reaches beyond the first query lies at their end; the rest needs no mask.
         tail: tl.constexpr = 2 * (block_q // block_k) if block_q > block_k else 2
         behind = count - tail + tl.arange(0, tail)
@@ -252,7 +262,6 @@ def _attend(
             acc, peak, total = _fold(acc, peak, total, scores, v, precision)
 
     acc = acc / total[:, None]
-    outs = out + wide * out_head + positions.to(tl.int64)[:, None] * out_token + dims[None, :]
     if padded:
         tl.store(outs, acc.to(out.dtype.element_ty), mask=(positions < length)[:, None] & (dims < head_dim)[None, :])
     else:
@@ -343,8 +352,12 @@ def forward_rows(
     softcap: float | None,
     outs: Sequence[Tensor],
     choice: Tiling | None = None,
+    sums: Tensor | None = None,
 ) -> None:
-    """Several rows in one launch, into `outs`. All layouts have the same block sizes and kind of columns."""
+    """Several rows in one launch, into `outs`. All layouts have the same block sizes and kind of columns.
+
+    With `sums`, see `add_columns`, only the columns are read; then there is one row.
+    """
     layout = layouts[0]
     heads, _, dim = queries[0].shape
     choice = choice or tiling(layout, dim, queries[0].dtype)
@@ -354,7 +367,7 @@ def forward_rows(
         for q, k, v, own, out in zip(queries, keys, values, layouts, outs, strict=True):
             forward_rows([q], [k], [v], [own], scale, softcap, [out], choice)
         return
-    parts = [_lists(own, choice.together) for own in layouts]
+    parts = [_lists(own, choice.together, columns_only=sums is not None) for own in layouts]
     supers = [-(-own.blocks_q // choice.together) for own in layouts]
     group = heads // keys[0].shape[0]
     work = torch.cat([part.work for part in parts], 1) if len(parts) > 1 else parts[0].work
@@ -382,6 +395,7 @@ def forward_rows(
         order,
         table,
         row_of,
+        sums,
         *strides[0],
         layout.length,
         layout.blocks_q,
@@ -404,9 +418,24 @@ def forward_rows(
         shared=shared,
         has_softcap=softcap is not None,
         precision="ieee" if queries[0].dtype == torch.float32 else "tf32",
+        resumed=sums is not None,
         num_warps=choice.warps,
         num_stages=choice.stages,
     )
+
+
+def add_columns(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, out: Tensor, sums: Tensor
+) -> None:
+    """Add a layout's single columns to attention over its tiles.
+
+    Args:
+        out: `(H, L, D)`, attention over the tiles, overwritten.
+        sums: `(H, L)` fp32, contiguous, logarithm (base 2) of the sum of the exponentials of the scores in the tiles.
+    """
+    own = layout.columns.shape[1] > 1
+    choice = Tiling(1 if own else max(1, 128 // layout.block_q), 64, 8 if layout.block_q == 128 or not own else 4, 2)
+    forward_rows([query], [key], [value], [layout], scale, None, [out], choice, sums)
 
 
 @dataclass(frozen=True)
@@ -421,16 +450,16 @@ class _Lists:
     work: Tensor
 
 
-def _lists(layout: BlockLayout, together: int) -> _Lists:
+def _lists(layout: BlockLayout, together: int, columns_only: bool = False) -> _Lists:
     heads, blocks_q = layout.counts.shape
     ids, counts = layout.indices.contiguous(), layout.counts.contiguous()
     shared = layout.columns is not None and layout.columns.shape[1] == 1
     words = None
-    if together > 1 or shared:
+    if (together > 1 and not columns_only) or shared:
         words = ids.new_zeros(heads, blocks_q, -(-layout.blocks_k // 32))
         grid = (heads * blocks_q,)
         _mark[grid](ids, counts, words, ids.shape[-1], words.shape[-1], step=128, num_warps=1)
-    if together > 1:
+    if together > 1 and not columns_only:
         supers = -(-blocks_q // together)
         width = min(layout.blocks_k, together * ids.shape[-1])
         united, numbers = ids.new_empty(heads, supers, width), counts.new_empty(heads, supers)
@@ -453,7 +482,8 @@ def _lists(layout: BlockLayout, together: int) -> _Lists:
     work = counts
     if columns is not None:
         last = torch.arange(together - 1, blocks_q + together - 1, together, device=ids.device).clamp(max=blocks_q - 1)
-        work = counts * layout.block_k + layout.column_counts[:, last]
+        work = layout.column_counts[:, last]
+        work = work if columns_only else counts * layout.block_k + work
     column_counts = None if layout.columns is None else layout.column_counts.contiguous()
     return _Lists(ids, counts, columns, column_counts, words, work)
 
