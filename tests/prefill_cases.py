@@ -7,6 +7,8 @@ all works on the device of the source of random numbers.
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,21 @@ import torch
 from torch import Tensor
 
 from lm_eval_sparse.kernels.layout import BlockLayout
+
+
+def interpreter_missing() -> str | None:
+    """Why Triton sources cannot run under Triton's interpreter here, or None when they can (see conftest.py)."""
+    try:
+        triton = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+        numpy = tuple(map(int, importlib.metadata.version("numpy").split(".")[:2]))
+    except importlib.metadata.PackageNotFoundError as error:
+        return f"the package {error.name} is not installed"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton compiles for the GPU here; test_gpu_prefill.py is for that"
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of Triton 3.6 does not work with numpy 2.4"
+    return None
+
 
 #: What lies behind the valid entries of lists: no operator may look there.
 POISON = 10**6

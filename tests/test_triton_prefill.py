@@ -11,7 +11,6 @@ import os
 import random
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from prefill_cases import (
@@ -23,6 +22,7 @@ from prefill_cases import (
     Row,
     assert_close,
     attention,
+    interpreter_missing,
     random_call,
     random_row,
     strange_states,
@@ -31,11 +31,8 @@ from prefill_cases import (
 from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill, block_sparse_prefill_rows
 from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout
 
-triton = pytest.importorskip("triton", reason="the package triton is not installed")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Triton compiles for the GPU here; test_gpu_prefill.py is for that", allow_module_level=True)
-if triton.__version__ < "3.7" and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip("the interpreter of Triton 3.6 does not work with numpy 2.4", allow_module_level=True)
+if (reason := interpreter_missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 from lm_eval_sparse.kernels.block_sparse_prefill import triton as kernel  # noqa: E402
 

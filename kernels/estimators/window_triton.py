@@ -30,19 +30,23 @@ def sums(
     window = min(window, length)
     normaliser = _normalisers(query, key, window, scale, softcap)
 
-    out = [torch.empty(heads, length, device=query.device) if asked else None for asked in wanted]
-    columns, diagonals, peaks = out
     rows, keys = _tile(query, window, 64)
     skew = min(rows, 32)
-    blocks = triton.cdiv(length, keys)
-    part = triton.cdiv(window, rows) * rows
-    if diagonals is not None:  # two sums for each key and strip of `skew` queries
+    # Queries that follow each other by a block of keys meet the next block of keys on the same diagonals: their
+    # weights are added before the diagonals are, which are what costs most.
+    paired = wanted[1] and window > keys
+    out = [torch.empty(1 + paired, heads, length, device=query.device) if asked else None for asked in wanted]
+    columns, _, peaks = out
+    diagonals = out[1][0] if wanted[1] else None
+    blocks = triton.cdiv(length, keys) + paired
+    part = 2 * keys if paired else triton.cdiv(window, rows) * rows
+    if diagonals is not None and not paired:  # two sums for each key and strip of `skew` queries
         part = min(part, max(rows, PARTIAL_BYTES // (8 * heads * blocks * keys) * skew // rows * rows))
-    strips = part // skew
+    strips = (keys if paired else part) // skew
     partial = query.new_empty((2, heads, strips, blocks * keys) if wanted[1] else 1, dtype=torch.float32)
     nothing = normaliser  # stands for a tensor that is not asked for
     for first in range(0, window, part):
-        tiles = triton.cdiv(min(part, window - first), rows)
+        tiles = keys // rows if paired else triton.cdiv(min(part, window - first), rows)
         _sums_kernel[(blocks, kv_heads)](
             query,
             key,
@@ -65,12 +69,13 @@ def sums(
             COLUMNS=columns is not None,
             PEAKS=peaks is not None,
             DIAGONALS=diagonals is not None,
+            PAIRED=paired,
             FIRST=first == 0,
             ROWS=rows,
             KEYS=keys,
             SKEW=skew,
             **_shape(query),
-            num_warps=4,
+            num_warps=8 if paired else 4,
             num_stages=2,
         )
         if diagonals is not None:
@@ -82,12 +87,17 @@ def sums(
                 tiles * (rows // skew),
                 strips,
                 blocks * keys,
+                keys if paired else 0,
                 FIRST=first == 0,
                 SKEW=skew,
                 BLOCK=1024,
                 num_warps=4,
             )
-    return out
+    whole = [None if found is None else found[0] for found in out]
+    if paired:
+        whole[0] = None if columns is None else columns.sum(0)
+        whole[2] = None if peaks is None else peaks.amax(0)
+    return whole
 
 
 def _normalisers(query: Tensor, key: Tensor, window: int, scale: float, softcap: float | None) -> Tensor:
@@ -244,6 +254,43 @@ def _merge_kernel(parts, merged, count, splits, BLOCK: tl.constexpr):
     tl.store(merged + place, peak + tl.log2(total), mask=place < count)
 
 
+@triton.jit
+def _weights(
+    k,
+    places,
+    query,
+    normaliser,
+    row,
+    length,
+    window,
+    query_token,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Weights `(KEYS, ROWS)` of a tile, 0 for keys that a query does not see; those behind the window weigh nothing."""
+    q = _rows_of(query, length - window + row, query_token, row < window, DIM, PADDED)
+    norm = tl.load(normaliser + row, mask=row < window, other=float("inf"))
+    weights = tl.exp2(_logits(_product(k, q.T, EXACT), inner, outer, CAPPED) - norm[None, :])
+    if (tl.max(places, 0) > length - window + tl.min(row, 0)) | (tl.min(places, 0) < 0):
+        seen = (places[:, None] <= (length - window + row)[None, :]) & (places >= 0)[:, None]
+        weights = tl.where(seen, weights, 0.0)
+    return weights
+
+
+@triton.jit
+def _keep(out, places, found, length, largest: tl.constexpr, FIRST: tl.constexpr):
+    """Store, or take into what earlier parts of the window have left."""
+    inside = (places >= 0) & (places < length)
+    if not FIRST:
+        before = tl.load(out + places, mask=inside, other=0.0)
+        found = tl.maximum(before, found) if largest else before + found
+    tl.store(out + places, found, mask=inside)
+
+
 @triton.jit(do_not_specialize=["first", "tiles", "strips"])
 def _sums_kernel(
     query,
@@ -268,6 +315,7 @@ def _sums_kernel(
     COLUMNS: tl.constexpr,
     PEAKS: tl.constexpr,
     DIAGONALS: tl.constexpr,
+    PAIRED: tl.constexpr,
     FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -278,47 +326,60 @@ def _sums_kernel(
 ):
     """One program: one block of keys against `tiles` tiles of queries of each head of a group, keys along axis 0.
 
-    For diagonals a tile is cut into squares of `SKEW` keys and queries. Rotating key b's row by b turns the square's
-    diagonals into columns: query - key = c where the rotation did not wrap around, c - SKEW where it did. The two are
-    summed apart, one number for each key subblock and c; `_diagonals_kernel` puts them together.
+    `PAIRED`: besides, the next block of keys against the queries that come `KEYS` later; the first program has only
+    that. For diagonals a tile is cut into squares of `SKEW` keys and queries. Rotating key b's row by b turns the
+    square's diagonals into columns: query - key = c where the rotation did not wrap around, c - SKEW where it did. The
+    two are summed apart, one number for each key subblock and c; `_diagonals_kernel` puts them together.
     """
-    block = tl.program_id(0)
+    block = tl.program_id(0) - (1 if PAIRED else 0)
     kv_head = tl.program_id(1)
+    heads = tl.num_programs(1) * group
     places = block * KEYS + tl.arange(0, KEYS)
-    k = _rows_of(key + kv_head.to(tl.int64) * key_head, places, key_token, places < length, DIM, PADDED)
+    base = key + kv_head.to(tl.int64) * key_head
+    k = _rows_of(base, places, key_token, (places >= 0) & (places < length), DIM, PADDED)
     column = tl.zeros([KEYS], tl.float32)
     top = tl.zeros([KEYS], tl.float32)
+    if PAIRED:
+        next_k = _rows_of(base, places + KEYS, key_token, places + KEYS < length, DIM, PADDED)
+        next_column = tl.zeros([KEYS], tl.float32)
+        next_top = tl.zeros([KEYS], tl.float32)
     for step in range(group * tiles):
-        head = kv_head * group + step // tiles
+        head = (kv_head * group + step // tiles).to(tl.int64)
         tile = step % tiles
         row = first + tile * ROWS + tl.arange(0, ROWS)
-        begin = length - window + first + tile * ROWS
-        q = _rows_of(
-            query + head.to(tl.int64) * query_head, length - window + row, query_token, row < window, DIM, PADDED
+        own = query + head * query_head
+        norms = normaliser + head * window
+        # fmt: off
+        weights = _weights(
+            k, places, own, norms, row, length, window, query_token, inner, outer, CAPPED, DIM, PADDED, EXACT
         )
-        # Rows behind the window weigh nothing.
-        norm = tl.load(normaliser + head.to(tl.int64) * window + row, mask=row < window, other=float("inf"))
-        weights = tl.exp2(_logits(_product(k, q.T, EXACT), inner, outer, CAPPED) - norm[None, :])
-        if block * KEYS + KEYS > begin + 1:
-            weights = tl.where(places[:, None] <= (length - window + row)[None, :], weights, 0.0)
-        out = head.to(tl.int64) * length + places
+        if PAIRED:
+            others = _weights(
+                next_k, places + KEYS, own, norms, row + KEYS, length, window, query_token, inner, outer,
+                CAPPED, DIM, PADDED, EXACT,
+            )
+        # fmt: on
+        out = head * length
+        behind = heads.to(tl.int64) * length
         if COLUMNS:
             column = tl.where(tile == 0, 0.0, column) + tl.sum(weights, 1)
+            if PAIRED:
+                next_column = tl.where(tile == 0, 0.0, next_column) + tl.sum(others, 1)
             if tile == tiles - 1:
-                if FIRST:
-                    tl.store(columns + out, column, mask=places < length)
-                else:
-                    before = tl.load(columns + out, mask=places < length)
-                    tl.store(columns + out, before + column, mask=places < length)
+                _keep(columns + out, places, column, length, False, FIRST)
+                if PAIRED:
+                    _keep(columns + out + behind, places + KEYS, next_column, length, False, FIRST)
         if PEAKS:
             top = tl.maximum(tl.where(tile == 0, 0.0, top), tl.max(weights, 1))
+            if PAIRED:
+                next_top = tl.maximum(tl.where(tile == 0, 0.0, next_top), tl.max(others, 1))
             if tile == tiles - 1:
-                if FIRST:
-                    tl.store(peaks + out, top, mask=places < length)
-                else:
-                    before = tl.load(peaks + out, mask=places < length)
-                    tl.store(peaks + out, tl.maximum(before, top), mask=places < length)
+                _keep(peaks + out, places, top, length, True, FIRST)
+                if PAIRED:
+                    _keep(peaks + out + behind, places + KEYS, next_top, length, True, FIRST)
         if DIAGONALS:
+            if PAIRED:
+                weights += others
             DOWN: tl.constexpr = KEYS // SKEW
             ACROSS: tl.constexpr = ROWS // SKEW
             c = tl.arange(0, SKEW)
@@ -329,10 +390,9 @@ def _sums_kernel(
             whole = (c[:, None] + c[None, :] < SKEW)[None, :, None, :]
             width = tl.num_programs(0) * KEYS
             strip = tile * ACROSS + tl.arange(0, ACROSS)[None, :, None]
-            place = block * KEYS + tl.arange(0, DOWN)[:, None, None] * SKEW + c[None, None, :]
-            at = partial + (head.to(tl.int64) * strips + strip) * width + place
+            place = tl.program_id(0) * KEYS + tl.arange(0, DOWN)[:, None, None] * SKEW + c[None, None, :]
+            at = partial + (head * strips + strip) * width + place
             tl.store(at, tl.sum(tl.where(whole, skewed, 0.0), 1))
-            heads = tl.num_programs(1) * group
             tl.store(at + heads.to(tl.int64) * strips * width, tl.sum(tl.where(whole, 0.0, skewed), 1))
 
 
@@ -345,11 +405,15 @@ def _diagonals_kernel(
     used,
     strips,
     width,
+    shift,
     FIRST: tl.constexpr,
     SKEW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums over `used` strips of `SKEW` queries, the first of which begins at position `begin`."""
+    """Sums over `used` strips of `SKEW` queries, the first of which begins at position `begin`.
+
+    What belongs to key j lies at `shift` + j.
+    """
     head = tl.program_id(1)
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     apart = tl.num_programs(1).to(tl.int64) * strips * width
@@ -358,7 +422,7 @@ def _diagonals_kernel(
         # Diagonal o crosses two key subblocks in this strip: o = query - key with query = begin + strip * SKEW + a.
         behind = offset - begin - strip * SKEW
         c = behind & (SKEW - 1)
-        place = c - behind  # first key of the subblock in which it does not wrap
+        place = shift + c - behind  # of the first key of the subblock in which it does not wrap
         at = partial + (head.to(tl.int64) * strips + strip) * width + place + c
         total += tl.load(at, mask=(place >= 0) & (place < width), other=0.0)
         total += tl.load(at + apart - SKEW, mask=(place >= SKEW) & (place < width + SKEW), other=0.0)
