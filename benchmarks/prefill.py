@@ -445,7 +445,8 @@ def measure_kernels(length: int, block: int, density: float, options: argparse.N
         row = {"kernel": name, "block": block, "length": length, "density": density,
                "executed_density": pairs / options.heads / causal_pairs(length)}  # fmt: skip
         # Kernels with one block size, and one that is not made for this, are no candidates elsewhere.
-        if (name in ("fa4", "flex") and block != 128) or (name == "gather" and length > GATHER_UP_TO):
+        narrow = {"fa4": (128,), "flex": (128,), "hopper": (128, 64)}.get(name, BLOCKS)
+        if block not in narrow or (name == "gather" and length > GATHER_UP_TO):
             continue
         try:
             call = kernel_call(name, states, layout, scale)

@@ -34,7 +34,7 @@ from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout
 if (reason := interpreter_missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from lm_eval_sparse.kernels.block_sparse_prefill import triton as kernel  # noqa: E402
+from lm_eval_sparse.kernels.block_sparse_prefill import triton as kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 
