@@ -217,7 +217,11 @@ def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_shapes(layout: BlockLayout, heads: int) -> None:
-    """The cheap checks that every call makes: they touch shapes only."""
+    """The cheap checks that every call makes: they touch shapes and dtypes only."""
+    lists = (layout.indices, layout.counts, layout.columns, layout.column_counts)
+    if any(part is not None and part.dtype != torch.int32 for part in lists):
+        found = ", ".join(str(part.dtype) for part in lists if part is not None)
+        raise ValueError(f"layout's ids and counts are {found}; expected torch.int32")
     if layout.block_q not in BLOCK_SIZES or layout.block_k not in BLOCK_SIZES:
         raise ValueError(f"block sizes are {layout.block_q}x{layout.block_k}; accepted: {BLOCK_SIZES}")
     if layout.indices.shape[:2] != (heads, layout.blocks_q) or layout.counts.shape != (heads, layout.blocks_q):

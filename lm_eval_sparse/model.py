@@ -121,7 +121,7 @@ class SparseHFLM(HFLM):
         sparsity: share to skip in every phase with a method, in [0, 1); met to within 0.01 from 4096 tokens on.
         prefill_sparsity, kv_sparsity, decode_sparsity: the same for one phase.
         preset: `paper` takes the knobs for `sparsity` from the tables of The Sparse Frontier.
-        backend: kernel of the sparse calls: `auto`, `flex`, `gather` or `naive`.
+        backend: kernel of the sparse calls: `auto`, `fa4`, `hopper`, `triton`, `flex`, `gather` or `naive`.
         stats: `full` keeps the figures of every layer and head, too.
         gamma, tau, ...: native knobs of the methods, instead of a sparsity.
         pretrained: as in `hf`; without it the embedded SmolLM2-135M-Instruct is used.

@@ -5,13 +5,12 @@ The interpreter computes products of bf16 wrongly, so that dtype is tested on GP
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from prefill_cases import interpreter_missing
 from torch import Tensor
 
 from lm_eval_sparse.kernels import backends, coverage
@@ -19,11 +18,8 @@ from lm_eval_sparse.kernels.estimators import WindowBlocks, pool, window_blocks
 from lm_eval_sparse.kernels.layout import causal_pairs
 from lm_eval_sparse.methods import FlexPrefill
 
-triton = pytest.importorskip("triton", reason="the package triton is not installed")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
-if triton.__version__ < "3.7" and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip("the interpreter of Triton 3.6 does not work with numpy 2.4", allow_module_level=True)
+if (reason := interpreter_missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import random
 
-import numpy as np
 import pytest
 import torch
+from prefill_cases import interpreter_missing
 from torch import Tensor
 
 from lm_eval_sparse.kernels import backends
@@ -20,13 +20,10 @@ from lm_eval_sparse.kernels.estimators import window_sums
 from lm_eval_sparse.kernels.pattern import Pattern, rank
 from lm_eval_sparse.methods import AdaSnapKV, FlexPrefillVS, SnapKV, VerticalSlash
 
-triton = pytest.importorskip("triton", reason="the package triton is not installed")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
-if triton.__version__ < "3.7" and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip("the interpreter of Triton 3.6 does not work with numpy 2.4", allow_module_level=True)
+if (reason := interpreter_missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
-from lm_eval_sparse.kernels.estimators import window_triton  # noqa: E402
+from lm_eval_sparse.kernels.estimators import window_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from prefill_cases import interpreter_missing
 
 from lm_eval_sparse.kernels import backends
 from lm_eval_sparse.kernels.estimators.pooling import pool, pool_both
@@ -13,7 +14,7 @@ from lm_eval_sparse.kernels.layout import BlockLayout
 from lm_eval_sparse.kernels.top_blocks import top_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REASON = backends.triton_unavailable(DEVICE)
+REASON = backends.triton_unavailable(DEVICE) if DEVICE == "cuda" else interpreter_missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 

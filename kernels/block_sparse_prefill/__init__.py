@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -90,6 +91,8 @@ def block_sparse_prefill_rows(
         )
     for row in zip(queries, keys, values, layouts, strict=True):
         _check(*row)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; expected a positive number, or None")
     _check_alike(queries, keys, layouts)
     if outs is not None:
         _check_outs(queries, outs)
@@ -98,15 +101,24 @@ def block_sparse_prefill_rows(
     name = _choose([*queries, *keys, *values], layouts[0], softcap, backend)
     if name in ("triton", "hopper"):
         outs = [_like(query) for query in queries] if outs is None else list(outs)
+        # The kernels read and write the elements of a vector one after the other.
+        packed = [out if out.stride(2) == 1 else _like(query) for query, out in zip(queries, outs, strict=True)]
+        states = [
+            [state if state.stride(2) == 1 else state.contiguous() for state in rows]
+            for rows in (queries, keys, values)
+        ]
         if name == "triton":
             from . import triton
 
-            triton.forward_rows(queries, keys, values, layouts, scale, softcap, outs)
+            triton.forward_rows(*states, layouts, scale, softcap, packed)
         else:
             from . import hopper
 
-            for query, key, value, layout, out in zip(queries, keys, values, layouts, outs, strict=True):
+            for query, key, value, layout, out in zip(*states, layouts, packed, strict=True):
                 hopper.forward_into(query, key, value, layout, scale, out)
+        for out, made in zip(outs, packed, strict=True):
+            if out is not made:
+                out.copy_(made)
         return outs, name
     modules = {"naive": naive, "gather": gather, "flex": flex, "fa4": fa4}
     found = []
@@ -252,12 +264,19 @@ def _check_alike(queries: Sequence[Tensor], keys: Sequence[Tensor], layouts: Seq
             f"rows differ in heads, KV heads, head_dim, dtype or device: {sorted(map(str, kinds))}; "
             "expected the same for all rows of a call"
         )
-    forms = {(own.block_q, own.block_k, None if own.columns is None else own.columns.shape[1] == 1) for own in layouts}
-    if len(forms) > 1:
+    forms = {(own.block_q, own.block_k, own.columns is None) for own in layouts}
+    # The list of a row of one query block is its own and shared.
+    kinds_of_lists = {own.columns.shape[1] == 1 for own in layouts if own.columns is not None and own.blocks_q > 1}
+    if len(forms) > 1 or len(kinds_of_lists) > 1:
         raise ValueError(
-            f"layouts have blocks and columns of different kinds: {sorted(map(str, forms))}; "
-            "expected the same block_q, block_k and kind of columns in all rows of a call"
+            f"layouts differ in block_q, block_k or kind of columns: {sorted(set(map(_form, layouts)))}; "
+            "expected the same in all rows of a call"
         )
+
+
+def _form(layout: BlockLayout) -> str:
+    columns = "no" if layout.columns is None else "shared" if layout.columns.shape[1] == 1 else "own"
+    return f"{layout.block_q}x{layout.block_k} with {columns} columns"
 
 
 def _check_outs(queries: Sequence[Tensor], outs: Sequence[Tensor]) -> None:

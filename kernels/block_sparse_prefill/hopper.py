@@ -230,7 +230,7 @@ def _consume(
     _finish(acc, peak, total, place_out, code // blocks, first, length, scale, keeps_sums)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["length", "blocks", "width", "items", "group"])
 def _attend(
     query,
     key,

@@ -61,7 +61,9 @@ def _load(base, rows, stride, dims, inside, head_dim: tl.constexpr, padded: tl.c
         return tl.load(places)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["length", "blocks_q", "supers", "width", "column_head", "column_row", "word_count"],
+)
 def _attend(
     query,
     key,
@@ -363,20 +365,24 @@ def forward_rows(
     choice = choice or tiling(layout, dim, queries[0].dtype)
     states = list(zip(queries, keys, values, outs, strict=True))
     strides = [[stride for state in row for stride in state.stride()[:2]] for row in states]
-    if any(row != strides[0] for row in strides):  # one launch knows one set of strides
+    # One launch knows one set of strides, and takes it that rows lie whole vectors apart.
+    if any(row != strides[0] for row in strides) or any(
+        _offset(state, base) % 8 for row in states for state, base in zip(row, states[0], strict=True)
+    ):
         for q, k, v, own, out in zip(queries, keys, values, layouts, outs, strict=True):
             forward_rows([q], [k], [v], [own], scale, softcap, [out], choice)
         return
-    parts = [_lists(own, choice.together, columns_only=sums is not None) for own in layouts]
+    # A list of a row of one query block may be called either; then it is as in the other rows.
+    shared = layout.columns is not None and all(own.columns.shape[1] == 1 for own in layouts)
+    parts = [_lists(own, choice.together, shared, columns_only=sums is not None) for own in layouts]
     supers = [-(-own.blocks_q // choice.together) for own in layouts]
     group = heads // keys[0].shape[0]
     work = torch.cat([part.work for part in parts], 1) if len(parts) > 1 else parts[0].work
     order = order_programs(work, group)
     table = row_of = None
     if len(parts) > 1:
-        table, row_of = _table(states, parts, layouts, supers)
+        table, row_of = _table(states, parts, layouts, supers, shared)
     part = parts[0]
-    shared = layout.columns is not None and layout.columns.shape[1] == 1
     block_d = max(16, triton.next_power_of_2(dim))
     if softcap is None:
         factors = (scale * LOG2_E, 0.0)
@@ -450,10 +456,9 @@ class _Lists:
     work: Tensor
 
 
-def _lists(layout: BlockLayout, together: int, columns_only: bool = False) -> _Lists:
+def _lists(layout: BlockLayout, together: int, shared: bool, columns_only: bool = False) -> _Lists:
     heads, blocks_q = layout.counts.shape
     ids, counts = layout.indices.contiguous(), layout.counts.contiguous()
-    shared = layout.columns is not None and layout.columns.shape[1] == 1
     words = None
     if (together > 1 and not columns_only) or shared:
         words = ids.new_zeros(heads, blocks_q, -(-layout.blocks_k // 32))
@@ -488,26 +493,30 @@ def _lists(layout: BlockLayout, together: int, columns_only: bool = False) -> _L
     return _Lists(ids, counts, columns, column_counts, words, work)
 
 
+def _offset(tensor: Tensor | None, base: Tensor | None) -> int:
+    """Elements from the beginning of `base` to that of `tensor`, in whatever memory."""
+    return 0 if tensor is None else (tensor.data_ptr() - base.data_ptr()) // tensor.element_size()
+
+
 #: Numbers of a row in the table of rows.
 FIELDS = 17
 
 
 def _table(
-    states: list[tuple[Tensor, ...]], parts: list[_Lists], layouts: Sequence[BlockLayout], supers: list[int]
+    states: list[tuple[Tensor, ...]],
+    parts: list[_Lists],
+    layouts: Sequence[BlockLayout],
+    supers: list[int],
+    shared: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(rows, FIELDS)` int64, and `(sum of supers,)` int32 row of each super block, sent without waiting."""
-
-    def offset(tensor: Tensor | None, base: Tensor | None) -> int:
-        return 0 if tensor is None else (tensor.data_ptr() - base.data_ptr()) // tensor.element_size()
-
     numbers, rows = [], []
     for place, (state, part, layout) in enumerate(zip(states, parts, layouts, strict=True)):
         lists = [part.ids, part.counts, part.columns, part.column_counts, part.words]
         bases = [parts[0].ids, parts[0].counts, parts[0].columns, parts[0].column_counts, parts[0].words]
-        shared = part.columns is not None and part.columns.shape[1] == 1
         numbers.append(
-            [offset(tensor, base) for tensor, base in zip(state, states[0], strict=True)]
-            + [offset(tensor, base) for tensor, base in zip(lists, bases, strict=True)]
+            [_offset(tensor, base) for tensor, base in zip(state, states[0], strict=True)]
+            + [_offset(tensor, base) for tensor, base in zip(lists, bases, strict=True)]
             + [sum(supers[:place]), layout.length, layout.blocks_q, supers[place], part.ids.shape[-1]]
             + [0 if part.columns is None else part.columns.stride(0)]
             + [0 if part.columns is None or shared else part.columns.stride(1)]

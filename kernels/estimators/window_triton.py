@@ -18,6 +18,8 @@ LOG2_E = math.log2(math.e)
 PARTIAL_BYTES = 1 << 29
 #: Programs of the first pass that keep all multiprocessors busy.
 PROGRAMS = 1024
+#: Keys and queries of a tile where queries stay, and of the squares that it is cut into for diagonals.
+TILE, SKEW = 64, 32
 
 
 def sums(
@@ -25,28 +27,106 @@ def sums(
 ) -> list[Tensor | None]:
     """Columns, diagonals and peaks, `(H, L)` fp32, where `wanted`; arguments as of `window_sums`."""
     heads, length, dim = query.shape
-    kv_heads, group = len(key), heads // len(key)
     query, key = (states if states.stride(2) == 1 else states.contiguous() for states in (query, key))
     window = min(window, length)
     normaliser = _normalisers(query, key, window, scale, softcap)
 
+    out = [torch.empty(heads, length, device=query.device) if asked else None for asked in wanted]
+    if wanted[1] and query.dtype != torch.float32:
+        _stream(query, key, normaliser, window, scale, softcap, out)
+    else:
+        _by_blocks(query, key, normaliser, window, scale, softcap, out)
+    return out
+
+
+def _stream(
+    query: Tensor,
+    key: Tensor,
+    normaliser: Tensor,
+    window: int,
+    scale: float,
+    softcap: float | None,
+    out: list[Tensor | None],
+) -> None:
+    """Fill `out` in half precision: queries stay, keys pass by, see `_stream_kernel`."""
+    heads, length, _ = query.shape
+    columns, diagonals, peaks = out
+    # Queries that stay on a multiprocessor.
+    tiles = min(4, triton.cdiv(window, TILE))
+    blocks = triton.cdiv(length, TILE) + tiles - 1
+    chunk = max(8, triton.cdiv(blocks * heads, PROGRAMS // 2))
+    width = triton.cdiv(blocks, chunk) * chunk * TILE
+    partial = torch.empty(2, heads, TILE // SKEW, width, device=query.device)
+    nothing = normaliser  # stands for a tensor that is not asked for
+    for first in range(0, window, tiles * TILE):
+        _stream_kernel[(triton.cdiv(blocks, chunk), heads)](
+            query,
+            key,
+            normaliser,
+            nothing if columns is None else columns,
+            nothing if peaks is None else peaks,
+            partial,
+            length,
+            window,
+            first,
+            chunk,
+            width,
+            heads // len(key),
+            query.stride(0),
+            query.stride(1),
+            key.stride(0),
+            key.stride(1),
+            *_factors(scale, softcap),
+            CAPPED=softcap is not None,
+            COLUMNS=columns is not None,
+            PEAKS=peaks is not None,
+            FIRST=first == 0,
+            TILES=tiles,
+            TILE=TILE,
+            SKEW=SKEW,
+            **_shape(query),
+            num_warps=8,
+            num_stages=2,
+        )
+        _diagonals_kernel[(triton.cdiv(length, 1024), heads)](
+            partial,
+            diagonals,
+            length,
+            length - window + first + (tiles - 1) * TILE,
+            TILE // SKEW,
+            TILE // SKEW,
+            width,
+            FIRST=first == 0,
+            SKEW=SKEW,
+            BLOCK=1024,
+            num_warps=4,
+        )
+
+
+def _by_blocks(
+    query: Tensor,
+    key: Tensor,
+    normaliser: Tensor,
+    window: int,
+    scale: float,
+    softcap: float | None,
+    out: list[Tensor | None],
+) -> None:
+    """Fill `out`: keys stay, queries pass by, see `_sums_kernel`."""
+    heads, length, _ = query.shape
+    kv_heads, group = len(key), heads // len(key)
+    columns, diagonals, peaks = out
     rows, keys = _tile(query, window, 64)
     skew = min(rows, 32)
-    # Queries that follow each other by a block of keys meet the next block of keys on the same diagonals: their
-    # weights are added before the diagonals are, which are what costs most.
-    paired = wanted[1] and window > keys
-    out = [torch.empty(1 + paired, heads, length, device=query.device) if asked else None for asked in wanted]
-    columns, _, peaks = out
-    diagonals = out[1][0] if wanted[1] else None
-    blocks = triton.cdiv(length, keys) + paired
-    part = 2 * keys if paired else triton.cdiv(window, rows) * rows
-    if diagonals is not None and not paired:  # two sums for each key and strip of `skew` queries
+    blocks = triton.cdiv(length, keys)
+    part = triton.cdiv(window, rows) * rows
+    if diagonals is not None:  # two sums for each key and strip of `skew` queries
         part = min(part, max(rows, PARTIAL_BYTES // (8 * heads * blocks * keys) * skew // rows * rows))
-    strips = (keys if paired else part) // skew
-    partial = query.new_empty((2, heads, strips, blocks * keys) if wanted[1] else 1, dtype=torch.float32)
+    strips = part // skew
+    partial = query.new_empty((2, heads, strips, blocks * keys) if diagonals is not None else 1, dtype=torch.float32)
     nothing = normaliser  # stands for a tensor that is not asked for
     for first in range(0, window, part):
-        tiles = keys // rows if paired else triton.cdiv(min(part, window - first), rows)
+        tiles = triton.cdiv(min(part, window - first), rows)
         _sums_kernel[(blocks, kv_heads)](
             query,
             key,
@@ -69,13 +149,12 @@ def sums(
             COLUMNS=columns is not None,
             PEAKS=peaks is not None,
             DIAGONALS=diagonals is not None,
-            PAIRED=paired,
             FIRST=first == 0,
             ROWS=rows,
             KEYS=keys,
             SKEW=skew,
             **_shape(query),
-            num_warps=8 if paired else 4,
+            num_warps=4,
             num_stages=2,
         )
         if diagonals is not None:
@@ -87,17 +166,11 @@ def sums(
                 tiles * (rows // skew),
                 strips,
                 blocks * keys,
-                keys if paired else 0,
                 FIRST=first == 0,
                 SKEW=skew,
                 BLOCK=1024,
                 num_warps=4,
             )
-    whole = [None if found is None else found[0] for found in out]
-    if paired:
-        whole[0] = None if columns is None else columns.sum(0)
-        whole[2] = None if peaks is None else peaks.amax(0)
-    return whole
 
 
 def _normalisers(query: Tensor, key: Tensor, window: int, scale: float, softcap: float | None) -> Tensor:
@@ -258,21 +331,17 @@ def _merge_kernel(parts, merged, count, splits, BLOCK: tl.constexpr):
 def _weights(
     k,
     places,
-    query,
+    q,
     normaliser,
     row,
     length,
     window,
-    query_token,
     inner,
     outer,
     CAPPED: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Weights `(KEYS, ROWS)` of a tile, 0 for keys that a query does not see; those behind the window weigh nothing."""
-    q = _rows_of(query, length - window + row, query_token, row < window, DIM, PADDED)
+    """Weights `(keys, queries)` of a tile, 0 for keys that a query does not see and for rows behind the window."""
     norm = tl.load(normaliser + row, mask=row < window, other=float("inf"))
     weights = tl.exp2(_logits(_product(k, q.T, EXACT), inner, outer, CAPPED) - norm[None, :])
     if (tl.max(places, 0) > length - window + tl.min(row, 0)) | (tl.min(places, 0) < 0):
@@ -282,13 +351,122 @@ def _weights(
 
 
 @triton.jit
-def _keep(out, places, found, length, largest: tl.constexpr, FIRST: tl.constexpr):
-    """Store, or take into what earlier parts of the window have left."""
-    inside = (places >= 0) & (places < length)
-    if not FIRST:
-        before = tl.load(out + places, mask=inside, other=0.0)
-        found = tl.maximum(before, found) if largest else before + found
-    tl.store(out + places, found, mask=inside)
+def _turn(weights, at, apart, KEYS: tl.constexpr, ROWS: tl.constexpr, SKEW: tl.constexpr, width):
+    """Store the sums of a tile's `(KEYS, ROWS)` diagonals.
+
+    The tile is cut into squares of `SKEW` keys and queries. Rotating key b's row by b turns a square's diagonals into
+    columns: query - key = c where the rotation did not wrap around, c - SKEW where it did. The two are summed apart,
+    one number for each key subblock and c; `_diagonals_kernel` puts them together.
+    """
+    DOWN: tl.constexpr = KEYS // SKEW
+    ACROSS: tl.constexpr = ROWS // SKEW
+    c = tl.arange(0, SKEW)
+    turned = (tl.arange(0, KEYS)[:, None, None] + c[None, None, :]) % SKEW
+    turned = tl.broadcast_to(turned, [KEYS, ACROSS, SKEW])
+    skewed = tl.gather(tl.reshape(weights, [KEYS, ACROSS, SKEW]), turned, 2)
+    skewed = tl.reshape(skewed, [DOWN, SKEW, ACROSS, SKEW])
+    whole = (c[:, None] + c[None, :] < SKEW)[None, :, None, :]
+    place = tl.arange(0, ACROSS)[None, :, None] * width + tl.arange(0, DOWN)[:, None, None] * SKEW + c[None, None, :]
+    tl.store(at + place, tl.sum(tl.where(whole, skewed, 0.0), 1))
+    tl.store(at + apart + place, tl.sum(tl.where(whole, 0.0, skewed), 1))
+
+
+@triton.jit(do_not_specialize=["first", "chunk"])
+def _stream_kernel(
+    query,
+    key,
+    normaliser,
+    columns,
+    peaks,
+    partial,
+    length,
+    window,
+    first,
+    chunk,
+    width,
+    group,
+    query_head,
+    query_token,
+    key_head,
+    key_token,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PEAKS: tl.constexpr,
+    FIRST: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+    SKEW: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """One program: `TILES` tiles of queries of one head, and one block of keys of a chunk after the other.
+
+    A tile of queries meets a block of keys on the same diagonals as the next tile meets the next block. So weights are
+    handed on from tile to tile as the keys pass by, each adds its own, and only the sum is turned.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    base = key + head // group * key_head
+    own = query + head * query_head
+    norms = normaliser + head * window
+    c = tl.arange(0, TILE)
+    row = first + c
+    q0 = _rows_of(own, length - window + row, query_token, row < window, DIM, PADDED)
+    held0 = tl.zeros([TILE, TILE], tl.float32)
+    if TILES > 1:
+        q1 = _rows_of(own, length - window + row + TILE, query_token, row + TILE < window, DIM, PADDED)
+        held1 = tl.zeros([TILE, TILE], tl.float32)
+    if TILES > 2:
+        q2 = _rows_of(own, length - window + row + 2 * TILE, query_token, row + 2 * TILE < window, DIM, PADDED)
+        held2 = tl.zeros([TILE, TILE], tl.float32)
+    if TILES > 3:
+        q3 = _rows_of(own, length - window + row + 3 * TILE, query_token, row + 3 * TILE < window, DIM, PADDED)
+    begin = tl.program_id(0) * chunk
+    apart = tl.num_programs(1).to(tl.int64) * (TILE // SKEW) * width
+    # The first blocks of a chunk take up what the blocks before them hand on.
+    for block in range(begin - (TILES - 1), begin + chunk):
+        places = block * TILE + c
+        k = _rows_of(base, places, key_token, (places >= 0) & (places < length), DIM, PADDED)
+        # fmt: off
+        weights = _weights(k, places, q0, norms, row, length, window, inner, outer, CAPPED, EXACT)
+        column = tl.sum(weights, 1)
+        top = tl.max(weights, 1)
+        done = weights
+        if TILES > 1:
+            ahead = _weights(k, places, q1, norms, row + TILE, length, window, inner, outer, CAPPED, EXACT)
+            column += tl.sum(ahead, 1)
+            top = tl.maximum(top, tl.max(ahead, 1))
+            done = held0 + ahead
+            held0 = weights
+        if TILES > 2:
+            weights = done
+            ahead = _weights(k, places, q2, norms, row + 2 * TILE, length, window, inner, outer, CAPPED, EXACT)
+            column += tl.sum(ahead, 1)
+            top = tl.maximum(top, tl.max(ahead, 1))
+            done = held1 + ahead
+            held1 = weights
+        if TILES > 3:
+            weights = done
+            ahead = _weights(k, places, q3, norms, row + 3 * TILE, length, window, inner, outer, CAPPED, EXACT)
+            column += tl.sum(ahead, 1)
+            top = tl.maximum(top, tl.max(ahead, 1))
+            done = held2 + ahead
+            held2 = weights
+        # fmt: on
+        if block >= begin:
+            out = head * length + places
+            if COLUMNS:
+                if not FIRST:
+                    column += tl.load(columns + out, mask=places < length, other=0.0)
+                tl.store(columns + out, column, mask=places < length)
+            if PEAKS:
+                if not FIRST:
+                    top = tl.maximum(top, tl.load(peaks + out, mask=places < length, other=0.0))
+                tl.store(peaks + out, top, mask=places < length)
+            at = partial + head * (TILE // SKEW) * width + block * TILE
+            _turn(done, at, apart, TILE, TILE, SKEW, width)
 
 
 @triton.jit(do_not_specialize=["first", "tiles", "strips"])
@@ -315,7 +493,6 @@ def _sums_kernel(
     COLUMNS: tl.constexpr,
     PEAKS: tl.constexpr,
     DIAGONALS: tl.constexpr,
-    PAIRED: tl.constexpr,
     FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -324,76 +501,48 @@ def _sums_kernel(
     PADDED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """One program: one block of keys against `tiles` tiles of queries of each head of a group, keys along axis 0.
-
-    `PAIRED`: besides, the next block of keys against the queries that come `KEYS` later; the first program has only
-    that. For diagonals a tile is cut into squares of `SKEW` keys and queries. Rotating key b's row by b turns the
-    square's diagonals into columns: query - key = c where the rotation did not wrap around, c - SKEW where it did. The
-    two are summed apart, one number for each key subblock and c; `_diagonals_kernel` puts them together.
-    """
-    block = tl.program_id(0) - (1 if PAIRED else 0)
+    """One program: one block of keys against `tiles` tiles of queries of each head of a group, keys along axis 0."""
+    block = tl.program_id(0)
     kv_head = tl.program_id(1)
-    heads = tl.num_programs(1) * group
     places = block * KEYS + tl.arange(0, KEYS)
-    base = key + kv_head.to(tl.int64) * key_head
-    k = _rows_of(base, places, key_token, (places >= 0) & (places < length), DIM, PADDED)
+    k = _rows_of(key + kv_head.to(tl.int64) * key_head, places, key_token, places < length, DIM, PADDED)
     column = tl.zeros([KEYS], tl.float32)
     top = tl.zeros([KEYS], tl.float32)
-    if PAIRED:
-        next_k = _rows_of(base, places + KEYS, key_token, places + KEYS < length, DIM, PADDED)
-        next_column = tl.zeros([KEYS], tl.float32)
-        next_top = tl.zeros([KEYS], tl.float32)
     for step in range(group * tiles):
-        head = (kv_head * group + step // tiles).to(tl.int64)
+        head = kv_head * group + step // tiles
         tile = step % tiles
         row = first + tile * ROWS + tl.arange(0, ROWS)
-        own = query + head * query_head
-        norms = normaliser + head * window
-        # fmt: off
-        weights = _weights(
-            k, places, own, norms, row, length, window, query_token, inner, outer, CAPPED, DIM, PADDED, EXACT
+        begin = length - window + first + tile * ROWS
+        q = _rows_of(
+            query + head.to(tl.int64) * query_head, length - window + row, query_token, row < window, DIM, PADDED
         )
-        if PAIRED:
-            others = _weights(
-                next_k, places + KEYS, own, norms, row + KEYS, length, window, query_token, inner, outer,
-                CAPPED, DIM, PADDED, EXACT,
-            )
-        # fmt: on
-        out = head * length
-        behind = heads.to(tl.int64) * length
+        # Rows behind the window weigh nothing.
+        norm = tl.load(normaliser + head.to(tl.int64) * window + row, mask=row < window, other=float("inf"))
+        weights = tl.exp2(_logits(_product(k, q.T, EXACT), inner, outer, CAPPED) - norm[None, :])
+        if block * KEYS + KEYS > begin + 1:
+            weights = tl.where(places[:, None] <= (length - window + row)[None, :], weights, 0.0)
+        out = head.to(tl.int64) * length + places
         if COLUMNS:
             column = tl.where(tile == 0, 0.0, column) + tl.sum(weights, 1)
-            if PAIRED:
-                next_column = tl.where(tile == 0, 0.0, next_column) + tl.sum(others, 1)
             if tile == tiles - 1:
-                _keep(columns + out, places, column, length, False, FIRST)
-                if PAIRED:
-                    _keep(columns + out + behind, places + KEYS, next_column, length, False, FIRST)
+                if FIRST:
+                    tl.store(columns + out, column, mask=places < length)
+                else:
+                    before = tl.load(columns + out, mask=places < length)
+                    tl.store(columns + out, before + column, mask=places < length)
         if PEAKS:
             top = tl.maximum(tl.where(tile == 0, 0.0, top), tl.max(weights, 1))
-            if PAIRED:
-                next_top = tl.maximum(tl.where(tile == 0, 0.0, next_top), tl.max(others, 1))
             if tile == tiles - 1:
-                _keep(peaks + out, places, top, length, True, FIRST)
-                if PAIRED:
-                    _keep(peaks + out + behind, places + KEYS, next_top, length, True, FIRST)
+                if FIRST:
+                    tl.store(peaks + out, top, mask=places < length)
+                else:
+                    before = tl.load(peaks + out, mask=places < length)
+                    tl.store(peaks + out, tl.maximum(before, top), mask=places < length)
         if DIAGONALS:
-            if PAIRED:
-                weights += others
-            DOWN: tl.constexpr = KEYS // SKEW
-            ACROSS: tl.constexpr = ROWS // SKEW
-            c = tl.arange(0, SKEW)
-            turned = (tl.arange(0, KEYS)[:, None, None] + c[None, None, :]) % SKEW
-            turned = tl.broadcast_to(turned, [KEYS, ACROSS, SKEW])
-            skewed = tl.gather(tl.reshape(weights, [KEYS, ACROSS, SKEW]), turned, 2)
-            skewed = tl.reshape(skewed, [DOWN, SKEW, ACROSS, SKEW])
-            whole = (c[:, None] + c[None, :] < SKEW)[None, :, None, :]
             width = tl.num_programs(0) * KEYS
-            strip = tile * ACROSS + tl.arange(0, ACROSS)[None, :, None]
-            place = tl.program_id(0) * KEYS + tl.arange(0, DOWN)[:, None, None] * SKEW + c[None, None, :]
-            at = partial + (head * strips + strip) * width + place
-            tl.store(at, tl.sum(tl.where(whole, skewed, 0.0), 1))
-            tl.store(at + heads.to(tl.int64) * strips * width, tl.sum(tl.where(whole, 0.0, skewed), 1))
+            at = partial + (head.to(tl.int64) * strips + tile * (ROWS // SKEW)) * width + block * KEYS
+            heads = tl.num_programs(1) * group
+            _turn(weights, at, heads.to(tl.int64) * strips * width, KEYS, ROWS, SKEW, width)
 
 
 @triton.jit(do_not_specialize=["begin", "used", "strips"])
@@ -405,15 +554,11 @@ def _diagonals_kernel(
     used,
     strips,
     width,
-    shift,
     FIRST: tl.constexpr,
     SKEW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums over `used` strips of `SKEW` queries, the first of which begins at position `begin`.
-
-    What belongs to key j lies at `shift` + j.
-    """
+    """Sums over `used` strips of `SKEW` queries, the first of which begins at position `begin`."""
     head = tl.program_id(1)
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     apart = tl.num_programs(1).to(tl.int64) * strips * width
@@ -422,7 +567,7 @@ def _diagonals_kernel(
         # Diagonal o crosses two key subblocks in this strip: o = query - key with query = begin + strip * SKEW + a.
         behind = offset - begin - strip * SKEW
         c = behind & (SKEW - 1)
-        place = shift + c - behind  # of the first key of the subblock in which it does not wrap
+        place = c - behind  # first key of the subblock in which it does not wrap
         at = partial + (head.to(tl.int64) * strips + strip) * width + place + c
         total += tl.load(at, mask=(place >= 0) & (place < width), other=0.0)
         total += tl.load(at + apart - SKEW, mask=(place >= SKEW) & (place < width + SKEW), other=0.0)
