@@ -18,6 +18,8 @@ LOG2_E = math.log2(math.e)
 PARTIAL_BYTES = 1 << 29
 #: Programs of the first pass that keep all multiprocessors busy.
 PROGRAMS = 1024
+#: Queries of a tile, and warps, where keys stay.
+MOVING_ROWS, MOVING_WARPS = 64, 4
 #: Keys and queries of a tile where queries stay, and of the squares that it is cut into for diagonals.
 TILE, SKEW = 64, 32
 
@@ -116,7 +118,7 @@ def _by_blocks(
     heads, length, _ = query.shape
     kv_heads, group = len(key), heads // len(key)
     columns, diagonals, peaks = out
-    rows, keys = _tile(query, window, 64)
+    rows, keys = _tile(query, window, MOVING_ROWS)
     skew = min(rows, 32)
     blocks = triton.cdiv(length, keys)
     part = triton.cdiv(window, rows) * rows
@@ -154,7 +156,7 @@ def _by_blocks(
             KEYS=keys,
             SKEW=skew,
             **_shape(query),
-            num_warps=4,
+            num_warps=MOVING_WARPS,
             num_stages=2,
         )
         if diagonals is not None:
