@@ -18,10 +18,8 @@ LOG2_E = math.log2(math.e)
 PARTIAL_BYTES = 1 << 29
 #: Programs of the first pass that keep all multiprocessors busy.
 PROGRAMS = 1024
-#: Queries of a tile, and warps, where keys stay.
-MOVING_ROWS, MOVING_WARPS = 64, 4
-#: Keys and queries of a tile where queries stay, and of the squares that it is cut into for diagonals.
-TILE, SKEW = 64, 32
+#: Queries of a tile of the second pass: more leave too few programs on a multiprocessor (benchmarks/NOTES.md).
+ROWS = 32
 
 
 def sums(
@@ -34,91 +32,9 @@ def sums(
     normaliser = _normalisers(query, key, window, scale, softcap)
 
     out = [torch.empty(heads, length, device=query.device) if asked else None for asked in wanted]
-    if wanted[1] and query.dtype != torch.float32:
-        _stream(query, key, normaliser, window, scale, softcap, out)
-    else:
-        _by_blocks(query, key, normaliser, window, scale, softcap, out)
-    return out
-
-
-def _stream(
-    query: Tensor,
-    key: Tensor,
-    normaliser: Tensor,
-    window: int,
-    scale: float,
-    softcap: float | None,
-    out: list[Tensor | None],
-) -> None:
-    """Fill `out` in half precision: queries stay, keys pass by, see `_stream_kernel`."""
-    heads, length, _ = query.shape
-    columns, diagonals, peaks = out
-    # Queries that stay on a multiprocessor.
-    tiles = min(4, triton.cdiv(window, TILE))
-    blocks = triton.cdiv(length, TILE) + tiles - 1
-    chunk = max(8, triton.cdiv(blocks * heads, PROGRAMS // 2))
-    width = triton.cdiv(blocks, chunk) * chunk * TILE
-    partial = torch.empty(2, heads, TILE // SKEW, width, device=query.device)
-    nothing = normaliser  # stands for a tensor that is not asked for
-    for first in range(0, window, tiles * TILE):
-        _stream_kernel[(triton.cdiv(blocks, chunk), heads)](
-            query,
-            key,
-            normaliser,
-            nothing if columns is None else columns,
-            nothing if peaks is None else peaks,
-            partial,
-            length,
-            window,
-            first,
-            chunk,
-            width,
-            heads // len(key),
-            query.stride(0),
-            query.stride(1),
-            key.stride(0),
-            key.stride(1),
-            *_factors(scale, softcap),
-            CAPPED=softcap is not None,
-            COLUMNS=columns is not None,
-            PEAKS=peaks is not None,
-            FIRST=first == 0,
-            TILES=tiles,
-            TILE=TILE,
-            SKEW=SKEW,
-            **_shape(query),
-            num_warps=8,
-            num_stages=2,
-        )
-        _diagonals_kernel[(triton.cdiv(length, 1024), heads)](
-            partial,
-            diagonals,
-            length,
-            length - window + first + (tiles - 1) * TILE,
-            TILE // SKEW,
-            TILE // SKEW,
-            width,
-            FIRST=first == 0,
-            SKEW=SKEW,
-            BLOCK=1024,
-            num_warps=4,
-        )
-
-
-def _by_blocks(
-    query: Tensor,
-    key: Tensor,
-    normaliser: Tensor,
-    window: int,
-    scale: float,
-    softcap: float | None,
-    out: list[Tensor | None],
-) -> None:
-    """Fill `out`: keys stay, queries pass by, see `_sums_kernel`."""
-    heads, length, _ = query.shape
     kv_heads, group = len(key), heads // len(key)
     columns, diagonals, peaks = out
-    rows, keys = _tile(query, window, MOVING_ROWS)
+    rows, keys = _tile(query, window, ROWS)
     skew = min(rows, 32)
     blocks = triton.cdiv(length, keys)
     part = triton.cdiv(window, rows) * rows
@@ -156,7 +72,7 @@ def _by_blocks(
             KEYS=keys,
             SKEW=skew,
             **_shape(query),
-            num_warps=MOVING_WARPS,
+            num_warps=4,
             num_stages=2,
         )
         if diagonals is not None:
@@ -173,6 +89,7 @@ def _by_blocks(
                 BLOCK=1024,
                 num_warps=4,
             )
+    return out
 
 
 def _normalisers(query: Tensor, key: Tensor, window: int, scale: float, softcap: float | None) -> Tensor:
@@ -330,29 +247,6 @@ def _merge_kernel(parts, merged, count, splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _weights(
-    k,
-    places,
-    q,
-    normaliser,
-    row,
-    length,
-    window,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Weights `(keys, queries)` of a tile, 0 for keys that a query does not see and for rows behind the window."""
-    norm = tl.load(normaliser + row, mask=row < window, other=float("inf"))
-    weights = tl.exp2(_logits(_product(k, q.T, EXACT), inner, outer, CAPPED) - norm[None, :])
-    if (tl.max(places, 0) > length - window + tl.min(row, 0)) | (tl.min(places, 0) < 0):
-        seen = (places[:, None] <= (length - window + row)[None, :]) & (places >= 0)[:, None]
-        weights = tl.where(seen, weights, 0.0)
-    return weights
-
-
-@triton.jit
 def _turn(weights, at, apart, KEYS: tl.constexpr, ROWS: tl.constexpr, SKEW: tl.constexpr, width):
     """Store the sums of a tile's `(KEYS, ROWS)` diagonals.
 
@@ -371,104 +265,6 @@ def _turn(weights, at, apart, KEYS: tl.constexpr, ROWS: tl.constexpr, SKEW: tl.c
     place = tl.arange(0, ACROSS)[None, :, None] * width + tl.arange(0, DOWN)[:, None, None] * SKEW + c[None, None, :]
     tl.store(at + place, tl.sum(tl.where(whole, skewed, 0.0), 1))
     tl.store(at + apart + place, tl.sum(tl.where(whole, 0.0, skewed), 1))
-
-
-@triton.jit(do_not_specialize=["first", "chunk"])
-def _stream_kernel(
-    query,
-    key,
-    normaliser,
-    columns,
-    peaks,
-    partial,
-    length,
-    window,
-    first,
-    chunk,
-    width,
-    group,
-    query_head,
-    query_token,
-    key_head,
-    key_token,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PEAKS: tl.constexpr,
-    FIRST: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-    SKEW: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """One program: `TILES` tiles of queries of one head, and one block of keys of a chunk after the other.
-
-    A tile of queries meets a block of keys on the same diagonals as the next tile meets the next block. So weights are
-    handed on from tile to tile as the keys pass by, each adds its own, and only the sum is turned.
-    """
-    head = tl.program_id(1).to(tl.int64)
-    base = key + head // group * key_head
-    own = query + head * query_head
-    norms = normaliser + head * window
-    c = tl.arange(0, TILE)
-    row = first + c
-    q0 = _rows_of(own, length - window + row, query_token, row < window, DIM, PADDED)
-    held0 = tl.zeros([TILE, TILE], tl.float32)
-    if TILES > 1:
-        q1 = _rows_of(own, length - window + row + TILE, query_token, row + TILE < window, DIM, PADDED)
-        held1 = tl.zeros([TILE, TILE], tl.float32)
-    if TILES > 2:
-        q2 = _rows_of(own, length - window + row + 2 * TILE, query_token, row + 2 * TILE < window, DIM, PADDED)
-        held2 = tl.zeros([TILE, TILE], tl.float32)
-    if TILES > 3:
-        q3 = _rows_of(own, length - window + row + 3 * TILE, query_token, row + 3 * TILE < window, DIM, PADDED)
-    begin = tl.program_id(0) * chunk
-    apart = tl.num_programs(1).to(tl.int64) * (TILE // SKEW) * width
-    # The first blocks of a chunk take up what the blocks before them hand on.
-    for block in range(begin - (TILES - 1), begin + chunk):
-        places = block * TILE + c
-        k = _rows_of(base, places, key_token, (places >= 0) & (places < length), DIM, PADDED)
-        # fmt: off
-        weights = _weights(k, places, q0, norms, row, length, window, inner, outer, CAPPED, EXACT)
-        column = tl.sum(weights, 1)
-        top = tl.max(weights, 1)
-        done = weights
-        if TILES > 1:
-            ahead = _weights(k, places, q1, norms, row + TILE, length, window, inner, outer, CAPPED, EXACT)
-            column += tl.sum(ahead, 1)
-            top = tl.maximum(top, tl.max(ahead, 1))
-            done = held0 + ahead
-            held0 = weights
-        if TILES > 2:
-            weights = done
-            ahead = _weights(k, places, q2, norms, row + 2 * TILE, length, window, inner, outer, CAPPED, EXACT)
-            column += tl.sum(ahead, 1)
-            top = tl.maximum(top, tl.max(ahead, 1))
-            done = held1 + ahead
-            held1 = weights
-        if TILES > 3:
-            weights = done
-            ahead = _weights(k, places, q3, norms, row + 3 * TILE, length, window, inner, outer, CAPPED, EXACT)
-            column += tl.sum(ahead, 1)
-            top = tl.maximum(top, tl.max(ahead, 1))
-            done = held2 + ahead
-            held2 = weights
-        # fmt: on
-        if block >= begin:
-            out = head * length + places
-            if COLUMNS:
-                if not FIRST:
-                    column += tl.load(columns + out, mask=places < length, other=0.0)
-                tl.store(columns + out, column, mask=places < length)
-            if PEAKS:
-                if not FIRST:
-                    top = tl.maximum(top, tl.load(peaks + out, mask=places < length, other=0.0))
-                tl.store(peaks + out, top, mask=places < length)
-            at = partial + head * (TILE // SKEW) * width + block * TILE
-            _turn(done, at, apart, TILE, TILE, SKEW, width)
 
 
 @triton.jit(do_not_specialize=["first", "tiles", "strips"])
