@@ -96,8 +96,9 @@ def block_sparse_prefill_rows(
     _check_alike(queries, keys, layouts)
     if outs is not None:
         _check_outs(queries, outs)
-    dim = queries[0].shape[-1]
-    scale = dim**-0.5 if scale is None else scale
+    scale = queries[0].shape[-1] ** -0.5 if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; expected a positive number, or None for head_dim ** -0.5")
     name = _choose([*queries, *keys, *values], layouts[0], softcap, backend)
     if name in ("triton", "hopper"):
         outs = [_like(query) for query in queries] if outs is None else list(outs)
