@@ -30,6 +30,8 @@ def interpreter_missing() -> str | None:
         return "Triton compiles for the GPU here; test_gpu_prefill.py is for that"
     if triton < (3, 7) and numpy >= (2, 4):
         return "the interpreter of Triton 3.6 does not work with numpy 2.4"
+    if triton >= (3, 9):
+        return "the interpreter of Triton 3.9 takes the mask of a scalar and a block for numbers"
     return None
 
 

@@ -346,8 +346,8 @@ def other_dtype(states, layouts, options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_blocks, "32, 32, .*32, 64.*expected the same block_q, block_k and kind of columns"),
-        (other_columns, "different kinds.*expected the same"),
+        (other_blocks, "32x32.*32x64.*expected the same in all rows"),
+        (other_columns, "kind of columns.*no columns.*shared columns.*expected the same"),
         (other_heads, "rows differ in heads.*expected the same for all rows"),
         (other_dtype, "float32.*float64.*expected the same for all rows"),
         (lambda states, layouts, options: layouts.pop(), "2 queries, 2 keys, 2 values and 1 layouts.*one of each"),

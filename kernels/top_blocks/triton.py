@@ -198,8 +198,7 @@ def _choose_kernel(
         chosen = chosen & ((order > low) | (ties - before <= free - (reached - ties)))
     chosen = chosen | (columns == 0) | (columns == row)
     target = indices + (head * blocks + row) * width
-    # Compared with 0 for the interpreter, which makes numbers of a scalar and a block of booleans.
-    tl.store(target + tl.cumsum(chosen.to(tl.int32), 0) - 1, columns, mask=chosen != 0)
+    tl.store(target + tl.cumsum(chosen.to(tl.int32), 0) - 1, columns, mask=chosen)
     if taken_blocks < width:
         start = taken_blocks
         while start < width:
