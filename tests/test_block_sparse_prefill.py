@@ -409,3 +409,32 @@ def test_a_kernel_that_would_run_uncompiled_is_not_called_flex(monkeypatch: pyte
     with torch._dynamo.config.patch(recompile_limit=1):
         difference, used = run(1)
     assert used == "gather" and float(difference.abs().max()) < 1e-5
+
+
+def test_debugging_looks_at_what_layouts_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [torch.randn(heads, 64, 16) for heads in (2, 1, 1)]
+    twice = torch.zeros(2, 2, 2, dtype=torch.int32)
+    layout = BlockLayout(twice, torch.tensor([[1, 2], [1, 2]], dtype=torch.int32), 64, 32, 32)
+    block_sparse_prefill(*states, layout, backend="naive")
+    monkeypatch.setenv("LM_EVAL_SPARSE_DEBUG", "1")
+    with pytest.raises(ValueError, match="duplicate"):
+        block_sparse_prefill(*states, layout, backend="naive")
+    beyond = BlockLayout(torch.full((2, 2, 1), 2, dtype=torch.int32), layout.counts.clamp(max=1), 64, 32, 32)
+    with pytest.raises(ValueError, match="outside 0..1"):
+        block_sparse_prefill(*states, beyond, backend="naive")
+
+
+@pytest.mark.parametrize("backend", ["auto", "naive", "gather"])
+def test_no_tokens_are_refused(backend: str) -> None:
+    states = [torch.randn(heads, 0, 16) for heads in (2, 1, 1)]
+    none = torch.zeros(2, 0, dtype=torch.int32)
+    with pytest.raises(ValueError, match="at least one"):
+        block_sparse_prefill(*states, BlockLayout(none[..., None], none, 0, 32, 32), backend=backend)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 0.0}, {"softcap": float("nan")}, {"scale": -1.0}, {"scale": 0.0}])
+def test_scale_and_softcap_are_positive(options: dict[str, float]) -> None:
+    states = [torch.randn(heads, 40, 16) for heads in (2, 1, 1)]
+    layout = BlockLayout.from_mask(torch.ones(2, 2, 2, dtype=torch.bool).tril(), 40, 32, 32)
+    with pytest.raises(ValueError, match="expected a positive number"):
+        block_sparse_prefill(*states, layout, backend="naive", **options)

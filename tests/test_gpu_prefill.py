@@ -145,8 +145,6 @@ def test_operator(draw: Draw, combination: Combination) -> None:
     case = combination
     for place in range(CALLS):
         lengths = random_lengths(draw, case.several, place)
-        if case.kind == "own":  # one query block alone would look as if its list were shared
-            lengths = [length + case.block_q for length in lengths]
         kv_heads = 1 if case.group > 4 else draw.rng.choice((1, 2, 3))
         poison = draw.rng.random() < 0.8
         call = random_call(
@@ -317,7 +315,7 @@ def test_counts_of_pairs_and_keys(draw: Draw, kind: str | None) -> None:
     """On CUDA, on the CPU, and counted one by one."""
     for _ in range(12):
         block_q, block_k = draw.rng.choice(BLOCK_SIZES), draw.rng.choice(BLOCK_SIZES)
-        length = draw.rng.choice((1, 63, 1000, draw.rng.randrange(1, 2000))) + (block_q if kind == "own" else 0)
+        length = draw.rng.choice((1, 63, 1000, draw.rng.randrange(1, 2000)))
         row = random_row(draw, 3, length, block_q, block_k, kind)
         row.layout.check(3)
         copy = moved(row.layout, "cpu")

@@ -7,6 +7,7 @@ The interpreter computes products of bf16 wrongly, so that dtype is tested on GP
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -96,7 +97,7 @@ def test_public_function(draw: Draw, dim: int, heads: tuple[int, int]) -> None:
     """The tiling that is chosen, all head dimensions; outputs are written where they are asked for."""
     kind, dtype = draw.rng.choice(KINDS), draw.rng.choice(DTYPES)
     blocks = draw.rng.choice(BLOCK_SIZES), draw.rng.choice(BLOCK_SIZES)
-    lengths = [blocks[0] + 5, blocks[0] + 20] if kind == "own" else draw.rng.choice(([140], [63, 90], [17, 80, 1]))
+    lengths = draw.rng.choice(([140], [63, 90], [17, 80, 1], [blocks[0] - 3, blocks[0] + 20]))
     softcap = draw.rng.choice((None, 5.0))
     call = random_call(draw, lengths, heads, dim, dtype, blocks, kind=kind, softcap=softcap)
     print(kind, dtype, blocks, lengths, softcap)
@@ -154,6 +155,57 @@ def test_columns_only_where_tiles_leave_a_query_alone(draw: Draw) -> None:
         expected = attention(*states, Row(layout, keys), 0.125, None)
         for step in (32, 128):
             assert_close(kernel.forward(*states, layout, 0.125, None, kernel.Tiling(1, step, 4, 2)), expected)
+
+
+@pytest.mark.parametrize("kinds", [("own", "own"), ("shared", "own"), ("own", "shared")], ids=str)
+@pytest.mark.parametrize("lengths", [(20, 100), (100, 20)], ids=str)
+def test_rows_of_one_query_block_beside_longer_ones(
+    draw: Draw, kinds: tuple[str, str], lengths: tuple[int, int]
+) -> None:
+    """Their lists of columns look shared, whatever they are."""
+    if "shared" in kinds and lengths[kinds.index("shared")] > 32:
+        kinds = ("own", "own")  # long rows of both kinds are refused
+    rows = [random_row(draw, 2, length, 32, 32, kind) for length, kind in zip(lengths, kinds, strict=True)]
+    states = [[draw.normal(heads, length, 64) for length in lengths] for heads in (2, 1, 1)]
+    outs, _ = block_sparse_prefill_rows(*states, [row.layout for row in rows], scale=0.125, backend="triton")
+    for place, (out, row) in enumerate(zip(outs, rows, strict=True)):
+        assert_close(out, attention(*(state[place] for state in states), row, 0.125, None))
+
+
+def test_a_kernel_that_does_not_fit_gives_way(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`triton` asked for: an error. `auto`: another backend, whose name is returned."""
+    from triton.runtime.errors import OutOfResources
+
+    from lm_eval_sparse.kernels import block_sparse_prefill as package
+
+    def too_large(*_: object, **__: object) -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    row = random_row(draw, 2, 100, 32, 32, None)
+    states = [draw.normal(heads, 100, 64) for heads in (2, 1, 1)]
+    monkeypatch.setattr(package, "_broken", {})
+    monkeypatch.setattr(kernel, "forward_rows", too_large)
+    with pytest.raises(ValueError, match="triton.*does not fit.*shared memory"):
+        block_sparse_prefill(*states, row.layout, scale=0.125, backend="triton")
+    monkeypatch.setattr(package, "_choose", lambda *_: "gather" if package._broken else "triton")
+    package._broken.clear()
+    out, used = block_sparse_prefill(*states, row.layout, scale=0.125)
+    assert used == "gather"
+    assert_close(out, attention(*states, row, 0.125, None))
+
+
+def test_columns_on_top_of_tiles(draw: Draw) -> None:
+    """What the Hopper kernel does with columns: the softmax over tiles goes on from its sums."""
+    for block, length in ((64, 200), (128, 333), (64, 63)):
+        bare = random_row(draw, 3, length, block, block, None)
+        columns = draw.uniform(3, length) < 0.2
+        row = Row(bare.layout.with_columns(columns), bare.keys | columns[:, None])
+        states = [draw.normal(heads, length, 64) for heads in (3, 1, 1)]
+        scores = states[0].double() @ states[1].double().transpose(1, 2) * 0.125
+        sums = scores.masked_fill(~bare.pairs(), -torch.inf).logsumexp(-1) / math.log(2)
+        out = attention(*states, bare, 0.125, None).float()
+        kernel.add_columns(*states, row.layout, 0.125, out, sums.float().contiguous())
+        assert_close(out, attention(*states, row, 0.125, None))
 
 
 def test_empty_lists_of_columns(draw: Draw) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,9 @@ from ..layout import BlockLayout, check_shapes
 from . import fa4, flex, gather, naive
 
 logger = logging.getLogger(__name__)
+
+#: With this environment variable set to 1 every call looks at all that its layouts list, which takes time.
+DEBUG = "LM_EVAL_SPARSE_DEBUG"
 
 #: Backends in the order in which they are listed to users.
 BACKENDS = ("naive", "gather", "flex", "triton", "hopper", "fa4")
@@ -57,7 +61,8 @@ def block_sparse_prefill(
 
     Raises:
         ValueError: shapes, devices or dtypes that do not fit together, an unknown backend, or one that cannot run
-            here. What the layout lists is checked by `BlockLayout.check`, which reads all of it.
+            here. What the layout lists is checked by `BlockLayout.check`, which reads all of it: with
+            LM_EVAL_SPARSE_DEBUG=1 in the environment every call does that.
     """
     (out,), used = block_sparse_prefill_rows(
         [query], [key], [value], [layout], scale=scale, softcap=softcap, backend=backend
@@ -91,6 +96,9 @@ def block_sparse_prefill_rows(
         )
     for row in zip(queries, keys, values, layouts, strict=True):
         _check(*row)
+    if os.environ.get(DEBUG, "0") not in ("", "0"):
+        for query, layout in zip(queries, layouts, strict=True):
+            layout.check(len(query))
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; expected a positive number, or None")
     _check_alike(queries, keys, layouts)
@@ -108,15 +116,27 @@ def block_sparse_prefill_rows(
             [state if state.stride(2) == 1 else state.contiguous() for state in rows]
             for rows in (queries, keys, values)
         ]
-        if name == "triton":
-            from . import triton
+        from triton.errors import TritonError
 
-            triton.forward_rows(*states, layouts, scale, softcap, packed)
-        else:
-            from . import hopper
+        try:
+            if name == "triton":
+                from . import triton
 
-            for query, key, value, layout, out in zip(*states, layouts, packed, strict=True):
-                hopper.forward_into(query, key, value, layout, scale, out)
+                triton.forward_rows(*states, layouts, scale, softcap, packed)
+            else:
+                from . import hopper
+
+                for query, key, value, layout, out in zip(*states, layouts, packed, strict=True):
+                    hopper.forward_into(query, key, value, layout, scale, out)
+        except TritonError as error:  # it does not compile, or not into the shared memory of this GPU
+            reason = f"Triton's kernel does not fit or compile ({str(error).splitlines()[-1][:200]})"
+            _broken[(name, *_place(queries[0], layouts[0]))] = reason
+            if backend == name:
+                raise ValueError(f"backend {name!r} cannot run here: {reason}; use 'auto' or 'gather'") from error
+            _warn_once(f"backend {name!r}: {reason}; 'auto' chooses another")
+            return block_sparse_prefill_rows(
+                queries, keys, values, layouts, scale=scale, softcap=softcap, backend="auto", outs=outs
+            )
         for out, made in zip(outs, packed, strict=True):
             if out is not made:
                 out.copy_(made)
@@ -130,7 +150,7 @@ def block_sparse_prefill_rows(
                 found.append(flex.forward(*call))
                 continue
             except Exception as error:  # a shape that the probe did not foresee; the compiler raises what it likes
-                reason = _broken[_place(query, layout)] = flex.failed(error)
+                reason = _broken[("flex", *_place(query, layout))] = flex.failed(error)
                 if backend == "flex":
                     raise ValueError(f"backend 'flex' cannot run here: {reason}; use 'auto' or 'gather'") from error
             return block_sparse_prefill_rows(
@@ -186,6 +206,8 @@ def unavailable_reason(
     """
     query = states[0]
     dim, device = query.shape[-1], query.device.type
+    if (backend, *_place(query, layout)) in _broken:
+        return _broken[(backend, *_place(query, layout))]
     if backend == "triton":
         if (reason := backends.triton_unavailable(device)) is not None:
             return reason
@@ -209,7 +231,7 @@ def unavailable_reason(
         return "it takes no single key columns"
     if backend == "fa4":
         return fa4.unavailable_reason(*place)
-    return _broken[place] if place in _broken else flex.unavailable_reason(*place)
+    return flex.unavailable_reason(*place)
 
 
 def gather_is_faster(device: str, dtype: torch.dtype, block: int) -> bool:
@@ -221,8 +243,8 @@ def _place(query: Tensor, layout: BlockLayout) -> tuple[str, int, int, int, torc
     return query.device.type, layout.block_q, layout.block_k, query.shape[-1], query.dtype
 
 
-#: Where `flex` has failed although its probe ran, and why.
-_broken: dict[tuple[str, int, int, int, torch.dtype], str] = {}
+#: Where backends have failed although they should have run, and why.
+_broken: dict[tuple[str, str, int, int, int, torch.dtype], str] = {}
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout) -> None:
@@ -230,6 +252,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout) -> No
     if query.dim() != 3 or key.dim() != 3:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)}; expected (H, L, D) and (H_kv, L, D)")
     heads, length, dim = query.shape
+    if not heads or not length or not dim:
+        raise ValueError(f"query is {tuple(query.shape)}; expected at least one head, token and dimension")
     if key.shape != value.shape or key.shape[1:] != (length, dim) or not key.shape[0] or heads % key.shape[0]:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not fit together: "

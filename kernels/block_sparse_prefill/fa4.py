@@ -98,9 +98,8 @@ def dense_unavailable_reason(device: str, dim: int, dtype: torch.dtype) -> str |
     """Why `dense` cannot run here, or None when it can. The first call for these arguments compiles and probes."""
     if (reason := _missing(device, dim, dtype)) is not None:
         return reason
-    most = 256 if torch.cuda.get_device_capability()[0] == HOPPER else 128
-    if dim > most and dim != 256:
-        return f"flash-attn-4 takes head_dim up to {most} here, not {dim}"
+    if torch.cuda.get_device_capability()[0] != HOPPER and 128 < dim < 256:
+        return f"flash-attn-4 takes head_dim up to 128, or 256, here, not {dim}"
     states = [tensor[None] for tensor in _states(2 * BLOCK + 1, dim, dtype)]
     return _probe(
         lambda: dense(*states, dim**-0.5),

@@ -362,18 +362,18 @@ def forward_rows(
     """
     layout = layouts[0]
     heads, _, dim = queries[0].shape
-    choice = choice or tiling(layout, dim, queries[0].dtype)
     states = list(zip(queries, keys, values, outs, strict=True))
     strides = [[stride for state in row for stride in state.stride()[:2]] for row in states]
-    # One launch knows one set of strides, and takes it that rows lie whole vectors apart.
-    if any(row != strides[0] for row in strides) or any(
-        _offset(state, base) % 8 for row in states for state, base in zip(row, states[0], strict=True)
-    ):
+    kinds = {own.columns.shape[1] == 1 for own in layouts if own.columns is not None}
+    # One launch knows one set of strides and one kind of lists (that of a row of one query block may be called either),
+    # and takes it that rows lie whole vectors apart.
+    apart = any(row != strides[0] for row in strides) or len(kinds) > 1
+    if apart or any(_offset(state, base) % 8 for row in states for state, base in zip(row, states[0], strict=True)):
         for q, k, v, own, out in zip(queries, keys, values, layouts, outs, strict=True):
             forward_rows([q], [k], [v], [own], scale, softcap, [out], choice)
         return
-    # A list of a row of one query block may be called either; then it is as in the other rows.
-    shared = layout.columns is not None and all(own.columns.shape[1] == 1 for own in layouts)
+    shared = kinds == {True}
+    choice = choice or tiling(layout, dim, queries[0].dtype)
     parts = [_lists(own, choice.together, shared, columns_only=sums is not None) for own in layouts]
     supers = [-(-own.blocks_q // choice.together) for own in layouts]
     group = heads // keys[0].shape[0]

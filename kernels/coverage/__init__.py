@@ -78,6 +78,8 @@ def select(
     ceiling = blocks if ceiling is None else ceiling
     floor, ceiling = (0, blocks) if density is not None else (min(floor, blocks), ceiling)
     arguments = (query, pooled_keys, vertical, slash, query_aware, block, scale, softcap, floor, ceiling, rest, density)
+    if backend == "triton" and blocks >= MAX_BLOCKS:
+        raise ValueError(f"backend 'triton' takes fewer than {MAX_BLOCKS} blocks, not {blocks}; use 'auto' or 'naive'")
     if choose(backend, query.device) == "triton" and blocks < MAX_BLOCKS:
         from . import triton
 

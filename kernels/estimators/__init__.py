@@ -4,7 +4,7 @@ Scores are fp32, and nothing of size L x L is ever made.
 """
 
 from .bounds import PageBounds, bound_scores
-from .pooling import pool, sum_blocks
+from .pooling import pool, pool_both, sum_blocks
 from .window import WindowSums, diagonal_sums, window_flops, window_sums
 from .window_blocks import WindowBlocks, window_blocks
 
@@ -15,6 +15,7 @@ __all__ = [
     "bound_scores",
     "diagonal_sums",
     "pool",
+    "pool_both",
     "sum_blocks",
     "window_blocks",
     "window_flops",

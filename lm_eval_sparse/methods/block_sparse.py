@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels.estimators.pooling import pool_both
+from ..kernels.estimators import pool_both
 from ..kernels.layout import BLOCK_SIZES, BlockLayout, causal_pairs
 from ..kernels.top_blocks import top_blocks
 from .base import Geometry, PrefillMethod, Selection, number, one_of

@@ -145,12 +145,12 @@ def on_device(value: Any) -> bool:
 
 def settle(rows: Iterable[RowCounts]) -> None:
     """Count what is pending in these rows, fetching all numbers of a device at once."""
-    waiting = []
-    for row in rows:
-        waiting += row.pending
-        row.pending = []
+    rows = list(rows)
+    waiting = [call for row in rows for call in row.pending]
     tensors = [number for _, numbers in waiting for number in numbers if isinstance(number, Tensor)]
-    fetched = iter(to_host(tensors))
+    fetched = iter(to_host(tensors))  # should it fail, nothing is lost
+    for row in rows:
+        row.pending = []
     for count, numbers in waiting:
         count(*(next(fetched) if isinstance(number, Tensor) else number for number in numbers))
 

@@ -194,21 +194,23 @@ class Runtime:
             self._count_dense("prefill", index, query, key, value, [0] * batch, reason)
             out = dense_attention(query, key, value, **options)
         else:
-            # In memory as `attention` returns it, (B, L, H, D), so that nothing is copied there.
-            out = query.new_empty(batch, q_len, query.shape[1], value.shape[-1]).transpose(1, 2)
-            alone = batch == 1 and starts is None
+            begins = starts or [0] * batch
+            fits = [reason is None and self._is_sparse(row, batch, q_len - start) for row, start in enumerate(begins)]
+            # A sparse row that is the whole batch takes the output that the kernel makes; others share a buffer, in
+            # memory as `attention` returns it, (B, L, H, D), so that nothing is copied there.
+            alone = batch == 1 and starts is None and fits[0]
+            out = None if alone else query.new_empty(batch, q_len, query.shape[1], value.shape[-1]).transpose(1, 2)
             sparse = []
-            for row, start in enumerate(starts or [0] * batch):
+            for row, start in enumerate(begins):
                 q, k, v = query[row, :, start:], key[row, :, start:], value[row, :, start:]
+                place = None if alone else out[row, :, start:]
                 if start:
                     out[row, :, :start] = 0
-                if reason is None and self._is_sparse(row, batch, q.shape[1]):
-                    # A row that is the whole batch takes the output that the kernel makes.
-                    place = None if alone else out[row, :, start:]
+                if fits[row]:
                     sparse.append(self._select(q, k, v, place, row, scale, softcap))
                 else:
                     self._count_dense("prefill", index, q[None], k[None], v[None], [0], reason, row=row, batch=batch)
-                    out[row, :, start:] = dense_attention(q[None], k[None], v[None], **options)[0]
+                    place.copy_(dense_attention(q[None], k[None], v[None], **options)[0])
             for rows in alike(sparse):
                 made = self._run_sparse(index, rows, batch, scale, softcap)
                 out = made[0][None] if alone else out
