@@ -1,6 +1,6 @@
 """Sparse prefill on a GPU beside every dense attention that is installed, in one run: where does it pay, and why?
 
-    python benchmarks/prefill.py --output benchmarks/results           # all of it, some five minutes on an H100
+    python benchmarks/prefill.py --output benchmarks/results           # all of it, some five minutes on an H200
     python benchmarks/prefill.py --quick                               # 8K and 128K only
     python benchmarks/prefill.py --plot benchmarks/results/prefill_cuda.json    # table and picture anew, without a GPU
 
@@ -779,10 +779,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="8K and 128K at 0.9 and 0.95, kernels at 128K and 5%%")
     parser.add_argument("--output", type=Path, help="folder for prefill_cuda.json and prefill_cuda.md")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="drawn at the end when there is an --output")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture and the table from this JSON alone")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw --picture, and the .md beside this JSON, from it alone"
+    )
     options = parser.parse_args()
 
     if options.plot is not None:
+        if not options.plot.is_file():
+            print(f"--plot {options.plot}: there is no such file; give a JSON that --output wrote", file=sys.stderr)
+            return 1
         content = json.loads(options.plot.read_text())
         write(options.plot.with_suffix(".md"), markdown(content))
         draw(content, options.picture)

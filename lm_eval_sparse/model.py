@@ -37,6 +37,7 @@ from . import __version__, embedded, gguf_check
 from .config import OWN_ARGS, SparseConfig, argument_names, knob_names, parse, split
 from .encoding import SharedEncoder
 from .errors import UserError, install_excepthook, nearest
+from .kernels.backends import triton_unavailable
 from .methods import METHODS, PHASE_ARGUMENTS, presets
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime.accounting import PHASES, Ledger, RowCounts
@@ -154,6 +155,7 @@ class SparseHFLM(HFLM):
             check_known(rest, None)
         if rest.get("device") is None:
             rest["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        check_backend(self.sparse.backend, str(rest["device"]))
 
         self.run_id = uuid.uuid4().hex[:12]
         self.ledgers: dict[str, Ledger] = defaultdict(self._new_ledger)
@@ -1024,6 +1026,16 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
         raise UserError(
             f"model argument {name}={model_args[name]!r} is unknown{nearest(name, everything)} (accepted: "
             f"{', '.join((*OWN_ARGS, *knob_names()))}, and the arguments of --model hf)"
+        )
+
+
+def check_backend(backend: str, device: str) -> None:
+    """Raise `UserError` before a model is loaded for kernels that cannot run on its device."""
+    kinds = {"triton": "a CUDA device", "hopper": "a CUDA device of the Hopper generation (H100, H200)"}
+    if backend in kinds and triton_unavailable(device.split(":")[0]) is not None:
+        raise UserError(
+            f"backend={backend} needs {kinds[backend]}, and this run is on {device}: leave it out, or type "
+            "backend=gather"
         )
 
 

@@ -186,6 +186,21 @@ def test_methods_joined_by_a_comma(llama: str) -> None:
         SparseHFLM.create_from_arg_string(f"pretrained={llama},method=flexprefill,snapkv,sparsity=0.5")
 
 
+@pytest.mark.parametrize(("backend", "words"), [("triton", "a CUDA device"), ("hopper", "Hopper")])
+def test_kernels_of_gpus_are_refused_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, backend: str, words: str
+) -> None:
+    from lm_eval_sparse.kernels.backends import triton_unavailable
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    triton_unavailable.cache_clear()
+    try:
+        with pytest.raises(UserError, match=f"backend={backend} needs .*{words}.*on cpu.*backend=gather"):
+            SparseHFLM(pretrained="sshleifer/tiny-gpt2", method="block_sparse", backend=backend, device="cpu")
+    finally:
+        triton_unavailable.cache_clear()
+
+
 @pytest.mark.parametrize("value", [["gather"], {}, None.__class__, 3])
 def test_backend_from_python(llama: str, value: Any) -> None:
     with pytest.raises(UserError, match="backend=.*accepted: auto"):

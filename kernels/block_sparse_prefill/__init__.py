@@ -220,8 +220,10 @@ def unavailable_reason(
     if softcap is not None:
         return "it takes no softcap"
     if backend == "hopper":
-        if (reason := backends.triton_unavailable(device)) is not None or device != "cuda":
-            return reason or "it needs a Hopper GPU (compute capability 9.0)"
+        if device != "cuda":
+            return "it needs a Hopper GPU (compute capability 9.0)"
+        if (reason := backends.triton_unavailable(device)) is not None:
+            return reason
         from . import hopper
 
         if (reason := hopper.unavailable_reason(*place)) is not None:
