@@ -126,7 +126,7 @@ def test_layouts_that_do_not_fit_are_sized_by_their_longest_row(
     "method", [VerticalSlash(window=64), FlexPrefillVS(window=64), SnapKV(window=64), AdaSnapKV(window=64)]
 )
 def test_methods_select_as_in_torch(rng: random.Random, monkeypatch: pytest.MonkeyPatch, method: object) -> None:
-    query, key = torch.randn(4, 301, 32), torch.randn(2, 301, 32)  # the interpreter is slow
+    query, key = torch.randn(2, 161, 32), torch.randn(1, 161, 32)  # the interpreter is slow
     sparsity = rng.choice((0.5, 0.8))
     chosen = []
     for name in ("naive", "triton"):
@@ -140,5 +140,5 @@ def test_methods_select_as_in_torch(rng: random.Random, monkeypatch: pytest.Monk
     else:  # equal but for near ties, which fp32 sums in another order may decide otherwise
         both, either = (op(found.layout.mask(), expected.layout.mask()) for op in (torch.bitwise_and, torch.bitwise_or))
         assert float(both.sum()) >= 0.98 * float(either.sum())
-        pairs = [selection.layout.executed_pairs().sum() / (4 * 301 * 302 / 2) for selection in chosen]
+        pairs = [selection.layout.executed_pairs().sum() / (2 * 161 * 162 / 2) for selection in chosen]
         assert abs(float(pairs[0] - pairs[1])) < 0.005
