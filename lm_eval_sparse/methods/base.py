@@ -263,11 +263,6 @@ def number(name: str, value: Any, low: float, high: float, *, whole: bool = Fals
         raise UserError(f"{name}={value!r} is not accepted: give {kind} {bound}, for example {name}={example}")
 
 
-def apply_softcap(scores: Tensor, softcap: float | None) -> Tensor:
-    """Gemma 2's bounded scores, or the scores themselves."""
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
 def one_of(name: str, value: Any, accepted: tuple[Any, ...], *, auto: bool = False) -> None:
     """Raise `UserError` unless `value` is one of the accepted ones (`auto` included if asked)."""
     if (auto and value == "auto") or (not isinstance(value, bool) and any(value == known for known in accepted)):
