@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import random
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -192,6 +193,21 @@ def test_a_kernel_that_does_not_fit_gives_way(draw: Draw, monkeypatch: pytest.Mo
     out, used = block_sparse_prefill(*states, row.layout, scale=0.125)
     assert used == "gather"
     assert_close(out, attention(*states, row, 0.125, None))
+
+
+def test_another_gluon_is_a_reason_not_a_crash(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval_sparse.kernels import block_sparse_prefill as package
+
+    class OnHopper:
+        """A tensor as far as the choice of a backend looks at it."""
+
+        device, dtype, shape = torch.device("cuda"), torch.float16, (2, 100, 64)
+
+    monkeypatch.setattr(package.backends, "triton_unavailable", lambda device: None)
+    monkeypatch.setitem(sys.modules, package.__name__ + ".hopper", None)  # importing it raises ImportError
+    monkeypatch.delattr(package, "hopper", raising=False)
+    layout = random_row(draw, 2, 100, 64, 64, None).layout
+    assert "another Gluon" in package.unavailable_reason("hopper", [OnHopper()], layout, None)
 
 
 def test_columns_on_top_of_tiles(draw: Draw) -> None:

@@ -224,8 +224,10 @@ def unavailable_reason(
             return "it needs a Hopper GPU (compute capability 9.0)"
         if (reason := backends.triton_unavailable(device)) is not None:
             return reason
-        from . import hopper
-
+        try:
+            from . import hopper
+        except (ImportError, AttributeError) as error:  # Gluon is where Triton changes most
+            return f"the Triton that is installed has another Gluon ({error})"
         if (reason := hopper.unavailable_reason(*place)) is not None:
             return reason
         return "strides or addresses are no multiples of 16 bytes" if hopper.misaligned(states) else None

@@ -327,7 +327,7 @@ def unavailable_reason(device: str, block_q: int, block_k: int, dim: int, dtype:
     try:
         out = forward(*states, layout, dim**-0.5, None)
     except Exception as error:  # Gluon changes between releases of Triton; the portable kernel still works
-        reason = f"it does not compile or run with Triton {triton.__version__} ({str(error).splitlines()[-1][:200]})"
+        reason = f"it does not compile or run with Triton {triton.__version__} ({_last_line(error)})"
         logger.warning("the Hopper kernel is not used: %s", reason)
         return reason
     expected = naive.forward(*(state.float() for state in states), layout, dim**-0.5, None)
@@ -335,6 +335,10 @@ def unavailable_reason(device: str, block_q: int, block_k: int, dim: int, dtype:
         logger.warning("the Hopper kernel is not used: it computed a wrong result for a known case")
         return "it computed a wrong result for a known case"
     return None
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[-1][:200]
 
 
 def misaligned(tensors: Iterable[Tensor]) -> bool:
