@@ -1,16 +1,17 @@
-"""Keys and values of sequences of different lengths in one flat storage, and dense attention over it.
+"""Keys and values of sequences of different lengths in one flat storage.
 
 A sequence is what one KV head of one row holds; sequence `row * H_kv + head`. After eviction every head may hold
 a different number of keys; before, all heads of a row hold the same. Either way the storage is `(N, D)` and a
-sequence is a contiguous part of it.
+sequence is a contiguous part of it. Where sequences begin and how long they are stands in tensors on the device, so
+that decoding never waits for it and a captured step reads what is true when it is replayed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,14 +21,45 @@ class RaggedKV:
 
     Attributes:
         keys: `(N, D)`; values: `(N, D_v)`, contiguous.
-        starts: first entry of each sequence in the storage.
-        lengths: keys that each sequence holds, at least 1.
+        starts: `(S,)` int64, first entry of each sequence in the storage.
+        lengths: `(S,)` int32, keys that each sequence holds. A sequence of length 0 is a place that nobody uses:
+            nothing of it is read or written, and its outputs are 0.
+        longest: a number that no length exceeds, known on the host.
     """
 
     keys: Tensor
     values: Tensor
-    starts: list[int]
-    lengths: list[int]
+    starts: Tensor
+    lengths: Tensor
+    longest: int
+
+    @staticmethod
+    def of(keys: Tensor, values: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> RaggedKV:
+        """From starts and lengths known on the host.
+
+        Raises:
+            ValueError: a sequence outside of the storage, or numbers that do not fit together.
+        """
+        if len(keys) != len(values) or len(starts) != len(lengths):
+            raise ValueError(
+                f"{len(keys)} keys, {len(values)} values, {len(starts)} starts and {len(lengths)} lengths "
+                "do not fit together"
+            )
+        ends = (start + length for start, length in zip(starts, lengths, strict=True))
+        if min(starts, default=0) < 0 or max(ends, default=0) > len(keys):
+            raise ValueError(f"a sequence reaches outside the {len(keys)} stored keys")
+        places = torch.tensor(starts, dtype=torch.int64).to(keys.device)
+        held = torch.tensor(lengths, dtype=torch.int32).to(keys.device)
+        return RaggedKV(keys, values, places, held, max(lengths, default=0))
+
+    def part(self, sequences: slice) -> RaggedKV:
+        """Some of the sequences, over the same storage."""
+        return RaggedKV(self.keys, self.values, self.starts[sequences], self.lengths[sequences], self.longest)
+
+    def visible(self, steps: int) -> Tensor:
+        """`(S, T)` int64: keys that each of the last T tokens of a sequence may see, itself included."""
+        behind = torch.arange(1 - steps, 1, device=self.lengths.device)
+        return self.lengths.long()[:, None] + behind
 
     def check(self, query: Tensor) -> None:
         """Raise ValueError unless `(S, G, T, D)` queries fit: the cheap checks that every call makes."""
@@ -46,69 +78,18 @@ class RaggedKV:
             raise ValueError(
                 f"dtypes are {query.dtype}, {self.keys.dtype}, {self.values.dtype}; expected one floating-point dtype"
             )
-        if not query.device == self.keys.device == self.values.device:
+        if self.starts.dtype != torch.int64 or self.lengths.dtype != torch.int32:
             raise ValueError(
-                f"devices are {query.device}, {self.keys.device}, {self.values.device}; expected one device"
+                f"starts are {self.starts.dtype}, lengths {self.lengths.dtype}; expected torch.int64 and torch.int32"
             )
-        if min(self.lengths, default=query.shape[2]) < query.shape[2]:
-            raise ValueError(f"a sequence holds {min(self.lengths)} keys, but {query.shape[2]} queries are among them")
-        ends = (start + length for start, length in zip(self.starts, self.lengths, strict=True))
-        if min(self.starts, default=0) < 0 or max(ends, default=0) > len(self.keys):
-            raise ValueError(f"a sequence reaches outside the {len(self.keys)} stored keys")
-
-
-def compact(states: Tensor, indices: Tensor, counts: list[int], room: int = 0) -> Tensor:
-    """Copy the kept tokens of each head, head after head: `(H, L, D)` to `(sum of counts + H * room, D)`.
-
-    Args:
-        indices: `(H, W)` int64, token ids; the first `counts[h]` of a head are kept.
-        room: uninitialised entries behind the tokens of each head.
-    """
-    if len(counts) != len(states) or not all(0 < count <= indices.shape[1] for count in counts):
-        raise ValueError(
-            f"counts {counts} do not fit {len(states)} heads with up to {indices.shape[1]} listed tokens each; "
-            "every head keeps at least one"
-        )
-    out = states.new_empty(sum(counts) + len(counts) * room, states.shape[-1])
-    start = 0
-    for head, count in enumerate(counts):
-        torch.index_select(states[head], 0, indices[head, :count], out=out[start : start + count])
-        start += count + room
-    return out
-
-
-def ragged_decode(query: Tensor, kv: RaggedKV, *, scale: float, softcap: float | None = None) -> Tensor:
-    """Dense attention of the last T tokens of each sequence to all keys of it that they may see.
-
-    Args:
-        query: `(S, G, T, D)`, the G query heads that share a KV head; query t sees the first
-            `lengths[s] - T + 1 + t` keys of sequence s.
-
-    Returns:
-        `(S, G, T, D_v)` in the query's dtype. Softmax in fp32 (fp64 for fp64 input).
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
-    """
-    kv.check(query)
-    steps = query.shape[2]
-    out = query.new_empty(*query.shape[:3], kv.values.shape[-1])
-    for row, (start, length) in enumerate(zip(kv.starts, kv.lengths, strict=True)):
-        # The queries of a group are the rows of one product: keys and values are read once, nothing is repeated.
-        key, value = kv.keys[start : start + length], kv.values[start : start + length]
-        if softcap is None and steps == 1:
-            out[row] = F.scaled_dot_product_attention(
-                query[row].transpose(0, 1)[None], key[None, None], value[None, None], scale=scale
-            )[0].transpose(0, 1)
-            continue
-        work = torch.float64 if query.dtype == torch.float64 else torch.float32
-        # In half precision the product itself would round the scores before the softmax.
-        scores = query[row].to(work) @ key.to(work).T * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if steps > 1:
-            visible = length - steps + 1 + torch.arange(steps, device=query.device)
-            hidden = torch.arange(length, device=query.device) >= visible[:, None]
-            scores = scores.masked_fill(hidden, float("-inf"))
-        out[row] = scores.softmax(-1).to(value.dtype) @ value
-    return out
+        if not query.device == self.keys.device == self.values.device == self.starts.device == self.lengths.device:
+            raise ValueError(
+                f"devices are {query.device}, {self.keys.device}, {self.values.device}, {self.starts.device}, "
+                f"{self.lengths.device}; expected one device"
+            )
+        steps = query.shape[2]
+        # What lies on a GPU is not read: that would wait for it.
+        if steps > 1 and not self.lengths.is_cuda:
+            held = self.lengths[self.lengths > 0]
+            if len(held) and int(held.min()) < steps:
+                raise ValueError(f"a sequence holds {int(held.min())} keys, but {steps} queries are among them")

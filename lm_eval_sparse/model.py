@@ -12,7 +12,7 @@ import json
 import logging
 import platform
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.models.utils_hf import stop_sequences_criteria
+from lm_eval.models.utils_hf import clear_torch_cache, stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from safetensors import SafetensorError
 from torch import Tensor
@@ -42,7 +42,10 @@ from .methods import METHODS, PHASE_ARGUMENTS, presets
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime.accounting import PHASES, Ledger, RowCounts
 from .runtime.attention import COVERED, IMPLEMENTATION, Runtime, register
-from .runtime.cache import SparseCache, position_ids
+from .runtime.cache import SparseCache
+from .runtime.decoding import Decoder, Row, undecodable
+from .runtime.memory import MemoryModel, out_of_memory
+from .sampling import Sampling, Stop, generation_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,9 @@ REFUSED_GENERATION = (
 
 #: Answer tokens scored per forward pass: bounds the logits held at once.
 SCORE_CHUNK = 1024
+
+#: Tokens that answers get room for at first: more is made when they turn out longer.
+RESERVE = 1024
 
 #: Relative difference to the model's own attention that the check at start-up accepts, by precision.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -137,8 +143,13 @@ class SparseHFLM(HFLM):
         refuse_attention_choice(rest)
         self.sparse: SparseConfig = parse(ours)
         self.runtime = Runtime(self.sparse.plan)
-        #: Length at which each row of the batch just generated had ended, None for one that had not.
-        self._ends: list[int | None] = []
+        #: Decodes answers; None until the first one, or where the model cannot be decoded by it (`_no_decoder`).
+        self._decoder: Decoder | None = None
+        self._no_decoder: str | None = None
+        #: Prompts decoded side by side at most, once memory has run out with more.
+        self._fitting: int | None = None
+        #: Batches that had to be halved because memory ran out.
+        self.halved = 0
         self.full_stats = self.sparse.stats == "full"
         self.model_label = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", None)
         self.is_embedded = pretrained is None or embedded.is_embedded(pretrained)
@@ -272,6 +283,7 @@ class SparseHFLM(HFLM):
         text = self.config.get_text_config(decoder=True)
         self.runtime.longest = getattr(text, "max_position_embeddings", None)
         ids = (torch.arange(24, device=self.device) * 7 + 3)[None] % text.vocab_size
+        self._reference: tuple[Tensor, Tensor | None] = ids, None
         kind = self._kind()
         plan, self.runtime.plan = self.runtime.plan, type(self.runtime.plan)()
         try:
@@ -304,6 +316,7 @@ class SparseHFLM(HFLM):
                 f"{kind} uses an attention that sparse-hf does not support: dense logits differ from the model's own "
                 f"by {off:.2g} (relative); use --model hf for this model"
             )
+        self._reference = ids, reference[0]
 
     def _check_preset(self) -> None:
         """Raise when no prompt that the model can read is long enough for the preset."""
@@ -364,11 +377,6 @@ class SparseHFLM(HFLM):
 
     def _new_ledger(self) -> Ledger:
         return Ledger(full=self.full_stats)
-
-    @property
-    def _rows_per_batch(self) -> int:
-        """`auto` means one prompt at a time: prompts of these tasks fill the machine alone."""
-        return 1 if str(self.batch_size).startswith("auto") else int(self.batch_size)
 
     def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
         """lm-eval probes with five forward passes of made-up full-length prompts; they would be counted as ours."""
@@ -453,7 +461,7 @@ class SparseHFLM(HFLM):
         contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
         self.runtime.check_lengths(len(context.prompt) for context in contexts)
         fresh: dict[str, Ledger] = defaultdict(self._new_ledger)
-        run = self._score_whole if self._is_recurrent else self._score_batch
+        run = self._score_whole if self._is_recurrent else self._score_context
         later = [a.method.name for phase, a in self.runtime.plan.phases.items() if phase != "prefill"]
         if later and contexts and self._is_recurrent:
             raise UserError(
@@ -462,115 +470,75 @@ class SparseHFLM(HFLM):
             )
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=total, disable=quiet, desc="Running loglikelihood requests") as bar:
-            for first in range(0, len(contexts), self._rows_per_batch):
-                batch = contexts[first : first + self._rows_per_batch]
-                for context, answers in zip(batch, run(batch), strict=True):
-                    stats = self._stats(context.counts)
-                    fresh[context.task or ""].add(context.counts)
-                    for target, (logprob, greedy) in zip(context.targets, answers, strict=True):
-                        results[target.index] = MeasuredLoglikelihood(logprob, greedy, stats)
-                        if target.key is not None:
-                            self.cache_hook.add_partial("loglikelihood", target.key, results[target.index])
-                        bar.update(1)
+            for context in contexts:
+                answers = run(context)
+                stats = self._stats(context.counts)
+                fresh[context.task or ""].add(context.counts)
+                for target, (logprob, greedy) in zip(context.targets, answers, strict=True):
+                    results[target.index] = MeasuredLoglikelihood(logprob, greedy, stats)
+                    if target.key is not None:
+                        self.cache_hook.add_partial("loglikelihood", target.key, results[target.index])
+                    bar.update(1)
         self._after_requests(fresh)
 
-    def _score_batch(self, batch: list[Context]) -> list[list[tuple[float, bool]]]:
-        """Prefill the contexts of a batch side by side, then run their answers against the cache."""
-        sequences = [context.sequences() for context in batch]
-        longest = max(len(tokens) for group in sequences for tokens in group)
-        lengths = [len(context.prompt) for context in batch]
-        width = max(lengths)
-        ids = torch.tensor([[0] * (width - len(c.prompt)) + c.prompt for c in batch], device=self.device)
-        columns = torch.arange(width, device=self.device)
-        mask = columns >= width - torch.tensor(lengths, device=self.device)[:, None]
-        padded = min(lengths) < width
-        cache = self.runtime.new_cache(self.model.config, reserve=longest)
-        with self.runtime.running([context.counts for context in batch], cache, width):
-            logits = self._forward(
-                ids,
-                cache=cache,
-                mask=mask if padded else None,
-                positions=position_ids(mask) if padded else None,
-                keep=1,
-            )
+    def _score_context(self, context: Context) -> list[tuple[float, bool]]:
+        """Prefill a context, then run its answers against the cache.
+
+        Contexts run one at a time whatever the batch size: side by side they would be padded and round differently.
+        """
+        sequences = context.sequences()
+        cache = self.runtime.new_cache(self.model.config, reserve=max(map(len, sequences)))
+        with self.runtime.running([context.counts], cache, len(context.prompt)):
+            logits = self._forward(torch.tensor([context.prompt], device=self.device), cache=cache, keep=1)
             first = self._log_softmax(logits[:, -1])
             snapshot = cache.snapshot()
-            scored: list[dict[tuple, Tensor]] = [{} for _ in batch]
-            hits: list[dict[tuple, Tensor]] = [{} for _ in batch]
-            for turn in range(max(map(len, sequences))):
-                rows = [group[turn] if turn < len(group) else [] for group in sequences]
-                self._score_turn(rows, first, cache, mask if padded else None, lengths, batch, scored, hits)
+            scored: dict[tuple, Tensor] = {}
+            hits: dict[tuple, Tensor] = {}
+            for tokens in sequences:
+                scored[tuple(tokens)], hits[tuple(tokens)] = self._score_tokens(tokens, first, cache, context)
                 cache.restore(snapshot)
-        return [context.answers(scored[row], hits[row]) for row, context in enumerate(batch)]
+        return context.answers(scored, hits)
+
+    def _score_tokens(
+        self, tokens: list[int], first: Tensor, cache: SparseCache, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability and greedy hit of each token of one answer; `first (1, V)` predicts its first token."""
+        pieces: list[Tensor] = []
+        greedy: list[Tensor] = []
+
+        def note(logprobs: Tensor, tokens: list[int]) -> None:
+            wanted = torch.tensor(tokens, device=logprobs.device)
+            pieces.append(logprobs.gather(-1, wanted[:, None])[:, 0].float().cpu())
+            greedy.append((logprobs.argmax(-1) == wanted).cpu())
+
+        note(first, tokens[:1])
+        steps = len(tokens) - 1
+        for begin in range(0, steps, SCORE_CHUNK):
+            end = min(begin + SCORE_CHUNK, steps)
+            # Token i predicts token i + 1.
+            positions = len(context.prompt) + torch.arange(begin, end, device=self.device)[None]
+            inputs = torch.tensor([tokens[begin:end]], device=self.device)
+            logits = self._forward(inputs, cache=cache, positions=positions)
+            note(self._log_softmax(logits[0]), tokens[begin + 1 : end + 1])
+        return torch.cat(pieces).double(), torch.cat(greedy)
 
     @property
     def _is_recurrent(self) -> bool:
         """Whether the model carries a state that cannot be rolled back to the end of the context."""
         return bool(getattr(self.model, "_is_stateful", False))
 
-    def _score_whole(self, batch: list[Context]) -> list[list[tuple[float, bool]]]:
+    def _score_whole(self, context: Context) -> list[tuple[float, bool]]:
         """For recurrent models: context and answer in one pass, which makes the answer part of the prefill."""
-        answers = []
-        for context in batch:
-            scored: dict[tuple, Tensor] = {}
-            hits: dict[tuple, Tensor] = {}
-            for tokens in context.sequences():
-                with self.runtime.running([context.counts]):
-                    ids = torch.tensor([[*context.prompt, *tokens[:-1]]], device=self.device)
-                    logprobs = self._log_softmax(self._forward(ids, cache=None, keep=len(tokens))[0])
-                wanted = torch.tensor(tokens, device=self.device)
-                scored[tuple(tokens)] = logprobs.gather(-1, wanted[:, None])[:, 0].double().cpu()
-                hits[tuple(tokens)] = (logprobs.argmax(-1) == wanted).cpu()
-            answers.append(context.answers(scored, hits))
-        return answers
-
-    def _score_turn(
-        self,
-        rows: list[list[int]],
-        first: Tensor,
-        cache: SparseCache,
-        mask: Tensor | None,
-        lengths: list[int],
-        batch: list[Context],
-        scored: list[dict[tuple, Tensor]],
-        hits: list[dict[tuple, Tensor]],
-    ) -> None:
-        """Score one sequence per row: log-probability and greedy hit of each of its tokens."""
-        pieces: list[list[Tensor]] = [[] for _ in rows]
-        greedy: list[list[Tensor]] = [[] for _ in rows]
-
-        def note(row: int, logprobs: Tensor, tokens: list[int]) -> None:
-            wanted = torch.tensor(tokens, device=logprobs.device)
-            pieces[row].append(logprobs.gather(-1, wanted[:, None])[:, 0].float().cpu())
-            greedy[row].append((logprobs.argmax(-1) == wanted).cpu())
-
-        for row, tokens in enumerate(rows):
-            if tokens:
-                note(row, first[row : row + 1], tokens[:1])
-        steps = max(len(tokens) for tokens in rows) - 1
-        starts = torch.tensor(lengths, device=self.device)[:, None]
-        for begin in range(0, steps, SCORE_CHUNK):
-            end = min(begin + SCORE_CHUNK, steps)
-            # Token i of a row predicts token i + 1; shorter rows run on with id 0, which nothing looks at.
-            inputs = [(tokens[:-1][begin:end] + [0] * (end - begin))[: end - begin] for tokens in rows]
-            self.runtime.fresh = [min(max(len(tokens) - 1 - begin, 0), end - begin) for tokens in rows]
-            self.runtime.rows = [
-                context.counts if fresh else None for context, fresh in zip(batch, self.runtime.fresh, strict=True)
-            ]
-            positions = starts + torch.arange(begin, end, device=self.device)
-            if mask is not None:
-                mask = F.pad(mask, (0, end - begin), value=True)
-            logits = self._forward(
-                torch.tensor(inputs, device=self.device), cache=cache, mask=mask, positions=positions
-            )
-            for row, tokens in enumerate(rows):
-                wanted = tokens[begin + 1 : end + 1]
-                if wanted:
-                    note(row, self._log_softmax(logits[row, : len(wanted)]), wanted)
-        for row, tokens in enumerate(rows):
-            if tokens:
-                scored[row][tuple(tokens)] = torch.cat(pieces[row]).double()
-                hits[row][tuple(tokens)] = torch.cat(greedy[row])
+        scored: dict[tuple, Tensor] = {}
+        hits: dict[tuple, Tensor] = {}
+        for tokens in context.sequences():
+            with self.runtime.running([context.counts]):
+                ids = torch.tensor([[*context.prompt, *tokens[:-1]]], device=self.device)
+                logprobs = self._log_softmax(self._forward(ids, cache=None, keep=len(tokens))[0])
+            wanted = torch.tensor(tokens, device=self.device)
+            scored[tuple(tokens)] = logprobs.gather(-1, wanted[:, None])[:, 0].double().cpu()
+            hits[tuple(tokens)] = (logprobs.argmax(-1) == wanted).cpu()
+        return context.answers(scored, hits)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As lm-eval's: the sum over windows of at most `max_length` tokens, each run as one prefill."""
@@ -613,26 +581,30 @@ class SparseHFLM(HFLM):
                 results[index] = MeasuredText("", {})
             else:
                 queue.append((index, *request.args))
+        for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
+            self._check_generation(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+        self._check_prompt_lengths(queue)
+        # The longest first: should memory run out, it does so at once, and storage made for them serves all others.
         order = Collator(
             queue,
             sort_fn=lambda item: (-len(self.tok_encode(item[1])), item[1]),
             group_by="gen_kwargs",
             group_fn=lambda item: item[2],
         )
-        for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
-            self._check_generation(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
-        self._check_prompt_lengths(queue)
         fresh: dict[str, Ledger] = defaultdict(self._new_ledger)
         quiet = disable_tqdm or self.rank != 0
+        groups: dict[str, list[tuple]] = defaultdict(list)
+        for item in order.get_batched(n=1):
+            groups[json.dumps(item[0][2], sort_keys=True, default=str)].append(item[0])
         with tqdm(total=len(queue), disable=quiet, desc="Running generate_until requests") as bar:
-            for chunk in self._chunks(order):
-                contexts, gen_kwargs = [item[1] for item in chunk], chunk[0][2]
-                texts, rows = self._generate_batch(contexts, gen_kwargs)
-                for (index, context, _), text, counts in zip(chunk, texts, rows, strict=True):
+            for group in groups.values():
+                for (index, context, gen_kwargs), text, counts in self._generate(group):
                     results[index] = MeasuredText(text, self._stats(counts))
                     fresh[requests[index].task_name or ""].add(counts)
                     self.cache_hook.add_partial("generate_until", (context, gen_kwargs), results[index])
                     bar.update(1)
+        if self._decoder is not None:
+            self._decoder.release()
         self._after_requests(fresh)
         return results
 
@@ -645,48 +617,193 @@ class SparseHFLM(HFLM):
                 lengths.append(min(len(self.tok_encode(context)), room))
             self.runtime.check_lengths(lengths)
 
-    def _chunks(self, order: Collator) -> Iterator[list[tuple]]:
-        """Batches of requests. Beams run one prompt at a time: stop strings of a batch would end them elsewhere."""
-        for chunk in order.get_batched(n=self._rows_per_batch):
-            if int(chunk[0][2].get("num_beams") or 1) > 1:
-                yield from ([item] for item in chunk)
-            else:
-                yield chunk
-
-    def _generate_batch(self, contexts: list[str], gen_kwargs: dict[str, Any]) -> tuple[list[str], list[RowCounts]]:
-        kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
+    def _generate(self, items: list[tuple]) -> Iterator[tuple[tuple, str, RowCounts]]:
+        """Answer requests `(index, context, generation arguments)` that share their arguments, the longest first."""
+        kwargs = normalize_gen_kwargs(items[0][2], self.max_gen_toks)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
         max_gen_toks = kwargs.pop("max_gen_toks")
         room = self.max_length - max_gen_toks
-        ids, mask = self.tok_batch_encode(contexts, left_truncate_len=room, truncation=self.truncation)
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        sampling = Sampling.of(self.model, kwargs, self.device)
+        decoder, reason = self._get_decoder()
+        if isinstance(sampling, str):
+            decoder, reason = None, sampling
+        if decoder is None:
+            for item in items:
+                ids = self._prompt(item[1], room)
+                text, counts = self._generate_by_transformers(ids, kwargs, until, max_gen_toks, reason)
+                yield item, text, counts
+            return
+        limit = kwargs.get("max_length")
+        waiting = [(item, self._prompt(item[1], room)) for item in items]
+        met: Counter[tuple[int, ...]] = Counter()  # a prompt that is sampled several times gets several answers
+        while waiting:
+            some = self._some([ids.shape[1] for _, ids in waiting], max_gen_toks, decoder)
+            batch = waiting[:some]
+            failed, before = None, met.copy()
+            try:
+                answers = self._decode(decoder, [ids for _, ids in batch], sampling, until, max_gen_toks, limit, met)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                failed = first_line(error)
+            if failed is not None:  # the error is gone, and with it what it kept alive
+                met = before
+                decoder.release()
+                clear_torch_cache()
+                self._fewer(len(batch), batch[0][1].shape[1], failed)
+                continue
+            waiting = waiting[some:]
+            yield from ((item, *answer) for (item, _), answer in zip(batch, answers, strict=True))
+
+    def _prompt(self, context: str, room: int) -> Tensor:
+        """Token ids `(1, L)` of a prompt, as lm-eval makes and truncates them."""
+        ids, _ = self.tok_batch_encode([context], left_truncate_len=room, truncation=self.truncation)
+        return ids.to(self.device)
+
+    def _some(self, lengths: list[int], reserve: int, decoder: Decoder) -> int:
+        """How many of the next prompts (tokens each, the longest first) to decode side by side."""
+        plan = self.runtime.plan
+        if str(self.batch_size).startswith("auto"):
+            room = min(reserve, RESERVE)
+            fitting = self.memory.rows(lengths, room, plan, decoder.held_bytes())
+            most = min(int(self.max_batch_size or decoder.most), fitting)
+        else:
+            most = int(self.batch_size)
+        most = max(1, min(most, decoder.most, len(lengths), self._fitting or len(lengths)))
+        # A preset may give prompts of other lengths other knobs.
+        own = plan.decode and plan.decode.at(lengths[0])
+        return next((n for n in range(1, most) if plan.decode and plan.decode.at(lengths[n]) != own), most)
+
+    @cached_property
+    def memory(self) -> MemoryModel:
+        """What decides how many prompts `batch_size=auto` takes."""
+        return MemoryModel(self.model, self.runtime, self.device)
+
+    def _fewer(self, rows: int, length: int, reason: str) -> None:
+        """Go on with half as many rows after memory ran out, or say that not even one fits."""
+        if rows == 1:
+            raise UserError(
+                f"memory ran out with a single prompt of {length} tokens ({reason}): evaluate shorter prompts, or give "
+                "max_length= or dtype= to need less"
+            )
+        self._fitting = rows // 2
+        self.halved += 1
+        logger.warning(
+            "memory ran out with %d prompts side by side, the longest of %d tokens: trying again with %d",
+            rows, length, self._fitting,
+        )  # fmt: skip
+
+    def _decode(
+        self,
+        decoder: Decoder,
+        prompts: list[Tensor],
+        sampling: Sampling,
+        until: list[str],
+        max_gen_toks: int,
+        max_length: int | None,
+        met: Counter[tuple[int, ...]],
+    ) -> list[tuple[str, RowCounts]]:
+        """Prefill prompts one after the other, decode them side by side."""
+        decoder.start([ids.shape[1] for ids in prompts], min(max_gen_toks, RESERVE))
+        rows: list[Row] = []
+        lookback = Stop.lookback(self.tokenizer, until)
+        ends = {self.eot_token_id, *sampling.ends}
+        for ids in prompts:
+            length = ids.shape[1]
+            limit = max_gen_toks if max_length is None else max(1, max_length - length)
+            chooser = sampling.row(ids, met)
+            row = Row(length, RowCounts(), Stop(self.tokenizer, lookback, ends, limit), chooser)
+            cache = decoder.new_cache(length)
+            with self.runtime.running([row.counts], cache, length):
+                logits = self._prefill(ids, cache, sampling.chunk)[0, -1]
+            decoder.adopt(row, cache)
+            row.take(int(logits.argmax()) if chooser is None else chooser(logits, row.tokens))
+            rows.append(row)
+        decoder.run(rows)
+        return [(self._finish(row.tokens, until), row.counts) for row in rows]
+
+    def _prefill(self, ids: Tensor, cache: SparseCache, chunk: int | None) -> Tensor:
+        """Logits `(1, 1, V)` behind a prompt, read at once or in chunks of so many tokens."""
+        length = ids.shape[1]
+        for first in range(0, length, chunk or length):
+            part = ids[:, first : first + (chunk or length)]
+            positions = torch.arange(first, first + part.shape[1], device=self.device)[None]
+            logits = self._forward(part, cache=cache, positions=positions, keep=1)
+        return logits
+
+    def _get_decoder(self) -> tuple[Decoder | None, str | None]:
+        """What decodes answers, or why transformers has to."""
+        if self._decoder is None and self._no_decoder is None:
+            self._no_decoder = self._make_decoder()
+            if self._no_decoder is not None:
+                self._decoder = None
+                logger.warning("answers are decoded by transformers: %s", self._no_decoder)
+        return self._decoder, self._no_decoder
+
+    @torch.no_grad()
+    def _make_decoder(self) -> str | None:
+        """Make the decoder and let it predict one token; returns why it cannot be used, or None."""
+        if (reason := undecodable(self.model.config, self.runtime)) is not None:
+            return reason
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            return "the model takes no positions"
+
+        def call(ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
+            return self._forward(ids, cache=cache, positions=positions)[:, -1]
+
+        mixed = None if self.mixed_precision_dtype is None else "mixed precision"
+        decoder = Decoder(call, self.model.config, self.runtime, self.device, self.model.dtype, no_graph=mixed)
+        kinds = [getattr(module, "rope_type", None) for module in self.model.modules()]
+        for kind in (name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])):
+            if kind in ("dynamic", "longrope"):  # they stretch the positions of all rows by the longest one
+                decoder.alone = f"positions of kind {kind!r} depend on the neighbours"
+        ids, wanted = self._reference
+        plan, self.runtime.plan = self.runtime.plan, type(self.runtime.plan)()
+        try:
+            decoder.start([ids.shape[1] - 1], 2)
+            cache = decoder.new_cache(ids.shape[1] - 1)
+            row = Row(ids.shape[1] - 1, RowCounts(), lambda tokens: False, None)
+            with self.runtime.running([row.counts], cache, row.prompt):
+                self._prefill(ids[:, :-1], cache, None)
+            decoder.adopt(row, cache)
+            row.take(int(ids[0, -1]))
+            found = decoder.try_one(row).float()
+            wanted = found if wanted is None else wanted[-1]
+        except Exception as error:  # modelling code of any age
+            return f"{type(error).__name__}: {first_line(error)}"
+        finally:
+            self.runtime.plan = plan
+        decoder.release()
+        off = float((found - wanted).norm() / wanted.norm())
+        if not off <= TOLERANCE.get(self.model.dtype, 5e-2):
+            return f"decoded logits differ from the model's own by {off:.2g} (relative)"
+        self._decoder = decoder
+        return None
+
+    def _generate_by_transformers(
+        self, ids: Tensor, kwargs: dict[str, Any], until: list[str], max_gen_toks: int, reason: str | None
+    ) -> tuple[str, RowCounts]:
+        """Answer one prompt by `generate`: beams, and whatever else the decoder does not know."""
         cache = self.runtime.new_cache(self.model.config, reserve=max_gen_toks)
-        rows = [RowCounts() for _ in contexts]
-        with self.runtime.running(rows, cache, ids.shape[1]):
+        counts, length = RowCounts(), ids.shape[1]
+        with self.runtime.running([counts], cache, length):
             output = self._model_generate(
                 context=ids,
-                attention_mask=mask,
+                attention_mask=torch.ones_like(ids),
                 stop=until,
-                max_length=kwargs.pop("max_length", ids.shape[1] + max_gen_toks),
+                **{"max_length": length + max_gen_toks, **kwargs},
                 past_key_values=cache,
-                **kwargs,
             )
-        texts = [
-            self._finish(tokens[ids.shape[1] : end], until)
-            for tokens, end in zip(output.tolist(), self._ends or [None] * len(output), strict=True)
-        ]
-        return texts, rows
+        tokens = output[0, length:].tolist()
+        phase = counts.phases["decode"]
+        phase.loops["transformers"] += max(0, len(tokens) - 1)
+        phase.loop_reasons[reason or ""] += max(0, len(tokens) - 1)
+        return self._finish(tokens, until), counts
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """As lm-eval's, but rows that have ended are no longer counted while the rest of the batch goes on."""
+        """As lm-eval's."""
         stops = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
-        generation_kwargs.setdefault("temperature", 0.0)
-        greedy = generation_kwargs["temperature"] == 0.0
-        if greedy and generation_kwargs.get("do_sample") is None:
-            generation_kwargs["do_sample"] = False
-        if greedy and generation_kwargs["do_sample"] is False:
-            generation_kwargs.pop("temperature")
         with torch.autocast(
             device_type=self.device.type,
             dtype=self.mixed_precision_dtype,
@@ -695,32 +812,11 @@ class SparseHFLM(HFLM):
             return self.model.generate(
                 input_ids=context,
                 max_length=max_length,
-                stopping_criteria=[*stops, self._stop_counting(stops)],
+                stopping_criteria=stops,
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
-                **generation_kwargs,
+                **generation_arguments(generation_kwargs),
             )
-
-    def _stop_counting(self, stops: Sequence[Any]) -> Any:
-        """A stopping criterion that stops nothing: it takes ended rows out of the runtime's counts.
-
-        It also notes where each row ended: what a row writes on beside its longer neighbours is not part of its answer,
-        and cutting at the stop string alone would miss one that is a special token.
-        """
-        rows, eos = self.runtime.rows, self.model.generation_config.eos_token_id
-        ends = {self.eot_token_id, *(eos if isinstance(eos, list) else [eos])}
-        self._ends = found = [None] * len(rows)
-
-        class StopCounting(transformers.StoppingCriteria):
-            def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-                if len(input_ids) == len(rows):  # not with beams
-                    for row, last in enumerate(input_ids[:, -1].tolist()):
-                        if last in ends or any(stop.done_tracker[row] for stop in stops):
-                            rows[row] = None
-                            found[row] = found[row] or input_ids.shape[1]
-                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-        return StopCounting()
 
     def _check_generation(self, kwargs: dict[str, Any]) -> None:
         if kwargs["max_gen_toks"] >= self.max_length:
@@ -840,6 +936,7 @@ class SparseHFLM(HFLM):
                 "python": platform.python_version(),
             },
             "device": device_name(self.device),
+            **({"batches_halved": self.halved} if self.halved else {}),
         }
 
     def detail_report(self) -> dict[str, Any]:

@@ -396,7 +396,7 @@ class Recorder:
         for cls in (BlockSparse, FlexPrefill, FlexPrefillVS, VerticalSlash):
             patch.setattr(cls, "select", recorded(cls.select, self.prefills, True))
         patch.setattr(SnapKV, "select", recorded(SnapKV.select, self.evictions, False))
-        for name in ("_score_batch", "_generate_batch"):
+        for name in ("_score_context", "_decode"):
             patch.setattr(SparseHFLM, name, fresh_batch(getattr(SparseHFLM, name)))
 
 

@@ -390,8 +390,8 @@ GENERATION: dict[str, dict[str, Any]] = {
     "until a word": {"until": " the"},
     "one token": {"max_gen_toks": 1},
     "max_new_tokens": {"max_new_tokens": 5},
-    "sampled": {"do_sample": True, "temperature": 0.7},
-    "top_k": {"do_sample": True, "temperature": 1.5, "top_k": 5, "top_p": 0.9},
+    "penalty": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+    "one of one": {"do_sample": True, "temperature": 0.7, "top_k": 1},
     "cold": {"temperature": 0.0, "do_sample": False},
     "beams": {"num_beams": 2},
     "beams and penalty": {"num_beams": 3, "length_penalty": 0.5, "repetition_penalty": 1.3},
@@ -633,8 +633,8 @@ def cached(tasks: Path, folder: Path, names: str, args: dict[str, Any]) -> Any:
     """Run twice with a response cache. The second run must not touch the model."""
     first = evaluate(tasks, names, args, use_cache=str(folder / "answers"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SparseHFLM, "_score_batch", None)
-        patch.setattr(SparseHFLM, "_generate_batch", None)
+        patch.setattr(SparseHFLM, "_score_context", None)
+        patch.setattr(SparseHFLM, "_decode", None)
         patch.setattr(SparseHFLM, "loglikelihood_rolling", None)
         return first, evaluate(tasks, names, args, use_cache=str(folder / "answers"))
 

@@ -3,7 +3,7 @@
 Scores are fp32, and nothing of size L x L is ever made.
 """
 
-from .bounds import PageBounds, bound_scores
+from .bounds import PageBounds, page_scores, update_bounds
 from .pooling import pool, pool_both, sum_blocks
 from .window import WindowSums, diagonal_sums, window_flops, window_sums
 from .window_blocks import WindowBlocks, window_blocks
@@ -12,11 +12,12 @@ __all__ = [
     "PageBounds",
     "WindowBlocks",
     "WindowSums",
-    "bound_scores",
     "diagonal_sums",
+    "page_scores",
     "pool",
     "pool_both",
     "sum_blocks",
+    "update_bounds",
     "window_blocks",
     "window_flops",
     "window_sums",

@@ -1,4 +1,4 @@
-"""The oracle: paged decode written with a mask over all keys of a sequence, in the widest precision."""
+"""The oracle: decode attention written with a mask over all keys of a sequence, in the widest precision."""
 
 from __future__ import annotations
 
@@ -13,21 +13,35 @@ if TYPE_CHECKING:
     from . import PageSelection
 
 
-def forward(query: Tensor, kv: RaggedKV, selection: PageSelection, scale: float, softcap: float | None) -> Tensor:
+def forward(
+    query: Tensor,
+    kv: RaggedKV,
+    selection: PageSelection | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
     """See `paged_decode`. Scores are computed in fp64 for fp64 input, else in fp32."""
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     sequences, group, steps, _ = query.shape
-    own = selection.pages.shape[1] == group
-    out = query.new_empty(*query.shape[:3], kv.values.shape[-1])
+    out = query.new_zeros(*query.shape[:3], kv.values.shape[-1])
+    starts, lengths = kv.starts.tolist(), kv.lengths.tolist()
     for s in range(sequences):
-        part = slice(kv.starts[s], kv.starts[s] + kv.lengths[s])
+        if not lengths[s]:
+            continue
+        part = slice(starts[s], starts[s] + lengths[s])
         key, value = kv.keys[part].to(work), kv.values[part].to(work)
-        page_of = torch.arange(kv.lengths[s], device=query.device) // selection.page_size
+        place = torch.arange(lengths[s], device=query.device)
         for g in range(group):
             for t in range(steps):
-                listed = selection.pages[s, g if own else 0, t, : selection.counts[s, g if own else 0, t]]
-                seen = torch.isin(page_of, listed.long())
-                seen[kv.lengths[s] - steps + 1 + t :] = False
+                visible = lengths[s] - steps + 1 + t
+                seen = place < visible
+                if window is not None:
+                    seen &= place >= visible - window
+                if selection is not None:
+                    own = g if selection.pages.shape[1] == group else 0
+                    listed = selection.pages[s, own, t, : selection.counts[s, own, t]]
+                    seen &= torch.isin(place // selection.page_size, listed.long())
                 scores = key @ query[s, g, t].to(work) * scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)

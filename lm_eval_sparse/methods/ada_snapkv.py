@@ -43,7 +43,7 @@ class AdaSnapKV(SnapKV):
         peaks = window_sums(query, key, self.window, scale=scale, softcap=softcap, peaks=True).peaks
         return peaks.reshape(key.shape[0], -1, key.shape[1]).amax(1)
 
-    def _keep(self, pooled: Tensor) -> tuple[Tensor, list[int]]:
+    def _keep(self, pooled: Tensor) -> tuple[Tensor, Tensor, int]:
         heads, length = pooled.shape
         capacity = min(self.capacity, length)
         least = min(capacity, max(int(self.floor * capacity), self.sinks + self.local))
@@ -54,5 +54,5 @@ class AdaSnapKV(SnapKV):
         order = rest.sort(descending=True, stable=True).indices[: (capacity - least) * heads]
         more = torch.zeros_like(rest, dtype=torch.bool).scatter_(0, order, True)
         kept = own | more.reshape(length, heads).flip(0).T
-        # The one number per head that the host must know: it sizes the caches.
-        return kept, kept.sum(-1).tolist()
+        # One head may take all that the others may leave.
+        return kept, kept.sum(-1), min(length, least + (capacity - least) * heads)

@@ -6,6 +6,7 @@ lm-eval or which kernel will run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -67,13 +68,15 @@ class EvictionSelection:
     """What an eviction method keeps of one layer's cache of one unpadded row.
 
     Attributes:
-        indices: `(H_kv, W)` int64, token ids; the first `counts` of a head are kept, ascending, the rest is 0.
-        counts: tokens that each KV head keeps, at least 1.
+        indices: `(H_kv, W)` int64, token ids; the first `counts` of a head are kept, ascending, the rest is undefined.
+        counts: `(H_kv,)` int64 on the same device, tokens that each KV head keeps, at least 1.
+        total: their sum, known on the host: it sizes the cache without waiting for the device.
         estimator_flops, estimator_bytes, knobs: as in `Selection`.
     """
 
     indices: Tensor
-    counts: list[int]
+    counts: Tensor
+    total: int
     estimator_flops: int
     estimator_bytes: int
     knobs: dict[str, Any] = field(default_factory=dict)
@@ -81,19 +84,25 @@ class EvictionSelection:
     def check(self, kv_heads: int, length: int) -> None:
         """Raise ValueError unless every head keeps at least one token, each once, ascending, and in range.
 
-        On a GPU only shapes and counts are looked at: reading the ids would wait for the device, in every layer.
+        On a GPU only shapes are looked at: reading ids and counts would wait for the device, in every layer.
         """
         shape = tuple(self.indices.shape)
-        if len(shape) != 2 or shape[0] != kv_heads or len(self.counts) != kv_heads:
+        if len(shape) != 2 or shape[0] != kv_heads or tuple(self.counts.shape) != (kv_heads,):
             raise ValueError(
-                f"indices {shape} and {len(self.counts)} counts given, expected ({kv_heads}, W) and {kv_heads}"
+                f"indices {shape} and counts {tuple(self.counts.shape)} given, expected ({kv_heads}, W) and "
+                f"({kv_heads},)"
             )
-        if not all(0 < count <= shape[1] for count in self.counts):
-            raise ValueError(f"counts {self.counts} given, expected 1 to {shape[1]} tokens of each head")
+        if not kv_heads <= self.total <= kv_heads * min(length, shape[1]):
+            raise ValueError(f"total is {self.total}, expected {kv_heads} to {kv_heads * min(length, shape[1])} tokens")
         if self.indices.is_cuda:
             return
+        counts = self.counts.tolist()
+        if not all(0 < count <= shape[1] for count in counts):
+            raise ValueError(f"counts {counts} given, expected 1 to {shape[1]} tokens of each head")
+        if sum(counts) != self.total:
+            raise ValueError(f"counts {counts} given, but a total of {self.total} tokens")
         place = torch.arange(shape[1], device=self.indices.device)
-        kept = place < torch.tensor(self.counts, device=self.indices.device)[:, None]
+        kept = place < self.counts[:, None]
         rises = self.indices[:, 1:] > self.indices[:, :-1]
         good = ((self.indices >= 0) & (self.indices < length) | ~kept).all() & (rises | ~kept[:, 1:]).all()
         if not bool(good):
@@ -104,40 +113,27 @@ class EvictionSelection:
 class DecodeContext:
     """What a decode method may know of the cache when T new tokens of each sequence are to be attended.
 
-    A sequence is what one KV head of one row holds.
+    A sequence is what one KV head of one row holds. All numbers of sequences stand on their device, where a captured
+    step reads what is true when it is replayed.
 
     Attributes:
-        kv: keys and values of the S sequences, the new tokens included.
-        visible: `(S, T)` int64 on the CPU, keys of the sequence that each new token may see.
-        logical: `(S, T)` int64 on the CPU, keys a dense step would read: the tokens so far, evicted ones included.
+        kv: keys and values of the S sequences, the new tokens included; `kv.visible(T)` gives the keys of each
+            sequence that each new token may see.
+        tokens: `(R,)` int64, the tokens of each row so far, evicted ones included: what a dense step would read for
+            the newest of the T tokens.
         bounds: page bounds over `kv`, when the method's `page_size` asks for them.
-        kv_heads: sequences of one row, which follow each other; S is a multiple of it.
+        kv_heads: sequences of one row, which follow each other; S is R times as many.
     """
 
     kv: RaggedKV
-    visible: Tensor
-    logical: Tensor
+    tokens: Tensor
     bounds: PageBounds | None
     kv_heads: int = 1
 
-
-@dataclass(frozen=True)
-class DecodeSelection:
-    """What a decode method reads for T new tokens of S sequences.
-
-    Attributes:
-        pages: the pages.
-        keys_read: `(S, Gs, T)` int64 on the CPU, keys in those pages; Gs as in `pages`.
-        estimator_flops: `(S, T)` int64 on the CPU, operations spent on selecting, all query heads of the group.
-        estimator_bytes: `(S, T)` int64 on the CPU, bytes of metadata read to select, once for the group.
-        knobs: as in `Selection`, for all rows alike; the keys read per step are noted besides, as `budget`.
-    """
-
-    pages: PageSelection
-    keys_read: Tensor
-    estimator_flops: Tensor
-    estimator_bytes: Tensor
-    knobs: dict[str, Any] = field(default_factory=dict)
+    def logical(self, steps: int) -> Tensor:
+        """`(S, T)` int64: keys that a dense step would read for each new token."""
+        behind = torch.arange(1 - steps, 1, device=self.tokens.device)
+        return self.tokens.repeat_interleave(self.kv_heads, output_size=len(self.kv.starts))[:, None] + behind
 
 
 @dataclass(frozen=True)
@@ -214,6 +210,10 @@ class EvictionMethod(Method):
         """The method with the knobs that `sparsity` gives at this prompt length (tokens)."""
         raise NotImplementedError
 
+    def keeps(self, sparsity: float | None, length: int) -> int:
+        """Tokens of a prompt of `length` tokens that a KV head keeps on average, at most."""
+        return length if sparsity is None else min(length, math.ceil((1 - sparsity) * length))
+
     def select(
         self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
     ) -> EvictionSelection:
@@ -231,8 +231,8 @@ class DecodeMethod(Method):
     #: The cache keeps the bounds of pages of this size; a field of most methods.
     page_size: int
 
-    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> DecodeSelection:
-        """Choose pages for each new token.
+    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> PageSelection:
+        """Choose pages for each new token, without waiting for the device.
 
         Args:
             query: `(S, G, T, D)`, the query heads of each KV head.
@@ -241,13 +241,17 @@ class DecodeMethod(Method):
         """
         raise NotImplementedError
 
-    def covers(self, sparsity: float | None, visible: Tensor, logical: Tensor, kv_heads: int = 1) -> Tensor:
-        """Which of the new tokens have a budget that takes all `visible` keys: where all do, dense attention is due.
+    def cost(self, visible: Tensor, read: Tensor, group: int, dim: int, element: int) -> tuple[Tensor, Tensor]:
+        """What selecting took, once it is known what was read.
 
         Args:
-            visible, logical, kv_heads: as in `DecodeContext`; the result is boolean of their shape `(S, T)`.
+            visible: int64 of any shape, keys that a new token might see; read: of the same shape, those it read.
+            group: query heads of the KV head; dim: their dimension; element: bytes of a number in the cache.
+
+        Returns:
+            Operations for all query heads of the group, and bytes of metadata read once for the group, int64.
         """
-        raise NotImplementedError
+        return torch.zeros_like(visible), torch.zeros_like(visible)
 
 
 def number(name: str, value: Any, low: float, high: float, *, whole: bool = False, example: Any) -> None:

@@ -7,16 +7,17 @@ score that any of its keys can have; each new token reads the pages with the lar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels.estimators import bound_scores
+from ..kernels.estimators import page_scores
+from ..kernels.page_select import PageBudget, select_pages
 from ..kernels.paged_decode import PageSelection
-from .base import DecodeContext, DecodeMethod, DecodeSelection, number, one_of
+from .base import DecodeContext, DecodeMethod, number, one_of
 
 PAGE_SIZES = (8, 16, 32, 64)
 #: Bound scores held at once.
@@ -59,76 +60,35 @@ class Quest(DecodeMethod):
             nearest = " or ".join(f"budget={pages * self.page_size}" for pages in (below, above) if pages)
             raise UserError(f"budget={self.budget} is not a multiple of page_size={self.page_size}: give {nearest}")
 
-    def _complete_pages(
-        self, sparsity: float | None, visible: Tensor, logical: Tensor, kv_heads: int
-    ) -> tuple[Tensor, Tensor]:
-        """Complete pages that there are before the current one, and how many of them are read."""
-        before = (visible - 1) // self.page_size
-        if sparsity is None:
-            return before, torch.full_like(before, self.budget // self.page_size).minimum(before)
-        current = visible - before * self.page_size
-        wanted = torch.round(((1 - sparsity) * logical.double() - current) / self.page_size).long().clamp(min=0)
-        if bool((wanted <= before).all()):
-            return before, wanted
-        # After eviction some heads hold fewer pages than they may read: the others of their row read more.
-        rows = (-1, kv_heads, *before.shape[1:])
-        return before, fill(wanted.reshape(rows).sum(1), before.reshape(rows)).reshape(before.shape)
-
-    def covers(self, sparsity: float | None, visible: Tensor, logical: Tensor, kv_heads: int = 1) -> Tensor:
-        before, read = self._complete_pages(sparsity, visible, logical, kv_heads)
-        return read == before
-
     @torch.no_grad()
-    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> DecodeSelection:
-        sequences, group, steps, dim = query.shape
+    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> PageSelection:
+        sequences, group, steps, _ = query.shape
+        # Nothing that the host does not know: the longest sequence may hold that many pages before its current one.
+        most = (context.kv.longest - 1) // self.page_size
         lists = 1 if self.share_pages else group
-        device = query.device
-        before, read = self._complete_pages(sparsity, context.visible, context.logical, context.kv_heads)
-        most, width = int(before.max()), int(read.max())
-        current = before.to(device=device, dtype=torch.int32)
-        pages = torch.empty(sequences, lists, steps, width + 1, dtype=torch.int32, device=device)
-        pages[..., 0] = current[:, None]
-        if width:
-            ids = torch.arange(most, device=device)
-            step = max(1, SCORE_ELEMENTS // (sequences * group * most))
-            for first in range(0, steps, step):
-                part = slice(first, first + step)
-                scores = bound_scores(query[:, :, part], context.bounds, most)
-                if self.share_pages:
-                    scores = scores.sum(1, keepdim=True)
-                scores.masked_fill_(ids >= current[:, None, part, None], -math.inf)
-                # Ties go to recent pages.
-                order = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-                pages[:, :, part, 1:] = most - 1 - order[..., :width]
-        per_list = (sequences, lists, steps)
-        keys_read = read * self.page_size + context.visible - before * self.page_size
-        element = context.kv.keys.element_size()
-        return DecodeSelection(
-            pages=PageSelection(
-                pages, (read + 1).to(device=device, dtype=torch.int32)[:, None].expand(per_list), self.page_size
-            ),
-            keys_read=keys_read[:, None].expand(per_list),
-            # Two products with the bounds of each complete page, for each query head; nothing where all are read.
-            estimator_flops=torch.where(read < before, before, 0) * (4 * dim * group),
-            estimator_bytes=torch.where(read < before, before, 0) * (2 * dim * element),
-            knobs={"page_size": self.page_size},
-        )
+        some = max(1, SCORE_ELEMENTS // max(1, sequences * lists * most))
+        if steps <= some:
+            return self._choose(query, context, most, sparsity)
+        parts = []
+        for first in range(0, steps, some):
+            part = query[:, :, first : first + some]
+            behind = steps - first - part.shape[2]
+            kv = replace(context.kv, lengths=(context.kv.lengths - behind).clamp(min=0))
+            earlier = replace(context, kv=kv, tokens=context.tokens - behind)
+            parts.append(self._choose(part, earlier, most, sparsity))
+        pages, counts = (torch.cat(found, 2) for found in zip(*((p.pages, p.counts) for p in parts), strict=True))
+        return PageSelection(pages, counts, self.page_size)
 
+    def _choose(self, query: Tensor, context: DecodeContext, most: int, sparsity: float | None) -> PageSelection:
+        """Choose among at most `most` complete pages of each sequence; as `select`."""
+        pages = None if sparsity is not None else self.budget // self.page_size
+        keep = None if sparsity is None else 1 - sparsity
+        budget = PageBudget(self.page_size, pages, keep, context.kv_heads)
+        width = most if pages is None else min(most, pages)
+        scores = page_scores(query, context.bounds, context.kv, shared=self.share_pages, pages=most)
+        return select_pages(scores, context.kv, context.tokens, budget, width=width + 1)
 
-def fill(total: Tensor, held: Tensor) -> Tensor:
-    """Share `total (R, T)` among the heads `(R, H, T)` evenly, none getting more than it holds.
-
-    What does not divide goes to the heads that hold the most.
-    """
-    total = torch.minimum(total, held.sum(1))
-    given = torch.zeros_like(held)
-    while True:
-        hungry = given < held
-        count = hungry.sum(1).clamp(min=1)
-        share = (total - given.sum(1)) // count
-        if not bool(share.any()):
-            break
-        given += torch.where(hungry, torch.minimum(held - given, share[:, None]), 0)
-    # Fewer are left than heads that could take one: the largest first, of equals the first.
-    rank = (held - given).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return given + ((rank < (total - given.sum(1))[:, None]) & (given < held))
+    def cost(self, visible: Tensor, read: Tensor, group: int, dim: int, element: int) -> tuple[Tensor, Tensor]:
+        # Two products with the bounds of each complete page, for each query head; nothing where all are read.
+        scored = torch.where(read < visible, (visible - 1) // self.page_size, 0)
+        return scored * (4 * dim * group), scored * (2 * dim * element)

@@ -104,6 +104,9 @@ class SnapKV(EvictionMethod):
             return f"prompt of {length} tokens fits into the capacity of {capacity}"
         return None
 
+    def keeps(self, sparsity: float | None, length: int) -> int:
+        return min(length, self.capacity) if sparsity is None else super().keeps(sparsity, length)
+
     @torch.no_grad()
     def select(
         self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
@@ -116,15 +119,15 @@ class SnapKV(EvictionMethod):
         pooled = F.avg_pool1d(scores[:, None], method.kernel, stride=1, padding=padding)[:, 0]
         pooled[:, : method.sinks] = math.inf
         pooled[:, max(0, length - method.local) :] = math.inf
-        kept, counts = method._keep(pooled)
+        kept, counts, width = method._keep(pooled)
         # Tokens that are not kept are written to a place behind the lists.
-        width = max(counts)
         places = torch.where(kept, kept.cumsum(-1) - 1, width)
         tokens = torch.arange(length, device=query.device).expand_as(places)
         indices = places.new_zeros(kv_heads, width + 1).scatter_(1, places, tokens)
         return EvictionSelection(
             indices=indices[:, :width],
             counts=counts,
+            total=kv_heads * min(method.capacity, length),
             estimator_flops=window_flops(heads, method.window, length, dim),
             estimator_bytes=query.element_size() * dim * (kv_heads * length + heads * min(method.window, length)),
             knobs={name: getattr(method, name) for name in method.knobs()},
@@ -135,7 +138,10 @@ class SnapKV(EvictionMethod):
         sums = window_sums(query, key, self.window, scale=scale, softcap=softcap, columns=True).columns
         return sums.reshape(key.shape[0], -1, key.shape[1]).mean(1)
 
-    def _keep(self, pooled: Tensor) -> tuple[Tensor, list[int]]:
-        """`(H_kv, L)` bool: what to keep; and how many tokens of each head that is. Forced tokens score infinity."""
+    def _keep(self, pooled: Tensor) -> tuple[Tensor, Tensor, int]:
+        """What to keep, `(H_kv, L)` bool; how many tokens of each head that is, `(H_kv,)` int64; and at most.
+
+        Forced tokens score infinity.
+        """
         count = min(self.capacity, pooled.shape[-1])
-        return top(pooled, count), [count] * len(pooled)
+        return top(pooled, count), torch.full((len(pooled),), count, device=pooled.device), count

@@ -49,6 +49,8 @@ class PhaseCounts:
         backends: attention calls by the kernel that computed them.
         reasons: why calls fell back.
         knobs: for each solved knob its sum, smallest and largest value, and count, over layers.
+        loops: decode steps of the whole model by what ran them: `cuda_graph`, `eager` or `transformers`.
+        loop_reasons: why steps were not run as they could have been.
     """
 
     layers: dict[int, np.ndarray] = field(default_factory=dict)
@@ -56,15 +58,21 @@ class PhaseCounts:
     backends: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     knobs: dict[str, list[float]] = field(default_factory=dict)
+    loops: Counter[str] = field(default_factory=Counter)
+    loop_reasons: Counter[str] = field(default_factory=Counter)
 
-    def add(self, layer: int, heads: int, kind: str, backend: str | None, **counts: Numbers) -> None:
-        """Count one call. Each of `FIELDS` is given per query head, or as a number that every head gets."""
+    def add(self, layer: int, heads: int, kind: str | None, backend: str | None, **counts: Numbers) -> None:
+        """Count one call, or with no `kind` what several calls did that the caller counts.
+
+        Each of `FIELDS` is given per query head, or as a number that every head gets.
+        """
         table = self.layers.get(layer)
         if table is None:
             table = self.layers[layer] = np.zeros((len(FIELDS), heads))
         for row, name in enumerate(FIELDS):
             table[row] += counts[name]
-        self.calls[kind] += 1
+        if kind is not None:
+            self.calls[kind] += 1
         if backend is not None:
             self.backends[backend] += 1
 
@@ -73,6 +81,10 @@ class PhaseCounts:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 total, low, high, count = self.knobs.get(name, (0.0, value, value, 0))
                 self.knobs[name] = [total + value, min(low, value), max(high, value), count + 1]
+
+    def note_many(self, name: str, values: np.ndarray) -> None:
+        """Note the values of a knob in several calls."""
+        merge_knobs(self.knobs, {name: [float(values.sum()), float(values.min()), float(values.max()), len(values)]})
 
     def figures(self) -> dict[str, float | None]:
         """The measured figures of this phase for this row, over layers and heads; None where nothing was computed."""
@@ -202,6 +214,8 @@ class Ledger:
     backends: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
     reasons: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
     knobs: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {name: {} for name in PHASES})
+    loops: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
+    loop_reasons: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
     restored: int = 0
     full: bool = False
     details: dict[str, dict[int, dict[str, np.ndarray]]] = field(default_factory=lambda: {name: {} for name in PHASES})
@@ -215,6 +229,8 @@ class Ledger:
             self._add_phase(name, figures[name], counts.calls, counts.backends)
             self.reasons[name].update(counts.reasons)
             merge_knobs(self.knobs[name], counts.knobs)
+            self.loops[name].update(counts.loops)
+            self.loop_reasons[name].update(counts.loop_reasons)
             if self.full:
                 for layer in counts.layers:
                     for figure, values in row.layer_figures(name, layer).items():
@@ -258,6 +274,8 @@ class Ledger:
             self.backends[name].update(other.backends[name])
             self.reasons[name].update(other.reasons[name])
             merge_knobs(self.knobs[name], other.knobs[name])
+            self.loops[name].update(other.loops[name])
+            self.loop_reasons[name].update(other.loop_reasons[name])
             for layer, figures in other.details[name].items():
                 for figure, values in figures.items():
                     self._add_detail(name, layer, figure, values)
@@ -270,6 +288,8 @@ class Ledger:
             "calls": {kind: self.calls[name].get(kind, 0) for kind in ("sparse", "dense", "fallback")},
             "backends": dict(self.backends[name]),
             **({"fallback_reasons": dict(self.reasons[name].most_common(10))} if self.reasons[name] else {}),
+            **({"loops": dict(self.loops[name])} if self.loops[name] else {}),
+            **({"loop_reasons": dict(self.loop_reasons[name].most_common(10))} if self.loop_reasons[name] else {}),
             **(
                 {
                     "knobs_solved": {

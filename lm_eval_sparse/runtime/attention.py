@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,19 +21,18 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..errors import UserError
 from ..kernels.block_sparse_prefill import block_sparse_prefill_rows
 from ..kernels.dense import dense_attention
-from ..kernels.estimators import PageBounds
 from ..kernels.layout import causal_pairs
 from ..kernels.paged_decode import BACKENDS as DECODE_BACKENDS
 from ..kernels.paged_decode import paged_decode
-from ..kernels.ragged import RaggedKV, ragged_decode
-from ..methods import PROMISED_LENGTH, DecodeContext, DecodeMethod, DecodeSelection, Method, Selection, presets
+from ..kernels.ragged import RaggedKV
+from ..methods import PROMISED_LENGTH, DecodeContext, DecodeMethod, Method, Selection, presets
 from .accounting import PhaseCounts, RowCounts, settle
-from .cache import PreallocatedLayer, SparseCache
+from .cache import PreallocatedLayer, SparseCache, Storage
 
 #: The name under which transformers knows us. It must not look like one of its own implementations.
 IMPLEMENTATION = "lm_eval_sparse"
 
-#: Why a decode method was not used although it could run.
+#: Why a decode method read everything although it could have read less.
 COVERED = "the decode budget covers the whole cache"
 
 #: Keyword arguments that change what attention computes and that our kernels do not know.
@@ -111,6 +110,8 @@ class Runtime:
         self.plan = plan
         #: layer index -> None when sparse attention may run there, else why not.
         self.layers: dict[int, str | None] = {}
+        #: layer index -> bytes of keys and values of one token, and its window.
+        self.sizes: dict[int, tuple[int, int | None]] = {}
         #: Tokens the model can hold: a window of at least as many hides nothing.
         self.longest: int | None = None
         #: Counts of the rows of the running batch; None for a row that only fills the batch.
@@ -121,6 +122,8 @@ class Runtime:
         self.cache: SparseCache | None = None
         #: New tokens of each row that are real, when shorter rows only run on beside longer ones.
         self.fresh: list[int] | None = None
+        #: What attends while answers are decoded token by token from a cache of its own.
+        self.decoder: StepAttention | None = None
         self._mask: Tensor | None = None
         self._starts: list[int] | None = None
 
@@ -142,9 +145,11 @@ class Runtime:
             for assignment in self.plan.phases.values():
                 assignment.check_length(length)
 
-    def new_cache(self, config: Any, reserve: int) -> SparseCache:
+    def new_cache(
+        self, config: Any, reserve: int, storages: Sequence[Storage] | None = None, prompt: int = 0
+    ) -> SparseCache:
         """A cache for one batch under this plan, with room for `reserve` tokens after the prompt."""
-        return SparseCache(config, reserve=reserve, evicts=self.plan.eviction is not None)
+        return SparseCache(config, reserve, self.plan.eviction is not None, storages, prompt)
 
     def attach(self, model: torch.nn.Module) -> None:
         """Make this the runtime of every attention module of `model`."""
@@ -181,6 +186,12 @@ class Runtime:
         reason = self.ineligible(module, key, value, window)
         index = module.layer_idx
         self.layers[index] = reason
+        if index not in self.sizes:
+            self.sizes[index] = key.shape[1] * (key.shape[-1] + value.shape[-1]) * key.element_size(), window
+        if self.decoder is not None:
+            return self.decoder.attend(
+                index, query, key, value, scale=scale, softcap=softcap, window=window, eligible=reason is None
+            )
         starts = self.starts(mask)
         batch, q_len, kv_len = len(query), query.shape[2], key.shape[2]
         options = {"scale": scale, "softcap": softcap, "window": window}
@@ -310,13 +321,12 @@ class Runtime:
         for row in range(len(starts)):
             counts = self._row(row, len(starts))
             if counts is not None and index not in counts.kv:
-                held, dense = layer.held_bytes(row)
-                counts.kv[index] = np.array([held, [dense] * len(held)], dtype=float)
+                count_memory(counts, index, *layer.held_bytes(row))
 
     def _evict_row(
         self, index: int, query: Tensor, key: Tensor, row: int, batch: int, scale: float, softcap: float | None
-    ) -> tuple[Tensor, list[int]] | None:
-        """What one row keeps: ids `(H_kv, W)` and their numbers, or None when it keeps everything."""
+    ) -> tuple[Tensor, Tensor, int] | None:
+        """What one row keeps: ids `(H_kv, W)`, their numbers `(H_kv,)`, the sum of those; None for everything."""
         heads, length, dim = len(query), key.shape[1], key.shape[2]
         kv_heads = key.shape[0]
         counts = self._counts("eviction", row, batch)
@@ -344,17 +354,17 @@ class Runtime:
         except ValueError as error:
             raise ValueError(f"method {method.name} selected what cannot be kept: {error}") from error
         if counts is not None:
-            kept = np.repeat(np.array(selection.counts, dtype=float), heads // kv_heads)
             names = list(selection.knobs)
 
-            def count(flops: float, read: float, *knobs: Any) -> None:
+            def count(kept: np.ndarray, flops: float, read: float, *knobs: Any) -> None:
+                kept = np.repeat(kept, heads // kv_heads)
                 costs = {"bytes_read": read / heads, "flops_estimator": flops / heads}
                 counts.add(index, heads, "sparse", "compact", selected=kept, executed=kept, **costs, **dense)
                 counts.note_knobs(dict(zip(names, knobs, strict=True)))
 
             cost = selection.estimator_flops, selection.estimator_bytes
-            self._row(row, batch).later(count, *cost, *selection.knobs.values())
-        return selection.indices, selection.counts
+            self._row(row, batch).later(count, selection.counts, *cost, *selection.knobs.values())
+        return selection.indices, selection.counts, selection.total
 
     def _continue(
         self,
@@ -395,52 +405,34 @@ class Runtime:
             first = None if starts is None else torch.tensor(starts, device=query.device)
             self._count_dense("decode", index, query, key, value, starts or [0] * batch, None)
             return dense_attention(query, key, value, scale=scale, softcap=softcap, starts=first)
-        view = layer.view()
+        kv = layer.view()
         kv_heads = layer.keys.shape[1]
         grouped = query.reshape(batch * kv_heads, heads // kv_heads, steps, dim)
-        behind = torch.arange(1 - steps, 1)
-        visible = torch.tensor(view.lengths)[:, None] + behind
-        tokens = [layer.get_seq_length() - pad for pad in layer.pads]
-        logical = torch.tensor(tokens).repeat_interleave(kv_heads)[:, None] + behind
-        sizes = (heads, kv_heads, dim, (view.keys.shape[-1] + view.values.shape[-1]) * view.keys.element_size())
+        shape = DecodeShape.of(heads, kv_heads, kv)
+        backend = decode_backend(self.plan)
         if self.plan.decode is None:
+            out, used = paged_decode(grouped, kv, scale=scale, softcap=softcap, backend=backend)
             for row in range(batch):
-                self._count_decode(index, row, batch, sizes, visible, logical, None, None, "ragged", None)
-            return ragged_decode(grouped, view, scale=scale, softcap=softcap).reshape(batch, heads, steps, -1)
-        out = grouped.new_empty(*grouped.shape[:3], view.values.shape[-1])
+                self._count_decode(index, row, layer, kv, shape, steps, None, None, used)
+            return out.reshape(batch, heads, steps, -1)
         methods = [self.plan.decode.at(self.prompt - layer.pads[row]) for row in range(batch)]
-        covered = [
-            self._is_covered(row, *methods[row], *(table[row * kv_heads :][:kv_heads] for table in (visible, logical)))
-            for row in range(batch)
-        ]
-        # All rows at once, unless a preset gives each prompt its own knobs or some rows have nothing to skip.
-        together = not any(covered) and all(method == methods[0] for method in methods)
+        tokens = torch.tensor([layer.get_seq_length() - pad for pad in layer.pads]).to(query.device)
+        out = grouped.new_empty(*grouped.shape[:3], kv.values.shape[-1])
+        # All rows at once, unless a preset gives each prompt its own knobs.
+        together = all(method == methods[0] for method in methods)
         for rows in [range(batch)] if together else [range(row, row + 1) for row in range(batch)]:
             part = slice(rows.start * kv_heads, rows.stop * kv_heads)
-            held = RaggedKV(view.keys, view.values, view.starts[part], view.lengths[part])
-            if covered[rows.start]:
-                reason = COVERED
-                self._count_decode(index, rows.start, batch, sizes, visible, logical, None, None, "ragged", reason)
-                out[part] = ragged_decode(grouped[part], held, scale=scale, softcap=softcap)
-                continue
             method, sparsity = methods[rows.start]
-            bounds = PageBounds(layer.bounds.page_size, layer.bounds.low[part], layer.bounds.high[part])
-            context = DecodeContext(held, visible[part], logical[part], bounds, kv_heads)
+            context = DecodeContext(kv.part(part), tokens[rows.start : rows.stop], layer.bounds.part(part), kv_heads)
             selection = method.select(grouped[part], context, sparsity=sparsity)
-            backend = self.plan.backend if self.plan.backend in DECODE_BACKENDS else "auto"
+            read = torch.empty(selection.counts.shape, dtype=torch.int32, device=query.device)
             out[part], used = paged_decode(
-                grouped[part], held, selection.pages, scale=scale, softcap=softcap, backend=backend
+                grouped[part], context.kv, selection, scale=scale, softcap=softcap, backend=backend, keys_read=read
             )
             for row in rows:
-                self._count_decode(index, row, batch, sizes, visible, logical, selection, part.start, used, None)
+                own = slice((row - rows.start) * kv_heads, (row - rows.start + 1) * kv_heads)
+                self._count_decode(index, row, layer, kv, shape, steps, read[own], method, used)
         return out.reshape(batch, heads, steps, -1)
-
-    def _is_covered(
-        self, row: int, method: DecodeMethod, sparsity: float | None, visible: Tensor, logical: Tensor
-    ) -> bool:
-        """Whether the budget of every real new token of a row takes all keys it may see, so that dense is due."""
-        fresh = visible.shape[1] if self.fresh is None else max(1, self.fresh[row])
-        return bool(method.covers(sparsity, visible[:, :fresh], logical[:, :fresh], len(visible)).all())
 
     # --- counting --------------------------------------------------------------------------------------------
 
@@ -497,66 +489,140 @@ class Runtime:
         self,
         index: int,
         row: int,
-        batch: int,
-        sizes: tuple[int, int, int, int],
-        visible: Tensor,
-        logical: Tensor,
-        selection: DecodeSelection | None,
-        first: int | None,
+        layer: PreallocatedLayer,
+        kv: RaggedKV,
+        shape: DecodeShape,
+        steps: int,
+        read: Tensor | None,
+        method: DecodeMethod | None,
         backend: str,
-        reason: str | None,
     ) -> None:
-        """Count a decode call of one row over our cache. Every new token is a step that reads its own keys.
+        """Count one decode call of one row over our cache. Every new token is a step that reads its own keys.
 
         Args:
-            sizes: query heads, KV heads, head dimension, bytes of a key and its value.
-            visible, logical: `(S, T)` of the whole batch.
-            selection: what was read, of the sequences from `first` on, or None when everything held was.
-            reason: why the decode method was not used, when there is one.
+            read: `(H_kv, Gs, T)` keys read, or None when a decode method had no part in it.
         """
-        counts = self._counts("decode", row, batch)
+        counts = self._row(row, len(layer.pads))
         if counts is None:
             return
-        heads, kv_heads, dim, per_key = sizes
-        fresh = visible.shape[1] if self.fresh is None else self.fresh[row]
-        own = slice(row * kv_heads, (row + 1) * kv_heads)
-        seen, whole = (table[own, :fresh].sum(1).numpy() for table in (visible, logical))
-        if selection is None:
-            group, read, loads, metadata, flops = 1, seen[:, None], seen[:, None], 0.0, 0.0
-            kind = "dense" if reason is None else "fallback"
-            if reason is not None:
-                counts.reasons[reason] += 1
-        else:
-            at = slice(own.start - first, own.stop - first)
-            keys = selection.keys_read[at, :, :fresh].sum(-1).numpy()
-            read = loads = keys
-            group = keys.shape[1]
-            metadata, flops = (
-                table[at, :fresh].sum(1).numpy() for table in (selection.estimator_bytes, selection.estimator_flops)
-            )
-            kind = "sparse"
-            counts.note_knobs({"budget": float(keys.mean()) / fresh, **selection.knobs})
-        share = heads // kv_heads
+        fresh = steps if self.fresh is None else self.fresh[row]
+        logical = np.arange(1 - steps, 1 - steps + fresh) + layer.get_seq_length() - layer.pads[row]
+        held = kv.lengths[row * shape.kv_heads : (row + 1) * shape.kv_heads]
 
-        def per_head(values: Any) -> Any:
-            """From per KV head, and maybe per query head of its group, to `(H,)`."""
-            return np.broadcast_to(np.asarray(values, dtype=float), (kv_heads, share)).reshape(-1)
+        def count(held: np.ndarray, read: np.ndarray | None) -> None:
+            visible = held[:, None] + np.arange(1 - steps, 1 - steps + fresh)
+            reads = None if read is None else read[..., :fresh]
+            count_steps(counts.phases["decode"], index, shape, visible, logical, reads, method, backend, calls=1)
 
-        # A list of pages that the group shares is loaded once for all its query heads.
-        loads = loads / share if group == 1 else loads
-        counts.add(
-            index,
-            heads,
-            kind,
-            backend,
-            pairs=per_head(whole[:, None]),
-            selected=per_head(read),
-            executed=per_head(read),
-            bytes_dense=per_head(whole[:, None] * per_key / share),
-            bytes_read=per_head(loads * per_key + np.reshape(metadata, (-1, 1)) / share),
-            flops_dense=per_head(whole[:, None] * 4 * dim),
-            flops_estimator=per_head(np.reshape(flops, (-1, 1)) / share),
-        )
+        # The lengths are those of a tensor that goes on to be written.
+        counts.later(count, held.clone(), read)
+
+
+class StepAttention(Protocol):
+    """What attends when answers are decoded token by token: it owns the cache and counts for itself."""
+
+    def attend(
+        self,
+        index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+        eligible: bool,
+    ) -> Tensor:
+        """Append `key` and `value (B, H_kv, 1, D)` to layer `index` and attend; returns `(B, H, 1, D_v)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """What the counts of decoding need to know of a layer: heads, dimension, bytes of a number and of a key + value."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    element: int
+    per_key: int
+
+    @staticmethod
+    def of(heads: int, kv_heads: int, kv: RaggedKV) -> DecodeShape:
+        dim, element = kv.keys.shape[-1], kv.keys.element_size()
+        return DecodeShape(heads, kv_heads, dim, element, (dim + kv.values.shape[-1]) * element)
+
+
+def decode_backend(plan: Plan) -> str:
+    """The backend of decoding under a plan whose backend may be one of prefill only."""
+    return plan.backend if plan.backend in DECODE_BACKENDS else "auto"
+
+
+def count_memory(counts: RowCounts, index: int, held: Tensor, dense: int) -> None:
+    """Count what layer `index` holds of a row: bytes of each KV head `(H_kv,)`, and of all tokens of one."""
+
+    def count(held: np.ndarray) -> None:
+        counts.kv[index] = np.stack([held, np.full(len(held), float(dense))])
+
+    counts.later(count, held)
+
+
+def count_steps(
+    counts: PhaseCounts,
+    index: int,
+    shape: DecodeShape,
+    visible: np.ndarray,
+    logical: np.ndarray,
+    reads: np.ndarray | None,
+    method: DecodeMethod | None,
+    backend: str,
+    calls: int,
+) -> None:
+    """Count T new tokens of one row in layer `index`.
+
+    Args:
+        visible: `(H_kv, T)` keys held that a token might see; logical: `(T,)` those of a dense step.
+        reads: `(H_kv, Gs, T)` keys read, or None when a decode method had no part in it.
+        calls: in how many calls of equally many tokens, 1 or T.
+    """
+    share = shape.heads // shape.kv_heads
+    if reads is None:
+        kinds, read, group, flops, metadata = {"dense": calls}, visible[:, None], 1, 0.0, 0.0
+    else:
+        covered = (reads == visible[:, None]).all((0, 1)).reshape(calls, -1).all(1)
+        kinds = {"sparse": int((~covered).sum()), "fallback": int(covered.sum())}
+        read, group = reads, reads.shape[1]
+        pair = (torch.from_numpy(table).long() for table in (visible, reads.max(1)))
+        flops, metadata = (table.sum(1).numpy() for table in method.cost(*pair, share, shape.dim, shape.element))
+        if kinds["fallback"]:
+            counts.reasons[COVERED] += kinds["fallback"]
+        if kinds["sparse"]:
+            budgets = reads.mean((0, 1)).reshape(calls, -1).mean(1)[~covered]
+            counts.note_many("budget", budgets)
+            counts.note_many("page_size", np.full(len(budgets), method.page_size))
+    totals, whole = read.sum(-1), float(logical.sum())
+
+    def per_head(values: Any) -> Any:
+        """From per KV head, and maybe per query head of its group, to `(H,)`."""
+        return np.broadcast_to(np.asarray(values, dtype=float), (shape.kv_heads, share)).reshape(-1)
+
+    # A list of pages that the group shares is loaded once for all its query heads.
+    loads = totals / share if group == 1 else totals
+    counts.add(
+        index,
+        shape.heads,
+        None,
+        None,
+        pairs=whole,
+        selected=per_head(totals),
+        executed=per_head(totals),
+        bytes_dense=whole * shape.per_key / share,
+        bytes_read=per_head(loads * shape.per_key + np.reshape(metadata, (-1, 1)) / share),
+        flops_dense=whole * 4 * shape.dim,
+        flops_estimator=per_head(np.reshape(flops, (-1, 1)) / share),
+    )
+    counts.calls.update({kind: number for kind, number in kinds.items() if number})
+    counts.backends[backend] += calls
 
 
 def alike(rows: Iterable[SparseRow]) -> list[list[SparseRow]]:

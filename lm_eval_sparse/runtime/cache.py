@@ -11,59 +11,77 @@ that positions and masks of the model do not change.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..kernels.estimators import PageBounds
-from ..kernels.ragged import RaggedKV, compact
+from ..kernels.append import append
+from ..kernels.compaction import compact
+from ..kernels.estimators import PageBounds, update_bounds
+from ..kernels.ragged import RaggedKV
+
+
+class Storage(Protocol):
+    """Where a layer takes room for keys and values from, when not from torch itself."""
+
+    def take(self, entries: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Room for `entries` keys like `key (…, D)` and values like `value (…, D_v)`.
+
+        Returns:
+            The whole flat storage of keys `(N, D)` and of values `(N, D_v)`, and the first entry that is granted.
+        """
+        ...
+
+
+class OwnStorage:
+    """Room of exactly the size that is asked for."""
+
+    def take(self, entries: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+        return key.new_empty(entries, key.shape[-1]), value.new_empty(entries, value.shape[-1]), 0
 
 
 class RaggedStorage:
-    """Keys and values of B x H_kv sequences of their own lengths, each with room to grow."""
+    """Keys and values of B x H_kv sequences of their own lengths, each with room to grow.
 
-    def __init__(self, keys: Tensor, values: Tensor, lengths: list[int], room: int):
-        self.keys, self.values = keys, values
-        self.lengths, self.room = list(lengths), [room] * len(lengths)
-        self._place()
+    Attributes:
+        kv: the sequences.
+        room: tokens that each sequence can still take, the same for all.
+        total: tokens held together, known on the host.
+    """
 
-    def _place(self) -> None:
-        ends = torch.tensor([0, *map(sum, zip(self.lengths, self.room, strict=True))]).cumsum(0).tolist()
-        self.starts = ends[:-1]
+    def __init__(self, kv: RaggedKV, room: int, total: int):
+        self.kv, self.room, self.total = kv, room, total
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Append `(B, H_kv, T, D)` to the sequences."""
+    def append(self, keys: Tensor, values: Tensor, bounds: PageBounds | None) -> None:
+        """Append `(B, H_kv, T, D)` to the sequences, and keep the bounds of their pages."""
         steps = keys.shape[-2]
-        if min(self.room) < steps:
-            self._grow(steps + max(64, max(self.lengths) // 4))
-        ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
-        index = torch.tensor(ends, device=keys.device)[:, None] + torch.arange(steps, device=keys.device)
-        self.keys[index] = keys.reshape(*index.shape, -1)
-        self.values[index] = values.reshape(*index.shape, -1)
-        self.resize([length + steps for length in self.lengths])
+        if self.room < steps:
+            self.take(list(range(len(self.kv.starts))), steps + max(64, self.kv.longest // 4))
+        kv = self.kv
+        self.kv = RaggedKV(kv.keys, kv.values, kv.starts, kv.lengths, kv.longest + steps)
+        append(self.kv, *(states.reshape(-1, steps, states.shape[-1]) for states in (keys, values)), bounds)
+        self.room -= steps
+        self.total += steps * len(kv.starts)
 
-    def resize(self, lengths: list[int]) -> None:
-        """Let the sequences have these lengths within their room: forget tokens, or own what was written."""
-        self.room = [room + old - new for room, old, new in zip(self.room, self.lengths, lengths, strict=True)]
-        self.lengths = list(lengths)
+    def cut(self, lengths: Tensor, longest: int, room: int, total: int) -> None:
+        """Forget tokens: come back to what these numbers were."""
+        self.kv = RaggedKV(self.kv.keys, self.kv.values, self.kv.starts, lengths.clone(), longest)
+        self.room, self.total = room, total
 
-    def _grow(self, room: int) -> None:
-        self.take(list(range(len(self.lengths))), room)
-
-    def take(self, sequences: list[int], room: int | None = None) -> None:
+    def take(self, sequences: Sequence[int], room: int | None = None) -> None:
         """Hold these sequences, in this order; one may be taken several times."""
-        old = [(self.starts[s], self.lengths[s], self.room[s]) for s in sequences]
-        self.lengths = [length for _, length, _ in old]
-        self.room = [left if room is None else room for _, _, left in old]
-        keys, values, starts = self.keys, self.values, [start for start, _, _ in old]
-        self._place()
-        size = sum(self.lengths) + sum(self.room)
-        self.keys, self.values = (states.new_empty(size, states.shape[-1]) for states in (keys, values))
-        for source, target, length in zip(starts, self.starts, self.lengths, strict=True):
-            self.keys[target : target + length] = keys[source : source + length]
-            self.values[target : target + length] = values[source : source + length]
+        old, room = self.kv, self.room if room is None else room
+        starts, lengths = old.starts.tolist(), old.lengths.tolist()
+        held = [lengths[s] for s in sequences]
+        places = torch.tensor([0, *(length + room for length in held)]).cumsum(0).tolist()
+        keys, values = (states.new_empty(places[-1], states.shape[-1]) for states in (old.keys, old.values))
+        for s, place in zip(sequences, places, strict=False):
+            keys[place : place + lengths[s]] = old.keys[starts[s] : starts[s] + lengths[s]]
+            values[place : place + lengths[s]] = old.values[starts[s] : starts[s] + lengths[s]]
+        self.kv, self.room, self.total = RaggedKV.of(keys, values, places[:-1], held), room, sum(held)
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -74,165 +92,205 @@ class PreallocatedLayer(DynamicLayer):
     Args:
         reserve: tokens that are expected after the prompt.
         evicts: whether the prompt's storage will be replaced by a smaller one; then it gets no room of its own.
+        storage: where room for what stays after the prefill comes from.
+        prompt: tokens of the whole prompt, should it come in chunks.
     """
 
-    def __init__(self, reserve: int = 0, evicts: bool = False):
+    def __init__(self, reserve: int = 0, evicts: bool = False, storage: Storage | None = None, prompt: int = 0):
         super().__init__()
         self.reserve = reserve
+        self.prompt = prompt
         self.evicts = evicts
+        self.storage = storage or OwnStorage()
         self.ragged: RaggedStorage | None = None
         self.bounds: PageBounds | None = None
         #: Padding tokens at the beginning of each row; known from the end of the prefill on.
         self.pads: list[int] = []
         self._logical = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        #: The flat storage of a layer that was not evicted, its first entry, and the tokens each head has room for.
+        self._flat: tuple[Tensor, Tensor, int] | None = None
+        self._capacity = 0
 
     def get_seq_length(self) -> int:
         """Tokens so far, evicted ones and padding included."""
         return self._logical if self.ragged is not None else super().get_seq_length()
+
+    @property
+    def room(self) -> int:
+        """Tokens that every sequence can take before storage grows."""
+        return self.ragged.room if self.ragged is not None else self._capacity - self.get_seq_length()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `(B, H_kv, new, D)` and return all of both; after eviction the new ones only."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.ragged is not None:
-            before = list(self.ragged.lengths)
-            self.ragged.append(key_states, value_states)
+            if self.bounds is not None:
+                self._widen(self.ragged.kv.longest + key_states.shape[-2])
+            self.ragged.append(key_states, value_states, self.bounds)
             self._logical += key_states.shape[-2]
-            self._update_bounds(before)
             return key_states, value_states
         held = self.get_seq_length()
         total = held + key_states.shape[-2]
-        if self._keys is None or self._keys.shape[-2] < total or self._keys.shape[0] != key_states.shape[0]:
-            # Room for what is known to come, or a quarter more when generation outgrows it.
-            room = (0 if self.evicts else self.reserve) if held == 0 else max(256, total // 4)
-            self._keys = self._grown(self.keys if held else None, key_states, total + room)
-            self._values = self._grown(self.values if held else None, value_states, total + room)
-        self._keys[..., held:total, :] = key_states
-        self._values[..., held:total, :] = value_states
-        self.keys, self.values = self._keys[..., :total, :], self._values[..., :total, :]
+        if self._flat is None or self._capacity < total:
+            self._grow(held, total, key_states, value_states)
+        keys, values = self._rectangle(self._flat[0]), self._rectangle(self._flat[1])
+        keys[..., held:total, :] = key_states
+        values[..., held:total, :] = value_states
+        self.keys, self.values = keys[..., :total, :], values[..., :total, :]
         if self.bounds is not None:
-            heads = self.keys.shape[1]
-            self._update_bounds([held - pad for pad in self.pads for _ in range(heads)])
+            kv = self.view()
+            self._widen(kv.longest)
+            update_bounds(kv, self.bounds, (kv.lengths - key_states.shape[-2]).clamp(min=0))
         return self.keys, self.values
 
-    @staticmethod
-    def _grown(held: Tensor | None, new: Tensor, capacity: int) -> Tensor:
-        storage = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])
-        if held is not None:
-            storage[..., : held.shape[-2], :] = held
-        return storage
+    def _grow(self, held: int, total: int, keys: Tensor, values: Tensor) -> None:
+        """Make room for `total` tokens and more, and keep what is held."""
+        # Room for what is known to come, or a quarter more when generation outgrows it.
+        room = max(256, total // 4)
+        if held == 0:
+            room = max(0, self.prompt - total) + (0 if self.evicts else self.reserve)
+        lasting = held == 0 and not self.evicts
+        old = (self.keys, self.values)
+        self._rows, self._heads, self._capacity = keys.shape[0], keys.shape[1], total + room
+        entries = self._rows * self._heads * self._capacity
+        self._flat = (self.storage if lasting else OwnStorage()).take(entries, keys, values)
+        for flat, states in zip(self._flat, old, strict=False):
+            if held:
+                self._rectangle(flat)[..., :held, :] = states
+
+    def _rectangle(self, flat: Tensor) -> Tensor:
+        """The layer's part of the flat storage as `(B, H_kv, capacity, D)`."""
+        first = self._flat[2]
+        shape = self._rows, self._heads, self._capacity
+        return flat[first : first + shape[0] * shape[1] * shape[2]].view(*shape, flat.shape[-1])
+
+    def _widen(self, longest: int) -> None:
+        """Let the bounds have room for sequences of `longest` tokens."""
+        old, sequences = self.bounds, len(self.bounds.first)
+        pages, held = -(-longest // old.page_size), len(old.low) // sequences
+        if pages > held:
+            self.bounds = new_bounds(sequences, max(pages, held * 5 // 4), old.low, old.page_size)
+            for mine, theirs in ((self.bounds.low, old.low), (self.bounds.high, old.high)):
+                shape = (sequences, -1, mine.shape[-1])
+                mine.view(shape)[:, :held] = theirs.view(shape)
 
     # --- after prefill ---------------------------------------------------------------------------------------
 
-    def evict(self, kept: list[tuple[Tensor, list[int]] | None]) -> None:
+    def evict(self, kept: list[tuple[Tensor, Tensor, int] | None]) -> None:
         """Keep only some tokens of the prompt in each head, and give the rest of the memory back.
 
         Args:
-            kept: for each row the ids `(H_kv, W)` of unpadded tokens and how many of each head's are valid, or None
-                to keep the whole row. `pads` must be set.
+            kept: for each row the ids `(H_kv, W)` of unpadded tokens, how many of each head's are valid `(H_kv,)`, and
+                the sum of those; or None to keep the whole row. `pads` must be set.
         """
         heads, total = self.keys.shape[1], self.keys.shape[2]
-        parts: list[tuple[Tensor, Tensor]] = []
-        lengths: list[int] = []
+        device = self.keys.device
+        choices = []
         for row, choice in enumerate(kept):
-            pad = self.pads[row]
+            length = total - self.pads[row]
             if choice is None:
-                indices = torch.arange(total - pad, device=self.keys.device).expand(heads, -1)
-                choice = (indices, [total - pad] * heads)
-            indices, counts = choice
-            parts.append(
-                tuple(
-                    compact(states[row, :, pad:], indices, counts, self.reserve) for states in (self.keys, self.values)
-                )
-            )
-            lengths += counts
-        keys, values = (torch.cat(found) if len(found) > 1 else found[0] for found in zip(*parts, strict=True))
+                every = torch.arange(length, device=device).expand(heads, -1)
+                choice = every, torch.full((heads,), length, device=device), length * heads
+            choices.append(choice)
+        held = sum(choice[2] for choice in choices)
+        entries = held + len(kept) * heads * self.reserve
+        keys, values, first = self.storage.take(entries, self.keys, self.values)
+        counts = torch.cat([choice[1] for choice in choices])
+        ends = (counts + self.reserve).cumsum(0)
+        starts = ends - counts - self.reserve + first
+        for row, (indices, own, _) in enumerate(choices):
+            states = (part[row, :, self.pads[row] :] for part in (self.keys, self.values))
+            compact(*states, indices, own, starts[row * heads : (row + 1) * heads], keys, values)
+        longest = max(min(choice[0].shape[1], total) for choice in choices)
         self._logical = total
-        self.ragged = RaggedStorage(keys, values, lengths, self.reserve)
-        self._keys = self._values = None
+        self.ragged = RaggedStorage(RaggedKV(keys, values, starts, counts.int(), longest), self.reserve, held)
+        self._flat = None
         self.keys, self.values = self.keys[..., :0, :].clone(), self.values[..., :0, :].clone()
 
     def keep_bounds(self, page_size: int) -> None:
         """From now on keep the bounds of pages of this size. `pads` must be set."""
-        view = self.view()
-        pages = -(-(max(view.lengths) + self.reserve) // page_size)
-        self.bounds = PageBounds.empty(len(view.lengths), pages, view.keys, page_size)
-        self._update_bounds([0] * len(view.lengths))
-
-    def _update_bounds(self, before: list[int]) -> None:
-        if self.bounds is not None:
-            view = self.view()
-            self.bounds.update(view.keys, view.starts, before, view.lengths)
+        kv = self.view()
+        pages = -(-(kv.longest + max(self.reserve, 1)) // page_size)
+        self.bounds = new_bounds(len(kv.starts), pages, kv.keys, page_size)
+        update_bounds(kv, self.bounds, torch.zeros_like(kv.lengths))
 
     def view(self) -> RaggedKV:
         """The tokens held, unpadded, as one sequence per row and KV head, without a copy."""
         if self.ragged is not None:
-            return RaggedKV(self.ragged.keys, self.ragged.values, self.ragged.starts, self.ragged.lengths)
-        keys, values = (self.keys, self.values) if self._keys is None else (self._keys, self._values)
-        rows, heads, capacity, _ = keys.shape
-        total = self.keys.shape[2]
-        starts = [(row * heads + head) * capacity + self.pads[row] for row in range(rows) for head in range(heads)]
-        lengths = [total - self.pads[row] for row in range(rows) for _ in range(heads)]
-        return RaggedKV(keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1]), starts, lengths)
+            return self.ragged.kv
+        keys, values, first = self._flat
+        sequences, total = self._rows * self._heads, self.keys.shape[2]
+        starts = torch.arange(sequences, device=keys.device) * self._capacity + first
+        lengths = torch.full((sequences,), total, dtype=torch.int32, device=keys.device)
+        if any(self.pads):
+            pads = torch.tensor(self.pads).to(keys.device).repeat_interleave(self._heads)
+            starts, lengths = starts + pads, lengths - pads.int()
+        return RaggedKV(keys, values, starts, lengths, total - min(self.pads, default=0))
 
-    def held_bytes(self, row: int) -> tuple[list[int], int]:
-        """Bytes of keys, values and page bounds that each KV head of a row holds, and those of all its tokens."""
+    def held_bytes(self, row: int) -> tuple[Tensor, int]:
+        """Bytes of keys, values and page bounds that each KV head of a row holds `(H_kv,)`, and those of all tokens."""
         heads = self.keys.shape[1]
-        storage = self.ragged or self
-        sizes = [states.shape[-1] * states.element_size() for states in (storage.keys, storage.values)]
+        kv = self.view()
+        sizes = [states.shape[-1] * states.element_size() for states in (kv.keys, kv.values)]
         tokens = self.get_seq_length() - self.pads[row]
-        lengths = [tokens] * heads if self.ragged is None else self.ragged.lengths[row * heads : (row + 1) * heads]
-        page = 0 if self.bounds is None else self.bounds.page_size
-        metadata = [2 * sizes[0] * -(-length // page) if page else 0 for length in lengths]
-        return [length * sum(sizes) + extra for length, extra in zip(lengths, metadata, strict=True)], tokens * sum(
-            sizes
-        )
+        lengths = kv.lengths[row * heads : (row + 1) * heads].long()
+        held = lengths * sum(sizes)
+        if self.bounds is not None:
+            held = held + (lengths + self.bounds.page_size - 1) // self.bounds.page_size * (2 * sizes[0])
+        return held, tokens * sum(sizes)
 
     def storage_bytes(self) -> int:
         """Bytes of all tensors that this layer holds, room to grow included."""
-        tensors = [
-            self.keys if self._keys is None else self._keys,
-            self.values if self._values is None else self._values,
-        ]
+        held = [self.keys, self.values] if self._flat is None else list(self._flat[:2])
         if self.ragged is not None:
-            tensors += [self.ragged.keys, self.ragged.values]
+            held += [self.ragged.kv.keys, self.ragged.kv.values]
         if self.bounds is not None:
-            tensors += [self.bounds.low, self.bounds.high]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+            held += [self.bounds.low, self.bounds.high]
+        return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     # --- going back ------------------------------------------------------------------------------------------
 
     def state(self) -> Any:
         """What `truncate` needs to come back to the present length."""
-        return (self._logical, list(self.ragged.lengths)) if self.ragged is not None else self.get_seq_length()
+        if self.ragged is None:
+            return self.get_seq_length()
+        kv = self.ragged.kv
+        return self._logical, kv.lengths.clone(), kv.longest, self.ragged.room, self.ragged.total
 
     def truncate(self, state: Any) -> None:
         """Forget everything after `state`; the storage stays. Bounds of a cut page are redone with its next key."""
         if self.ragged is not None:
-            self._logical, lengths = state
-            self.ragged.resize(lengths)
+            self._logical, lengths, longest, room, total = state
+            # Storage that has grown in the meantime has more room than there was.
+            grown = self.ragged.kv.longest - longest
+            self.ragged.cut(lengths, longest, max(room, self.ragged.room + grown), total)
         else:
             self.keys, self.values = self.keys[..., :state, :], self.values[..., :state, :]
 
     # Beam search and batch selection replace `keys` and `values`; everything else has to follow.
     def _choose(self, rows: list[int]) -> None:
-        self._keys = self._values = None
         heads = self.keys.shape[1]
+        if self.ragged is None:
+            # They are tensors of their own now, without room.
+            self._rows, self._heads, self._capacity = self.keys.shape[:3]
+            self._flat = *(s.reshape(-1, s.shape[-1]) for s in (self.keys.contiguous(), self.values.contiguous())), 0
         sequences = [row * heads + head for row in rows for head in range(heads)]
         if self.ragged is not None:
             self.ragged.take(sequences)
         if self.bounds is not None:
-            index = torch.tensor(sequences, device=self.bounds.low.device)
-            self.bounds.low, self.bounds.high = self.bounds.low[index], self.bounds.high[index]
+            old, index = self.bounds, torch.tensor(sequences, device=self.bounds.low.device)
+            pages = len(old.low) // len(old.first)
+            self.bounds = new_bounds(len(sequences), pages, old.low, old.page_size)
+            for mine, theirs in ((self.bounds.low, old.low), (self.bounds.high, old.high)):
+                mine.copy_(theirs.view(-1, pages, theirs.shape[-1])[index].flatten(0, 1))
         if self.pads:
             self.pads = [self.pads[row] for row in rows]
 
     def reset(self) -> None:
         super().reset()
-        self._keys = self._values = self.ragged = self.bounds = None
-        self.pads, self._logical = [], 0
+        self._flat = self.ragged = self.bounds = None
+        self.pads, self._logical, self._capacity = [], 0, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -256,9 +314,18 @@ class SparseCache(Cache):
         config: the model's configuration; decides which layers are windowed, linear or full.
         reserve: tokens that are expected after the prompt; storage for them is allocated with the prompt's.
         evicts: whether full-attention layers will be evicted after prefill.
+        storages: where each layer's room comes from, by layer; None for storage of their own.
+        prompt: tokens of the whole prompt, should it come in chunks.
     """
 
-    def __init__(self, config: Any, reserve: int = 0, evicts: bool = False):
+    def __init__(
+        self,
+        config: Any,
+        reserve: int = 0,
+        evicts: bool = False,
+        storages: Sequence[Storage] | None = None,
+        prompt: int = 0,
+    ):
         layers = DynamicCache(config=config).layers
         if not layers:  # a configuration that does not tell: make a layer whenever one is first used
             super().__init__(layer_class_to_replicate=lambda: PreallocatedLayer(reserve, evicts))
@@ -270,8 +337,12 @@ class SparseCache(Cache):
             or (type(x) is DynamicSlidingWindowLayer and longest is not None and x.sliding_window >= longest)
             for x in layers
         ]
+        own = storages or [None] * len(layers)
         super().__init__(
-            layers=[PreallocatedLayer(reserve, evicts) if ours else x for ours, x in zip(full, layers, strict=True)]
+            layers=[
+                PreallocatedLayer(reserve, evicts, storage, prompt) if ours else x
+                for ours, x, storage in zip(full, layers, own, strict=True)
+            ]
         )
 
     def snapshot(self) -> list[Any]:
@@ -299,6 +370,12 @@ class SparseCache(Cache):
     def storage_bytes(self) -> int:
         """Bytes that the full-attention layers hold, room to grow included."""
         return sum(layer.storage_bytes() for layer in self.layers if isinstance(layer, PreallocatedLayer))
+
+
+def new_bounds(sequences: int, pages: int, like: Tensor, page_size: int) -> PageBounds:
+    """Room for the bounds of equally many pages of each sequence, made without waiting for the device."""
+    low, high = (like.new_empty(sequences * pages, like.shape[-1]) for _ in range(2))
+    return PageBounds(page_size, low, high, torch.arange(sequences, device=like.device) * pages)
 
 
 def position_ids(mask: Tensor) -> Tensor:

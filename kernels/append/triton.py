@@ -1,0 +1,103 @@
+"""Appending in Triton: one program for each page that the new tokens of a sequence touch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..estimators import PageBounds
+from ..ragged import RaggedKV
+
+#: Tokens of a program where there are no pages.
+TOKENS = 16
+
+
+def forward(kv: RaggedKV, keys: Tensor, values: Tensor, bounds: PageBounds | None) -> None:
+    sequences, steps, dim = keys.shape
+    dim_v = values.shape[2]
+    keys, values = (part if part.shape[2] == 1 or part.stride(2) == 1 else part.contiguous() for part in (keys, values))
+    size = TOKENS if bounds is None else bounds.page_size
+    touched = (steps + size - 2) // size + 1
+    # Where there is one program per sequence it also counts; several would read what one of them writes.
+    alone = touched == 1
+    _append_kernel[(touched, sequences)](
+        keys,
+        values,
+        kv.keys,
+        kv.values,
+        kv.starts,
+        kv.lengths,
+        kv.keys if bounds is None else bounds.low,
+        kv.keys if bounds is None else bounds.high,
+        kv.starts if bounds is None else bounds.first,
+        steps,
+        keys.stride(0),
+        keys.stride(1),
+        values.stride(0),
+        values.stride(1),
+        HAS_BOUNDS=bounds is not None,
+        ALONE=alone,
+        SIZE=size,
+        DIM=dim,
+        PADDED=triton.next_power_of_2(dim),
+        DIM_V=dim_v,
+        PADDED_V=triton.next_power_of_2(dim_v),
+        num_warps=4,
+    )
+    if not alone:
+        kv.lengths.add_(kv.lengths > 0, alpha=steps)
+
+
+@triton.jit(do_not_specialize=["steps"])
+def _append_kernel(
+    keys,
+    values,
+    held_keys,
+    held_values,
+    starts,
+    lengths,
+    low,
+    high,
+    first_rows,
+    steps,
+    keys_sequence,
+    keys_token,
+    values_sequence,
+    values_token,
+    HAS_BOUNDS: tl.constexpr,
+    ALONE: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PADDED_V: tl.constexpr,
+):
+    sequence = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + sequence)
+    page = length // SIZE + tl.program_id(0)
+    if (length > 0) & (page * SIZE < length + steps):
+        dims, dims_v = tl.arange(0, PADDED), tl.arange(0, PADDED_V)
+        start = tl.load(starts + sequence)
+        token = page * SIZE + tl.arange(0, SIZE)
+        old = token < length
+        written = (token >= length) & (token < length + steps)
+        # Behind the last new token it is read again, which changes no bound.
+        new = tl.minimum(tl.maximum(token - length, 0), steps - 1).to(tl.int64)
+        held = (start + token)[:, None]
+        some, inside = (dims < DIM)[None, :], (dims_v < DIM_V)[None, :]
+        source = keys + sequence * keys_sequence + (new * keys_token)[:, None] + dims[None, :]
+        key = tl.load(source, mask=(token >= length)[:, None] & some, other=0.0)
+        source = values + sequence * values_sequence + (new * values_token)[:, None] + dims_v[None, :]
+        value = tl.load(source, mask=written[:, None] & inside, other=0.0)
+        tl.store(held_keys + held * DIM + dims[None, :], key, mask=written[:, None] & some)
+        tl.store(held_values + held * DIM_V + dims_v[None, :], value, mask=written[:, None] & inside)
+        if HAS_BOUNDS:
+            before = tl.load(held_keys + held * DIM + dims[None, :], mask=old[:, None] & some, other=0.0)
+            key = tl.where(old[:, None], before, key)
+            row = (tl.load(first_rows + sequence) + page) * DIM + dims
+            tl.store(low + row, tl.min(key, 0), mask=dims < DIM)
+            tl.store(high + row, tl.max(key, 0), mask=dims < DIM)
+        if ALONE:
+            tl.debug_barrier()  # all warps have read the length
+            tl.store(lengths + sequence, length + steps)

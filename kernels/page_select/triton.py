@@ -1,0 +1,185 @@
+"""The choice of pages in Triton: one launch, one program for each list, which works out its budget itself.
+
+Nothing is sorted. The smallest score that is taken is found by counting the scores above three values at a time.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ragged import RaggedKV
+from . import PageBudget
+
+#: Scores of a list that one warp holds; a program has at most 32 warps.
+PER_WARP = 256
+#: Turns of a search that cut the range of values in quarters; later ones cut the range of bit patterns.
+VALUE_TURNS = 10
+
+
+def forward(scores: Tensor, kv: RaggedKV, logical: Tensor, budget: PageBudget, width: int) -> tuple[Tensor, Tensor]:
+    """See `page_select.select_pages`."""
+    sequences, lists, steps, columns = scores.shape
+    pages = torch.empty(sequences, lists, steps, width, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(sequences, lists, steps, dtype=torch.int32, device=scores.device)
+    if not counts.numel():
+        return pages, counts
+    padded = max(64, triton.next_power_of_2(columns))
+    # The bits of the share, since kernels take numbers in fp32.
+    low_bits, high_bits = struct.unpack("<2i", struct.pack("<d", budget.keep or 0.0))
+    _select_kernel[(steps, lists, sequences)](
+        scores.contiguous(),
+        pages,
+        counts,
+        kv.lengths,
+        logical,
+        columns,
+        width,
+        budget.pages or 0,
+        low_bits,
+        high_bits,
+        SHARE=budget.keep is not None,
+        SIZE=budget.page_size,
+        HEADS=budget.kv_heads,
+        HEADS_PADDED=triton.next_power_of_2(budget.kv_heads),
+        PADDED=padded,
+        VALUE_TURNS=VALUE_TURNS,
+        num_warps=min(32, max(1, padded // PER_WARP)),
+        # Products of fp64 numbers are rounded before they are added, as they are in torch.
+        enable_fp_fusion=False,
+    )
+    return pages, counts
+
+
+@triton.jit
+def _ordered(bits):
+    """Integers in the order of the fp32 numbers with these bits; its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _between(low, high, quarters, by_value):
+    """An integer in (low, high], some quarters of the way: of the way in values, or in bit patterns.
+
+    Quartering values takes some log4(pages) turns where scores spread evenly, quartering bit patterns at most 16.
+    """
+    share = 0.25 * quarters
+    value = _ordered(low).to(tl.float32, bitcast=True) * (1.0 - share)
+    value += _ordered(high).to(tl.float32, bitcast=True) * share
+    wide = low.to(tl.int64)
+    bits = wide + (high.to(tl.int64) - wide) * quarters // 4
+    place = tl.where(by_value, _ordered(value.to(tl.int32, bitcast=True)).to(tl.int64), bits)
+    return tl.minimum(tl.maximum(place, wide + 1), high.to(tl.int64)).to(tl.int32)
+
+
+@triton.jit
+def _narrowed(low, high, reached, read, value, count):
+    """The range of the search once it is known that `count` scores reach a value."""
+    enough = count >= read
+    return (
+        tl.where(enough, tl.maximum(low, value), low),
+        tl.where(enough, high, tl.minimum(high, value - 1)),
+        tl.where(enough, tl.minimum(reached, count), reached),
+    )
+
+
+@triton.jit
+def _shared_budget(keep, tokens, visible, before, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, SIZE: tl.constexpr):
+    """Pages that each KV head of a row reads: `naive.budget_pages`, and `naive._fill` over all pairs of heads."""
+    heads = tl.arange(0, HEADS_PADDED)
+    asked = (keep * tokens.to(tl.float64) - (visible - before * SIZE).to(tl.float64)) / SIZE
+    asked = tl.maximum(asked, 0.0)
+    wanted = asked.to(tl.int64)
+    rest = asked - wanted.to(tl.float64)
+    wanted += ((rest > 0.5) | ((rest == 0.5) & (wanted % 2 == 1))).to(tl.int64)  # half to even
+    wanted = tl.where((heads < HEADS) & (visible > 0), wanted, 0)
+    enough = tl.sum((wanted > before).to(tl.int32), 0) == 0
+    total = tl.minimum(tl.sum(wanted, 0), tl.sum(before, 0).to(tl.int64)).to(tl.int32)
+    mine, other = before[:, None], before[None, :]
+    first = heads[None, :] < heads[:, None]
+    real = (heads < HEADS)[None, :]
+    smaller = real & ((other < mine) | ((other == mine) & first))
+    sharing = tl.maximum(HEADS - tl.sum(smaller.to(tl.int32), 1), 1)
+    shares = (total - tl.sum(tl.where(smaller, other, 0), 1)) // sharing
+    level = tl.max(tl.where(heads < HEADS, shares, 0), 0)
+    given = tl.minimum(before, level)
+    rank = tl.sum((real & ((other > mine) | ((other == mine) & first))).to(tl.int32), 1)
+    given += ((rank < total - tl.sum(given, 0)) & (given < before)).to(tl.int32)
+    return tl.where(enough, wanted.to(tl.int32), given)
+
+
+# Numbers that change with the budget are not specialised on: each kind of them would compile anew.
+@triton.jit(do_not_specialize=["width", "most", "low_bits", "high_bits"])
+def _select_kernel(
+    scores,
+    pages,
+    counts,
+    lengths,
+    logical,
+    columns,
+    width,
+    most,
+    low_bits,
+    high_bits,
+    SHARE: tl.constexpr,
+    SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    PADDED: tl.constexpr,
+    VALUE_TURNS: tl.constexpr,
+):
+    step, list_, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    behind = tl.num_programs(0) - 1 - step  # tokens after this one
+    place = (sequence * tl.num_programs(1) + list_) * tl.num_programs(0) + step
+    ids = tl.arange(0, PADDED)
+    # Loaded before it is known how many are looked at: one does not wait for the other.
+    score = tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
+    visible = tl.load(lengths + sequence) - behind
+    before = tl.maximum(visible - 1, 0) // SIZE
+    if SHARE:
+        keep = ((high_bits.to(tl.int64) << 32) | (low_bits.to(tl.int64) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
+        heads = tl.arange(0, HEADS_PADDED)
+        tokens = tl.load(logical + sequence // HEADS) - behind
+        seen = tl.load(lengths + sequence // HEADS * HEADS + heads, mask=heads < HEADS, other=0) - behind
+        seen = tl.where(heads < HEADS, seen, 0)
+        held = tl.maximum(seen - 1, 0) // SIZE
+        shared = _shared_budget(keep, tokens, seen, held, HEADS, HEADS_PADDED, SIZE)
+        read = tl.sum(tl.where(heads == sequence % HEADS, shared, 0), 0)
+    else:
+        read = tl.minimum(most, before)
+    open_ = ids < before
+    score = tl.where(score == score, score, float("-inf"))  # what is not a number
+    score = tl.where(score == 0.0, 0.0, score)  # -0 is 0
+    order = _ordered(score.to(tl.int32, bitcast=True))
+    # The largest value that at least `read` scores reach lies in [low, high]; `reached` scores reach low.
+    low = tl.min(tl.where(open_, order, 0x7FFFFFFF), 0)
+    order = tl.where(open_, order, -0x80000000)
+    high = tl.max(order, 0)
+    reached = before
+    turn = 0
+    while (read > 0) & (low < high) & (reached > read):
+        by_value = turn < VALUE_TURNS
+        a, b, c = _between(low, high, 1, by_value), _between(low, high, 2, by_value), _between(low, high, 3, by_value)
+        # One sum of three counts of 16 bits: what a turn takes is mostly the time to put the program's warps together.
+        found = (order >= a).to(tl.int64) + ((order >= b).to(tl.int64) << 16) + ((order >= c).to(tl.int64) << 32)
+        found = tl.sum(found, 0)
+        low, high, reached = _narrowed(low, high, reached, read, a, (found & 0xFFFF).to(tl.int32))
+        low, high, reached = _narrowed(low, high, reached, read, b, ((found >> 16) & 0xFFFF).to(tl.int32))
+        low, high, reached = _narrowed(low, high, reached, read, c, (found >> 32).to(tl.int32))
+        turn += 1
+    chosen = open_ & (order >= low) & (read > 0)
+    if (read > 0) & (reached > read):
+        # Ties at `low`: as many as there is room for, from the right.
+        equal = (open_ & (order == low)).to(tl.int32)
+        ties = tl.sum(equal, 0)
+        left = tl.cumsum(equal, 0) - equal
+        chosen = chosen & ((order > low) | (ties - left <= read - (reached - ties)))
+    target = pages + place * width
+    slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(target + slot, ids, mask=chosen & (slot < width))
+    tl.store(target + read, before, mask=(visible > 0) & (read < width))
+    tl.store(counts + place, tl.where(visible > 0, read + 1, 0))

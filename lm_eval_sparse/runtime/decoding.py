@@ -1,0 +1,661 @@
+"""Decoding token by token: the answers of several prompts side by side, from one cache that knows no padding.
+
+Each prompt is prefilled alone and hands its keys and values over to the flat storage of its layer (`LayerPool`). From
+then on a step of the whole model is a fixed sequence of kernels over static tensors: what sequences begin where, how
+long they are, what was generated last. On a GPU it is captured in a CUDA graph and replayed, and the host looks at the
+tokens of a step while the next one runs.
+
+What a row gets does not depend on its neighbours, to the bit. Attention works sequence by sequence. Everything else in
+the model sees the same number of rows in every step, of which some may be idle: a product with one row and one with
+eight are computed by different kernels, which round differently. `Decoder` checks that this holds for a model before
+it decodes rows side by side, and otherwise decodes them one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..kernels.append import append
+from ..kernels.estimators import PageBounds
+from ..kernels.paged_decode import paged_decode
+from ..kernels.ragged import RaggedKV
+from ..methods import DecodeContext, DecodeMethod
+from .accounting import RowCounts
+from .attention import DecodeShape, Runtime, count_steps, decode_backend
+from .cache import PreallocatedLayer, SparseCache
+
+logger = logging.getLogger(__name__)
+
+#: Rows that the layers of a model see in each step on a GPU: products with that many rows take as long as with one,
+#: since the weights have to be read.
+GPU_ROWS = 32
+#: Rows at most on a CPU.
+CPU_ROWS = 16
+#: Rows for which attention is captured; idle ones among them cost next to nothing.
+BUCKETS = (1, 2, 4, 8, 16, 32)
+#: Steps whose numbers of keys read stay on the device before they are fetched.
+RECORDED = 256
+#: Tokens that every sequence gets room for, at least, when storage grows.
+LEAST_GROWTH = 256
+
+
+class LayerPool:
+    """Flat storage of keys, values and page bounds of one layer, for all rows of a batch. It outlives the batch.
+
+    Room is granted from the beginning on; `clear` takes all of it back.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+        self.used = self.pages = 0
+        #: How much more than the first row all rows will need.
+        self.share = 1.0
+
+    def clear(self, share: float) -> None:
+        """Forget what is stored. `share`: room that all rows will need, over that of the first."""
+        self.used, self.pages, self.share = 0, 0, share
+
+    def take(self, entries: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+        """See `cache.Storage`."""
+        first, self.used = self.used, self.used + entries
+        if self.keys is None or self.used > len(self.keys):
+            size = max(self.used, -int(-entries * self.share // 1)) if first == 0 else self.used
+            if first == 0:  # nothing to keep: give it back before more is asked for
+                self.keys = self.values = None
+            self.keys, self.values = (
+                grown(old, first, size, like) for old, like in ((self.keys, key), (self.values, value))
+            )
+        return self.keys, self.values, first
+
+    def take_pages(self, bounds: PageBounds) -> int:
+        """Take bounds in and return the first of their pages."""
+        pages = len(bounds.low)
+        first, self.pages = self.pages, self.pages + pages
+        if self.low is None or self.pages > len(self.low):
+            size = max(self.pages, -int(-pages * self.share // 1)) if first == 0 else self.pages
+            if first == 0:
+                self.low = self.high = None
+            self.low, self.high = (
+                grown(old, first, size, like) for old, like in ((self.low, bounds.low), (self.high, bounds.high))
+            )
+        self.low[first : self.pages], self.high[first : self.pages] = bounds.low, bounds.high
+        return first
+
+
+def grown(old: Tensor | None, held: int, size: int, like: Tensor) -> Tensor:
+    """Storage of `size` entries that begins with the first `held` of `old`."""
+    new = like.new_empty(size, like.shape[-1])
+    if held:
+        new[:held] = old[:held]
+    return new
+
+
+@dataclass
+class Held:
+    """What one row holds in one layer when decoding begins.
+
+    Attributes:
+        starts: `(H_kv,)` int64; lengths: `(H_kv,)` int32; first: `(H_kv,)` int64 first pages of bounds, or None.
+        longest: a number that no length exceeds.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    first: Tensor | None
+    longest: int
+
+
+@dataclass(eq=False)
+class Row:
+    """An answer in the making.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        counts: where its steps are counted.
+        ended: whether the tokens generated so far are the whole answer.
+        choose: from the last logits `(V,)` and the tokens generated so far to the next token; None for the largest.
+        tokens: generated so far; the first one comes from the prefill.
+        held: by layer.
+        room: tokens that fit behind the prompt; fed: those that are there, each by one step of the model.
+        reads: keys read in each step, all layers after each other.
+        done: whether the answer is whole.
+    """
+
+    prompt: int
+    counts: RowCounts
+    ended: Callable[[list[int]], bool]
+    choose: Callable[[Tensor, list[int]], int] | None
+    tokens: list[int] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+    room: int = 0
+    fed: int = 0
+    reads: list[np.ndarray] = field(default_factory=list)
+    done: bool = False
+
+    def take(self, token: int) -> None:
+        """Add a token to the answer."""
+        self.tokens.append(token)
+        self.done = self.ended(self.tokens)
+
+
+class DecodeLayer:
+    """One layer during decoding: its storage, and which sequence stands where, in tensors that never move."""
+
+    def __init__(self, pool: LayerPool, heads: int, rows: int, like: Held):
+        self.pool, self.heads = pool, heads
+        self.starts = torch.zeros(rows * heads, dtype=torch.int64, device=like.starts.device)
+        self.lengths = torch.zeros(rows * heads, dtype=torch.int32, device=like.starts.device)
+        self.first = None if like.first is None else torch.zeros_like(self.starts)
+        #: A number that no length exceeds until storage grows, and where storage lies: what a captured step relies on.
+        self.longest = 0
+        self.storage = (0, 0)
+        #: Keys read in the last step, `(S, Gs, 1)` of all rows, and by which backend and for which heads.
+        self.reads: Tensor | None = None
+        self.backend, self.shape = "", None
+
+    def load(self, helds: Sequence[Held], fed: Sequence[int]) -> None:
+        """Let these rows be the first ones, and the others idle."""
+        sequences = len(helds) * self.heads
+        self.lengths.zero_()
+        self.starts[:sequences] = torch.cat([held.starts for held in helds])
+        self.lengths[:sequences] = torch.cat([held.lengths + more for held, more in zip(helds, fed, strict=True)])
+        if self.first is not None:
+            self.first[:sequences] = torch.cat([held.first for held in helds])
+
+    def kv(self, rows: int) -> RaggedKV:
+        own = slice(rows * self.heads)
+        return RaggedKV(self.pool.keys, self.pool.values, self.starts[own], self.lengths[own], self.longest)
+
+    def bounds(self, rows: int, page_size: int) -> PageBounds | None:
+        if self.first is None:
+            return None
+        return PageBounds(page_size, self.pool.low, self.pool.high, self.first[: rows * self.heads])
+
+
+class PassingLayer(DynamicLayer):
+    """What the model takes for a cache layer: it hands new keys and values through, attention stores them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 1  # the model is told positions; only whether there is a past may depend on this
+
+
+def undecodable(config: Any, runtime: Runtime) -> str | None:
+    """Why a model of this configuration, whose layers the runtime has seen, cannot be decoded here, or None."""
+    layers = SparseCache(config).layers
+    if not layers:
+        return "the model's configuration does not tell its layers"
+    kinds = {type(layer) for layer in layers} - {PreallocatedLayer, DynamicSlidingWindowLayer}
+    if kinds:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        return f"the model keeps more than keys and values ({names})"
+    if set(runtime.layers) != set(range(len(layers))):
+        return f"{len(layers)} cache layers, but attention in {len(runtime.layers)} layers"
+    return None
+
+
+class Decoder:
+    """Decodes answers of a model.
+
+    Args:
+        call: the model: `(ids (B, 1), positions (B, 1), cache)` to logits `(B, V)`.
+        config: its configuration.
+        runtime: it is made to attend here while steps run.
+        device, dtype: of the model.
+        no_graph: why steps must not be captured in CUDA graphs, if so.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[Tensor, Tensor, Cache], Tensor],
+        config: Any,
+        runtime: Runtime,
+        device: torch.device,
+        dtype: torch.dtype,
+        no_graph: str | None = None,
+    ):
+        self.call, self.config, self.runtime, self.device = call, config, runtime, device
+        self.on_gpu = device.type == "cuda"
+        # Products of half precision round alike for two rows and more on CPUs, but not for one; of single precision
+        # for no two numbers of rows, so that there rows are decoded one at a time.
+        self.multiple = 2 if dtype in (torch.bfloat16, torch.float16) else 1
+        #: Rows that the model sees in every step; None where that depends on how many are decoded.
+        self.fixed = GPU_ROWS if self.on_gpu else None
+        #: Steps under way at once: the host looks at a step's tokens while the next one runs.
+        self.depth = 2 if self.on_gpu else 1
+        #: Rows that can be decoded side by side.
+        self.most = GPU_ROWS if self.on_gpu else CPU_ROWS if self.multiple > 1 else 1
+        #: Why steps are not captured, and why rows are decoded one at a time, if so.
+        self.no_graph: str | None = no_graph
+        self.alone: str | None = None
+        self._batch: list[Row] = []
+        self.pools: list[LayerPool] = []
+        self.reserve = 0
+        self.layers: list[DecodeLayer] = []
+        self.graphs: dict[int, Any] = {}
+        self._checked: set[int] = set()
+        self._record: dict[int, Tensor] = {}
+        self._host: list[Tensor] = []
+        self._bucket = self._width = 0
+        self._recorded = self._launched = 0
+        self.method: DecodeMethod | None = None
+        self.sparsity: float | None = None
+        self._cache = Cache(layers=[PassingLayer() for _ in SparseCache(config).layers])
+        size = GPU_ROWS if self.on_gpu else CPU_ROWS
+        self.ids, self.positions, self.tokens_held, self.alive = (
+            torch.zeros(size, dtype=torch.int64, device=device) for _ in range(4)
+        )
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        self.logits: dict[int, Tensor] = {}
+
+    # --- storage -----------------------------------------------------------------------------------------------
+
+    def start(self, lengths: Sequence[int], reserve: int) -> None:
+        """Begin a batch of prompts of these lengths, the longest first, with room for `reserve` tokens of each."""
+        share = sum(length + reserve for length in lengths) / (lengths[0] + reserve)
+        if not self.pools:
+            self.pools = [LayerPool() for _ in self._cache.layers]
+        for pool in self.pools:
+            pool.clear(share)
+        self.reserve = reserve
+
+    def new_cache(self, prompt: int) -> SparseCache:
+        """The cache for the prefill of a prompt, whose keys and values go where decoding will find them."""
+        return self.runtime.new_cache(self.config, self.reserve, self.pools, prompt)
+
+    def adopt(self, row: Row, cache: SparseCache) -> None:
+        """Take what the prefill of a row has left."""
+        row.room = self.reserve
+        for index, (layer, pool) in enumerate(zip(cache.layers, self.pools, strict=True)):
+            if isinstance(layer, PreallocatedLayer):
+                kv, first = layer.view(), None
+                size = len(kv.starts) * (kv.keys.shape[1] + kv.values.shape[1]) * kv.keys.element_size()
+                if size != self.runtime.sizes[index][0]:
+                    raise ValueError(
+                        f"layer {index} caches something else than the keys and values that attention reads"
+                    )
+                if layer.bounds is not None:
+                    first = layer.bounds.first + pool.take_pages(layer.bounds)
+                row.held.append(Held(kv.starts, kv.lengths.clone(), first, kv.longest))
+                row.room = min(row.room, layer.room)
+            else:
+                row.held.append(self._adopt_window(layer, pool))
+
+    def _adopt_window(self, layer: DynamicSlidingWindowLayer, pool: LayerPool) -> Held:
+        heads, held = layer.keys.shape[1:3]
+        capacity = held + self.reserve
+        keys, values, first = pool.take(heads * capacity, layer.keys, layer.values)
+        for flat, states in ((keys, layer.keys), (values, layer.values)):
+            flat[first : first + heads * capacity].view(heads, capacity, -1)[:, :held] = states[0]
+        starts = torch.arange(heads, device=keys.device) * capacity + first
+        return Held(starts, torch.full_like(starts, held, dtype=torch.int32), None, held)
+
+    def _prepare(self, rows: Sequence[Row]) -> None:
+        """Make the layers ready for these rows; what was captured stays good as long as no tensor moves."""
+        if not self.layers:
+            heads = [len(held.starts) for held in rows[0].held]
+            self.layers = [
+                DecodeLayer(pool, number, len(self.ids), held)
+                for pool, number, held in zip(self.pools, heads, rows[0].held, strict=True)
+            ]
+        for place, layer in enumerate(self.layers):
+            longest = max(row.held[place].longest + row.room for row in rows)
+            storage = layer.pool.keys.data_ptr(), 0 if layer.pool.low is None else layer.pool.low.data_ptr()
+            if longest > layer.longest or storage != layer.storage:
+                layer.storage, layer.longest = storage, max(longest, layer.longest)
+                self.graphs.clear()
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self.graphs.clear()
+        self.pools, self.layers, self._record, self.logits = [], [], {}, {}
+        self._checked.clear()
+
+    def _grow(self) -> None:
+        """Move the rows that have not ended to storage with more room."""
+        rows = [row for row in self._batch if not row.done]
+        more = max(LEAST_GROWTH, self.reserve, max(row.prompt + row.fed for row in rows) // 8)
+        self.graphs.clear()
+        page = None if self.method is None else self.method.page_size
+        for place, layer in enumerate(self.layers):
+            pool, sources = layer.pool, []
+            for row in rows:
+                held = row.held[place]
+                first = held.starts if held.first is None else held.first
+                sources += list(
+                    zip(held.starts.tolist(), (held.lengths + row.fed).tolist(), first.tolist(), strict=True)
+                )
+            old = pool.keys, pool.values
+            room = torch.tensor([0, *(length + more for _, length, _ in sources)]).cumsum(0).tolist()
+            pool.keys, pool.values = (states.new_empty(room[-1], states.shape[-1]) for states in old)
+            for (start, length, _), place_now in zip(sources, room, strict=False):
+                pool.keys[place_now : place_now + length] = old[0][start : start + length]
+                pool.values[place_now : place_now + length] = old[1][start : start + length]
+            pool.used = room[-1]
+            del old
+            pages = [0] * (len(sources) + 1)
+            if layer.first is not None:
+                pages = torch.tensor([0, *(-(-(length + more) // page) for _, length, _ in sources)]).cumsum(0).tolist()
+                low, high = pool.low, pool.high
+                pool.low, pool.high = (bound.new_empty(pages[-1], bound.shape[-1]) for bound in (low, high))
+                for (_, length, start), now in zip(sources, pages, strict=False):
+                    number = -(-length // page)
+                    pool.low[now : now + number] = low[start : start + number]
+                    pool.high[now : now + number] = high[start : start + number]
+                pool.pages = pages[-1]
+            for number, row in enumerate(rows):
+                own = slice(number * layer.heads, (number + 1) * layer.heads)
+                held = row.held[place]
+                held.starts = torch.tensor(room[:-1][own]).to(self.device)
+                if held.first is not None:
+                    held.first = torch.tensor(pages[:-1][own]).to(self.device)
+        for row in rows:
+            row.room = row.fed + more
+
+    def held_bytes(self) -> int:
+        """Bytes of keys, values and bounds that the pools hold, room to grow included."""
+        tensors = [t for pool in self.pools for t in (pool.keys, pool.values, pool.low, pool.high) if t is not None]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    # --- one step ----------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+        eligible: bool,
+    ) -> Tensor:
+        """See `attention.StepAttention`. Rows beyond those of attention's bucket are idle and get 0."""
+        layer, rows = self.layers[index], self._bucket
+        width, heads, _, dim = query.shape
+        sequences = rows * layer.heads
+        kv = layer.kv(rows)
+        backend = decode_backend(self.runtime.plan)
+        method = self.method if eligible else None
+        bounds = None if method is None else layer.bounds(rows, method.page_size)
+        append(kv, key[:rows].reshape(sequences, 1, dim), value[:rows].reshape(sequences, 1, -1), bounds)
+        grouped = query[:rows].reshape(sequences, heads // layer.heads, 1, dim)
+        options = {"scale": scale, "softcap": softcap, "backend": backend}
+        if method is None:
+            out, used = paged_decode(grouped, kv, window=window, **options)
+        else:
+            context = DecodeContext(kv, self.tokens_held[:rows], bounds, layer.heads)
+            selection = method.select(grouped, context, sparsity=self.sparsity)
+            if layer.reads is None:
+                lists = selection.counts.shape[1]
+                shape = (len(self.ids) * layer.heads, lists, 1)
+                layer.reads = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            out, used = paged_decode(grouped, kv, selection, keys_read=layer.reads[:sequences], **options)
+        layer.backend, layer.shape = used, DecodeShape.of(heads, layer.heads, kv)
+        out = out.reshape(rows, heads, 1, -1)
+        return out if rows == width else torch.cat([out, out.new_zeros(width - rows, *out.shape[1:])])
+
+    def _step(self) -> None:
+        """One step of the model for the rows that are loaded. Reads and writes nothing but static tensors."""
+        width = self._width
+        torch.add(self.positions, 1, out=self.tokens_held)
+        logits = self.call(self.ids[:width, None], self.positions[:width, None], self._cache)
+        if width not in self.logits:
+            self.logits[width] = torch.empty_like(logits)
+        self.logits[width].copy_(logits)
+        self.ids[:width].copy_(logits.argmax(-1))
+        self.positions[:width].add_(self.alive[:width])
+        if self.method is not None:
+            reads = self._reads()
+            if self._bucket not in self._record:
+                self._record[self._bucket] = reads.new_zeros(RECORDED, len(reads))
+            self._record[self._bucket].index_copy_(0, self.cursor, reads[None])
+            self.cursor.add_(1)
+
+    def _reads(self) -> Tensor:
+        """Keys read in the last step by the lists of the rows that are loaded, layer after layer."""
+        found = [layer.reads[: self._bucket * layer.heads] for layer in self.layers if layer.reads is not None]
+        return torch.cat([reads.flatten() for reads in found])
+
+    # --- the loop ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self, rows: Sequence[Row]) -> None:
+        """Decode these rows to their ends, side by side as far as they go together, and count their steps."""
+        waiting = [row for row in rows if not row.done]
+        if waiting:
+            self.method, self.sparsity = None, None
+            plan = self.runtime.plan
+            if plan.decode is not None:
+                self.method, self.sparsity = plan.decode.at(waiting[0].prompt)
+            self._batch = waiting
+            self._prepare(waiting)
+            self.runtime.decoder = self
+            try:
+                most = 1 if self.alone is not None else self.most
+                for first in range(0, len(waiting), most):
+                    self._run(waiting[first : first + most])
+            finally:
+                self.runtime.decoder = None
+        for row in rows:
+            self._count(row)
+
+    @torch.no_grad()
+    def try_one(self, row: Row) -> Tensor:
+        """Logits `(V,)` after one step of a single row, which leaves no trace."""
+        self.method = None
+        self._prepare([row])
+        self.runtime.decoder = self
+        try:
+            return self._tried([row])
+        finally:
+            self.runtime.decoder = None
+
+    def _goes_together(self, rows: list[Row]) -> bool:
+        """Whether the first of these rows gets the same logits, to the bit, as it gets alone."""
+        self._load(rows)
+        if self._width in self._checked:
+            return True
+        beside = self._tried(rows)
+        alone = self._tried(rows[:1])
+        if not torch.equal(beside, alone):
+            self.alone = f"the layers of this model round differently for {len(rows)} rows than for one"
+            logger.warning("answers are decoded one at a time: %s", self.alone)
+            return False
+        self._checked.add(self._width)
+        return True
+
+    def _tried(self, rows: list[Row]) -> Tensor:
+        """Logits `(V,)` of the first row after one step that leaves no trace."""
+        self._load(rows)
+        self._step()
+        self._recorded = 0
+        self.cursor.zero_()
+        return self.logits[self._width][0].clone()
+
+    def _load(self, rows: list[Row]) -> None:
+        """Make these the rows of the next steps."""
+        number = len(rows)
+        self._bucket = number if self.fixed is None else next(size for size in BUCKETS if size >= number)
+        self._width = self.fixed or -(-number // self.multiple) * self.multiple
+        for place, layer in enumerate(self.layers):
+            layer.load([row.held[place] for row in rows], [row.fed for row in rows])
+        numbers = torch.zeros(3, len(self.ids), dtype=torch.int64)
+        numbers[0, :number] = torch.tensor([row.tokens[-1] for row in rows])
+        numbers[1, :number] = torch.tensor([row.prompt + row.fed for row in rows])
+        numbers[2, :number] = 1
+        for static, values in zip((self.ids, self.positions, self.alive), numbers.to(self.device), strict=True):
+            static.copy_(values)
+
+    def _run(self, rows: list[Row]) -> None:
+        """Decode rows of which none has ended."""
+        if len(rows) > 1 and not self._goes_together(rows):
+            for row in rows:
+                self._run([row])
+            return
+        self._load(rows)
+        depth = self.depth if all(row.choose is None for row in rows) else 1  # unless the host chooses the tokens
+        flying: deque[Any] = deque()
+        while not any(row.done for row in rows):
+            full = max(row.fed - row.room for row in rows) + len(flying) >= 0
+            if flying and (len(flying) == depth or full):
+                self._land(flying.popleft(), rows)
+            elif full:
+                self._fetch(rows)
+                self._grow()
+                self._prepare(rows)
+                self._load(rows)
+            else:
+                flying.append(self._launch(rows))
+        # What still flies was made beside rows that have ended: it is right for the others.
+        for flight in flying:
+            self._land(flight, rows)
+        self._fetch(rows)
+        if left := [row for row in rows if not row.done]:
+            self._run(left)
+
+    def _launch(self, rows: list[Row]) -> tuple[str, Tensor, Any]:
+        """Run one step; returns what ran it, where its tokens will be, and the event to wait for on a GPU."""
+        if self.method is not None and self._recorded == RECORDED:
+            self._fetch(rows)
+        graph = self._graph() if self.on_gpu else None
+        if graph is None:
+            self._step()
+        else:
+            graph.replay()
+        self._recorded += 1
+        loop = "eager" if graph is None else "cuda_graph"
+        if not self.on_gpu:
+            return loop, self.ids.clone(), None
+        if not self._host:
+            self._host = [torch.zeros(len(self.ids), dtype=torch.int64).pin_memory() for _ in range(2)]
+        self._launched += 1
+        copy = self._host[self._launched % 2]
+        copy.copy_(self.ids, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return loop, copy, event
+
+    def _land(self, flight: tuple[str, Tensor, Any], rows: list[Row]) -> None:
+        """Give the rows that have not ended the tokens of a step."""
+        loop, ids, event = flight
+        if event is not None:
+            event.synchronize()
+        chosen = ids[: len(rows)].tolist()
+        for place, row in enumerate(rows):
+            if row.done:
+                continue
+            row.fed += 1
+            row.counts.phases["decode"].loops[loop] += 1
+            if row.choose is not None:
+                chosen[place] = row.choose(self.logits[self._width][place], row.tokens)
+            row.take(chosen[place])
+        if any(row.choose is not None for row in rows):
+            self.ids[: len(rows)] = torch.tensor(chosen).to(self.device)
+
+    def _fetch(self, rows: list[Row]) -> None:
+        """Fetch how many keys were read in the steps since the last time."""
+        if self.method is not None and self._recorded:
+            record = self._record[self._bucket][: self._recorded].cpu().numpy()
+            start = 0
+            parts: list[list[np.ndarray]] = [[] for _ in rows]
+            for layer in self.layers:
+                if layer.reads is not None:
+                    each = layer.heads * layer.reads.shape[1]
+                    for place, part in enumerate(parts):
+                        part.append(record[:, start + place * each : start + (place + 1) * each])
+                    start += self._bucket * each
+            for row, part in zip(rows, parts, strict=True):
+                row.reads.append(np.concatenate(part, 1))
+        self._recorded = 0
+        self.cursor.zero_()
+
+    # --- CUDA graphs -------------------------------------------------------------------------------------------
+
+    def _graph(self) -> Any:
+        """The captured step for the rows that are loaded, or None where it cannot be captured."""
+        if self._bucket not in self.graphs and self.no_graph is None:
+            try:
+                self.graphs[self._bucket] = self._capture()
+            except Exception as error:  # modelling code of any kind
+                lines = str(error).strip().splitlines() or [""]
+                self.no_graph = f"the step cannot be captured ({type(error).__name__}: {lines[0]})"
+                logger.warning("decoding runs without CUDA graphs: %s", self.no_graph)
+        return self.graphs.get(self._bucket)
+
+    def _capture(self) -> Any:
+        statics = [self.ids, self.positions, self.cursor, *(layer.lengths for layer in self.layers)]
+        before = [tensor.clone() for tensor in statics]
+
+        def again() -> None:
+            for tensor, value in zip(statics, before, strict=True):
+                tensor.copy_(value)
+
+        mode = torch.cuda.get_sync_debug_mode()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                self._step()  # kernels are compiled and tensors made
+                again()
+                # A step that waits for the device would break the capture, and what comes after it.
+                torch.cuda.set_sync_debug_mode("error")
+                self._step()
+                again()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream().wait_stream(stream)
+            again()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph
+
+    # --- counting ----------------------------------------------------------------------------------------------
+
+    def _count(self, row: Row) -> None:
+        """Count all steps of a row in the layers that count."""
+        if not row.fed:
+            return
+        reads = np.concatenate(row.reads)[: row.fed] if row.reads else None
+        logical = row.prompt + 1 + np.arange(row.fed)
+        phase = row.counts.phases["decode"]
+        for reason in (self.no_graph if self.on_gpu else None, self.alone):
+            if reason is not None:
+                phase.loop_reasons[reason] += row.fed
+        start = 0
+        for index, (layer, held) in enumerate(zip(self.layers, row.held, strict=True)):
+            own = None
+            if layer.reads is not None and reads is not None:
+                each = layer.heads * layer.reads.shape[1]
+                own = reads[:, start : start + each].T.reshape(layer.heads, -1, row.fed)
+                start += each
+            if self.runtime.layers.get(index, "") is None:
+                row.counts.later(_counter(phase, index, layer, logical, own, self.method), held.lengths)
+
+
+def _counter(
+    phase: Any, index: int, layer: DecodeLayer, logical: np.ndarray, reads: np.ndarray | None, method: Any
+) -> Callable[[np.ndarray], None]:
+    shape, backend, steps = layer.shape, layer.backend, len(logical)
+
+    def count(held: np.ndarray) -> None:
+        visible = held[:, None] + 1 + np.arange(steps)
+        count_steps(phase, index, shape, visible, logical, reads, method, backend, calls=steps)
+
+    return count

@@ -1,0 +1,478 @@
+"""Answers decoded token by token: the same alone and side by side, whatever the storage, the limits and the loop."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.utils_hf import MultiTokenEOSCriteria
+from torch import Tensor
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from lm_eval_sparse import model as model_module
+from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.runtime import decoding
+from lm_eval_sparse.runtime.decoding import Decoder
+from lm_eval_sparse.runtime.memory import MemoryModel, out_of_memory
+from lm_eval_sparse.sampling import Sampling, Stop
+
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "phi3")
+#: Windows in all layers, learned positions.
+DENSE_FAMILIES = ("mistral", "gpt2", "opt")
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "quest": {"method": "quest", "budget": 32},
+    "quest own": {"method": "quest", "sparsity": 0.6, "page_size": 8, "share_pages": False},
+    "snapkv": {"method": "snapkv", "capacity": 24, "window": 8, "sinks": 2, "local": 4},
+    "ada+quest": {"method": "flexprefill+ada_snapkv+quest", "sparsity": 0.4, "page_size": 8},
+}
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """Fresh prompts in every run; a failure shows its seed."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+def words(rng: random.Random, number: int) -> str:
+    return "".join(rng.choice("abcdefghij klm nop qrs tuv") for _ in range(number))
+
+
+def prompts_of(rng: random.Random, number: int, low: int = 5, high: int = 180) -> list[str]:
+    return [words(rng, rng.randint(low, high)) for _ in range(number)]
+
+
+def request(prompt: str, options: dict[str, Any]) -> Instance:
+    return Instance("generate_until", {}, (prompt, options), 0, metadata=("t", 0, 1))
+
+
+def lm_of(family: str | Callable[[], Any], dtype: torch.dtype = torch.bfloat16, **options: Any) -> SparseHFLM:
+    model = tiny.family(family) if isinstance(family, str) else family()
+    model = model.to(dtype)
+    return SparseHFLM(pretrained=model, tokenizer=tiny.tiny_tokenizer(), **options)
+
+
+def generate(lm: SparseHFLM, prompts: list[str], **options: Any) -> list[Any]:
+    options = {"until": [], "max_gen_toks": 12, **options}
+    return lm.generate_until([request(prompt, options) for prompt in prompts], disable_tqdm=True)
+
+
+def decode_stats(texts: list[Any]) -> list[dict[str, Any]]:
+    return [text.stats["decode"] for text in texts]
+
+
+def all_stats(texts: list[Any]) -> list[dict[str, Any]]:
+    return [{**text.stats, "run": None} for text in texts]
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+CASES = [*((family, method) for family in FAMILIES for method in METHODS), *((f, "dense") for f in DENSE_FAMILIES)]
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_side_by_side_as_alone(rng: random.Random, family: str, method: str) -> None:
+    """Half precision, where products of one row and of several round differently: tokens and figures are the same."""
+    prompts = prompts_of(rng, 9)
+    alone = lm_of(family, **METHODS[method])
+    # What some of the answers hold ends them, so that rows leave the batch at different times.
+    until = [text[len(text) // 2] for text in generate(alone, prompts[:3]) if text]
+    texts = generate(alone, prompts, until=until)
+    together = lm_of(family, **METHODS[method], batch_size=7)
+    found = generate(together, prompts, until=until)
+    assert found == texts and all_stats(found) == all_stats(texts)
+    assert together._decoder.alone is None, "this machine rounds differently for several rows"
+    assert set(together.report()["phases"]["decode"]["loops"]) == {"eager"}
+    assert "loop_reasons" not in together.report()["phases"]["decode"]
+
+
+def test_rows_are_really_side_by_side(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard for the test above: steps of a batch see several rows, and fewer once rows have ended."""
+    widths: list[int] = []
+    step = Decoder._step
+    monkeypatch.setattr(Decoder, "_step", lambda self: (widths.append(self._bucket), step(self))[1])
+    lm = lm_of("llama", batch_size=6)
+    texts = generate(lm, prompts_of(rng, 6), until=["e"], max_gen_toks=30)
+    steps = [stats["calls"].get("dense", 0) // 2 for stats in decode_stats(texts)]
+    trials = 2 * len(lm._decoder._checked)
+    assert max(widths) == 6 and len(widths) < sum(steps) + trials
+    assert len(widths) >= max(steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_full_precision_is_decoded_one_at_a_time_on_a_cpu(rng: random.Random, dtype: torch.dtype) -> None:
+    prompts = prompts_of(rng, 5)
+    texts = generate(lm_of("llama", dtype), prompts)
+    lm = lm_of("llama", dtype, batch_size=5)
+    assert generate(lm, prompts) == texts and lm._decoder.most == 1
+
+
+def test_a_model_that_feels_its_neighbours_is_decoded_one_at_a_time(
+    rng: random.Random, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = prompts_of(rng, 6)
+
+    def made(**options: Any) -> SparseHFLM:
+        lm = lm_of("llama", **options)
+        # Its output depends on how many rows there are, as that of products does on other machines.
+        lm.model.lm_head.register_forward_hook(lambda module, args, out: out * (1 + len(out) / 64))
+        return lm
+
+    texts = generate(made(), prompts)
+    lm = made(batch_size=4)
+    with caplog.at_level(logging.WARNING):
+        found = generate(lm, prompts)
+    assert found == texts and "one at a time" in caplog.text
+    reasons = lm.report()["phases"]["decode"]["loop_reasons"]
+    assert len(reasons) == 1 and "round differently" in next(iter(reasons))
+
+
+def longrope() -> torch.nn.Module:
+    """A Phi-3 whose positions are stretched otherwise beyond 64 tokens."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [3.0 + n for n in range(8)]}
+    torch.manual_seed(0)
+    config = Phi3Config(
+        **tiny.COMMON, original_max_position_embeddings=64,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors},
+    )  # fmt: skip
+    return Phi3ForCausalLM(config).eval()
+
+
+def test_positions_that_depend_on_neighbours(rng: random.Random) -> None:
+    lm = lm_of(longrope, batch_size=4)
+    prompts = [words(rng, n) for n in (150, 60, 20, 55)]
+    assert generate(lm, prompts) == generate(lm_of(longrope), prompts)
+    assert "longrope" in next(iter(lm.report()["phases"]["decode"]["loop_reasons"]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fixed", [8, 32])
+def test_idle_rows_and_steps_ahead_change_nothing(
+    rng: random.Random, method: str, fixed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: a fixed number of rows, attention for some of them, one step running ahead of the host."""
+    prompts = prompts_of(rng, 7)
+    texts = generate(lm_of("gemma2", **METHODS[method]), prompts, until=["e"])
+    make = Decoder.__init__
+
+    def init(self: Decoder, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.fixed, self.depth, self.most = fixed, 2, 7
+        self.ids, self.positions, self.tokens_held, self.alive = (torch.zeros(32, dtype=torch.long) for _ in range(4))
+
+    monkeypatch.setattr(Decoder, "__init__", init)
+    monkeypatch.setattr(decoding, "RECORDED", 3)
+    lm = lm_of("gemma2", **METHODS[method], batch_size=7)
+    found = generate(lm, prompts, until=["e"])
+    assert lm._decoder.alone is None
+    assert found == texts and all_stats(found) == all_stats(texts)
+
+
+# --- storage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_answers_longer_than_their_room(
+    rng: random.Random, family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(rng, 5)
+    texts = generate(lm_of(family, **METHODS[method], batch_size=5), prompts, max_gen_toks=40)
+    grown: list[int] = []
+    grow = Decoder._grow
+    monkeypatch.setattr(Decoder, "_grow", lambda self: (grown.append(1), grow(self))[1])
+    monkeypatch.setattr(model_module, "RESERVE", 3)
+    monkeypatch.setattr(decoding, "LEAST_GROWTH", 5)
+    for batch_size in (1, 3):
+        grown.clear()
+        lm = lm_of(family, **METHODS[method], batch_size=batch_size)
+        found = generate(lm, prompts, max_gen_toks=40)
+        assert found == texts and all_stats(found) == all_stats(texts)
+        assert len(grown) >= 2
+
+
+def test_rows_that_wait_are_moved_too(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded one at a time, a row that has grown must not leave the others in storage that is gone."""
+    monkeypatch.setattr(model_module, "RESERVE", 2)
+    monkeypatch.setattr(decoding, "LEAST_GROWTH", 4)
+    prompts = prompts_of(rng, 4)
+    texts = generate(lm_of("llama", method="quest", budget=32), prompts, max_gen_toks=20)
+    monkeypatch.setattr(Decoder, "_goes_together", lambda self, rows: False)
+    assert generate(lm_of("llama", method="quest", budget=32, batch_size=4), prompts, max_gen_toks=20) == texts
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_held_is_what_is_accounted(rng: random.Random, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of the pools = bytes counted of every row + the room that is left for its answer."""
+    lm = lm_of("llama", **METHODS[method], batch_size=4)
+    length, reserve, seen = 150, 9, []
+    run = Decoder.run
+
+    def inspect(decoder: Decoder, rows: list[Any]) -> None:
+        config = lm.model.config
+        per_token = 2 * config.num_key_value_heads * config.head_dim * 2 * config.num_hidden_layers
+        for row in rows:
+            row.counts.figures()  # settle
+        counted = sum(float(layer[0].sum()) for row in rows for layer in row.counts.kv.values())
+        room = len(rows) * reserve * per_token
+        bounds = sum(pool.low.nbytes + pool.high.nbytes for pool in decoder.pools if pool.low is not None)
+        page = lm.runtime.plan.decode.method.page_size if lm.runtime.plan.decode else 0
+        # Bounds have room for the pages of the answer, too.
+        pages = sum(
+            2 * config.head_dim * 2 * -(-int(n) // page)
+            for row in rows for held in row.held for n in held.lengths
+        ) if page else 0  # fmt: skip
+        seen.append((decoder.held_bytes() - bounds, counted - pages + room, bounds, pages))
+        run(decoder, rows)
+
+    monkeypatch.setattr(Decoder, "run", inspect)
+    generate(lm, [words(rng, length) for _ in range(4)], max_gen_toks=reserve)
+    ((held, expected, bounds, pages),) = seen
+    assert held == expected
+    assert pages <= bounds <= 4 * pages if pages else not bounds
+
+
+def test_storage_outlives_a_batch_and_no_call(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[int] = []
+    run = Decoder.run
+    monkeypatch.setattr(
+        Decoder, "run", lambda self, rows: (places.append(self.pools[0].keys.data_ptr()), run(self, rows))[1]
+    )
+    lm = lm_of("llama", batch_size=2)
+    generate(lm, prompts_of(rng, 6))
+    assert len(places) == 3 and len(set(places)) == 1  # the longest prompts come first
+    assert lm._decoder.held_bytes() == 0
+
+
+# --- a budget that takes everything ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shared", [True, False])
+def test_full_budget_is_dense_for_500_steps(rng: random.Random, dtype: torch.dtype, shared: bool) -> None:
+    prompts = prompts_of(rng, 2, 20, 200)
+    options = {"max_gen_toks": 501, "min_new_tokens": 501}
+    texts = generate(lm_of("llama", dtype, batch_size=2), prompts, **options)
+    lm = lm_of("llama", dtype, batch_size=2, method="quest", budget=1024, share_pages=shared)
+    found = generate(lm, prompts, **options)
+    assert found == texts
+    for stats in decode_stats(found):
+        assert stats["calls"] == {"fallback": 500 * 2} and stats["executed_sparsity"] == 0
+
+
+# --- running out of memory -------------------------------------------------------------------------------------------
+
+
+def short_of(most: int, error: type[Exception] = torch.OutOfMemoryError) -> Callable[..., None]:
+    run = Decoder.run
+
+    def wrapper(decoder: Decoder, rows: list[Any]) -> None:
+        if len(rows) > most:
+            raise error("CUDA out of memory. Tried to allocate 20.00 GiB")
+        run(decoder, rows)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.0}])
+def test_a_batch_that_does_not_fit_is_halved(
+    rng: random.Random, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = prompts_of(rng, 11)
+    texts = generate(lm_of("llama", method="quest", budget=32), prompts, **options)
+    monkeypatch.setattr(Decoder, "run", short_of(2))
+    lm = lm_of("llama", method="quest", budget=32, batch_size=8)
+    with caplog.at_level(logging.WARNING):
+        found = generate(lm, prompts, **options)
+    assert found == texts and all_stats(found) == all_stats(texts)
+    assert lm.report()["batches_halved"] == 2
+    assert "with 8 prompts side by side" in caplog.text and "trying again with 4" in caplog.text
+    assert "trying again with 2" in caplog.text and lm.report()["prompts"] == 11
+
+
+def test_a_single_prompt_that_does_not_fit(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "run", short_of(0))
+    with pytest.raises(UserError, match="memory ran out with a single prompt of .* tokens"):
+        generate(lm_of("llama", batch_size=2), prompts_of(rng, 2))
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(decoder: Decoder, rows: list[Any]) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(Decoder, "run", wrong)
+    with pytest.raises(RuntimeError, match="shapes"):
+        generate(lm_of("llama", batch_size=2), prompts_of(rng, 2))
+    assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    assert out_of_memory(torch.OutOfMemoryError("any")) and not out_of_memory(RuntimeError("shapes"))
+
+
+# --- batch_size=auto -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dense", "snapkv"])
+def test_the_memory_model_knows_what_rows_hold(
+    rng: random.Random, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lm_of("gemma3", **METHODS[method], batch_size=3)
+    length, held = 140, []
+    run = Decoder.run
+    monkeypatch.setattr(Decoder, "run", lambda self, rows: (held.append(self.held_bytes()), run(self, rows))[1])
+    prompts = [words(rng, length)] * 3
+    tokens = len(lm.tok_encode(prompts[0]))
+    generate(lm, prompts, max_gen_toks=7)
+    assert held == [3 * lm.memory.row(tokens, 7, lm.runtime.plan)]
+
+
+def test_auto_takes_what_fits(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = lm_of("llama", batch_size="auto")
+    plan, lengths = lm.runtime.plan, [4000, 3000, 3000, 2000, 1000]
+    need = [lm.memory.row(length, 64, plan) for length in lengths]
+    for number in range(1, 6):
+        enough = (lm.memory.prefill(4000) + sum(need[:number])) / 0.8
+        monkeypatch.setattr(MemoryModel, "free", lambda self, enough=enough: enough + 16)
+        assert lm.memory.rows(lengths, 64, plan) == number
+        monkeypatch.setattr(MemoryModel, "free", lambda self, enough=enough: enough - 16)
+        assert lm.memory.rows(lengths, 64, plan) == max(1, number - 1)
+    rows: list[int] = []
+    run = Decoder.run
+    monkeypatch.setattr(Decoder, "run", lambda self, batch: (rows.append(len(batch)), run(self, batch))[1])
+    prompts = prompts_of(rng, 5)
+    monkeypatch.setattr(MemoryModel, "free", lambda self: 1 << 34)
+    texts = generate(lm, prompts)
+    monkeypatch.setattr(MemoryModel, "free", lambda self: 0)
+    assert rows == [5] and generate(lm, prompts) == texts and rows == [5] + [1] * 5
+
+
+@pytest.mark.parametrize("batch_size", ["auto", "auto:4", 3])
+def test_auto_means_the_same_answers(rng: random.Random, batch_size: Any) -> None:
+    prompts = prompts_of(rng, 6)
+    lm = lm_of("qwen3", **METHODS["ada+quest"], batch_size=batch_size, max_batch_size=4)
+    assert generate(lm, prompts) == generate(lm_of("qwen3", **METHODS["ada+quest"]), prompts)
+
+
+# --- when an answer ends ---------------------------------------------------------------------------------------------
+
+
+def test_stop_strings_as_lm_eval(rng: random.Random) -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    for _ in range(60):
+        until = [words(rng, rng.randint(1, 4)) for _ in range(rng.randint(1, 3))]
+        stop = Stop(tokenizer, Stop.lookback(tokenizer, until), set(), 10**6)
+        theirs = [MultiTokenEOSCriteria(text, tokenizer, 0, 1) for text in until]
+        tokens: list[int] = []
+        for _ in range(40):
+            tokens.append(rng.choice(tokenizer(words(rng, 3)).input_ids))
+            expected = any([criterion(torch.tensor([tokens]), None) for criterion in theirs])
+            assert stop(tokens) == expected
+            if expected:
+                break
+
+
+def test_ends_and_limits() -> None:
+    stop = Stop(tiny.tiny_tokenizer(), {}, {5, 7}, 3)
+    assert [stop(tokens) for tokens in ([1], [5], [1, 7], [1, 5, 2], [7, 1])] == [False, True, True, True, False]
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 20, "max_gen_toks": 10}
+
+
+def test_sampled_answers_do_not_feel_their_neighbours(rng: random.Random) -> None:
+    prompts = prompts_of(rng, 5)
+    texts = generate(lm_of("llama"), prompts, **SAMPLED)
+    found = generate(lm_of("llama", batch_size=5), [*prompts[::-1]], **SAMPLED)
+    assert found[::-1] == texts
+    assert generate(lm_of("llama"), prompts[2:3], **SAMPLED) == texts[2:3]
+
+
+def test_repetitions_of_a_prompt_differ(rng: random.Random) -> None:
+    (prompt,) = prompts_of(rng, 1)
+    texts = generate(lm_of("llama", batch_size=3), [prompt] * 6, **SAMPLED)
+    assert len(set(texts)) > 3
+    assert Counter(generate(lm_of("llama"), [prompt] * 6, **SAMPLED)) == Counter(texts)
+
+
+def test_draws_have_the_distribution_asked_for(rng: random.Random) -> None:
+    """A chi-square test of 4000 first draws against the processed softmax."""
+    lm = lm_of("llama", torch.float32)
+    logits = torch.randn(lm.model.config.vocab_size, generator=torch.Generator().manual_seed(rng.randrange(2**31)))
+    sampling = Sampling.of(lm.model, {"do_sample": True, "temperature": 0.8, "top_k": 12}, lm.device)
+    ids, met = torch.tensor([[3, 5, 8]]), Counter()
+    draws = Counter(sampling.row(ids, met)(logits, []) for _ in range(4000))
+    best = logits.topk(12).indices
+    expected = (logits[best] / 0.8).softmax(-1) * 4000
+    assert set(draws) <= set(best.tolist())
+    observed = torch.tensor([float(draws[int(token)]) for token in best])
+    # 11 degrees of freedom: above 45 once in 200,000 runs.
+    assert float(((observed - expected) ** 2 / expected).sum()) < 45
+
+
+# --- what transformers decodes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("llama", {"num_beams": 2}, "generation by beam_search"),
+        ("llama", {"max_time": 1000.0}, "generation arguments max_time"),
+        ("lfm2", {}, "the model keeps more than keys and values"),
+        ("deepseek_v3", {}, "caches something else than the keys and values that attention reads"),
+    ],
+)
+def test_what_is_not_decoded_here_is_counted(
+    rng: random.Random, family: str, options: dict[str, Any], reason: str
+) -> None:
+    prompts = prompts_of(rng, 3)
+    lm = lm_of(family, torch.float32, batch_size=3)
+    found = generate(lm, prompts, **options)
+    assert found == generate(lm_of(family, torch.float32), prompts, **options)
+    decode = lm.report()["phases"]["decode"]
+    assert set(decode["loops"]) == {"transformers"} and reason in next(iter(decode["loop_reasons"]))
+
+
+def test_a_model_whose_decoding_goes_wrong_is_left_to_transformers(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token decoded must be that of the model's own attention."""
+    prompts = prompts_of(rng, 2)
+    texts = generate(lm_of("llama", torch.float32), prompts)
+
+    def shifted(layer: Any, rows: int) -> RaggedKV:
+        kv = kv_of(layer, rows)
+        return RaggedKV(kv.keys, kv.values.flip(0), kv.starts, kv.lengths, kv.longest)
+
+    kv_of = decoding.DecodeLayer.kv
+    monkeypatch.setattr(decoding.DecodeLayer, "kv", shifted)
+    lm = lm_of("llama", torch.float32)
+    assert generate(lm, prompts) == texts
+    assert "differ from the model's own" in next(iter(lm.report()["phases"]["decode"]["loop_reasons"]))
+
+
+def test_positions_are_those_of_the_prompt(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    step = Decoder._step
+
+    def noted(self: Decoder) -> None:
+        seen.append((self.positions.clone(), self.alive.clone()))
+        step(self)
+
+    monkeypatch.setattr(Decoder, "_step", noted)
+    prompt = words(rng, 50)
+    lm = lm_of("llama", torch.float32)
+    generate(lm, [prompt], max_gen_toks=5)
+    length = len(lm.tok_encode(prompt))
+    assert [int(positions[0]) for positions, _ in seen[-4:]] == list(range(length, length + 4))

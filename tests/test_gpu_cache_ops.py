@@ -1,0 +1,312 @@
+"""Operators on caches on a CUDA device: against definitions, without waiting, in graphs, whatever else is in a call.
+
+Each combination of what Triton compiles for is one test that makes many random calls, so `pytest -n 8` spreads the
+compilation. A failing test shows its seed; GPU_CACHE_OPS_SEED=<seed> repeats it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from cache_cases import (
+    GROUPS,
+    PAGE_SIZES,
+    Case,
+    Draw,
+    assert_same_lists,
+    check_append,
+    check_budget,
+    check_compact,
+    check_scores,
+    check_select,
+    check_update,
+    complete_pages,
+    random_case,
+)
+from torch import Tensor
+
+from lm_eval_sparse.kernels.append import append
+from lm_eval_sparse.kernels.compaction import compact
+from lm_eval_sparse.kernels.estimators import PageBounds, page_scores, update_bounds
+from lm_eval_sparse.kernels.page_select import MOST_PAGES, PageBudget, select_pages
+from lm_eval_sparse.kernels.ragged import RaggedKV
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DIMS = (64, 80, 96, 128, 192, 256)
+#: Calls of each operator for each dtype and page size: 12 * 18 * 5 calls.
+CALLS = 18
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 1000, 5000)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_threads() -> Iterator[None]:
+    """Several of these tests run at a time, see above."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def draw() -> Draw:
+    seed = int(os.environ.get("GPU_CACHE_OPS_SEED") or random.SystemRandom().randrange(1 << 31))
+    print(f"GPU_CACHE_OPS_SEED={seed}")
+    return Draw(seed)
+
+
+@contextmanager
+def not_waiting() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+COMBINATIONS = list(enumerate(itertools.product(DTYPES, PAGE_SIZES)))
+
+
+@pytest.mark.parametrize(("place", "kinds"), COMBINATIONS, ids=str)
+def test_random_calls(draw: Draw, place: int, kinds: tuple[torch.dtype, int]) -> None:
+    dtype, page_size = kinds
+    # What is compiled for is fixed for a combination.
+    dims, heads, group = DIMS[place % 6 :][:1] or DIMS[:1], (8, 3, 1, 2)[place % 4], GROUPS[place // 3 % 4]
+    for _ in range(CALLS):
+        case = random_case(draw, dtype, heads=heads, page_size=page_size, dims=dims, lengths=LENGTHS)
+        print(case.lengths, "steps", case.steps)
+        check_update(case, "triton", DEVICE)
+        check_append(case.to("cpu"), "triton", DEVICE)
+        check_scores(case, "triton", DEVICE, group)
+        check_select(case, "triton", DEVICE, naive=True)
+        check_compact(draw, dtype, "triton", DEVICE, longest=2000)
+
+
+def test_naive_versions(draw: Draw) -> None:
+    for _ in range(20):
+        case = random_case(draw, draw.rng.choice(DTYPES))
+        check_update(case, "naive", DEVICE)
+        check_append(case.to("cpu"), "naive", DEVICE)
+        check_scores(case, "naive", DEVICE)
+        check_select(case, "naive", DEVICE)
+        check_compact(draw, torch.bfloat16, "naive", DEVICE)
+        check_budget(draw, DEVICE)
+
+
+def test_budgets_of_many_rows(draw: Draw) -> None:
+    """The kernel rounds shares of long rows as torch does."""
+    heads, rows, size = 8, 400, 16
+    for sparsity in (0.5, 0.75, 0.9, 0.95, 1 / 3, draw.rng.random()):
+        top = torch.randint(1, 16000, (rows, 1), generator=draw.generator)
+        lengths = (torch.rand(rows, heads, generator=draw.generator) * top).int().clamp(min=1).flatten()
+        logical = top[:, 0] + torch.randint(0, 100000, (rows,), generator=draw.generator)
+        keys = torch.zeros(16001, 16)
+        kv = RaggedKV(keys, keys, torch.zeros(len(lengths), dtype=torch.int64), lengths, 16000)
+        scores = draw.normal(len(lengths), 1, 1, 1000)
+        budget = PageBudget(size, None, 1 - sparsity, heads)
+        expected = select_pages(scores, kv, logical, budget, width=1001, backend="naive")
+        on = RaggedKV(keys.to(DEVICE), keys.to(DEVICE), kv.starts.to(DEVICE), lengths.to(DEVICE), 16000)
+        found = select_pages(scores.to(DEVICE), on, logical.to(DEVICE), budget, width=1001)
+        assert_same_lists(found, expected)
+
+
+@pytest.mark.parametrize("pages", [2048, 8192, 16384, MOST_PAGES, MOST_PAGES + 1])
+def test_many_pages(draw: Draw, pages: int) -> None:
+    """Up to more than a program holds, where the naive version takes over and does not wait either."""
+    length = pages * 8 + 3
+    keys = torch.zeros(length, 16, device=DEVICE)
+    kv = RaggedKV.of(keys, keys, [0, 0], [length, length // 2])
+    logical = torch.tensor([length, length], device=DEVICE)
+    for kind in range(4):
+        scores = draw.normal(2, 2, 1, pages)
+        if kind == 1:
+            scores = scores.round()
+        elif kind == 2:
+            scores[:] = float("nan")
+        elif kind == 3:
+            scores[..., :: draw.rng.randrange(2, 9)] *= 1e30
+        for budget in (PageBudget(8, 128, None, 1), PageBudget(8, None, 0.05, 1), PageBudget(8, None, 0.9, 1)):
+            on = scores.to(DEVICE)
+            select_pages(on, kv, logical, budget, width=pages + 1)
+            with not_waiting():
+                found = select_pages(on, kv, logical, budget, width=pages + 1)
+            cpu = RaggedKV(keys.cpu(), keys.cpu(), kv.starts.cpu(), kv.lengths.cpu(), kv.longest)
+            assert_same_lists(found, select_pages(scores, cpu, logical.cpu(), budget, width=pages + 1))
+
+
+def test_a_long_prompt(draw: Draw) -> None:
+    """128K tokens of 8 heads: every program of a large grid."""
+    heads, length, dim, size = 8, 131072 + 5, 128, 16
+    keys = torch.randn(heads * length, dim, device=DEVICE).bfloat16()
+    kv = RaggedKV.of(keys, keys, [head * length for head in range(heads)], [length] * heads)
+    bounds = PageBounds.empty([-(-length // size)] * heads, keys, size)
+    update_bounds(kv, bounds, torch.zeros(heads, dtype=torch.int32, device=DEVICE))
+    paged = keys.view(heads, length, dim)[:, : length // size * size].unflatten(1, (-1, size))
+    low, high = (bound.view(heads, -1, dim) for bound in (bounds.low, bounds.high))
+    assert torch.equal(low[:, :-1], paged.amin(2)) and torch.equal(high[:, :-1], paged.amax(2))
+    tail = keys.view(heads, length, dim)[:, length // size * size :]
+    assert torch.equal(low[:, -1], tail.amin(1)) and torch.equal(high[:, -1], tail.amax(1))
+    query = torch.randn(heads, 4, 1, dim, device=DEVICE).bfloat16()
+    for shared in (True, False):
+        scores = page_scores(query, bounds, kv, shared=shared, pages=length // size)
+        expected = torch.maximum(query.float() * low[:, None].float(), query.float() * high[:, None].float()).sum(-1)
+        expected = expected.sum(1, keepdim=True) if shared else expected
+        torch.testing.assert_close(scores[:, :, 0], expected[..., : length // size], rtol=1e-5, atol=1e-3)
+
+
+def test_storages_of_more_than_two_to_the_31_elements(draw: Draw) -> None:
+    dim, size = 128, 16
+    keys, values = (torch.empty((1 << 31) // dim + 1000, dim, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    start = len(keys) - 500
+    keys[start : start + 100] = torch.randn(100, dim, device=DEVICE).half()
+    kv = RaggedKV.of(keys, values, [start], [100])
+    bounds = PageBounds(size, torch.empty_like(keys), torch.empty_like(keys), torch.tensor([start], device=DEVICE))
+    update_bounds(kv, bounds, torch.zeros(1, dtype=torch.int32, device=DEVICE))
+    new = torch.randn(1, 1, dim, device=DEVICE).half()
+    append(kv, new, new + 1, bounds)
+    assert torch.equal(keys[start + 100], new[0, 0]) and torch.equal(values[start + 100], new[0, 0] + 1)
+    held = keys[start : start + 96].unflatten(0, (6, size))
+    assert torch.equal(bounds.low[start : start + 6], held.amin(1))
+    assert torch.equal(bounds.high[start + 6], keys[start + 96 : start + 101].amax(0))
+    query = torch.randn(1, 1, 1, dim, device=DEVICE).half()
+    scores = page_scores(query, bounds, kv, shared=True, pages=6)[0, 0, 0]
+    expected = torch.maximum(query[0, 0] * held.amin(1).float(), query[0, 0] * held.amax(1).float()).sum(-1)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-3)
+    ids, one = torch.tensor([[start + 100]], device=DEVICE), torch.tensor([1], device=DEVICE)
+    compact(keys[None], values[None], ids, one, torch.tensor([start + 300], device=DEVICE), keys, values)
+    assert torch.equal(keys[start + 300], new[0, 0]) and torch.equal(values[start + 300], new[0, 0] + 1)
+
+
+def decode_step(case: Case, states: tuple[Tensor, ...], logical: Tensor, budget: PageBudget, pages: int) -> Callable:
+    """Append, score and select; what a captured decode step does with these operators."""
+    keys, values, query = states
+
+    def step():
+        append(case.kv, keys, values, case.bounds)
+        logical.add_(keys.shape[1])
+        scores = page_scores(query, case.bounds, case.kv, shared=True, pages=pages)
+        return select_pages(scores, case.kv, logical, budget, width=pages + 1)
+
+    return step
+
+
+@pytest.mark.parametrize("keep", [None, 0.3])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_graphs_read_what_is_true_when_they_are_replayed(draw: Draw, steps: int, keep: float | None) -> None:
+    case = random_case(draw, torch.bfloat16, rows=4, heads=2, steps=steps, page_size=16, dims=(128,), lengths=LENGTHS)
+    case.set_bounds()
+    most = 6000
+    budget = PageBudget(16, 5 if keep is None else None, keep, 2)
+
+    def states() -> list[Tensor]:
+        return [draw.normal(8, steps, 128, dtype=torch.bfloat16), draw.normal(8, steps, 128, dtype=torch.bfloat16)] + [
+            draw.normal(8, 4, steps, 128, dtype=torch.bfloat16)
+        ]
+
+    def logical(case: Case) -> Tensor:
+        return torch.tensor([max(case.lengths[row : row + 2]) for row in range(0, 8, 2)], device=DEVICE)
+
+    on = case.to(DEVICE)
+    on.kv = RaggedKV(on.kv.keys, on.kv.values, on.kv.starts, on.kv.lengths, most)
+    held, tokens = [state.to(DEVICE) for state in states()], logical(case)
+    step = decode_step(on, tuple(held), tokens, budget, -(-most // 16))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        with not_waiting():
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        selection = step()
+    whole = case.lengths
+    for turn in range(6):
+        # Sequences are cut back, leave and come back.
+        lengths = [draw.rng.choice((length, max(steps, length // 3))) if length else 0 for length in whole]
+        if turn % 2:
+            row = draw.rng.randrange(4) * 2
+            lengths[row : row + 2] = [0, 0]
+        for some in (case, on):
+            some.kv.lengths.copy_(torch.tensor(lengths))
+            some.kv.keys.copy_(case.kv.keys)
+            some.kv.values.copy_(case.kv.values)
+        case.set_bounds()
+        for bound in ("low", "high"):
+            getattr(on.bounds, bound).copy_(getattr(case.bounds, bound))
+        eager = case.to(DEVICE)
+        fresh = states()
+        for state, new in zip(held, fresh, strict=True):
+            state.copy_(new)
+        tokens.copy_(logical(case))
+        graph.replay()
+        expected = decode_step(eager, tuple(s.to(DEVICE) for s in fresh), logical(case), budget, -(-most // 16))()
+        on.same(eager)
+        assert_same_lists(selection, expected)
+
+
+def test_nothing_waits(draw: Draw) -> None:
+    case = random_case(draw, torch.bfloat16, rows=2, heads=2, steps=3, page_size=16, dims=(128,)).to(DEVICE)
+    pages = -(-case.kv.longest // 16) + 10
+    before = torch.zeros_like(case.kv.lengths)
+    states = draw.normal(4, 3, 128, dtype=torch.bfloat16).to(DEVICE)
+    query = draw.normal(4, 4, 3, 128, dtype=torch.bfloat16).to(DEVICE)
+    logical = torch.tensor([500, 600], device=DEVICE)
+    source = draw.normal(4, 50, 128, dtype=torch.bfloat16).to(DEVICE)
+    indices = torch.arange(20, device=DEVICE).expand(4, -1).contiguous()
+    counts, starts = torch.full((4,), 20, device=DEVICE), torch.arange(4, device=DEVICE) * 20
+    outs = torch.empty(80, 128, dtype=torch.bfloat16, device=DEVICE), torch.empty(80, 128, device=DEVICE).bfloat16()
+
+    def everything() -> None:
+        update_bounds(case.kv, case.bounds, before)
+        append(case.kv, states, states, case.bounds)
+        append(case.kv, states[:, :1], states[:, :1])
+        for shared in (True, False):
+            scores = page_scores(query, case.bounds, case.kv, shared=shared, pages=pages)
+            for budget in (PageBudget(16, 2, None, 2), PageBudget(16, None, 0.25, 2)):
+                select_pages(scores, case.kv, logical, budget, width=pages + 1)
+        compact(source, source, indices, counts, starts, *outs)
+
+    everything()
+    with not_waiting():
+        everything()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_row_does_not_depend_on_others(draw: Draw, shared: bool) -> None:
+    """To the bit, alone or in a batch, in a larger storage, with other bounds on lengths."""
+    for _ in range(6):
+        case = random_case(draw, torch.bfloat16, rows=5, heads=2, page_size=16, dims=(128,), lengths=LENGTHS)
+        case.set_bounds()
+        on, steps = case.to(DEVICE), case.steps
+        query = draw.normal(10, 4, steps, 128, dtype=torch.bfloat16).to(DEVICE)
+        logical = torch.tensor([max(case.lengths[row : row + 2]) for row in range(0, 10, 2)], device=DEVICE)
+        budget = PageBudget(16, None, 0.3, 2)
+        most = -(-max(case.lengths) // 16)
+        scores = page_scores(query, on.bounds, on.kv, shared=shared, pages=most)
+        together = select_pages(scores, on.kv, logical, budget, width=most + 1)
+        for row in range(5):
+            part, pages = slice(2 * row, 2 * row + 2), most + draw.rng.choice((0, 7, 500))
+            kv = on.kv.part(part)
+            kv = RaggedKV(kv.keys, kv.values, kv.starts, kv.lengths, pages * 16)
+            alone = page_scores(query[part], on.bounds.part(part), kv, shared=shared, pages=pages)
+            for s in range(2):
+                for t in range(steps):
+                    complete = complete_pages(case, 2 * row + s, t)
+                    assert torch.equal(alone[s, :, t, :complete], scores[2 * row + s, :, t, :complete])
+            found = select_pages(alone, kv, logical[row : row + 1], budget, width=pages + 1)
+            counts = together.counts[part]
+            assert torch.equal(found.counts, counts)
+            valid = torch.arange(most + 1, device=DEVICE) < counts[..., None]
+            assert torch.equal(found.pages[..., : most + 1][valid], together.pages[part][valid])
