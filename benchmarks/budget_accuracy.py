@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import lm_eval_sparse
-from lm_eval_sparse.kernels.estimators import PageBounds
+from lm_eval_sparse.kernels.estimators import PageBounds, update_bounds
 from lm_eval_sparse.kernels.layout import causal_pairs
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import METHODS, DecodeContext, DecodeMethod, EvictionMethod, Method, PrefillMethod
@@ -93,17 +93,17 @@ def measured(method: Method, query: Tensor, key: Tensor, sparsity: float) -> tup
         found = 1 - selection.layout.executed_pairs().double() / causal_pairs(length)
     elif isinstance(method, EvictionMethod):
         selection = method.select(query, key, scale=dim**-0.5, softcap=None, sparsity=sparsity)
-        found = 1 - torch.tensor(selection.counts).double() / length
+        found = 1 - selection.counts.double() / length
     else:
         assert isinstance(method, DecodeMethod)
         flat, starts = key.reshape(-1, dim), [head * length for head in range(kv_heads)]
-        bounds = PageBounds.empty(kv_heads, -(-length // method.page_size), flat, method.page_size)
-        bounds.update(flat, starts, [0] * kv_heads, [length] * kv_heads)
-        visible = (torch.arange(length - STEPS, length) + 1).expand(kv_heads, -1)
-        context = DecodeContext(RaggedKV(flat, flat, starts, [length] * kv_heads), visible, visible, bounds)
+        kv = RaggedKV.of(flat, flat, starts, [length] * kv_heads)
+        bounds = PageBounds.empty([-(-length // method.page_size)] * kv_heads, flat, method.page_size)
+        update_bounds(kv, bounds, torch.zeros_like(kv.lengths))
+        context = DecodeContext(kv, torch.tensor([length], device=key.device), bounds, kv_heads)
         grouped = query[:, -STEPS:].reshape(kv_heads, heads // kv_heads, STEPS, dim)
-        keys_read = method.select(grouped, context, sparsity=sparsity).keys_read
-        found = 1 - keys_read.double().sum(-1).flatten() / visible[0].sum()
+        keys_read = method.select(grouped, context, sparsity=sparsity).keys_read(kv)
+        found = 1 - keys_read.double().sum(-1).flatten() / kv.visible(STEPS)[0].sum()
     return float(found.mean()), float(found.min()), float(found.max())
 
 

@@ -36,11 +36,13 @@ def entries(selection: Any) -> Tensor:
             found.append(layout.column_keys().flatten())
         return torch.cat(found).cpu()
     if hasattr(selection, "indices"):
-        chosen = [set(ids[:count].tolist()) for ids, count in zip(selection.indices, selection.counts, strict=True)]
+        counts = selection.counts.tolist()
+        chosen = [set(ids[:count].tolist()) for ids, count in zip(selection.indices, counts, strict=True)]
         longest = 1 + max(max(ids) for ids in chosen)
         return torch.tensor([[token in ids for token in range(longest)] for ids in chosen]).flatten()
-    pages, counts = selection.pages.pages.long(), selection.pages.counts
-    valid = torch.arange(pages.shape[-1], device=pages.device) < counts[..., None]
+    counts = selection.counts
+    valid = torch.arange(selection.pages.shape[-1], device=counts.device) < counts[..., None]
+    pages = selection.pages.long().where(valid, 0)  # what stands behind the counts is undefined
     hits = torch.zeros(*counts.shape, int(pages.max()) + 1, dtype=torch.int32, device=pages.device)
     return (hits.scatter_add_(-1, pages, valid.to(torch.int32)) > 0).flatten().cpu()
 
@@ -93,7 +95,7 @@ def run(device: str, method: str, options: argparse.Namespace, tasks: TaskManage
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="forced_frontier_niah_4k")
+    parser.add_argument("--task", default="forced_frontier_niah_4k", help="one that is scored, not generated")
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--limit", type=int, default=2)
     parser.add_argument("--method", nargs="+", default=METHOD_NAMES)

@@ -748,6 +748,8 @@ class SparseHFLM(HFLM):
             return reason
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             return "the model takes no positions"
+        if len({parameter.device for parameter in self.model.parameters()}) > 1:
+            return "the model is spread over several devices"
 
         def call(ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
             return self._forward(ids, cache=cache, positions=positions)[:, -1]
@@ -755,7 +757,7 @@ class SparseHFLM(HFLM):
         mixed = None if self.mixed_precision_dtype is None else "mixed precision"
         decoder = Decoder(call, self.model.config, self.runtime, self.device, self.model.dtype, no_graph=mixed)
         kinds = [getattr(module, "rope_type", None) for module in self.model.modules()]
-        for kind in (name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])):
+        for kind in (name for found in kinds for name in (found.values() if isinstance(found, dict) else [found])):
             if kind in ("dynamic", "longrope"):  # they stretch the positions of all rows by the longest one
                 decoder.alone = f"positions of kind {kind!r} depend on the neighbours"
         ids, wanted = self._reference

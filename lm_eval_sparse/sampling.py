@@ -36,8 +36,8 @@ class Stop:
     itself, and two more.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, lookback: dict[int, list[str]], ends: set[int], limit: int):
-        self.tokenizer, self.lookback, self.ends, self.limit = tokenizer, lookback, ends, limit
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: dict[int, list[str]], ends: set[int], limit: int):
+        self.tokenizer, self.strings, self.ends, self.limit = tokenizer, strings, ends, limit
 
     @staticmethod
     def lookback(tokenizer: PreTrainedTokenizerBase, until: Sequence[str]) -> dict[int, list[str]]:
@@ -50,7 +50,7 @@ class Stop:
     def __call__(self, tokens: list[int]) -> bool:
         if len(tokens) >= self.limit or tokens[-1] in self.ends:
             return True
-        for number, stops in self.lookback.items():
+        for number, stops in self.strings.items():
             text = self.tokenizer.decode(tokens[-number:])
             if any(stop in text for stop in stops):
                 return True

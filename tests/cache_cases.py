@@ -278,10 +278,13 @@ def random_logical(case: Case) -> Tensor:
     )
 
 
-def random_scores(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+#: Kinds of scores that `random_scores` makes.
+SCORE_KINDS = 8
+
+
+def random_scores(draw: Draw, shape: tuple[int, ...], kind: int) -> Tensor:
     """Scores of many kinds: spread, mostly equal, signed zeros, with infinities, with what is not a number."""
     scores = draw.normal(*shape)
-    kind = draw.rng.randrange(8)
     if kind == 1:
         scores = scores.round()
     elif kind == 2:
@@ -306,12 +309,17 @@ def selected(scores: Tensor, before: int, read: int) -> list[int]:
     return [*sorted(best), before]
 
 
-def check_select(case: Case, backend: str, device: str = "cpu", naive: bool = False) -> None:
+def check_select(
+    case: Case, backend: str, device: str = "cpu", *, naive: bool = False, kind: int | None = None, keep: float = 0.0
+) -> None:
     """Against the definition, or against the naive version on the CPU."""
     draw, sequences, steps = case.draw, len(case.lengths), case.steps
-    budget, logical = random_budget(draw, case.size, case.heads), random_logical(case)
+    budget = PageBudget(case.size, None, keep, case.heads) if keep else random_budget(draw, case.size, case.heads)
+    logical = random_logical(case)
     lists, pages = draw.rng.choice((1, 1, 3)), max(case.lengths) // case.size + draw.rng.randrange(3)
-    scores = random_scores(draw, (sequences, lists, steps, pages))
+    scores = random_scores(
+        draw, (sequences, lists, steps, pages), draw.rng.randrange(SCORE_KINDS) if kind is None else kind
+    )
     tokens = (logical[:, None] + torch.arange(1 - steps, 1)).repeat_interleave(case.heads, 0)
     before, read = budget_by_turns(case.kv.visible(steps), tokens, budget)
     for s in range(sequences):  # what stands behind the complete pages may be anything

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cache_cases import (
     PAGE_SIZES,
+    SCORE_KINDS,
     Draw,
     check_append,
     check_budget,
@@ -114,6 +115,25 @@ def test_scores(draw: Draw, backend: str, page_size: int) -> None:
 def test_selection(draw: Draw, backend: str, page_size: int) -> None:
     for case in cases(draw, backend, page_size, room=3, dims=(16,)):
         check_select(case, backend)
+
+
+@pytest.mark.parametrize("kind", range(SCORE_KINDS))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selection_from_scores_of_all_kinds(draw: Draw, backend: str, kind: int) -> None:
+    for keep in (0.3, 0.7):
+        case = random_case(draw, rows=3, steps=1, heads=2, page_size=8, room=3, dims=(16,), lengths=(63, 65, 200))
+        check_select(case, backend, kind=kind, keep=keep)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selection_shares_the_pages_of_evicted_rows(draw: Draw, backend: str, heads: int) -> None:
+    """Many rows, so that all kinds of sharing are among them; shares that leave halves of pages to be rounded."""
+    for keep in (0.25, 0.5):
+        case = random_case(
+            draw, rows=20, steps=1, heads=heads, page_size=8, room=3, dims=(16,), lengths=tuple(range(1, 90))
+        )
+        check_select(case, backend, kind=0, keep=keep)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

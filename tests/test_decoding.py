@@ -13,17 +13,23 @@ import tiny
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils_hf import MultiTokenEOSCriteria
+from prefill_cases import interpreter_missing
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from lm_eval_sparse import model as model_module
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.kernels import backends
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.model import SparseHFLM
 from lm_eval_sparse.runtime import decoding
 from lm_eval_sparse.runtime.decoding import Decoder
 from lm_eval_sparse.runtime.memory import MemoryModel, out_of_memory
 from lm_eval_sparse.sampling import Sampling, Stop
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOOP = "cuda_graph" if DEVICE == "cuda" else "eager"
+on_a_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="what a CPU does")
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "phi3")
 #: Windows in all layers, learned positions.
@@ -59,8 +65,8 @@ def request(prompt: str, options: dict[str, Any]) -> Instance:
 
 def lm_of(family: str | Callable[[], Any], dtype: torch.dtype = torch.bfloat16, **options: Any) -> SparseHFLM:
     model = tiny.family(family) if isinstance(family, str) else family()
-    model = model.to(dtype)
-    return SparseHFLM(pretrained=model, tokenizer=tiny.tiny_tokenizer(), **options)
+    model = model.to(DEVICE, dtype)
+    return SparseHFLM(pretrained=model, tokenizer=tiny.tiny_tokenizer(), device=DEVICE, **options)
 
 
 def generate(lm: SparseHFLM, prompts: list[str], **options: Any) -> list[Any]:
@@ -94,10 +100,11 @@ def test_side_by_side_as_alone(rng: random.Random, family: str, method: str) -> 
     found = generate(together, prompts, until=until)
     assert found == texts and all_stats(found) == all_stats(texts)
     assert together._decoder.alone is None, "this machine rounds differently for several rows"
-    assert set(together.report()["phases"]["decode"]["loops"]) == {"eager"}
+    assert set(together.report()["phases"]["decode"]["loops"]) == {LOOP}
     assert "loop_reasons" not in together.report()["phases"]["decode"]
 
 
+@on_a_cpu
 def test_rows_are_really_side_by_side(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard for the test above: steps of a batch see several rows, and fewer once rows have ended."""
     widths: list[int] = []
@@ -111,6 +118,7 @@ def test_rows_are_really_side_by_side(rng: random.Random, monkeypatch: pytest.Mo
     assert len(widths) >= max(steps)
 
 
+@on_a_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_full_precision_is_decoded_one_at_a_time_on_a_cpu(rng: random.Random, dtype: torch.dtype) -> None:
     prompts = prompts_of(rng, 5)
@@ -157,6 +165,7 @@ def test_positions_that_depend_on_neighbours(rng: random.Random) -> None:
     assert "longrope" in next(iter(lm.report()["phases"]["decode"]["loop_reasons"]))
 
 
+@on_a_cpu
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fixed", [8, 32])
 def test_idle_rows_and_steps_ahead_change_nothing(
@@ -178,6 +187,25 @@ def test_idle_rows_and_steps_ahead_change_nothing(
     found = generate(lm, prompts, until=["e"])
     assert lm._decoder.alone is None
     assert found == texts and all_stats(found) == all_stats(texts)
+
+
+@on_a_cpu
+@pytest.mark.skipif(interpreter_missing() is not None, reason=str(interpreter_missing()))
+@pytest.mark.parametrize(("family", "method"), [("llama", "ada+quest"), ("gemma3", "dense")])
+def test_kernels_decode_the_same_tokens(
+    rng: random.Random, family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All operators of a step in Triton, under its interpreter, against torch."""
+    prompts = prompts_of(rng, 3, 5, 60)
+    options = {"until": [], "max_gen_toks": 3}
+    knobs = {**METHODS[method], "method": METHODS[method].get("method", "dense").removeprefix("flexprefill+")}
+    expected = generate(lm_of(family, torch.float32, **knobs), prompts, **options)
+    monkeypatch.setattr(backends, "AUTO_ELSEWHERE", "triton")
+    lm = lm_of(family, torch.float32, **knobs, backend="triton")
+    found = generate(lm, prompts, **options)
+    assert found == expected and set(lm.report()["phases"]["decode"]["backends"]) == {"triton"}
+    for one, other in zip(decode_stats(found), decode_stats(expected), strict=True):
+        assert {**one, "backends": None} == {**other, "backends": None}
 
 
 # --- storage ---------------------------------------------------------------------------------------------------------
@@ -375,7 +403,7 @@ def test_stop_strings_as_lm_eval(rng: random.Random) -> None:
         tokens: list[int] = []
         for _ in range(40):
             tokens.append(rng.choice(tokenizer(words(rng, 3)).input_ids))
-            expected = any([criterion(torch.tensor([tokens]), None) for criterion in theirs])
+            expected = any(criterion(torch.tensor([tokens]), None) for criterion in theirs)
             assert stop(tokens) == expected
             if expected:
                 break
@@ -411,8 +439,8 @@ def test_draws_have_the_distribution_asked_for(rng: random.Random) -> None:
     lm = lm_of("llama", torch.float32)
     logits = torch.randn(lm.model.config.vocab_size, generator=torch.Generator().manual_seed(rng.randrange(2**31)))
     sampling = Sampling.of(lm.model, {"do_sample": True, "temperature": 0.8, "top_k": 12}, lm.device)
-    ids, met = torch.tensor([[3, 5, 8]]), Counter()
-    draws = Counter(sampling.row(ids, met)(logits, []) for _ in range(4000))
+    ids, met = torch.tensor([[3, 5, 8]], device=DEVICE), Counter()
+    draws = Counter(sampling.row(ids, met)(logits.to(DEVICE), []) for _ in range(4000))
     best = logits.topk(12).indices
     expected = (logits[best] / 0.8).softmax(-1) * 4000
     assert set(draws) <= set(best.tolist())
@@ -462,6 +490,7 @@ def test_a_model_whose_decoding_goes_wrong_is_left_to_transformers(
     assert "differ from the model's own" in next(iter(lm.report()["phases"]["decode"]["loop_reasons"]))
 
 
+@on_a_cpu
 def test_positions_are_those_of_the_prompt(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
     step = Decoder._step

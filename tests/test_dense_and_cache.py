@@ -116,8 +116,42 @@ def test_bytes_held_are_those_of_the_tokens() -> None:
     cache.update(torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 7, 6), 0)
     layer = cache.layers[0]
     layer.pads = [2, 0]
-    assert layer.held_bytes(0) == ([5 * (4 + 6) * 4] * 3, 5 * (4 + 6) * 4)
-    assert layer.held_bytes(1) == ([7 * (4 + 6) * 4] * 3, 7 * (4 + 6) * 4)
+    for row, tokens in ((0, 5), (1, 7)):
+        held, dense = layer.held_bytes(row)
+        assert held.tolist() == [tokens * (4 + 6) * 4] * 3 and dense == tokens * (4 + 6) * 4
+    # Bounds of pages of 4 tokens: 2 pages of each, whose last one is not full.
+    layer.keep_bounds(4)
+    for row, tokens in ((0, 5), (1, 7)):
+        held, dense = layer.held_bytes(row)
+        assert held.tolist() == [tokens * (4 + 6) * 4 + 2 * 2 * 4 * 4] * 3 and dense == tokens * (4 + 6) * 4
+    assert layer.storage_bytes() >= 2 * 3 * (107 * (4 + 6) * 4 + 27 * 2 * 4 * 4)
+
+
+def test_what_is_kept_is_held_in_each_head_of_each_row() -> None:
+    """Ragged heads, a row that keeps everything, padding: the keys and values kept, in order, and then new ones."""
+    layer = PreallocatedLayer(reserve=2, evicts=True)
+    keys, values = torch.randn(2, 2, 9, 4), torch.randn(2, 2, 9, 6)
+    layer.update(keys, values)
+    layer.pads = [3, 0]
+    indices = torch.tensor([[1, 4, 5, 7777], [0, -9, 7777, -9]])  # what stands behind the counts is undefined
+    kept = [[4, 7, 8], [3], list(range(9)), list(range(9))]
+    layer.evict([(indices, torch.tensor([3, 1]), 4), None])
+    new = torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 6)
+    for done in (0, 1, 2, 4, 5):  # the reserve is 2
+        if done:
+            since = layer.get_seq_length() - 9
+            layer.update(*(part[:, :, since:done] for part in new))
+        kv = layer.view()
+        assert layer.get_seq_length() == 9 + done and kv.longest >= int(kv.lengths.max())
+        assert kv.lengths.tolist() == [len(tokens) + done for tokens in kept]
+        assert layer.ragged.total == sum(kv.lengths.tolist())
+        for s, (start, length) in enumerate(zip(kv.starts.tolist(), kv.lengths.tolist(), strict=True)):
+            row, head = divmod(s, 2)
+            for flat, states, more in ((kv.keys, keys, new[0]), (kv.values, values, new[1])):
+                expected = torch.cat([states[row, head, kept[s]], more[row, head, :done]])
+                assert torch.equal(flat[start : start + length], expected)
+    held, dense = layer.held_bytes(0)
+    assert held.tolist() == [(count + 5) * (4 + 6) * 4 for count in (3, 1)] and dense == (14 - 3) * (4 + 6) * 4
 
 
 def test_positions_start_after_the_padding() -> None:

@@ -13,9 +13,9 @@ import tiny
 import torch
 from test_sparse_hf import PAIRS, PROMPTS, generate, score
 
-from lm_eval_sparse.kernels.estimators import PageBounds
+from lm_eval_sparse.kernels.estimators import PageBounds, update_bounds
 from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
-from lm_eval_sparse.kernels.ragged import RaggedKV, ragged_decode
+from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import METHODS, DecodeContext, EvictionMethod
 from lm_eval_sparse.model import SparseHFLM
 
@@ -54,17 +54,18 @@ def test_ragged_and_paged_decode(source: random.Random, steps: int, shape: tuple
         for g in range(lists):
             for t in range(steps):
                 last = (length - steps + t) // size
-                chosen = [last, *source.sample(range(last), source.randrange(0, last + 1))]
+                chosen = [*sorted(source.sample(range(last), source.randrange(0, last + 1))), last]
                 pages[s, g, t, : len(chosen)] = torch.tensor(chosen)
                 counts[s, g, t] = len(chosen)
-    exact = RaggedKV(keys.double(), values.double(), starts, lengths)
-    cuda = RaggedKV(keys.cuda(), values.cuda(), starts, lengths)
+    exact = RaggedKV.of(keys.double(), values.double(), starts, lengths)
+    cuda = RaggedKV.of(keys.cuda(), values.cuda(), starts, lengths)
     near = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
-    expected, _ = paged_decode(query.double(), exact, PageSelection(pages, counts, size), scale=0.1, backend="naive")
-    out, _ = paged_decode(query.cuda(), cuda, PageSelection(pages.cuda(), counts.cuda(), size), scale=0.1)
-    torch.testing.assert_close(out.cpu().double(), expected, **near)
-    dense = ragged_decode(query.double(), exact, scale=0.1)
-    torch.testing.assert_close(ragged_decode(query.cuda(), cuda, scale=0.1).cpu().double(), dense, **near)
+    for selection in (PageSelection(pages, counts, size), None):
+        expected, _ = paged_decode(query.double(), exact, selection, scale=0.1, backend="naive")
+        moved = None if selection is None else PageSelection(pages.cuda(), counts.cuda(), size)
+        out, backend = paged_decode(query.cuda(), cuda, moved, scale=0.1)
+        assert backend == "triton"
+        torch.testing.assert_close(out.cpu().double(), expected, **near)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "ada_snapkv", "quest"])
@@ -80,17 +81,19 @@ def test_selections_are_those_of_the_cpu(source: random.Random, name: str, spars
         if isinstance(method, EvictionMethod):
             selection = method.select(q, k, scale=dim**-0.5, softcap=None, sparsity=sparsity)
             found = torch.zeros(kv_heads, length, dtype=torch.bool)
-            for head, count in enumerate(selection.counts):
+            for head, count in enumerate(selection.counts.tolist()):
                 found[head, selection.indices[head, :count].cpu()] = True
         else:
             flat, starts = k.reshape(-1, dim), [0, length]
-            bounds = PageBounds.empty(kv_heads, 300, flat, method.page_size)
-            bounds.update(flat, starts, [0, 0], [length, length])
-            visible = torch.tensor([[length]] * kv_heads)
-            context = DecodeContext(RaggedKV(flat, flat, starts, [length] * 2), visible, visible, bounds)
-            grouped = q[:, -1:].reshape(kv_heads, -1, 1, dim)
-            pages = method.select(grouped, context, sparsity=sparsity).pages
-            found = torch.zeros(kv_heads, 300, dtype=torch.bool).scatter_(1, pages.pages[:, 0, 0].long().cpu(), True)
+            kv = RaggedKV.of(flat, flat, starts, [length] * 2)
+            bounds = PageBounds.empty([300, 300], flat, method.page_size)
+            update_bounds(kv, bounds, torch.zeros_like(kv.lengths))
+            context = DecodeContext(kv, torch.tensor([length], device=device), bounds, kv_heads)
+            selection = method.select(q[:, -1:].reshape(kv_heads, -1, 1, dim), context, sparsity=sparsity)
+            selection.check(kv)
+            found = torch.zeros(kv_heads, 300, dtype=torch.bool)
+            for head, count in enumerate(selection.counts[:, 0, 0].tolist()):
+                found[head, selection.pages[head, 0, 0, :count].long().cpu()] = True
         chosen.append(found)
     assert float((chosen[0] & chosen[1]).sum()) >= 0.999 * float((chosen[0] | chosen[1]).sum())
 

@@ -13,7 +13,7 @@ import math
 import os
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -23,11 +23,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_eval_sparse.kernels.estimators import PageBounds
+from lm_eval_sparse.kernels.estimators import PageBounds, update_bounds
 from lm_eval_sparse.kernels.layout import BlockLayout
+from lm_eval_sparse.kernels.paged_decode import PageSelection
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import AdaSnapKV, BlockSparse, FlexPrefillVS, Quest, SnapKV, VerticalSlash
-from lm_eval_sparse.methods.base import DecodeContext, DecodeSelection, EvictionSelection, Selection
+from lm_eval_sparse.methods.base import DecodeContext, EvictionSelection, Selection
 
 #: Relative difference of two scores below which fp32 and fp64 may rightly disagree.
 NEAR = 1e-5
@@ -795,10 +796,12 @@ def test_block_sparse_sparsity(length: int, heads: int, kv_heads: int, block: in
 
 
 def compare_kept(selection: EvictionSelection, kept: list[set[int]]) -> list[str]:
-    assert selection.indices.dtype == torch.int64 and len(selection.indices) == len(selection.counts) == len(kept)
+    assert selection.indices.dtype == selection.counts.dtype == torch.int64
+    assert len(selection.indices) == len(selection.counts) == len(kept)
+    assert selection.total == int(selection.counts.sum())
     said = []
     for head, want in enumerate(kept):
-        row, count = selection.indices[head].tolist(), selection.counts[head]
+        row, count = selection.indices[head].tolist(), int(selection.counts[head])
         got = row[:count]
         assert got == sorted(set(got)) and not any(row[count:])
         if set(got) != want:
@@ -828,7 +831,7 @@ def test_snapkv(method: type, length: int, heads: int, kv_heads: int, kind: str,
     scores = eviction_scores(inputs.query, inputs.key, inputs.scale, inputs.softcap, chosen)
     kept, sure = kept_tokens(scores, chosen.capacity, sinks, local, knobs.get("floor"))
     said = compare_kept(selection, kept)
-    assert sum(selection.counts) == min(chosen.capacity, length) * kv_heads
+    assert selection.total == min(chosen.capacity, length) * kv_heads
     assert not said or not sure, (said, chosen, inputs.note)
 
 
@@ -920,7 +923,7 @@ def test_ada_ties_between_heads_go_to_the_recent_position_then_to_the_lower_head
     odd = AdaSnapKV(capacity=21, window=1, kernel=1, sinks=2, local=3, floor=0.05)
     # Of 48: key 50 of head 1, then 47 of two heads: position 73 is head 0's.
     selection = odd.select(query, key, scale=1.0, softcap=None, sparsity=None)
-    assert selection.counts == [29, 6, 28]
+    assert selection.counts.tolist() == [29, 6, 28] and selection.total == 63
     assert selection.indices[0, :29].tolist() == [0, 1, *range(73, 100)]
 
 
@@ -929,8 +932,9 @@ def test_ada_moves_capacity_to_heads_that_need_it(seed: int):
     query[0] *= 0.05  # flat: its maxima are small
     chosen = AdaSnapKV(capacity=100, window=32, kernel=5, sinks=2, local=8)
     selection = chosen.select(query, key, scale=0.25, softcap=None, sparsity=None)
-    assert sum(selection.counts) == 400 and min(selection.counts) == selection.counts[0] == 20
-    assert max(selection.counts) > 100
+    counts = selection.counts.tolist()
+    assert sum(counts) == selection.total == 400 and min(counts) == counts[0] == 20
+    assert max(counts) > 100
 
 
 @pytest.mark.parametrize("method", [SnapKV, AdaSnapKV])
@@ -947,11 +951,11 @@ def test_snapkv_sparsity(method: type, length: int, seed: int):
         kept, sure = kept_tokens(scores, capacity, sinks, local, method().floor if method is AdaSnapKV else None)
         said = compare_kept(selection, kept)
         assert not said or not sure, (said, sparsity, selection.knobs)
-        assert sum(selection.counts) == capacity * kv_heads
+        assert selection.total == capacity * kv_heads
         for head in range(kv_heads):
             assert length - 1 in selection.indices[head, : selection.counts[head]].tolist()
         if length >= 4096:
-            assert abs(sum(selection.counts) / (kv_heads * length) - (1 - sparsity)) <= PROMISE
+            assert abs(int(selection.counts.sum()) / (kv_heads * length) - (1 - sparsity)) <= PROMISE
 
 
 # ---------------------------------------------------------------------------------------------------------------- Quest
@@ -960,25 +964,32 @@ def test_snapkv_sparsity(method: type, length: int, seed: int):
 def cache_of(
     lengths: list[int], dim: int, seed: int, page_size: int, dtype: torch.dtype
 ) -> tuple[RaggedKV, PageBounds]:
-    """Sequences with gaps between them, filled in one piece and then token by token."""
+    """Sequences with gaps between them, filled in one piece and then token by token; what is no key is no number."""
     rng = random.Random(seed)
     starts, end = [], 0
     for length in lengths:
         starts.append(end + rng.randint(0, 5))
         end = starts[-1] + length
-    keys = torch.randn(end + 3, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    bounds = PageBounds.empty(len(lengths), -(-max(lengths) // page_size), keys, page_size)
+    drawn = torch.randn(end + 3, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    keys = torch.full_like(drawn, math.nan)
+    for start, length in zip(starts, lengths, strict=True):
+        keys[start : start + length] = drawn[start : start + length]
+    bounds = PageBounds.empty([-(-length // page_size) + rng.randint(0, 2) for length in lengths], keys, page_size)
+    bounds.low.fill_(math.nan), bounds.high.fill_(math.nan)
     late = min(3, min(lengths) - 1)
-    before = [length - late for length in lengths]
-    bounds.update(keys, starts, [0] * len(lengths), before)
-    for step in range(late):
-        bounds.update(keys, starts, [count + step for count in before], [count + step + 1 for count in before])
-    return RaggedKV(keys, keys.clone(), starts, lengths), bounds
+    held = [0] * len(lengths)
+    for more in range(late + 1):
+        upto = [length - late + more for length in lengths]
+        update_bounds(RaggedKV.of(keys, keys, starts, upto), bounds, torch.tensor(held, dtype=torch.int32))
+        held = upto
+    kv = RaggedKV.of(keys, keys.clone(), starts, lengths)
+    # A number that no length exceeds: the longest one, or above.
+    return replace(kv, longest=kv.longest + rng.choice((0, 0, 1, 100))), bounds
 
 
-def context_of(kv: RaggedKV, bounds: PageBounds, steps: int, evicted: int = 0) -> DecodeContext:
-    visible = torch.tensor(kv.lengths)[:, None] - steps + 1 + torch.arange(steps)
-    return DecodeContext(kv, visible, visible + evicted, bounds)
+def context_of(kv: RaggedKV, bounds: PageBounds, evicted: int = 0) -> DecodeContext:
+    """Each sequence is a row of one KV head, of which so many tokens have been evicted."""
+    return DecodeContext(kv, kv.lengths.long() + evicted, bounds)
 
 
 def complete_pages(method: Quest, sparsity: float | None, visible: int, logical: int) -> tuple[int, bool]:
@@ -991,21 +1002,25 @@ def complete_pages(method: Quest, sparsity: float | None, visible: int, logical:
 
 
 def compare_pages(
-    selection: DecodeSelection, query: Tensor, context: DecodeContext, method: Quest, sparsity: float | None
+    chosen: PageSelection, query: Tensor, context: DecodeContext, method: Quest, sparsity: float | None
 ) -> tuple[int, int]:
     """Check every token whose outcome is sure; return how many lists were compared, of how many."""
-    kv, chosen = context.kv, selection.pages
+    kv = context.kv
     chosen.check(kv)
     sequences, group, steps, _ = query.shape
     lists = 1 if method.share_pages else group
+    keys_read, seen, logical = chosen.keys_read(kv), kv.visible(steps), context.logical(steps)
     assert chosen.page_size == method.page_size
-    assert chosen.pages.shape[:3] == chosen.counts.shape == selection.keys_read.shape == (sequences, lists, steps)
+    assert chosen.pages.shape[:3] == chosen.counts.shape == keys_read.shape == (sequences, lists, steps)
+    assert seen.shape == logical.shape == (sequences, steps)
     compared = 0
     for s in range(sequences):
-        keys = kv.keys[kv.starts[s] : kv.starts[s] + kv.lengths[s]].double().numpy()
+        length = int(kv.lengths[s])
+        keys = kv.keys[int(kv.starts[s]) : int(kv.starts[s]) + length].double().numpy()
         for t in range(steps):
-            visible = int(context.visible[s, t])
-            count, clear = complete_pages(method, sparsity, visible, int(context.logical[s, t]))
+            visible = length - steps + 1 + t
+            assert int(seen[s, t]) == visible and int(logical[s, t]) == int(context.tokens[s]) - steps + 1 + t
+            count, clear = complete_pages(method, sparsity, visible, int(logical[s, t]))
             for part in range(lists):
                 heads = query[s, :, t] if method.share_pages else query[s, part : part + 1, t]
                 want, read, sure = quest_pages(heads.double().numpy(), keys, visible, method.page_size, count)
@@ -1013,8 +1028,8 @@ def compare_pages(
                     continue
                 got = chosen.pages[s, part, t, : int(chosen.counts[s, part, t])].tolist()
                 where = (s, part, t, visible)
-                assert len(got) == len(want) and int(selection.keys_read[s, part, t]) == read, where
-                assert (visible - 1) // method.page_size in got, where
+                assert len(got) == len(want) and int(keys_read[s, part, t]) == read, where
+                assert got == sorted(set(got)) and got[-1] == (visible - 1) // method.page_size, where
                 if sure:
                     compared += 1
                     assert set(got) == want, where
@@ -1035,25 +1050,33 @@ def test_quest(length: int, sequences: int, group: int, share: bool, seed: int):
     query = torch.randn(sequences, group, steps, dim, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
     if rng.random() < 0.5:
         query = query.transpose(1, 2).contiguous().transpose(1, 2)
-    context = context_of(kv, bounds, steps, evicted=rng.choice((0, 100)))
+    context = context_of(kv, bounds, evicted=rng.choice((0, 100)))
     sparsity = rng.choice((None, None, 0.5, 0.8, 0.95))
     if sparsity is not None:
         method = Quest(page_size=page, share_pages=share)
     selection = method.select(query, context, sparsity=sparsity)
     compared, lists = compare_pages(selection, query, context, method, sparsity)
     assert compared >= 0.5 * lists or sparsity is not None, (compared, lists, method, sparsity)
-    everything = (selection.keys_read == context.visible[:, None]).all(1)
-    covered = method.covers(sparsity, context.visible, context.logical)
-    assert torch.equal(covered, everything), (method, sparsity, context.visible, context.logical)
+    # What selecting took: nothing where all is read, else two products with the bounds of each complete page.
+    visible, read = kv.visible(steps), selection.keys_read(kv).amax(1).long()
+    flops, metadata = method.cost(visible, read, group, dim, kv.keys.element_size())
+    for s, t in product(range(sequences), range(steps)):
+        complete = (int(visible[s, t]) - 1) // page
+        count, clear = complete_pages(method, sparsity, int(visible[s, t]), int(context.tokens[s]) - steps + 1 + t)
+        scored = 0 if count == complete else complete
+        if clear:
+            assert (int(flops[s, t]), int(metadata[s, t])) == (
+                scored * group * 4 * dim, scored * 2 * dim * kv.keys.element_size()
+            )  # fmt: skip
 
 
 def test_quest_by_hand():
     """Four complete pages and a current one of two keys; one dimension matters to each query head."""
     keys = torch.zeros(66, 16)
     keys[5, 0], keys[20, 0], keys[40, 1], keys[60, 1] = -4.0, 3.0, 5.0, 2.0
-    bounds = PageBounds.empty(1, 5, keys, 16)
-    bounds.update(keys, [0], [0], [66])
-    context = context_of(RaggedKV(keys, keys, [0], [66]), bounds, 1)
+    bounds, kv = PageBounds.empty([5], keys, 16), RaggedKV.of(keys, keys, [0], [66])
+    update_bounds(kv, bounds, torch.zeros_like(kv.lengths))
+    context = context_of(kv, bounds)
     query = torch.zeros(1, 2, 1, 16)
     query[0, 0, 0, 0], query[0, 1, 0, 1] = -1.0, 1.0
     # Page scores of head 0: 4 0 0 0; of head 1: 0 0 5 2; of both: 4 0 5 2.
@@ -1069,9 +1092,9 @@ def test_quest_by_hand():
         chosen = Quest(budget=16 * pages, page_size=16, share_pages=share)
         selection = chosen.select(query, context, sparsity=None)
         for part, expected in enumerate(want):
-            got = selection.pages.pages[0, part, 0, : int(selection.pages.counts[0, part, 0])].tolist()
-            assert set(got) == expected
-            assert int(selection.keys_read[0, part, 0]) == 16 * (len(expected) - 1) + 2
+            got = selection.pages[0, part, 0, : int(selection.counts[0, part, 0])].tolist()
+            assert got == sorted(expected)
+            assert int(selection.keys_read(kv)[0, part, 0]) == 16 * (len(expected) - 1) + 2
         assert compare_pages(selection, query, context, chosen, None) == (len(want), len(want))
 
 
@@ -1081,22 +1104,22 @@ def test_ties_of_pages(share: bool, seed: int):
     rng = random.Random(seed)
     lengths = [200, 333]
     kv, bounds = cache_of(lengths, 16, seed, 16, torch.float32)
-    context = context_of(kv, bounds, 3)
+    context = context_of(kv, bounds)
     chosen = Quest(budget=64, share_pages=share)
     selection = chosen.select(torch.zeros(2, 2, 3, 16), context, sparsity=None)
     for s, length in enumerate(lengths):
         for t in range(3):
             current = (length - 3 + t) // 16
-            for part in range(selection.pages.pages.shape[1]):
-                got = selection.pages.pages[s, part, t, : int(selection.pages.counts[s, part, t])].tolist()
-                assert set(got) == set(range(current - 4, current + 1))
+            for part in range(1 if share else 2):
+                got = selection.pages[s, part, t, : int(selection.counts[s, part, t])].tolist()
+                assert got == list(range(current - 4, current + 1))
     values = [float(rng.randint(-1, 1)) for _ in range(len(kv.keys) // 16 + 1)]
     keys = torch.tensor(values).repeat_interleave(16)[: len(kv.keys), None].repeat(1, 16)
-    kv = RaggedKV(keys, keys, kv.starts, lengths)
-    bounds = PageBounds.empty(2, 21, keys, 16)
-    bounds.update(keys, kv.starts, [0, 0], lengths)
+    kv = RaggedKV.of(keys, keys, kv.starts.tolist(), lengths)
+    bounds = PageBounds.empty([21, 21], keys, 16)
+    update_bounds(kv, bounds, torch.zeros_like(kv.lengths))
     query = torch.tensor([rng.randint(-2, 2) for _ in range(2 * 2 * 3 * 16)], dtype=torch.float32).reshape(2, 2, 3, 16)
-    context = context_of(kv, bounds, 3)
+    context = context_of(kv, bounds)
     for budget in (16, 64, 160):
         chosen = Quest(budget=budget, share_pages=share)
         compared, lists = compare_pages(chosen.select(query, context, sparsity=None), query, context, chosen, None)
@@ -1113,9 +1136,9 @@ def test_quest_sparsity(sparsity: float, page: int, seed: int):
         kv, bounds = cache_of([visible], 16, seed + turn, page, torch.float32)
         query = torch.randn(1, 2, 1, 16, generator=torch.Generator().manual_seed(seed + turn))
         chosen = Quest(page_size=page, share_pages=bool(turn % 2))
-        context = context_of(kv, bounds, 1)
+        context = context_of(kv, bounds)
         selection = chosen.select(query, context, sparsity=sparsity)
-        shares.append(float(selection.keys_read.double().mean()) / visible)
+        shares.append(float(selection.keys_read(kv).double().mean()) / visible)
         compare_pages(selection, query, context, chosen, sparsity)
     assert abs(sum(shares) / len(shares) - (1 - sparsity)) <= PROMISE, shares
     assert max(abs(share - (1 - sparsity)) for share in shares) <= (page / 2 + 1) / 4096
@@ -1125,6 +1148,6 @@ def test_quest_sparsity_counts_evicted_tokens_as_logical(seed: int):
     """3000 of 6000 keys are held: sparsity 0.8 reads 1200 of these, and 0.2 all."""
     kv, bounds = cache_of([3000], 16, seed, 16, torch.float32)
     query = torch.randn(1, 2, 1, 16, generator=torch.Generator().manual_seed(seed))
-    context = context_of(kv, bounds, 1, evicted=3000)
-    read = [int(Quest().select(query, context, sparsity=sparsity).keys_read.max()) for sparsity in (0.8, 0.2)]
+    context = context_of(kv, bounds, evicted=3000)
+    read = [int(Quest().select(query, context, sparsity=sparsity).keys_read(kv).max()) for sparsity in (0.8, 0.2)]
     assert abs(read[0] - 1200) <= 8 and read[1] == 3000

@@ -32,11 +32,13 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill
+from lm_eval_sparse.kernels.paged_decode import paged_decode
 from lm_eval_sparse.methods import METHODS, BlockSparse, FlexPrefill, Quest, VerticalSlash
 from lm_eval_sparse.model import SparseHFLM
 from lm_eval_sparse.protocol import SharedPrompt
+from lm_eval_sparse.runtime import attention, decoding
 from lm_eval_sparse.runtime.accounting import RowCounts
-from lm_eval_sparse.runtime.attention import Runtime
+from lm_eval_sparse.runtime.attention import COVERED, Runtime
 from lm_eval_sparse.runtime.cache import PreallocatedLayer
 
 SEED = int(os.environ.get("TEST_PHASES_SEED") or random.SystemRandom().randrange(1 << 31))
@@ -186,6 +188,7 @@ class Seen:
         logits: `(1, T, V)` of each forward pass.
         prefill, eviction: layer -> selection.
         decode: layer -> position of the first new token -> selection.
+        executed: layer -> position of the first new token -> the selection that attention was computed for, if any.
         counts: what was counted of each prompt.
         lengths: layer -> keys that each KV head held after each forward pass.
     """
@@ -195,6 +198,7 @@ class Seen:
     prefill: dict[int, Any] = field(default_factory=dict)
     eviction: dict[int, Any] = field(default_factory=dict)
     decode: dict[int, dict[int, Any]] = field(default_factory=lambda: defaultdict(dict))
+    executed: dict[int, dict[int, Any]] = field(default_factory=lambda: defaultdict(dict))
     counts: list[RowCounts] = field(default_factory=list)
     lengths: dict[int, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
 
@@ -202,6 +206,8 @@ class Seen:
 @contextmanager
 def recording(lm: SparseHFLM) -> Iterator[Seen]:
     """Record one unpadded prompt with one continuation."""
+    decoder, reason = lm._get_decoder()  # it tries itself when it is made
+    assert decoder is not None, reason
     seen, offset, layer = Seen(), defaultdict(int), [-1]
     attend, stats = Runtime.attend, lm._stats
 
@@ -222,12 +228,20 @@ def recording(lm: SparseHFLM) -> Iterator[Seen]:
 
         return wrapped
 
+    def noted_paged(query: Tensor, kv: Any, selection: Any = None, **kwargs: Any) -> Any:
+        seen.executed[layer[0]][offset[layer[0]]] = selection
+        return paged_decode(query, kv, selection, **kwargs)
+
     def after_forward(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         seen.tokens += kwargs["input_ids"][0].tolist()
-        seen.logits.append(output.logits.float())
+        seen.logits.append(output.logits.clone().float())
+        if lm.runtime.decoder is not None:
+            for index in full_layers(lm.model):
+                held = lm.runtime.decoder.layers[index]
+                seen.lengths[index].append(held.lengths[: held.heads].tolist())
         for index, held in enumerate(lm.runtime.cache.layers if lm.runtime.cache else []):
             if isinstance(held, PreallocatedLayer):
-                seen.lengths[index].append(list(held.view().lengths))
+                seen.lengths[index].append(held.view().lengths.tolist())
 
     def noted_stats(counts: RowCounts) -> Any:
         seen.counts.append(counts)
@@ -236,6 +250,8 @@ def recording(lm: SparseHFLM) -> Iterator[Seen]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runtime, "attend", noted_attend)
         patch.setattr(lm, "_stats", noted_stats)
+        for module in (attention, decoding):
+            patch.setattr(module, "paged_decode", noted_paged)
         for cls in METHODS.values():
             if "select" in vars(cls):
                 patch.setattr(cls, "select", noted_select(vars(cls)["select"], cls.phase))
@@ -326,20 +342,14 @@ class Brute:
         if self.quest.share_pages:
             bounds = bounds.sum(0, keepdim=True).expand(len(query), -1)
         picked = [set(sorted(range(before), key=lambda p: (-float(row[p]), -p))[:wanted]) for row in bounds]
-        starts = [first for first in self.seen.decode.get(layer, {}) if first <= position]
-        if not starts:  # the runtime had nothing to choose
-            assert wanted == before, f"layer {layer}, token {position}: read densely with {wanted} of {before} pages"
-            return [pages | {before} for pages in picked]
-        first = max(starts)
-        selection = self.seen.decode[layer][first].pages
-        if position - first >= selection.pages.shape[2]:
-            assert wanted == before
-            return [pages | {before} for pages in picked]
+        first = max(first for first in self.seen.decode[layer] if first <= position)
+        selection = self.seen.decode[layer][first]
+        assert position - first < selection.pages.shape[2] and self.seen.executed[layer][first] is selection
         found = []
         for head, brute in enumerate(picked):
             at = (kv_head, head if selection.pages.shape[1] > 1 else 0, position - first)
             pages = selection.pages[at][: int(selection.counts[at])].tolist()
-            assert len(set(pages)) == len(pages) == wanted + 1 and before in pages
+            assert pages == sorted(set(pages)) and len(pages) == wanted + 1 and before in pages
             chosen, row = set(pages) - {before}, bounds[head]
             for mine, theirs in zip(sorted(brute - chosen), sorted(chosen - brute), strict=True):
                 assert float(row[mine]) == pytest.approx(float(row[theirs]), rel=1e-4, abs=1e-4), (layer, position)
@@ -519,20 +529,42 @@ def test_a_budget_that_covers_everything_is_dense(method: str, dense_case: Any) 
 def test_everything_selected_through_the_sparse_path_is_dense(
     method: str, dense_case: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same budgets, but nothing falls back: layouts of all tiles, caches of all tokens, lists of all pages."""
+    """The same budgets, but nothing falls back: layouts of all tiles, caches of all tokens.
+
+    Lists of all pages are executed anyway; they are counted as fallback once it is known that nothing was left out.
+    """
     for cls in METHODS.values():
         monkeypatch.setattr(cls, "too_short", lambda self, sparsity, length: None)
-    monkeypatch.setattr(
-        Quest, "covers", lambda self, sparsity, visible, logical, kv_heads=1: torch.zeros_like(visible, dtype=bool)
-    )
+    lists: list[Any] = []
+
+    def noted_paged(query: Tensor, kv: Any, selection: Any = None, **kwargs: Any) -> Any:
+        lists.append(selection)
+        if selection is not None:
+            assert torch.equal(
+                selection.keys_read(kv), kv.visible(query.shape[2])[:, None].expand(selection.counts.shape)
+            )
+        return paged_decode(query, kv, selection, **kwargs)
+
     model, own, prompts, pairs = dense_case
     lm = sparse(copy.deepcopy(model), **covering(method), batch_size=2)
+    lm._get_decoder()
+    for module in (attention, decoding):
+        monkeypatch.setattr(module, "paged_decode", noted_paged)
     found = assert_dense(own, lm, prompts, pairs, 6)
+    report = lm.report()["phases"]
     for name in method.split("+"):
+        if name == "quest":
+            calls = report["decode"]["calls"]
+            assert report["decode"]["fallback_reasons"] == {COVERED: calls["fallback"]}
+            assert calls["fallback"] == sum(selection is not None for selection in lists) > 0
+            assert calls["sparse"] == calls["dense"] == 0
+            if len(full_layers(model)) == model.config.num_hidden_layers:  # window layers read all that they hold
+                assert all(selection is not None for selection in lists)
+            continue
         for one in found:
             calls = one.stats[METHODS[name].phase]["calls"]
             assert calls.get("fallback", 0) == 0
-        assert lm.report()["phases"][METHODS[name].phase]["calls"]["sparse"] > 0
+        assert report[METHODS[name].phase]["calls"]["sparse"] > 0
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 100])
@@ -571,12 +603,16 @@ def test_prefill_budgets_just_below_everything(rng: random.Random, method: str, 
 # --- 2. eviction -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", ["scored", "generated"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("method", ["snapkv", "ada_snapkv"])
-def test_evicted_memory_is_given_back(rng: random.Random, method: str, name: str) -> None:
-    """After the prefill no dense tensor of the prompt is alive, and what is held is what is kept and the reserve."""
+def test_evicted_memory_is_given_back(rng: random.Random, method: str, name: str, way: str) -> None:
+    """After the prefill no dense tensor of the prompt is alive, and what is held is what is kept and the reserve.
+
+    While an answer is generated the same is true of every step.
+    """
     length, tokens, model = 211, 6, model_of(rng, name)
-    lm, dense, after = sparse(model, **knobs(method)), [], []
+    lm, dense, after, stepped = sparse(model, **knobs(method)), [], [], []
     layers = full_layers(model)
     config = model.config
     kv_heads, dim = config.num_key_value_heads, getattr(config, "head_dim", config.hidden_size // 4)
@@ -585,49 +621,75 @@ def test_evicted_memory_is_given_back(rng: random.Random, method: str, name: str
     def noted(self: PreallocatedLayer, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = update(self, key_states, value_states, *args, **kwargs)
         if key_states.shape[2] == length:
-            dense.extend(weakref.ref(states) for states in (*out, self._keys, self._values))
+            dense.extend(weakref.ref(states) for states in (*out, *self._flat[:2]))
         return out
 
+    def alive_but(known: list[Tensor]) -> list[tuple[int, ...]]:
+        """Shapes of what could hold all keys or values of the prompt, beside these."""
+        gc.collect()
+        places = {states.untyped_storage().data_ptr() for states in known}
+        return [
+            tuple(tensor.shape)
+            for tensor in gc.get_objects()
+            if type(tensor) is Tensor and tensor.dim() > 1 and tensor.shape[-1] == dim
+            and tensor.untyped_storage().nbytes() >= length * kv_heads * dim * 4
+            and tensor.untyped_storage().data_ptr() not in places
+        ]  # fmt: skip
+
+    def size_of(tensors: list[Tensor]) -> int:
+        return sum(
+            {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values()
+        )
+
     def inspect(module: torch.nn.Module, args: Any, output: Any) -> None:
+        decoder, cache = lm.runtime.decoder, lm.runtime.cache
+        if decoder is not None:
+            pools = [decoder.layers[index].pool for index in layers]
+            sizes = [size_of([pool.keys, pool.values]) for pool in pools]
+            stepped.append((alive_but([]), sizes))
         if after:
             return
-        gc.collect()
         # Window layers are transformers' own; theirs are views of the whole prompt until the next token.
-        others = [layer for index, layer in enumerate(lm.runtime.cache.layers) if index not in layers]
-        windows = {states.untyped_storage().data_ptr() for layer in others for states in (layer.keys, layer.values)}
-        alive = [
-            tensor
-            for tensor in gc.get_objects()
-            if type(tensor) is Tensor and tensor.dim() == 4 and tensor.shape[1::2] == (kv_heads, dim)
-            and tensor.untyped_storage().nbytes() >= length * kv_heads * dim * 4
-            and tensor.untyped_storage().data_ptr() not in windows
-        ]  # fmt: skip
-        cache = lm.runtime.cache
-        held = {index: vars(cache.layers[index]) for index in layers}
+        others = [layer for index, layer in enumerate(cache.layers) if index not in layers]
+        alive = alive_but([states for layer in others for states in (layer.keys, layer.values)])
         sizes = {}
-        for index, fields in held.items():
-            tensors = [value for value in fields.values() if isinstance(value, Tensor)]
-            tensors += [value for value in vars(fields["ragged"]).values() if isinstance(value, Tensor)]
-            storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-            sizes[index] = sum(storages.values())
+        for index in layers:
+            fields = vars(cache.layers[index])
+            kv = fields["ragged"].kv
+            tensors = [value for holder in (fields, vars(fields["ragged"]), vars(kv)) for value in holder.values()
+                       if isinstance(value, Tensor)]  # fmt: skip
+            tables = [tensor for tensor in tensors if not tensor.is_floating_point()]
+            assert {id(table) for table in tables} == {id(kv.starts), id(kv.lengths)}
+            assert all(tensor.numel() == kv_heads for tensor in tables)
+            sizes[index] = size_of([tensor for tensor in tensors if tensor.is_floating_point()])
         logical = [cache.layers[index].get_seq_length() for index in layers]
-        after.append((len(alive), sizes, cache.storage_bytes(), logical))
+        after.append((alive, sizes, cache.storage_bytes(), logical))
 
     with pytest.MonkeyPatch.context() as patch, recording(lm) as seen:
         patch.setattr(PreallocatedLayer, "update", noted)
         hook = lm.model.register_forward_hook(inspect)
-        score(lm, [(text(rng, length), answer(rng, tokens))])
+        if way == "scored":
+            (found,) = score(lm, [(text(rng, length), answer(rng, tokens))])
+        else:
+            (found,) = generate(lm, [text(rng, length)], max_gen_toks=tokens)
         hook.remove()
     ((alive, sizes, counted, logical),) = after
     assert len(dense) == 4 * len(layers) and not any(ref() is not None for ref in dense)
-    assert alive == 0, "dense keys or values of the prompt are still alive"
+    assert not alive, "dense keys or values of the prompt are still alive"
     assert logical == [length] * len(layers)
+    steps = [tokens - 1] if way == "scored" else [1] * (tokens - 1)
     for index in layers:
-        kept = seen.eviction[index].counts
-        assert sum(kept) == kv_heads * 30 and seen.lengths[index][0] == kept
-        assert seen.lengths[index][1] == [count + tokens - 1 for count in kept]
+        kept = seen.eviction[index].counts.tolist()
+        assert sum(kept) == seen.eviction[index].total == kv_heads * 30
+        since = np.cumsum([0, *steps]).tolist()
+        assert seen.lengths[index] == [[count + more for count in kept] for more in since]
         assert sizes[index] == (sum(kept) + kv_heads * tokens) * 2 * dim * 4
     assert counted == sum(sizes.values()) < 2 * length * kv_heads * dim * 4 * len(layers) / 3
+    assert found.stats["decode"]["kv_memory_fraction"] == pytest.approx(30 / length)
+    assert len(stepped) == (0 if way == "scored" else tokens - 1)
+    for alive, held in stepped:
+        assert not alive, "dense keys or values of the prompt are alive while an answer is decoded"
+        assert held == list(sizes.values())
 
 
 @pytest.mark.parametrize("method", ["snapkv", "ada_snapkv"])
@@ -641,7 +703,7 @@ def test_scores_after_eviction_equal_masks(rng: random.Random, method: str, name
 def test_ada_snapkv_keeps_different_numbers_per_head(rng: random.Random) -> None:
     model = model_of(rng, num_attention_heads=4, num_key_value_heads=4)
     seen, _ = check_score(rng, model, 150, 8, knobs("ada_snapkv", **{"ada_snapkv.floor": 0}))
-    counts = [selection.counts for selection in seen.eviction.values()]
+    counts = [selection.counts.tolist() for selection in seen.eviction.values()]
     assert any(len(set(layer)) > 1 for layer in counts) and all(sum(layer) == 4 * 30 for layer in counts)
 
 
@@ -653,14 +715,21 @@ def generated(
     options: dict[str, Any],
     reserve: int | None = None,
 ) -> tuple[Seen, Any]:
-    """Record the greedy generation of `tokens` tokens after a random prompt."""
+    """Record the greedy generation of `tokens` tokens after a random prompt.
+
+    With a `reserve` there is room for so many tokens at first, and storage grows by 50.
+    """
     lm = sparse(copy.deepcopy(model), **options)
-    if reserve is not None:
-        make = lm.runtime.new_cache
-        lm.runtime.new_cache = lambda config, **_: make(config, reserve=reserve)
-    with recording(lm) as seen:
+    grow, growths = decoding.Decoder._grow, []
+    with pytest.MonkeyPatch.context() as patch, recording(lm) as seen:
+        if reserve is not None:
+            patch.setattr("lm_eval_sparse.model.RESERVE", reserve)
+            patch.setattr(decoding, "LEAST_GROWTH", 50)
+        patch.setattr(decoding.Decoder, "_grow", lambda self: (grow(self), growths.append(1)))
         (found,) = generate(lm, [text(rng, length)], max_gen_toks=tokens)
     assert len(seen.tokens) == length + tokens - 1
+    assert lm.report()["phases"]["decode"]["loops"] == {"eager": tokens - 1}
+    assert len(growths) == (0 if reserve is None else -(-(tokens - 1 - reserve) // 50))
     return seen, found
 
 
@@ -686,15 +755,29 @@ def test_long_generation_with_room_for_everything_is_dense(rng: random.Random, m
 
 @pytest.mark.parametrize("reserve", [0, 3])
 @pytest.mark.parametrize("method", ["snapkv", "ada_snapkv+quest", "quest"])
-def test_a_cache_that_outgrows_its_reserve(rng: random.Random, method: str, reserve: int) -> None:
-    """Two growths of ragged storage, and pages beyond those that there was room for."""
+def test_an_answer_that_outgrows_its_reserve(rng: random.Random, method: str, reserve: int) -> None:
+    """Three growths of storage, and pages beyond those that there was room for."""
     model, options = model_of(rng, num_hidden_layers=1), knobs(method)
     state = rng.getstate()
     seen, small = generated(rng, model, 75, 150, options, reserve)
     check(oracle_of(model), seen, 75, quest_of(options))
     rng.setstate(state)
-    _, roomy = generated(rng, model, 75, 150, options)
+    again, roomy = generated(rng, model, 75, 150, options)
     assert small == roomy and plain(small.stats) == plain(roomy.stats)
+    assert all(torch.equal(one, other) for one, other in zip(seen.logits, again.logits, strict=True))
+
+
+@pytest.mark.parametrize("reserve", [0, 3])
+@pytest.mark.parametrize("method", ["snapkv", "ada_snapkv+quest", "quest"])
+def test_a_cache_that_outgrows_its_reserve(rng: random.Random, method: str, reserve: int) -> None:
+    """As beams and scored answers fill it: two growths of ragged storage, and pages beyond those that had room."""
+    lm = sparse(model_of(rng, num_hidden_layers=1), **knobs(method))
+    prompt, tokens = (TOKENIZER(made(rng, size)).input_ids for made, size in ((text, 75), (answer, 150)))
+    roomy, counted = step_by_step(lm, prompt, tokens, [1] * 150)
+    small, counts = step_by_step(lm, prompt, tokens, [1] * 150, reserve)
+    assert torch.equal(small, roomy) and counts.figures() == counted.figures()
+    together, counts = step_by_step(lm, prompt, tokens, [150], reserve)
+    assert torch.allclose(together, roomy, atol=CLOSE) and counts.figures() == counted.figures()
 
 
 # --- 3. decode -------------------------------------------------------------------------------------------------------
@@ -729,10 +812,12 @@ def test_decoded_logits_equal_brute_force_pages(rng: random.Random, case: str) -
 
 
 @torch.no_grad()
-def step_by_step(lm: SparseHFLM, prompt: list[int], tokens: list[int], widths: list[int]) -> tuple[Tensor, RowCounts]:
+def step_by_step(
+    lm: SparseHFLM, prompt: list[int], tokens: list[int], widths: list[int], reserve: int | None = None
+) -> tuple[Tensor, RowCounts]:
     """Logits after the prompt, feeding `tokens` in pieces of these widths through one cache."""
     counts = RowCounts()
-    cache = lm.runtime.new_cache(lm.model.config, reserve=len(tokens))
+    cache = lm.runtime.new_cache(lm.model.config, reserve=len(tokens) if reserve is None else reserve)
     with lm.runtime.running([counts], cache, len(prompt)):
         logits = [lm._forward(torch.tensor([prompt]), cache=cache, keep=1)]
         for width in widths:
@@ -806,18 +891,6 @@ BATCHES: list[tuple[str, str]] = [
 ]
 
 
-def measured(stats: dict[str, Any], method: str) -> dict[str, Any]:
-    """What must not depend on neighbours.
-
-    A prompt that keeps everything is decoded from ragged storage when a neighbour of its batch is evicted, and from
-    its own else: the kernel that is named differs, what it reads does not.
-    """
-    found = copy.deepcopy(plain(stats))
-    if "snapkv" in method and "quest" not in method and not found["eviction"]["calls"].get("sparse"):
-        assert set(found["decode"].pop("backends")) <= {"sdpa", "ragged"}
-    return found
-
-
 def batch_options(method: str, native: bool) -> dict[str, Any]:
     if native:
         return knobs(method)
@@ -829,7 +902,7 @@ def batch_options(method: str, native: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "method"), BATCHES)
 def test_neighbours_and_order_change_nothing(rng: random.Random, name: str, method: str) -> None:
-    """Alone, in a left-padded batch of five, and in reversed order: the same answers and the same figures."""
+    """Alone, in a batch of five, and in reversed order: the same answers and the same figures, to the bit."""
     model = model_of(rng, name)
     prompts = [text(rng, length) for length in (1, 120, 3, rng.randrange(40, 90), 17)]
     pairs = [(p, answer(rng, n)) for p, n in zip(prompts, (12, 1, 2, 9, 1), strict=True)]
@@ -849,10 +922,9 @@ def test_neighbours_and_order_change_nothing(rng: random.Random, name: str, meth
     for batch_size, step in ((5, 1), (5, -1), (2, -1)):
         others, rescored = run(batch_size, step)
         assert others == texts, options
-        assert [one[0] for one in rescored] == pytest.approx([one[0] for one in scores], abs=CLOSE), options
-        assert [one[1] for one in rescored] == [one[1] for one in scores]
+        assert rescored == scores, options
         for one, other in zip([*texts, *scores], [*others, *rescored], strict=True):
-            assert measured(one.stats, method) == measured(other.stats, method), options
+            assert plain(one.stats) == plain(other.stats), options
 
 
 GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -928,7 +1000,7 @@ def test_answers_scored_in_several_passes(rng: random.Random, method: str, monke
 
 @torch.no_grad()
 def test_a_stop_string_that_is_a_special_token_cuts_in_every_batch(rng: random.Random) -> None:
-    """A row of a batch runs on beside longer ones; what it writes after its stop string is no part of its answer."""
+    """lm-eval looks for it among special tokens, too, but they are no part of the text that is cut."""
     model, prompts = model_of(rng), [text(rng, 70), text(rng, 55)]
     lm = sparse(model, **knobs("snapkv"))
     with recording(lm) as seen:
@@ -980,12 +1052,12 @@ def test_lengths_around_every_knob(rng: random.Random, method: str) -> None:
     for length in sorted(lengths):
         seen, brute = check_score(rng, model, length, 4, options)
         for selection in seen.eviction.values():
-            assert min(selection.counts) >= 1
+            assert int(selection.counts.min()) >= 1
         for selection in seen.prefill.values():
             assert int(selection.layout.counts.min()) >= 1
         for steps in seen.decode.values():
             for selection in steps.values():
-                assert int(selection.pages.counts.min()) >= 1 and int(selection.keys_read.min()) >= 1
+                assert int(selection.counts.min()) >= 1
         assert all(int(read.min()) >= 1 for read in brute.read.values())
         if "snapkv" in method:
             assert bool(seen.eviction) == (length > 30)
@@ -1047,6 +1119,9 @@ def test_beams_equal_beam_search_under_masks(rng: random.Random, method: str, be
         assert found == expected
         assert all(one.stats["decode"]["executed_sparsity"] > 0 for one in found)
         lm.check_it_ran()
+        report = lm.report()["phases"]["decode"]
+        assert report["loops"] == {"transformers": len(prompts) * (tokens - 1)}
+        assert report["loop_reasons"] == {"generation by beam_search": len(prompts) * (tokens - 1)}
 
 
 class FreshPages(Brute):
@@ -1074,9 +1149,6 @@ def test_full_budget_beams_equal_dense_beams(
     if forced:
         for cls in METHODS.values():
             monkeypatch.setattr(cls, "too_short", lambda self, sparsity, length: None)
-        monkeypatch.setattr(
-            Quest, "covers", lambda self, sparsity, visible, logical, kv_heads=1: torch.zeros_like(visible, dtype=bool)
-        )
     model, prompts = model_of(rng), [text(rng, length) for length in (40, 1, 73)]
     own = oracle_of(model)
     expected = [eager_text(own, prompt, 12, num_beams=3) for prompt in prompts]

@@ -14,6 +14,8 @@ from torch import Tensor
 from lm_eval_sparse import patches
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.layout import causal_pairs
+from lm_eval_sparse.kernels.page_select import PageBudget, budget_pages
+from lm_eval_sparse.kernels.page_select.naive import _fill
 from lm_eval_sparse.methods import (
     AdaSnapKV,
     BlockSparse,
@@ -23,7 +25,6 @@ from lm_eval_sparse.methods import (
     SnapKV,
     VerticalSlash,
 )
-from lm_eval_sparse.methods.quest import fill
 from lm_eval_sparse.model import SparseHFLM
 
 patches.install()
@@ -53,17 +54,50 @@ def sparse(model: Any, **options: Any) -> SparseHFLM:
 # --- what is shared among heads of different lengths ------------------------------------------------------------------
 
 
+def shared_out(total: int, held: list[int]) -> list[int]:
+    """One page after the other, to whoever has the fewest and could take more: the largest first, then the first."""
+    given = [0] * len(held)
+    for _ in range(min(total, sum(held))):
+        hungry = [head for head, there in enumerate(held) if given[head] < there]
+        given[min(hungry, key=lambda head: (given[head], -held[head], head))] += 1
+    return given
+
+
 def test_fill_shares_evenly_and_gives_no_more_than_there_is(source: random.Random) -> None:
     for _ in range(300):
         heads = source.randrange(1, 7)
         held = [source.randrange(0, 40) for _ in range(heads)]
         total = source.randrange(0, 200)
-        given = fill(torch.tensor([[total]]), torch.tensor(held).reshape(1, heads, 1)).flatten().tolist()
+        given = _fill(torch.tensor([[total]]), torch.tensor(held).reshape(1, heads, 1)).flatten().tolist()
         assert sum(given) == min(total, sum(held))
         assert all(0 <= mine <= there for mine, there in zip(given, held, strict=True))
         # Even: whoever could take more has no fewer than anyone else, but for one that does not divide.
         free = [mine for mine, there in zip(given, held, strict=True) if mine < there]
         assert not free or max(given) - min(free) <= 1
+        assert given == shared_out(total, held)
+
+
+def test_heads_of_a_row_share_what_one_of_them_cannot_read(source: random.Random) -> None:
+    """The budget of several rows and tokens at once: each row is one of its own."""
+    for _ in range(100):
+        rows, heads, steps, size = (source.randrange(1, most) for most in (4, 5, 4, 20))
+        keep = source.random()
+        held = [[source.randrange(steps, 400) for _ in range(heads)] for _ in range(rows)]
+        visible = torch.tensor(held).reshape(-1, 1) + torch.arange(1 - steps, 1)
+        tokens = [max(own) + source.choice((0, 300)) for own in held]
+        logical = torch.tensor(tokens).repeat_interleave(heads)[:, None] + torch.arange(1 - steps, 1)
+        before, read = budget_pages(visible, logical, PageBudget(size, None, keep, heads))
+        assert torch.equal(before, (visible - 1) // size)
+        for row in range(rows):
+            for step in range(steps):
+                own = slice(row * heads, (row + 1) * heads)
+                there, keys = before[own, step].tolist(), visible[own, step].tolist()
+                wanted = [
+                    max(0, round((keep * int(logical[own, step][0]) - (count - pages * size)) / size))
+                    for pages, count in zip(there, keys, strict=True)
+                ]
+                fits = all(want <= pages for want, pages in zip(wanted, there, strict=True))
+                assert read[own, step].tolist() == (wanted if fits else shared_out(sum(wanted), there))
 
 
 @pytest.mark.parametrize(("kv", "decode"), [(0.5, 0.6), (0.8, 0.85), (0.5, 0.9)])
@@ -110,20 +144,30 @@ def test_eviction_that_changes_no_answer_is_no_result(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize(
-    ("ids", "counts", "message"),
+    ("ids", "counts", "total", "message"),
     [
-        ([[2, 1, 3]], [3], "ascending"),
-        ([[1, 1, 3]], [3], "ascending"),
-        ([[0, 1, 10]], [3], "below the prompt's 10 tokens"),
-        ([[0, 1, 2]], [0], "1 to 3 tokens"),
-        ([[0, 1, 2]], [4], "1 to 3 tokens"),
-        ([[0, 1, 2], [0, 1, 2]], [1, 2], r"expected \(1, W\)"),
+        ([[2, 1, 3]], [3], 3, "ascending"),
+        ([[1, 1, 3]], [3], 3, "ascending"),
+        ([[0, 1, 10]], [3], 3, "below the prompt's 10 tokens"),
+        ([[-1, 1, 3]], [3], 3, "below the prompt's 10 tokens"),
+        ([[0, 1, 2]], [0], 1, r"counts \[0\] given, expected 1 to 3 tokens"),
+        ([[0, 1, 2]], [4], 3, r"counts \[4\] given, expected 1 to 3 tokens"),
+        ([[0, 1, 2]], [2], 3, r"counts \[2\] given, but a total of 3 tokens"),
+        ([[0, 1, 2]], [3], 0, "total is 0, expected 1 to 3 tokens"),
+        ([[0, 1, 2]], [3], 4, "total is 4, expected 1 to 3 tokens"),
+        ([list(range(12))], [12], 12, "total is 12, expected 1 to 10 tokens"),
+        ([[0, 1, 2], [0, 1, 2]], [1, 2], 3, r"expected \(1, W\)"),
+        ([[0, 1, 2]], [1, 2], 3, r"counts \(2,\) given, expected .* \(1,\)"),
     ],
 )
-def test_kept_tokens_of_a_new_method_are_checked(ids: list[list[int]], counts: list[int], message: str) -> None:
+def test_kept_tokens_of_a_new_method_are_checked(
+    ids: list[list[int]], counts: list[int], total: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        EvictionSelection(torch.tensor(ids), counts, 0, 0).check(1, 10)
-    EvictionSelection(torch.tensor([[0, 4, 9, 0], [3, 0, 0, 0]]), [3, 1], 0, 0).check(2, 10)
+        EvictionSelection(torch.tensor(ids), torch.tensor(counts), total, 0, 0).check(1, 10)
+    # What stands behind the counts is undefined.
+    kept = torch.tensor([[0, 4, 9, 99], [3, 0, -7, 3]])
+    EvictionSelection(kept, torch.tensor([3, 1]), 4, 0, 0).check(2, 10)
 
 
 # --- coarse knobs and few heads ---------------------------------------------------------------------------------------
@@ -209,8 +253,8 @@ def test_other_block_sizes_of_the_same_promise(source: random.Random) -> None:
         layout = BlockSparse(block_size=block).select(query, key, scale=0.25, softcap=None, sparsity=0.8).layout
         density = float(layout.executed_pairs().sum()) / (2 * causal_pairs(4097))
         assert 1 - density == pytest.approx(0.8, abs=0.01)
-    counts = AdaSnapKV(floor=1.0).select(query, key, scale=0.25, softcap=None, sparsity=0.8).counts
-    assert counts == [round(0.2 * 4097)]
+    kept = AdaSnapKV(floor=1.0).select(query, key, scale=0.25, softcap=None, sparsity=0.8)
+    assert kept.counts.tolist() == [kept.total] == [round(0.2 * 4097)]
 
 
 # --- generation -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lm_eval_sparse import patches
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels.estimators import PageBounds
+from lm_eval_sparse.kernels.estimators import PageBounds, update_bounds
 from lm_eval_sparse.kernels.layout import causal_pairs
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import METHODS, DecodeContext, EvictionMethod, PrefillMethod
@@ -58,15 +58,20 @@ def test_promise_on_real_queries_and_keys(name: str, sparsity: float, real_state
             layout.check(heads)
             density = float(layout.executed_pairs().sum()) / (heads * causal_pairs(length))
         elif isinstance(method, EvictionMethod):
-            density = sum(method.select(query, key, **options).counts) / (kv_heads * length)
+            selection = method.select(query, key, **options)
+            selection.check(kv_heads, length)
+            density = selection.total / (kv_heads * length)
         else:
             flat, starts = key.reshape(-1, dim), [head * length for head in range(kv_heads)]
-            bounds = PageBounds.empty(kv_heads, length, flat, method.page_size)
-            bounds.update(flat, starts, [0] * kv_heads, [length] * kv_heads)
+            kv = RaggedKV.of(flat, flat, starts, [length] * kv_heads)
+            bounds = PageBounds.empty([-(-length // method.page_size)] * kv_heads, flat, method.page_size)
+            update_bounds(kv, bounds, torch.zeros_like(kv.lengths))
             visible = (torch.arange(length - 40, length) + 1).expand(kv_heads, -1)
-            context = DecodeContext(RaggedKV(flat, flat, starts, [length] * kv_heads), visible, visible, bounds)
+            context = DecodeContext(kv, torch.tensor([length]), bounds, kv_heads)
             grouped = query[:, -40:].reshape(kv_heads, -1, 40, dim)
-            density = float(method.select(grouped, context, sparsity=sparsity).keys_read.sum() / visible.sum())
+            pages = method.select(grouped, context, sparsity=sparsity)
+            pages.check(kv)
+            density = float(pages.keys_read(kv).sum() / visible.sum())
         assert 1 - density == pytest.approx(sparsity, abs=0.01)
 
 

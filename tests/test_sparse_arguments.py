@@ -19,7 +19,7 @@ import torch
 from lm_eval_sparse import config
 from lm_eval_sparse.config import SparseConfig, parse
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels.estimators import PageBounds
+from lm_eval_sparse.kernels.estimators import PageBounds, update_bounds
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import METHODS, PHASE_ARGUMENTS, DecodeContext, Method, presets, table
 
@@ -563,12 +563,13 @@ def try_out(method: Method, sparsity: float | None) -> None:
     if method.phase != "decode":
         method.select(query, key, scale=0.25, softcap=None, sparsity=sparsity)
         return
-    bounds = PageBounds.empty(2, -(-80 // method.page_size), key, method.page_size)
-    bounds.update(key.reshape(-1, 16), [0, 80], [0, 0], [80, 80])
-    held = RaggedKV(key.reshape(-1, 16), key.reshape(-1, 16), [0, 80], [80, 80])
-    visible = torch.full((2, 1), 80)
-    method.covers(sparsity, visible, visible)
-    method.select(query[:, -1:].reshape(2, 2, 1, 16), DecodeContext(held, visible, visible, bounds), sparsity=sparsity)
+    held = RaggedKV.of(key.reshape(-1, 16), key.reshape(-1, 16), [0, 80], [80, 80])
+    bounds = PageBounds.empty([-(-80 // method.page_size)] * 2, key, method.page_size)
+    update_bounds(held, bounds, torch.zeros_like(held.lengths))
+    context = DecodeContext(held, torch.tensor([80]), bounds, kv_heads=2)
+    pages = method.select(query[:, -1:].reshape(2, 2, 1, 16), context, sparsity=sparsity)
+    pages.check(held)
+    method.cost(held.visible(1), pages.keys_read(held).amax(1).long(), group=2, dim=16, element=4)
 
 
 @pytest.mark.parametrize(("method", "knob"), KNOBS)

@@ -11,6 +11,8 @@ from ..ragged import RaggedKV
 
 #: Tokens of a program where there are no pages.
 TOKENS = 16
+#: Bytes of a page of keys that a warp holds.
+WARP_BYTES = 1 << 12
 
 
 def forward(kv: RaggedKV, keys: Tensor, values: Tensor, bounds: PageBounds | None) -> None:
@@ -19,6 +21,8 @@ def forward(kv: RaggedKV, keys: Tensor, values: Tensor, bounds: PageBounds | Non
     keys, values = (part if part.shape[2] == 1 or part.stride(2) == 1 else part.contiguous() for part in (keys, values))
     size = TOKENS if bounds is None else bounds.page_size
     touched = (steps + size - 2) // size + 1
+    padded, padded_v = triton.next_power_of_2(dim), triton.next_power_of_2(dim_v)
+    tile = size * max(padded, padded_v) * keys.element_size()
     # Where there is one program per sequence it also counts; several would read what one of them writes.
     alone = touched == 1
     _append_kernel[(touched, sequences)](
@@ -40,10 +44,10 @@ def forward(kv: RaggedKV, keys: Tensor, values: Tensor, bounds: PageBounds | Non
         ALONE=alone,
         SIZE=size,
         DIM=dim,
-        PADDED=triton.next_power_of_2(dim),
+        PADDED=padded,
         DIM_V=dim_v,
-        PADDED_V=triton.next_power_of_2(dim_v),
-        num_warps=4,
+        PADDED_V=padded_v,
+        num_warps=min(16, max(4, tile // WARP_BYTES)),
     )
     if not alone:
         kv.lengths.add_(kv.lengths > 0, alpha=steps)

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Tokens that a program copies.
-TOKENS = 64
+#: Bytes of keys, and as many of values, that a program copies.
+COPY_BYTES = 1 << 14
 
 
 def forward(
@@ -24,7 +24,9 @@ def forward(
     keys, values = (part if part.shape[2] == 1 or part.stride(2) == 1 else part.contiguous() for part in (keys, values))
     if indices.stride(1) != 1:
         indices = indices.contiguous()
-    _compact_kernel[(triton.cdiv(indices.shape[1], TOKENS), heads)](
+    padded, padded_v = triton.next_power_of_2(dim), triton.next_power_of_2(dim_v)
+    tokens = max(1, COPY_BYTES // (max(padded, padded_v) * keys.element_size()))
+    _compact_kernel[(triton.cdiv(indices.shape[1], tokens), heads)](
         keys,
         values,
         indices,
@@ -37,11 +39,11 @@ def forward(
         values.stride(0),
         values.stride(1),
         indices.stride(0),
-        TOKENS=TOKENS,
+        TOKENS=tokens,
         DIM=dim,
-        PADDED=triton.next_power_of_2(dim),
+        PADDED=padded,
         DIM_V=dim_v,
-        PADDED_V=triton.next_power_of_2(dim_v),
+        PADDED_V=padded_v,
         num_warps=4,
     )
 

@@ -49,6 +49,9 @@ def forward(scores: Tensor, kv: RaggedKV, logical: Tensor, budget: PageBudget, w
         budget.kv_heads, 0, output_size=sequences
     )
     before, read = budget_pages(visible, tokens, budget)
+    most = min(width - 1, pages)
+    if not read.is_cuda:  # where looking costs nothing, no more is sorted than need be
+        most = min(most, int(read.max()))
     before, read, exists = (part[:, None, :, None] for part in (before, read, visible > 0))
     ids = torch.arange(pages, device=scores.device)
     # Scores as integers in their order, with the page's id below them, so that no two are equal.
@@ -56,10 +59,9 @@ def forward(scores: Tensor, kv: RaggedKV, logical: Tensor, budget: PageBudget, w
     bits = finite.view(torch.int32)
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() * (1 << 31) + ids
     order = torch.where(ids < before, order, torch.iinfo(torch.int64).min)
-    best = order.topk(min(width - 1, pages), dim=-1).indices
-    place = torch.arange(width, device=scores.device)
+    best = order.topk(most, dim=-1).indices
     # Behind the pages that are read stands an id above all of them.
-    found = torch.where(place[: best.shape[-1]] < read, best, before).sort(-1).values
-    found = torch.cat([found, before.expand(sequences, lists, steps, width - best.shape[-1])], -1)
+    found = torch.where(torch.arange(most, device=scores.device) < read, best, before).sort(-1).values
+    found = torch.cat([found, before.expand(sequences, lists, steps, width - most)], -1)
     counts = torch.where(exists, read + 1, 0)[..., 0].expand(sequences, lists, steps)
     return found.to(torch.int32), counts.to(torch.int32).contiguous()

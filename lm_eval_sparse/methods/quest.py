@@ -64,7 +64,8 @@ class Quest(DecodeMethod):
     def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> PageSelection:
         sequences, group, steps, _ = query.shape
         # Nothing that the host does not know: the longest sequence may hold that many pages before its current one.
-        most = (context.kv.longest - 1) // self.page_size
+        # A multiple of 16 lets kernels load scores in whole vectors.
+        most = -(-((context.kv.longest - 1) // self.page_size) // 16) * 16
         lists = 1 if self.share_pages else group
         some = max(1, SCORE_ELEMENTS // max(1, sequences * lists * most))
         if steps <= some:

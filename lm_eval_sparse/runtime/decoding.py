@@ -247,6 +247,7 @@ class Decoder:
         self.reserve = 0
         self.layers: list[DecodeLayer] = []
         self.graphs: dict[int, Any] = {}
+        self._memory: Any = None
         self._checked: set[int] = set()
         self._record: dict[int, Tensor] = {}
         self._host: list[Tensor] = []
@@ -322,6 +323,7 @@ class Decoder:
     def release(self) -> None:
         """Give all memory back."""
         self.graphs.clear()
+        self._memory = None
         self.pools, self.layers, self._record, self.logits = [], [], {}, {}
         self._checked.clear()
 
@@ -622,7 +624,10 @@ class Decoder:
             torch.cuda.current_stream().wait_stream(stream)
             again()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        if self._memory is None:
+            # One step runs at a time and leaves its results in static tensors: what is in between can share memory.
+            self._memory = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._memory):
             self._step()
         return graph
 
