@@ -79,10 +79,10 @@ def captured(call: Callable[[int], Any], calls: int, before: Callable[[], Any] |
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # whatever is compiled or allocated on first use
-        for number in range(min(2, calls)):
-            call(number)
         if before is not None:
             before()
+        for number in range(min(2, calls)):
+            call(number)
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -328,6 +328,29 @@ def test_quest_over_an_evicted_cache_by_hand() -> None:
     assert counts.figures()["eviction"]["executed_sparsity"] == 0.5
 
 
+def test_a_head_that_reads_everything_beside_one_that_does_not_by_hand() -> None:
+    """Of 32 tokens head 0, which looks at 27 keys, keeps 28 and head 1 its floor of 4; a step sees 29 and 5.
+
+    With a page of 8 and a budget of 8 head 0 reads one of 3 complete pages and the 5 keys of the current one, head 1
+    all that it holds, for which no bounds are read. The step is sparse.
+    """
+    query, key = torch.zeros(2, 64, 4), torch.zeros(2, 64, 4)
+    query[:, -1, 0] = 8.0
+    key[0, 2:29, 0] = 2.0
+    key[1, 4, 0] = 2.0
+    knobs = {"capacity": 16, "window": 1, "kernel": 1, "sinks": 0, "local": 1, "floor": 0.25}
+    counts = drive(
+        {"method": "ada_snapkv+quest", **knobs, "budget": 8, "page_size": 8}, 2, 2, 64, [1], prompt=(query, key)
+    )
+    later = counts.layer_figures("decode", 0)
+    assert dict(counts.phase("decode").calls) == {"sparse": 1} and not counts.phase("decode").reasons
+    assert later["executed_sparsity"] == pytest.approx([52 / 65, 60 / 65])
+    assert later["bytes_read_fraction"] == pytest.approx([(13 + 3) / 65, 5 / 65])
+    assert later["estimator_flops_fraction"] == pytest.approx([3 * 16 / (65 * 16), 0])
+    assert later["kv_memory_fraction"].tolist() == [(28 + 4) / 64, (4 + 1) / 64]
+    assert list(counts.phase("decode").knobs["budget"]) == [9, 9, 9, 1]  # the mean of both heads
+
+
 # --- counted from recorded selections --------------------------------------------------------------------------------
 # The tiny Llama: 2 layers, 4 query heads, 2 KV heads, 16 dimensions, fp32.
 
@@ -346,7 +369,7 @@ class Recorder:
         prefills: also the columns and diagonals of the method's own pattern, where it has one.
         decodes: selections, the keys that each of their tokens may see, and the first sequence of the prompt.
         rows: the prompts whose answers the decoder is making a step of; a step that it only tries has none.
-        widest: prompts in one step, at most.
+        widest: prompts in one step, at most; depth: steps that may be under way at once.
     """
 
     prefills: dict[tuple[int, int], tuple[Any, tuple[Tensor, Tensor] | None]] = field(default_factory=dict)
@@ -354,6 +377,7 @@ class Recorder:
     decodes: dict[tuple[int, int, int], tuple[Any, Any, int]] = field(default_factory=dict)
     rows: Sequence[Row] | None = None
     widest: int = 0
+    depth: int = 1
     pattern: tuple[Tensor, Tensor] | None = None
     layer: int = 0
     decoding: Any = None
@@ -384,8 +408,13 @@ class Recorder:
                 places = [(tokens - steps, recorder.layer, recorder.calls[recorder.layer] - 2)]
             else:
                 rows = recorder.rows or ()
-                places = [(row.prompt, recorder.layer, row.fed) for row in rows]
-                assert not rows or context.tokens.tolist() == [row.prompt + row.fed + 1 for row in rows]
+                tokens = context.tokens.tolist() if rows else []
+                places = [
+                    (row.prompt, recorder.layer, count - row.prompt - 1)
+                    for row, count in zip(rows, tokens, strict=True)
+                ]
+                ahead = {place[2] - row.fed for place, row in zip(places, rows, strict=True)}
+                assert not rows or ahead in [{steps} for steps in range(recorder.depth)]
             recorder.widest = max(recorder.widest, len(places))
             for number, place in enumerate(places):
                 assert place not in recorder.decodes, "a step was run twice"
@@ -792,33 +821,36 @@ def test_every_token_is_counted_once(name: str, llama: Any, monkeypatch: pytest.
         assert sum(row.phase("decode").calls.values()) == 2 * len(work[length])
 
 
-@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("way", ["alone", "side by side", "ahead"])
 @pytest.mark.parametrize("name", ["dense", "ada_snapkv", "quest", "quest-own-8", "snapkv+quest", "all", "sparsities"])
-def test_generation(name: str, side_by_side: bool, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation(name: str, way: str, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One to six tokens for each of five prompts, of which the first comes from the prefill.
 
     Side by side up to four are decoded in a step, which on a CPU a model of single precision is not: that it rounds
-    differently then does not matter here.
+    differently then does not matter here. Ahead means that a step runs before the tokens of the last one are looked at,
+    as on a GPU: what was run for an answer that had ended is counted nowhere.
     """
     recorder = Recorder()
     recorder.install(monkeypatch)
     lm = sparse(llama, RUNS[name], batch_size=4)
     decoder, _ = lm._get_decoder()
-    if side_by_side:
+    if way != "alone":
         decoder.most = 16
+        decoder.depth = recorder.depth = 2 if way == "ahead" else 1
         monkeypatch.setattr(Decoder, "_goes_together", lambda decoder, rows: decoder._tried(rows) is not None)
     # Ends that depend on the prompt alone: a row that ends leaves the others to go on.
     lengths = {prompt: len(lm.tok_encode(prompt)) for prompt in PROMPTS}
     wanted = {length: 1 + number for number, length in zip((3, 5, 0, 2, 4), lengths.values(), strict=True)}
     monkeypatch.setattr(Row, "take", shortened(wanted))
-    options = {"until": [], "max_gen_toks": 6, "min_new_tokens": 6}
+    options = {"until": [], "max_gen_toks": 6}
     found = lm.generate_until([request("generate_until", prompt, options) for prompt in PROMPTS], disable_tqdm=True)
     runs = {length: [(turn, turn, 1) for turn in range(tokens - 1)] for length, tokens in wanted.items()}
     expected = [expect(lm.sparse.plan, recorder, length, runs[length]) for length in lengths.values()]
     check(lm, [stats_of(text) for text in found], expected)
-    assert not recorder.decodes, "selections that no answer needs"
     if lm.sparse.plan.decode is not None:
-        assert recorder.widest == (4 if side_by_side else 1)
+        assert recorder.widest == (1 if way == "alone" else 4)
+        assert bool(recorder.decodes) == (way == "ahead"), "selections that no answer needs"
+        assert all(turn >= wanted[length] - 1 for length, _, turn in recorder.decodes)
     report = lm.report()["phases"]["decode"]
     assert report["loops"] == {"eager": sum(wanted.values()) - len(wanted)} and "loop_reasons" not in report
 
