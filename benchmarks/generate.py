@@ -90,13 +90,13 @@ NEVER = -100.0
 
 
 def random_llama(device: str, **shape: Any) -> transformers.PreTrainedModel:
-    """A Llama of that shape in bfloat16 (float32 on a CPU), its weights drawn on the device."""
+    """A Llama of that shape in bfloat16, its weights drawn on the device."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = transformers.LlamaConfig(**{**SHAPE_8B, **shape})
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16 if device == "cuda" else torch.float32).to_empty(device=device)
+    model = model.to(torch.bfloat16).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -262,7 +262,7 @@ def sparse_arguments(method: str, sparsity: float) -> Row:
     """Arguments of `sparse-hf`. Where a decode method reads what an eviction method has left, that is half of all."""
     if method in (HF, "dense"):
         return {}
-    phases = [METHODS[name].phase for name in method.split("+")]
+    phases = [METHODS[name].phase for name in method.split("+") if name in METHODS]  # others are refused by name
     return {
         "method": method,
         **{
@@ -297,7 +297,7 @@ def measure(
         key: value for key, value in sparse_arguments(method, options.sparsity).items() if key != "method"
     }
     texts, gpu = prompts(tokenizer, length, batch), options.device == "cuda"
-    answers, begin = None, time.perf_counter()
+    lm, answers, begin = None, None, time.perf_counter()
     try:
         lm = language_model(method, model, tokenizer, batch, options)
         warm = (name, method, min(length, WARM_LENGTH))
@@ -328,6 +328,9 @@ def measure(
     except Exception as error:
         row["failed"] = reason_of(error)
     finally:
+        # A cell that was ended may have left its cache, and something may still know the object.
+        if (decoder := getattr(lm, "_decoder", None)) is not None:
+            decoder.release()
         lm = None
         gc.collect()
         if gpu:
@@ -507,8 +510,8 @@ def markdown(content: Row) -> str:
         "# Generation",
         "",
         f"{device['name']}{threads}; {known}. {options['tokens']} tokens an answer ({options['hf_tokens']} for `hf`); "
-        f"methods at sparsity {options['sparsity']:g}, eviction beside a decode method at {KV_BESIDE_DECODE:g}. Made by "
-        "`benchmarks/generate.py`, whose head says what the columns are.",
+        f"methods at sparsity {options['sparsity']:g}, eviction beside a decode method at {KV_BESIDE_DECODE:g}. "
+        "Made by `benchmarks/generate.py`, whose head says what the columns are.",
         "",
     ]
     if not content["finished"]:

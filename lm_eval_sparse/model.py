@@ -353,7 +353,6 @@ class SparseHFLM(HFLM):
         ids: Tensor,
         *,
         cache: SparseCache | None,
-        mask: Tensor | None = None,
         positions: Tensor | None = None,
         keep: int | None = None,
     ) -> Tensor:
@@ -366,9 +365,7 @@ class SparseHFLM(HFLM):
             dtype=self.mixed_precision_dtype,
             enabled=self.mixed_precision_dtype is not None,
         ):
-            logits = self.model(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **options
-            ).logits
+            logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options).logits
         return logits if keep is None else logits[:, -keep:]
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
@@ -583,11 +580,12 @@ class SparseHFLM(HFLM):
                 queue.append((index, *request.args))
         for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
             self._check_generation(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
-        self._check_prompt_lengths(queue)
+        lengths = {context: len(self.tok_encode(context)) for _, context, _ in queue}
+        self._check_prompt_lengths(queue, lengths)
         # The longest first: should memory run out, it does so at once, and storage made for them serves all others.
         order = Collator(
             queue,
-            sort_fn=lambda item: (-len(self.tok_encode(item[1])), item[1]),
+            sort_fn=lambda item: (-lengths[item[1]], item[1]),
             group_by="gen_kwargs",
             group_fn=lambda item: item[2],
         )
@@ -598,7 +596,7 @@ class SparseHFLM(HFLM):
             groups[json.dumps(item[0][2], sort_keys=True, default=str)].append(item[0])
         with tqdm(total=len(queue), disable=quiet, desc="Running generate_until requests") as bar:
             for group in groups.values():
-                for (index, context, gen_kwargs), text, counts in self._generate(group):
+                for (index, context, gen_kwargs), text, counts in self._generate(group, lengths):
                     results[index] = MeasuredText(text, self._stats(counts))
                     fresh[requests[index].task_name or ""].add(counts)
                     self.cache_hook.add_partial("generate_until", (context, gen_kwargs), results[index])
@@ -608,16 +606,16 @@ class SparseHFLM(HFLM):
         self._after_requests(fresh)
         return results
 
-    def _check_prompt_lengths(self, queue: list[tuple]) -> None:
+    def _check_prompt_lengths(self, queue: list[tuple], lengths: dict[str, int]) -> None:
         """Find prompts at which a sparsity is out of reach or a preset has no knobs, before any compute."""
         if self.runtime.plan.phases:
-            lengths = []
+            found = []
             for _, context, gen_kwargs in queue:
                 room = self.max_length - normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)["max_gen_toks"]
-                lengths.append(min(len(self.tok_encode(context)), room))
-            self.runtime.check_lengths(lengths)
+                found.append(min(lengths[context], room))
+            self.runtime.check_lengths(found)
 
-    def _generate(self, items: list[tuple]) -> Iterator[tuple[tuple, str, RowCounts]]:
+    def _generate(self, items: list[tuple], lengths: dict[str, int]) -> Iterator[tuple[tuple, str, RowCounts]]:
         """Answer requests `(index, context, generation arguments)` that share their arguments, the longest first."""
         kwargs = normalize_gen_kwargs(items[0][2], self.max_gen_toks)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
@@ -635,14 +633,15 @@ class SparseHFLM(HFLM):
                 yield item, text, counts
             return
         limit = kwargs.get("max_length")
-        waiting = [(item, self._prompt(item[1], room)) for item in items]
+        waiting = items
         met: Counter[tuple[int, ...]] = Counter()  # a prompt that is sampled several times gets several answers
         while waiting:
-            some = self._some([ids.shape[1] for _, ids in waiting], max_gen_toks, decoder)
+            some = self._some([min(lengths[item[1]], room) for item in waiting], max_gen_toks, decoder)
             batch = waiting[:some]
+            prompts = [self._prompt(item[1], room) for item in batch]
             failed, before = None, met.copy()
             try:
-                answers = self._decode(decoder, [ids for _, ids in batch], sampling, until, max_gen_toks, limit, met)
+                answers = self._decode(decoder, prompts, sampling, until, max_gen_toks, limit, met)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -651,10 +650,10 @@ class SparseHFLM(HFLM):
                 met = before
                 decoder.release()
                 clear_torch_cache()
-                self._fewer(len(batch), batch[0][1].shape[1], failed)
+                self._fewer(len(batch), prompts[0].shape[1], failed)
                 continue
             waiting = waiting[some:]
-            yield from ((item, *answer) for (item, _), answer in zip(batch, answers, strict=True))
+            yield from ((item, *answer) for item, answer in zip(batch, answers, strict=True))
 
     def _prompt(self, context: str, room: int) -> Tensor:
         """Token ids `(1, L)` of a prompt, as lm-eval makes and truncates them."""
@@ -670,10 +669,7 @@ class SparseHFLM(HFLM):
             most = min(int(self.max_batch_size or decoder.most), fitting)
         else:
             most = int(self.batch_size)
-        most = max(1, min(most, decoder.most, len(lengths), self._fitting or len(lengths)))
-        # A preset may give prompts of other lengths other knobs.
-        own = plan.decode and plan.decode.at(lengths[0])
-        return next((n for n in range(1, most) if plan.decode and plan.decode.at(lengths[n]) != own), most)
+        return max(1, min(most, decoder.most, len(lengths), self._fitting or len(lengths)))
 
     @cached_property
     def memory(self) -> MemoryModel:
@@ -718,6 +714,7 @@ class SparseHFLM(HFLM):
             with self.runtime.running([row.counts], cache, length):
                 logits = self._prefill(ids, cache, sampling.chunk)[0, -1]
             decoder.adopt(row, cache)
+            del cache  # window layers keep the whole prompt's keys and values alive
             row.take(int(logits.argmax()) if chooser is None else chooser(logits, row.tokens))
             rows.append(row)
         decoder.run(rows)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from test_decoding import all_stats, generate
 
@@ -32,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "quest": {"method": "quest", "sparsity": 0.6},
     "all": {"method": "flexprefill+ada_snapkv+quest", "sparsity": 0.5},
 }
-WORDS = "the of a river stone and cloud in garden seven is was to winter bridge paper box key small old".split()
+WORDS = tiny.WORDS
 
 
 def prompts_of(number: int, longest: int = LONGEST) -> list[str]:

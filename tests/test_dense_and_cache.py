@@ -11,7 +11,7 @@ from transformers import Gemma3TextConfig, LlamaConfig
 
 from lm_eval_sparse.kernels.dense import dense_attention
 from lm_eval_sparse.runtime.attention import dense_keys
-from lm_eval_sparse.runtime.cache import PreallocatedLayer, SparseCache, position_ids
+from lm_eval_sparse.runtime.cache import PreallocatedLayer, SparseCache
 
 
 def definition(query: Tensor, key: Tensor, value: Tensor, softcap, window, starts) -> Tensor:
@@ -152,8 +152,3 @@ def test_what_is_kept_is_held_in_each_head_of_each_row() -> None:
                 assert torch.equal(flat[start : start + length], expected)
     held, dense = layer.held_bytes(0)
     assert held.tolist() == [(count + 5) * (4 + 6) * 4 for count in (3, 1)] and dense == (14 - 3) * (4 + 6) * 4
-
-
-def test_positions_start_after_the_padding() -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
-    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]

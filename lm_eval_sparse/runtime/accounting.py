@@ -29,7 +29,7 @@ QUOTIENTS = {
 MEMORY = "kv_memory_fraction"
 FIGURES = (*QUOTIENTS, MEMORY)
 
-#: Numbers that a row leaves on the device at most, in calls; a 128K prompt of 80 layers leaves 80.
+#: Numbers that a row leaves on the device at most, in calls; a 128K prompt of 80 layers leaves 240.
 MOST_PENDING = 1024
 
 Numbers = float | Sequence[float] | np.ndarray

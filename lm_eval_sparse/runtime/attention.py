@@ -114,30 +114,26 @@ class Runtime:
         self.sizes: dict[int, tuple[int, int | None]] = {}
         #: Tokens the model can hold: a window of at least as many hides nothing.
         self.longest: int | None = None
-        #: Counts of the rows of the running batch; None for a row that only fills the batch.
-        self.rows: list[RowCounts | None] | None = None
+        #: Counts of the rows of the running batch.
+        self.rows: list[RowCounts] | None = None
         #: Tokens of the prompt of the running batch, padding included; earlier chunks are prefill too.
         self.prompt = 0
         #: The batch's cache. Without one there is nothing to evict and no decode phase.
         self.cache: SparseCache | None = None
-        #: New tokens of each row that are real, when shorter rows only run on beside longer ones.
-        self.fresh: list[int] | None = None
         #: What attends while answers are decoded token by token from a cache of its own.
         self.decoder: StepAttention | None = None
         self._mask: Tensor | None = None
         self._starts: list[int] | None = None
 
     @contextmanager
-    def running(
-        self, rows: Sequence[RowCounts | None], cache: SparseCache | None = None, prompt: int = 0
-    ) -> Iterator[None]:
+    def running(self, rows: Sequence[RowCounts], cache: SparseCache | None = None, prompt: int = 0) -> Iterator[None]:
         """Count into `rows` and work on `cache` inside the block."""
         self.rows, self.cache, self.prompt = list(rows), cache, prompt
         try:
             yield
-            settle(row for row in rows if row is not None)
+            settle(rows)
         finally:
-            self.rows, self.cache, self.prompt, self.fresh = None, None, 0, None
+            self.rows, self.cache, self.prompt = None, None, 0
 
     def check_lengths(self, lengths: Iterable[int]) -> None:
         """Raise `UserError` when a prompt of one of these lengths (tokens) cannot be run as requested."""
@@ -466,9 +462,8 @@ class Runtime:
             counts = self._counts(phase, place if row is None else row, len(starts) if batch is None else batch)
             if counts is None:
                 continue
-            fresh = q_len if self.fresh is None or row is not None else self.fresh[place]
-            real = kv_len - start - (q_len - fresh)
-            pairs = fresh * real - fresh * (fresh - 1) // 2
+            real = kv_len - start
+            pairs = q_len * real - q_len * (q_len - 1) // 2
             # Decoding reads every key once per KV head and step; prefill once per tile of 128 queries and head.
             reads = dense_keys(real, 128) if phase == "prefill" else key.shape[1] * pairs / heads
             counts.add(
@@ -505,14 +500,12 @@ class Runtime:
         counts = self._row(row, len(layer.pads))
         if counts is None:
             return
-        fresh = steps if self.fresh is None else self.fresh[row]
-        logical = np.arange(1 - steps, 1 - steps + fresh) + layer.get_seq_length() - layer.pads[row]
+        logical = np.arange(1 - steps, 1) + layer.get_seq_length() - layer.pads[row]
         held = kv.lengths[row * shape.kv_heads : (row + 1) * shape.kv_heads]
 
         def count(held: np.ndarray, read: np.ndarray | None) -> None:
-            visible = held[:, None] + np.arange(1 - steps, 1 - steps + fresh)
-            reads = None if read is None else read[..., :fresh]
-            count_steps(counts.phases["decode"], index, shape, visible, logical, reads, method, backend, calls=1)
+            visible = held[:, None] + np.arange(1 - steps, 1)
+            count_steps(counts.phases["decode"], index, shape, visible, logical, read, method, backend, calls=1)
 
         # The lengths are those of a tensor that goes on to be written.
         counts.later(count, held.clone(), read)

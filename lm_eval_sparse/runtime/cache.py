@@ -104,6 +104,9 @@ class PreallocatedLayer(DynamicLayer):
         self.storage = storage or OwnStorage()
         self.ragged: RaggedStorage | None = None
         self.bounds: PageBounds | None = None
+        #: Keys of a page when bounds are kept; whoever gave the storage makes them there.
+        self.page_size = 0
+        self.hands_over = storage is not None
         #: Padding tokens at the beginning of each row; known from the end of the prefill on.
         self.pads: list[int] = []
         self._logical = 0
@@ -125,22 +128,24 @@ class PreallocatedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.ragged is not None:
-            if self.bounds is not None:
-                self._widen(self.ragged.kv.longest + key_states.shape[-2])
-            self.ragged.append(key_states, value_states, self.bounds)
+            grows = self.ragged.room < key_states.shape[-2]
+            self.ragged.append(key_states, value_states, None if grows else self.bounds)
+            if grows and self.bounds is not None:
+                self.keep_bounds(self.page_size)
             self._logical += key_states.shape[-2]
             return key_states, value_states
         held = self.get_seq_length()
         total = held + key_states.shape[-2]
-        if self._flat is None or self._capacity < total:
+        if grows := self._flat is None or self._capacity < total:
             self._grow(held, total, key_states, value_states)
         keys, values = self._rectangle(self._flat[0]), self._rectangle(self._flat[1])
         keys[..., held:total, :] = key_states
         values[..., held:total, :] = value_states
         self.keys, self.values = keys[..., :total, :], values[..., :total, :]
-        if self.bounds is not None:
+        if self.bounds is not None and grows:
+            self.keep_bounds(self.page_size)
+        elif self.bounds is not None:
             kv = self.view()
-            self._widen(kv.longest)
             update_bounds(kv, self.bounds, (kv.lengths - key_states.shape[-2]).clamp(min=0))
         return self.keys, self.values
 
@@ -164,16 +169,6 @@ class PreallocatedLayer(DynamicLayer):
         first = self._flat[2]
         shape = self._rows, self._heads, self._capacity
         return flat[first : first + shape[0] * shape[1] * shape[2]].view(*shape, flat.shape[-1])
-
-    def _widen(self, longest: int) -> None:
-        """Let the bounds have room for sequences of `longest` tokens."""
-        old, sequences = self.bounds, len(self.bounds.first)
-        pages, held = -(-longest // old.page_size), len(old.low) // sequences
-        if pages > held:
-            self.bounds = new_bounds(sequences, max(pages, held * 5 // 4), old.low, old.page_size)
-            for mine, theirs in ((self.bounds.low, old.low), (self.bounds.high, old.high)):
-                shape = (sequences, -1, mine.shape[-1])
-                mine.view(shape)[:, :held] = theirs.view(shape)
 
     # --- after prefill ---------------------------------------------------------------------------------------
 
@@ -210,9 +205,16 @@ class PreallocatedLayer(DynamicLayer):
 
     def keep_bounds(self, page_size: int) -> None:
         """From now on keep the bounds of pages of this size. `pads` must be set."""
-        kv = self.view()
-        pages = -(-(kv.longest + max(self.reserve, 1)) // page_size)
-        self.bounds = new_bounds(len(kv.starts), pages, kv.keys, page_size)
+        self.page_size = page_size
+        if self.hands_over:
+            return
+        kv, room = self.view(), self.room
+        pages = (kv.lengths.long() + room + page_size - 1) // page_size
+        # How much each head holds stands on the device; what all hold together is known.
+        held = len(pages) * kv.longest if self.ragged is None else self.ragged.total
+        most = (held + len(pages) * (room + page_size - 1)) // page_size
+        low, high = (kv.keys.new_empty(most, kv.keys.shape[-1]) for _ in range(2))
+        self.bounds = PageBounds(page_size, low, high, pages.cumsum(0) - pages)
         update_bounds(kv, self.bounds, torch.zeros_like(kv.lengths))
 
     def view(self) -> RaggedKV:
@@ -236,8 +238,8 @@ class PreallocatedLayer(DynamicLayer):
         tokens = self.get_seq_length() - self.pads[row]
         lengths = kv.lengths[row * heads : (row + 1) * heads].long()
         held = lengths * sum(sizes)
-        if self.bounds is not None:
-            held = held + (lengths + self.bounds.page_size - 1) // self.bounds.page_size * (2 * sizes[0])
+        if self.page_size:
+            held = held + (lengths + self.page_size - 1) // self.page_size * (2 * sizes[0])
         return held, tokens * sum(sizes)
 
     def storage_bytes(self) -> int:
@@ -278,14 +280,10 @@ class PreallocatedLayer(DynamicLayer):
         sequences = [row * heads + head for row in rows for head in range(heads)]
         if self.ragged is not None:
             self.ragged.take(sequences)
-        if self.bounds is not None:
-            old, index = self.bounds, torch.tensor(sequences, device=self.bounds.low.device)
-            pages = len(old.low) // len(old.first)
-            self.bounds = new_bounds(len(sequences), pages, old.low, old.page_size)
-            for mine, theirs in ((self.bounds.low, old.low), (self.bounds.high, old.high)):
-                mine.copy_(theirs.view(-1, pages, theirs.shape[-1])[index].flatten(0, 1))
         if self.pads:
             self.pads = [self.pads[row] for row in rows]
+        if self.bounds is not None:
+            self.keep_bounds(self.page_size)
 
     def reset(self) -> None:
         super().reset()
@@ -370,14 +368,3 @@ class SparseCache(Cache):
     def storage_bytes(self) -> int:
         """Bytes that the full-attention layers hold, room to grow included."""
         return sum(layer.storage_bytes() for layer in self.layers if isinstance(layer, PreallocatedLayer))
-
-
-def new_bounds(sequences: int, pages: int, like: Tensor, page_size: int) -> PageBounds:
-    """Room for the bounds of equally many pages of each sequence, made without waiting for the device."""
-    low, high = (like.new_empty(sequences * pages, like.shape[-1]) for _ in range(2))
-    return PageBounds(page_size, low, high, torch.arange(sequences, device=like.device) * pages)
-
-
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions `(B, L)` of left-padded rows: real tokens count from 0, padding is 0."""
-    return torch.clamp(mask.long().cumsum(-1) - 1, min=0)

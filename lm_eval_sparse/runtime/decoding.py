@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..kernels.append import append
-from ..kernels.estimators import PageBounds
+from ..kernels.estimators import PageBounds, update_bounds
 from ..kernels.paged_decode import paged_decode
 from ..kernels.ragged import RaggedKV
 from ..methods import DecodeContext, DecodeMethod
@@ -79,18 +79,14 @@ class LayerPool:
             )
         return self.keys, self.values, first
 
-    def take_pages(self, bounds: PageBounds) -> int:
-        """Take bounds in and return the first of their pages."""
-        pages = len(bounds.low)
+    def take_pages(self, pages: int) -> int:
+        """Room for the bounds of so many pages; returns the first of them."""
         first, self.pages = self.pages, self.pages + pages
         if self.low is None or self.pages > len(self.low):
             size = max(self.pages, -int(-pages * self.share // 1)) if first == 0 else self.pages
             if first == 0:
                 self.low = self.high = None
-            self.low, self.high = (
-                grown(old, first, size, like) for old, like in ((self.low, bounds.low), (self.high, bounds.high))
-            )
-        self.low[first : self.pages], self.high[first : self.pages] = bounds.low, bounds.high
+            self.low, self.high = (grown(old, first, size, self.keys) for old in (self.low, self.high))
         return first
 
 
@@ -279,22 +275,32 @@ class Decoder:
         return self.runtime.new_cache(self.config, self.reserve, self.pools, prompt)
 
     def adopt(self, row: Row, cache: SparseCache) -> None:
-        """Take what the prefill of a row has left."""
+        """Take what the prefill of a row has left. Waits for the device once, as the first token does."""
         row.room = self.reserve
+        kept = [layer.view().lengths for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
+        lengths = iter(torch.cat(kept).tolist() if kept else [])
+        paged: list[tuple[int, RaggedKV, int, list[int]]] = []
         for index, (layer, pool) in enumerate(zip(cache.layers, self.pools, strict=True)):
-            if isinstance(layer, PreallocatedLayer):
-                kv, first = layer.view(), None
-                size = len(kv.starts) * (kv.keys.shape[1] + kv.values.shape[1]) * kv.keys.element_size()
-                if size != self.runtime.sizes[index][0]:
-                    raise ValueError(
-                        f"layer {index} caches something else than the keys and values that attention reads"
-                    )
-                if layer.bounds is not None:
-                    first = layer.bounds.first + pool.take_pages(layer.bounds)
-                row.held.append(Held(kv.starts, kv.lengths.clone(), first, kv.longest))
-                row.room = min(row.room, layer.room)
-            else:
+            if not isinstance(layer, PreallocatedLayer):
                 row.held.append(self._adopt_window(layer, pool))
+                continue
+            kv = layer.view()
+            size = len(kv.starts) * (kv.keys.shape[1] + kv.values.shape[1]) * kv.keys.element_size()
+            if size != self.runtime.sizes[index][0]:
+                raise ValueError(f"layer {index} caches something else than the keys and values that attention reads")
+            own = [next(lengths) for _ in kv.starts]
+            row.held.append(Held(kv.starts, kv.lengths.clone(), None, max(own)))
+            row.room = min(row.room, layer.room)
+            if layer.page_size:
+                pages = [-(-(length + self.reserve) // layer.page_size) for length in own]
+                first = pool.take_pages(sum(pages))
+                paged.append((index, kv, layer.page_size, [first + sum(pages[:head]) for head in range(len(pages))]))
+        firsts = torch.tensor([first for *_, own in paged for first in own], dtype=torch.int64).to(self.device)
+        for index, kv, page_size, own in paged:
+            first, firsts = firsts[: len(own)], firsts[len(own) :]
+            row.held[index].first = first
+            bounds = PageBounds(page_size, self.pools[index].low, self.pools[index].high, first)
+            update_bounds(kv, bounds, torch.zeros_like(kv.lengths))
 
     def _adopt_window(self, layer: DynamicSlidingWindowLayer, pool: LayerPool) -> Held:
         heads, held = layer.keys.shape[1:3]
@@ -439,23 +445,26 @@ class Decoder:
     @torch.no_grad()
     def run(self, rows: Sequence[Row]) -> None:
         """Decode these rows to their ends, side by side as far as they go together, and count their steps."""
-        waiting = [row for row in rows if not row.done]
-        if waiting:
-            self.method, self.sparsity = None, None
-            plan = self.runtime.plan
-            if plan.decode is not None:
-                self.method, self.sparsity = plan.decode.at(waiting[0].prompt)
-            self._batch = waiting
-            self._prepare(waiting)
-            self.runtime.decoder = self
-            try:
+        self._batch = [row for row in rows if not row.done]
+        self.runtime.decoder = self
+        try:
+            if self._batch:
+                self._prepare(self._batch)
+            for alike in self._alike():
                 most = 1 if self.alone is not None else self.most
-                for first in range(0, len(waiting), most):
-                    self._run(waiting[first : first + most])
-            finally:
-                self.runtime.decoder = None
-        for row in rows:
-            self._count(row)
+                for first in range(0, len(alike), most):
+                    self._run(alike[first : first + most])
+                for row in alike:
+                    self._count(row)
+        finally:
+            self.runtime.decoder = None
+
+    def _alike(self) -> Iterator[list[Row]]:
+        """The rows of the batch by their decode method and sparsity, which are those of the decoder meanwhile."""
+        plan = self.runtime.plan.decode
+        own = [(None, None) if plan is None else plan.at(row.prompt) for row in self._batch]
+        for self.method, self.sparsity in dict.fromkeys(own):
+            yield [row for row, mine in zip(self._batch, own, strict=True) if mine == (self.method, self.sparsity)]
 
     @torch.no_grad()
     def try_one(self, row: Row) -> Tensor:
