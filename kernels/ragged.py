@@ -25,6 +25,8 @@ class RaggedKV:
         lengths: `(S,)` int32, keys that each sequence holds. A sequence of length 0 is a place that nobody uses:
             nothing of it is read or written, and its outputs are 0.
         longest: a number that no length exceeds, known on the host.
+        heads: sequences of one row, which follow each other; S is a multiple of it. What is computed for a row never
+            depends on other rows, to the bit, but it may be computed for all its heads at once.
     """
 
     keys: Tensor
@@ -32,9 +34,10 @@ class RaggedKV:
     starts: Tensor
     lengths: Tensor
     longest: int
+    heads: int = 1
 
     @staticmethod
-    def of(keys: Tensor, values: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> RaggedKV:
+    def of(keys: Tensor, values: Tensor, starts: Sequence[int], lengths: Sequence[int], heads: int = 1) -> RaggedKV:
         """From starts and lengths known on the host.
 
         Raises:
@@ -50,11 +53,25 @@ class RaggedKV:
             raise ValueError(f"a sequence reaches outside the {len(keys)} stored keys")
         places = torch.tensor(starts, dtype=torch.int64).to(keys.device)
         held = torch.tensor(lengths, dtype=torch.int32).to(keys.device)
-        return RaggedKV(keys, values, places, held, max(lengths, default=0))
+        return RaggedKV(keys, values, places, held, max(lengths, default=0), heads)
 
     def part(self, sequences: slice) -> RaggedKV:
-        """Some of the sequences, over the same storage."""
-        return RaggedKV(self.keys, self.values, self.starts[sequences], self.lengths[sequences], self.longest)
+        """Some of the sequences, whole rows of them, over the same storage."""
+        starts, lengths = self.starts[sequences], self.lengths[sequences]
+        return RaggedKV(self.keys, self.values, starts, lengths, self.longest, self.heads)
+
+    def rows(self) -> list[tuple[slice, tuple[int, int, int] | None]]:
+        """The rows, read on the host: their sequences, and where heads are equally long and equally far from each
+        other the first entry of the first one, that distance and that length, else None."""
+        starts, lengths, heads = self.starts.tolist(), self.lengths.tolist(), self.heads
+        found: list[tuple[slice, tuple[int, int, int] | None]] = []
+        for first in range(0, len(starts), heads):
+            end, start = first + heads, starts[first]
+            apart = starts[first + 1] - start if heads > 1 else 0
+            even = apart >= 0 and starts[first:end] == [start + apart * head for head in range(heads)]
+            alike = even and lengths[first:end] == [lengths[first]] * heads
+            found.append((slice(first, end), (start, apart, lengths[first]) if alike else None))
+        return found
 
     def visible(self, steps: int) -> Tensor:
         """`(S, T)` int64: keys that each of the last T tokens of a sequence may see, itself included."""

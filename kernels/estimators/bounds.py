@@ -157,8 +157,22 @@ def _scores(query: Tensor, bounds: PageBounds, kv: RaggedKV, shared: bool, pages
     if shared:
         positive, negative = positive.sum(1, keepdim=True), negative.sum(1, keepdim=True)
     scores = positive.new_full((*positive.shape[:3], pages), float("-inf"))
-    for s, (first, length) in enumerate(zip(bounds.first.tolist(), kv.lengths.tolist(), strict=True)):
-        complete = max(length - 1, 0) // bounds.page_size
-        low, high = (bound[first : first + complete].float().T for bound in (bounds.low, bounds.high))
-        scores[s, ..., :complete] = positive[s] @ high + negative[s] @ low
+    firsts, lengths = bounds.first.tolist(), kv.lengths.tolist()
+    # One product for all heads of a row where they are alike: none may depend on other rows.
+    for begin in range(0, len(lengths), kv.heads):
+        row = slice(begin, begin + kv.heads)
+        apart = firsts[begin + 1] - firsts[begin] if kv.heads > 1 else 0
+        steps = {b - a for a, b in zip(firsts[row], firsts[row][1:], strict=False)}
+        together = len(set(lengths[row])) == 1 and steps <= {apart} and apart >= 0
+        for some in [row] if together else [slice(s, s + 1) for s in range(row.start, row.stop)]:
+            complete = max(lengths[some.start] - 1, 0) // bounds.page_size
+            dim = bounds.low.shape[-1]
+            shape, strides = (some.stop - some.start, complete, dim), (apart * dim, dim, 1)
+            low, high = (
+                bound.as_strided(shape, strides, bound.storage_offset() + firsts[some.start] * dim).float()
+                for bound in (bounds.low, bounds.high)
+            )
+            plus, minus = (part[some].flatten(1, 2) for part in (positive, negative))
+            found = plus @ high.transpose(1, 2) + minus @ low.transpose(1, 2)
+            scores[some, ..., :complete] = found.unflatten(1, positive.shape[1:3])
     return scores

@@ -1,8 +1,8 @@
 """Torch only, any device: the keys of each token's pages are gathered, all keys of a sequence are read where they lie.
 
-One product at a time. On the CPU a product over several sequences may give one of them another last bit than its own
-product does (so does SDPA: which thread computes a problem decides how its buffers are aligned), and an output must not
-depend on what else is in the call.
+One row at a time. On the CPU a product over several rows may give one of them another last bit than its own product
+does (so does SDPA: which thread computes a problem decides how its buffers are aligned), and the output of a row must
+not depend on what else is in the call.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ def forward(
     window: int | None,
 ) -> Tensor:
     """See `paged_decode`. Scores and softmax in fp32 (fp64 for fp64 input), values in the input dtype."""
+    if selection is None and query.shape[2] == 1 and len(query):
+        rows = [_dense_row(query[row, :, 0], kv, row, even, 0, window, scale, softcap) for row, even in kv.rows()]
+        return torch.cat(rows)[:, :, None]
     out = query.new_zeros(*query.shape[:3], kv.values.shape[-1])
     if selection is not None:
         _paged(query, kv, selection, scale, softcap, out)
@@ -39,28 +42,44 @@ def forward(
 def _paged(
     query: Tensor, kv: RaggedKV, selection: PageSelection, scale: float, softcap: float | None, out: Tensor
 ) -> None:
-    steps, size, lists = query.shape[2], selection.page_size, selection.pages.shape[1]
-    # One list for the group: its query heads are the rows of one product. Lists of their own: one row each.
-    rows, outs = (states.unflatten(1, (lists, -1)).transpose(2, 3) for states in (query, out))  # (S, Gs, T, rows, D)
-    counts, starts, lengths = selection.keys_read(kv).tolist(), kv.starts.tolist(), kv.lengths.tolist()
+    group, steps = query.shape[1:3]
+    size, lists = selection.page_size, selection.pages.shape[1]
+    counts = selection.keys_read(kv).tolist()
+    rows = kv.rows()
     for t in range(steps):
-        most = max((row[t] for sequence in counts for row in sequence), default=0)
+        most = max((sequence[g][t] for sequence in counts for g in range(lists)), default=0)
         key_at = torch.arange(most, device=query.device)
         pages = selection.pages[:, :, t].long()
         # Only the last listed page may be partial, so the keys that are read are the first ones of what is listed.
         index = kv.starts[:, None, None] + pages[..., key_at // size] * size + key_at % size
-        for s, sequence in enumerate(counts):
-            start, length = starts[s], lengths[s]
-            visible = length - steps + 1 + t
-            if length and all(row[t] == visible for row in sequence):
+        visible = (kv.lengths - steps + 1 + t).tolist()
+        for own, even in rows:
+            read = [[sequence[g][t] for g in range(lists)] for sequence in counts[own]]
+            if all(part == [end] * lists for part, end in zip(read, visible[own], strict=True)):
                 # All keys for all heads: the very product that dense attention makes.
-                key, value = (held[start : start + visible] for held in (kv.keys, kv.values))
-                out[s, :, t] = _attend(query[s, :, t], key, value, scale, softcap)
+                earlier = steps - 1 - t
+                out[own, :, t] = _dense_row(query[own, :, t], kv, own, even, earlier, None, scale, softcap)
                 continue
-            for g, row in enumerate(sequence):
-                if row[t]:
-                    key, value = (held.index_select(0, index[s, g, : row[t]]) for held in (kv.keys, kv.values))
-                    outs[s, g, t] = _attend(rows[s, g, t], key, value, scale, softcap)
+            # Lists of one length are one product with a problem for each list; a list of the group's has all its
+            # query heads for rows.
+            heads = query[own, :, t].unflatten(1, (lists, -1))  # (h, Gs, rows, D)
+            numbers = {number for part in read for number in part}
+            if numbers == {0}:
+                continue
+            if len(numbers) == 1:
+                at = index[own, :, : read[0][0]].reshape(-1)
+                shape = (-1, read[0][0])
+                key, value = (held.index_select(0, at).view(*shape, held.shape[-1]) for held in (kv.keys, kv.values))
+                found = _attend(heads.flatten(0, 1), key, value, scale, softcap)
+                out[own, :, t] = found.view(-1, group, found.shape[-1])
+                continue
+            for s, part in enumerate(read):
+                for g, number in enumerate(part):
+                    if number > 0:
+                        at = index[own][s, g, :number]
+                        key, value = (held.index_select(0, at)[None] for held in (kv.keys, kv.values))
+                        found = _attend(heads[s, g][None], key, value, scale, softcap)[0]
+                        out[own, :, t].unflatten(1, (lists, -1))[s, g] = found
 
 
 def _dense(query: Tensor, kv: RaggedKV, scale: float, softcap: float | None, window: int | None, out: Tensor) -> None:
@@ -70,30 +89,58 @@ def _dense(query: Tensor, kv: RaggedKV, scale: float, softcap: float | None, win
             continue
         visible = length - steps + 1
         first = 0 if window is None else max(0, visible - window)
-        key, value = (held[start + first : start + length] for held in (kv.keys, kv.values))
-        hidden = None
-        if steps > 1:  # all tokens at once, and a mask
-            place = torch.arange(first, length, device=query.device)
-            ends = visible + torch.arange(steps, device=query.device)[:, None]
-            hidden = place >= ends
-            if window is not None:
-                hidden |= place < ends - window
-            hidden = hidden.repeat(group, 1)
+        key, value = (held[None, start + first : start + length] for held in (kv.keys, kv.values))
+        # All tokens at once, and a mask.
+        place = torch.arange(first, length, device=query.device)
+        ends = visible + torch.arange(steps, device=query.device)[:, None]
+        hidden = place >= ends
+        if window is not None:
+            hidden |= place < ends - window
         # The queries of a group are the rows of one product: keys and values are read once, nothing is repeated.
-        found = _attend(query[s].flatten(0, 1), key, value, scale, softcap, hidden)
-        out[s] = found.unflatten(0, (group, steps))
+        found = _attend(query[s].flatten(0, 1)[None], key, value, scale, softcap, hidden.repeat(group, 1))
+        out[s] = found[0].unflatten(0, (group, steps))
+
+
+def _dense_row(
+    query: Tensor,
+    kv: RaggedKV,
+    row: slice,
+    even: tuple[int, int, int] | None,
+    behind: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """One token of one row, `(h, G, D)`, to all keys but the last `behind` ones: at once where its heads are alike."""
+    if even is None:
+        parts = zip(query, kv.starts[row].tolist(), kv.lengths[row].tolist(), strict=True)
+        heads = [_dense_row(q[None], kv, row, (start, 0, n), behind, window, scale, softcap) for q, start, n in parts]
+        return torch.cat(heads)
+    start, apart, length = even
+    if length <= behind:
+        return query.new_zeros(*query.shape[:2], kv.values.shape[-1])
+    first = 0 if window is None else max(0, length - behind - window)
+    shape = len(query), length - behind - first
+    key = kv.keys.as_strided(*_strided(kv.keys, shape, start + first, apart))
+    value = kv.values.as_strided(*_strided(kv.values, shape, start + first, apart))
+    return _attend(query, key, value, scale, softcap)
+
+
+def _strided(held: Tensor, shape: tuple[int, int], start: int, apart: int) -> tuple:
+    """Size, strides and offset of `shape` keys from `start` on, those of heads `apart` from each other."""
+    dim = held.shape[1]
+    return (*shape, dim), (apart * dim, dim, 1), held.storage_offset() + start * dim
 
 
 def _attend(
     rows: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, hidden: Tensor | None = None
 ) -> Tensor:
-    """Attention of `(r, D)` to `(n, D)`, but for the pairs that are `hidden`, `(r, n)`."""
+    """Attention of `(p, r, D)` to `(p, n, D)`, for p problems, but for the pairs that are `hidden`, `(r, n)`."""
     if softcap is None and hidden is None and key.shape[-1] == value.shape[-1]:
-        states = (state[None, None] for state in (rows, key, value))
-        return F.scaled_dot_product_attention(*states, scale=scale)[0, 0]
+        return F.scaled_dot_product_attention(rows[None], key[None], value[None], scale=scale)[0]
     work = torch.float64 if rows.dtype == torch.float64 else torch.float32
     # In half precision the product itself would round the scores before the softmax.
-    scores = rows.to(work) @ key.to(work).T * scale
+    scores = rows.to(work) @ key.to(work).transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if hidden is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -60,15 +61,14 @@ class RaggedStorage:
         steps = keys.shape[-2]
         if self.room < steps:
             self.take(list(range(len(self.kv.starts))), steps + max(64, self.kv.longest // 4))
-        kv = self.kv
-        self.kv = RaggedKV(kv.keys, kv.values, kv.starts, kv.lengths, kv.longest + steps)
+        kv = self.kv = replace(self.kv, longest=self.kv.longest + steps)
         append(self.kv, *(states.reshape(-1, steps, states.shape[-1]) for states in (keys, values)), bounds)
         self.room -= steps
         self.total += steps * len(kv.starts)
 
     def cut(self, lengths: Tensor, longest: int, room: int, total: int) -> None:
         """Forget tokens: come back to what these numbers were."""
-        self.kv = RaggedKV(self.kv.keys, self.kv.values, self.kv.starts, lengths.clone(), longest)
+        self.kv = replace(self.kv, lengths=lengths.clone(), longest=longest)
         self.room, self.total = room, total
 
     def take(self, sequences: Sequence[int], room: int | None = None) -> None:
@@ -81,7 +81,8 @@ class RaggedStorage:
         for s, place in zip(sequences, places, strict=False):
             keys[place : place + lengths[s]] = old.keys[starts[s] : starts[s] + lengths[s]]
             values[place : place + lengths[s]] = old.values[starts[s] : starts[s] + lengths[s]]
-        self.kv, self.room, self.total = RaggedKV.of(keys, values, places[:-1], held), room, sum(held)
+        self.kv = RaggedKV.of(keys, values, places[:-1], held, old.heads)
+        self.room, self.total = room, sum(held)
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -199,7 +200,8 @@ class PreallocatedLayer(DynamicLayer):
             compact(*states, indices, own, starts[row * heads : (row + 1) * heads], keys, values)
         longest = max(min(choice[0].shape[1], total) for choice in choices)
         self._logical = total
-        self.ragged = RaggedStorage(RaggedKV(keys, values, starts, counts.int(), longest), self.reserve, held)
+        kv = RaggedKV(keys, values, starts, counts.int(), longest, heads)
+        self.ragged = RaggedStorage(kv, self.reserve, held)
         self._flat = None
         self.keys, self.values = self.keys[..., :0, :].clone(), self.values[..., :0, :].clone()
 
@@ -228,7 +230,7 @@ class PreallocatedLayer(DynamicLayer):
         if any(self.pads):
             pads = torch.tensor(self.pads).to(keys.device).repeat_interleave(self._heads)
             starts, lengths = starts + pads, lengths - pads.int()
-        return RaggedKV(keys, values, starts, lengths, total - min(self.pads, default=0))
+        return RaggedKV(keys, values, starts, lengths, total - min(self.pads, default=0), self._heads)
 
     def held_bytes(self, row: int) -> tuple[Tensor, int]:
         """Bytes of keys, values and page bounds that each KV head of a row holds `(H_kv,)`, and those of all tokens."""

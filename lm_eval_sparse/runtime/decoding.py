@@ -172,7 +172,8 @@ class DecodeLayer:
 
     def kv(self, rows: int) -> RaggedKV:
         own = slice(rows * self.heads)
-        return RaggedKV(self.pool.keys, self.pool.values, self.starts[own], self.lengths[own], self.longest)
+        places = self.starts[own], self.lengths[own]
+        return RaggedKV(self.pool.keys, self.pool.values, *places, self.longest, self.heads)
 
     def bounds(self, rows: int, page_size: int) -> PageBounds | None:
         if self.first is None:
@@ -480,7 +481,8 @@ class Decoder:
     def _goes_together(self, rows: list[Row]) -> bool:
         """Whether the first of these rows gets the same logits, to the bit, as it gets alone."""
         self._load(rows)
-        if self._width in self._checked:
+        width = self._width
+        if width in self._checked:
             return True
         beside = self._tried(rows)
         alone = self._tried(rows[:1])
@@ -488,7 +490,7 @@ class Decoder:
             self.alone = f"the layers of this model round differently for {len(rows)} rows than for one"
             logger.warning("answers are decoded one at a time: %s", self.alone)
             return False
-        self._checked.add(self._width)
+        self._checked.add(width)
         return True
 
     def _tried(self, rows: list[Row]) -> Tensor:
