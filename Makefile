@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+PROCESSES ?= 2
 
 .PHONY: install demo test lint clean
 install: $(VENV)/.installed
@@ -28,7 +29,7 @@ lint: install
 
 test: install
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 clean:
 	rm -rf $(VENV) $(DEMO) dist build .pytest_cache .ruff_cache

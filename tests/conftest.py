@@ -7,6 +7,9 @@ import os
 
 import pytest
 
+# Several processes of several threads each would get into each other's way.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton looks at this once, when it is imported; neither torch nor our package imports it before a kernel is needed.
 if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") is not None:
     import torch

@@ -21,8 +21,10 @@ from lm_eval_sparse import model as model_module
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels import backends
 from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.methods import Quest
 from lm_eval_sparse.model import SparseHFLM
 from lm_eval_sparse.runtime import decoding
+from lm_eval_sparse.runtime.attention import Assignment
 from lm_eval_sparse.runtime.decoding import Decoder
 from lm_eval_sparse.runtime.memory import MemoryModel, out_of_memory
 from lm_eval_sparse.sampling import Sampling, Stop
@@ -187,6 +189,20 @@ def test_idle_rows_and_steps_ahead_change_nothing(
     found = generate(lm, prompts, until=["e"])
     assert lm._decoder.alone is None
     assert found == texts and all_stats(found) == all_stats(texts)
+
+
+def test_prompts_with_budgets_of_their_own(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a preset, which gives knobs by the prompt's length."""
+    prompts = prompts_of(rng, 7, 60, 180)
+    lm = lm_of("llama", **METHODS["quest"], batch_size=7)
+    lengths = sorted(len(lm.tok_encode(prompt)) for prompt in prompts)
+    budgets = {True: Quest(budget=16), False: Quest(budget=32)}
+    monkeypatch.setattr(Assignment, "at", lambda self, length: (budgets[length > lengths[3]], None))
+    texts = generate(lm_of("llama", **METHODS["quest"]), prompts)
+    found = generate(lm, prompts)
+    assert found == texts and all_stats(found) == all_stats(texts)
+    knob = lm.report()["phases"]["decode"]["knobs_solved"]["budget"]
+    assert knob["min"] < 33 < knob["max"]
 
 
 @on_a_cpu

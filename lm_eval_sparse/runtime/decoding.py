@@ -464,7 +464,10 @@ class Decoder:
         """The rows of the batch by their decode method and sparsity, which are those of the decoder meanwhile."""
         plan = self.runtime.plan.decode
         own = [(None, None) if plan is None else plan.at(row.prompt) for row in self._batch]
-        for self.method, self.sparsity in dict.fromkeys(own):
+        for chosen in dict.fromkeys(own):
+            if chosen != (self.method, self.sparsity):  # budgets are constants of what was captured
+                self.graphs.clear()
+            self.method, self.sparsity = chosen
             yield [row for row, mine in zip(self._batch, own, strict=True) if mine == (self.method, self.sparsity)]
 
     @torch.no_grad()
