@@ -282,7 +282,7 @@ def test_memory_held_is_what_is_accounted(rng: random.Random, method: str, monke
         run(decoder, rows)
 
     monkeypatch.setattr(Decoder, "run", inspect)
-    generate(lm, [words(rng, length) for _ in range(4)], max_gen_toks=reserve)
+    generate(lm, [words(rng, length)] * 4, max_gen_toks=reserve)
     ((held, expected, bounds, pages),) = seen
     assert held == expected
     assert pages <= bounds <= 4 * pages if pages else not bounds

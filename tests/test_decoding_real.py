@@ -24,9 +24,9 @@ from lm_eval_sparse.runtime.decoding import Decoder
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-NUMBER = int(os.environ.get("LM_EVAL_SPARSE_PROMPTS") or (200 if ON_GPU else 10))
-LONGEST = 900 if ON_GPU else 250
-ANSWER = 48 if ON_GPU else 12
+NUMBER = int(os.environ.get("LM_EVAL_SPARSE_PROMPTS") or (200 if ON_GPU else 6))
+LONGEST = 900 if ON_GPU or NUMBER >= 200 else 150
+ANSWER = 48 if ON_GPU else 10
 
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
