@@ -633,6 +633,13 @@ class SparseHFLM(HFLM):
                 yield item, text, counts
             return
         limit = kwargs.get("max_length")
+        longest = max(min(lengths[item[1]], room) for item in items)
+        if limit is not None and limit <= longest:
+            raise UserError(
+                f"--gen_kwargs max_length={limit} leaves a prompt of {longest} tokens no room for an answer: it counts "
+                f"prompt and answer; give more than {longest}, or max_gen_toks= instead"
+            )
+        self._fitting = None
         waiting = items
         met: Counter[tuple[int, ...]] = Counter()  # a prompt that is sampled several times gets several answers
         while waiting:
@@ -658,6 +665,10 @@ class SparseHFLM(HFLM):
     def _prompt(self, context: str, room: int) -> Tensor:
         """Token ids `(1, L)` of a prompt, as lm-eval makes and truncates them."""
         ids, _ = self.tok_batch_encode([context], left_truncate_len=room, truncation=self.truncation)
+        if not ids.shape[1]:
+            raise UserError(
+                "a prompt is empty, so there is nothing to continue: give the task one, or type add_bos_token=True"
+            )
         return ids.to(self.device)
 
     def _some(self, lengths: list[int], reserve: int, decoder: Decoder) -> int:
@@ -701,13 +712,13 @@ class SparseHFLM(HFLM):
         met: Counter[tuple[int, ...]],
     ) -> list[tuple[str, RowCounts]]:
         """Prefill prompts one after the other, decode them side by side."""
-        decoder.start([ids.shape[1] for ids in prompts], min(max_gen_toks, RESERVE))
+        limits = [max_gen_toks if max_length is None else max_length - ids.shape[1] for ids in prompts]
+        decoder.start([ids.shape[1] for ids in prompts], min(max(limits), max(RESERVE, decoder.grown)))
         rows: list[Row] = []
         lookback = Stop.lookback(self.tokenizer, until)
         ends = {self.eot_token_id, *sampling.ends}
-        for ids in prompts:
+        for ids, limit in zip(prompts, limits, strict=True):
             length = ids.shape[1]
-            limit = max_gen_toks if max_length is None else max(1, max_length - length)
             chooser = sampling.row(ids, met)
             row = Row(length, RowCounts(), Stop(self.tokenizer, lookback, ends, limit), chooser)
             cache = decoder.new_cache(length)
@@ -770,6 +781,8 @@ class SparseHFLM(HFLM):
             found = decoder.try_one(row).float()
             wanted = found if wanted is None else wanted[-1]
         except Exception as error:  # modelling code of any age
+            if out_of_memory(error):
+                raise
             return f"{type(error).__name__}: {first_line(error)}"
         finally:
             self.runtime.plan = plan

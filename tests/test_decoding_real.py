@@ -121,7 +121,7 @@ def test_a_step_is_captured_once_for_all_batches(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("method", ["snapkv", "ada_snapkv"])
 def test_memory_after_eviction_is_what_is_counted(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the device has allocated for keys and values, against the figures of the results."""
-    lm, found = lm_of(method=method, sparsity=0.9, batch_size=4), []
+    lm, found = lm_of(method=method, sparsity=0.5, batch_size=4), []
     run = Decoder.run
 
     def inspect(decoder: Decoder, rows: list[Any]) -> None:
@@ -139,11 +139,11 @@ def test_memory_after_eviction_is_what_is_counted(method: str, monkeypatch: pyte
     gc.collect()
     before = torch.cuda.memory_allocated()
     (prompt,) = prompts_of(1, 3000)
-    prompt = (prompt + " river" * 5000)[:20000]
+    prompt = (prompt + " river stone" * 7000)[:32000]
     generate(lm, [prompt] * 4, max_gen_toks=8)
     ((held, expected),) = found
-    # The allocator rounds each tensor up to 512 bytes, or to 2 MiB where it takes a large one from the device.
-    assert expected <= held <= expected * 1.02 + (60 << 20)
+    # The allocator may give each of the 60 large tensors up to a MiB more than it asks for.
+    assert (300 << 20) < expected <= held <= expected * 1.2
 
 
 @pytest.mark.gpu

@@ -32,6 +32,7 @@ from ..methods import DecodeContext, DecodeMethod
 from .accounting import RowCounts
 from .attention import DecodeShape, Runtime, count_steps, decode_backend
 from .cache import PreallocatedLayer, SparseCache
+from .memory import out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class LayerPool:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
         self.used = self.pages = 0
+        #: How often storage was made: who relies on where it lies compares this, since addresses come again.
+        self.made = 0
         #: How much more than the first row all rows will need.
         self.share = 1.0
 
@@ -72,6 +75,7 @@ class LayerPool:
         first, self.used = self.used, self.used + entries
         if self.keys is None or self.used > len(self.keys):
             size = max(self.used, -int(-entries * self.share // 1)) if first == 0 else self.used
+            self.made += 1
             if first == 0:  # nothing to keep: give it back before more is asked for
                 self.keys = self.values = None
             self.keys, self.values = (
@@ -84,6 +88,7 @@ class LayerPool:
         first, self.pages = self.pages, self.pages + pages
         if self.low is None or self.pages > len(self.low):
             size = max(self.pages, -int(-pages * self.share // 1)) if first == 0 else self.pages
+            self.made += 1
             if first == 0:
                 self.low = self.high = None
             self.low, self.high = (grown(old, first, size, self.keys) for old in (self.low, self.high))
@@ -154,9 +159,9 @@ class DecodeLayer:
         self.starts = torch.zeros(rows * heads, dtype=torch.int64, device=like.starts.device)
         self.lengths = torch.zeros(rows * heads, dtype=torch.int32, device=like.starts.device)
         self.first = None if like.first is None else torch.zeros_like(self.starts)
-        #: A number that no length exceeds until storage grows, and where storage lies: what a captured step relies on.
+        #: A number that no length exceeds until storage grows, and which storage it is: what a captured step relies on.
         self.longest = 0
-        self.storage = (0, 0)
+        self.made = -1
         #: Keys read in the last step, `(S, Gs, 1)` of all rows, and by which backend and for which heads.
         self.reads: Tensor | None = None
         self.backend, self.shape = "", None
@@ -242,6 +247,8 @@ class Decoder:
         self._batch: list[Row] = []
         self.pools: list[LayerPool] = []
         self.reserve = 0
+        #: The most room that answers have needed since storage was given back.
+        self.grown = 0
         self.layers: list[DecodeLayer] = []
         self.graphs: dict[int, Any] = {}
         self._memory: Any = None
@@ -312,8 +319,9 @@ class Decoder:
         starts = torch.arange(heads, device=keys.device) * capacity + first
         return Held(starts, torch.full_like(starts, held, dtype=torch.int32), None, held)
 
-    def _prepare(self, rows: Sequence[Row]) -> None:
-        """Make the layers ready for these rows; what was captured stays good as long as no tensor moves."""
+    def _prepare(self) -> None:
+        """Make the layers ready for the batch; what was captured stays good as long as no tensor moves."""
+        rows = [row for row in self._batch if not row.done]
         if not self.layers:
             heads = [len(held.starts) for held in rows[0].held]
             self.layers = [
@@ -322,22 +330,23 @@ class Decoder:
             ]
         for place, layer in enumerate(self.layers):
             longest = max(row.held[place].longest + row.room for row in rows)
-            storage = layer.pool.keys.data_ptr(), 0 if layer.pool.low is None else layer.pool.low.data_ptr()
-            if longest > layer.longest or storage != layer.storage:
-                layer.storage, layer.longest = storage, max(longest, layer.longest)
+            if longest > layer.longest or layer.pool.made != layer.made:
+                layer.made, layer.longest = layer.pool.made, max(longest, layer.longest)
                 self.graphs.clear()
 
     def release(self) -> None:
         """Give all memory back."""
         self.graphs.clear()
         self._memory = None
+        self.grown = 0
         self.pools, self.layers, self._record, self.logits = [], [], {}, {}
         self._checked.clear()
 
     def _grow(self) -> None:
         """Move the rows that have not ended to storage with more room."""
         rows = [row for row in self._batch if not row.done]
-        more = max(LEAST_GROWTH, self.reserve, max(row.prompt + row.fed for row in rows) // 8)
+        # Twice as much each time: a step has to be captured anew for each size.
+        more = max(LEAST_GROWTH, self.reserve, *(row.fed for row in rows))
         self.graphs.clear()
         page = None if self.method is None else self.method.page_size
         for place, layer in enumerate(self.layers):
@@ -349,8 +358,11 @@ class Decoder:
                     zip(held.starts.tolist(), (held.lengths + row.fed).tolist(), first.tolist(), strict=True)
                 )
             old = pool.keys, pool.values
+            pool.made += 1
             room = torch.tensor([0, *(length + more for _, length, _ in sources)]).cumsum(0).tolist()
-            pool.keys, pool.values = (states.new_empty(room[-1], states.shape[-1]) for states in old)
+            # Never less than before: the next batch may need as much.
+            size = max(room[-1], len(old[0]))
+            pool.keys, pool.values = (states.new_empty(size, states.shape[-1]) for states in old)
             for (start, length, _), place_now in zip(sources, room, strict=False):
                 pool.keys[place_now : place_now + length] = old[0][start : start + length]
                 pool.values[place_now : place_now + length] = old[1][start : start + length]
@@ -360,7 +372,8 @@ class Decoder:
             if layer.first is not None:
                 pages = torch.tensor([0, *(-(-(length + more) // page) for _, length, _ in sources)]).cumsum(0).tolist()
                 low, high = pool.low, pool.high
-                pool.low, pool.high = (bound.new_empty(pages[-1], bound.shape[-1]) for bound in (low, high))
+                size = max(pages[-1], len(low))
+                pool.low, pool.high = (bound.new_empty(size, bound.shape[-1]) for bound in (low, high))
                 for (_, length, start), now in zip(sources, pages, strict=False):
                     number = -(-length // page)
                     pool.low[now : now + number] = low[start : start + number]
@@ -374,6 +387,8 @@ class Decoder:
                     held.first = torch.tensor(pages[:-1][own]).to(self.device)
         for row in rows:
             row.room = row.fed + more
+        self.grown = max(self.grown, *(row.room for row in rows))
+        self._prepare()
 
     def held_bytes(self) -> int:
         """Bytes of keys, values and bounds that the pools hold, room to grow included."""
@@ -450,7 +465,7 @@ class Decoder:
         self.runtime.decoder = self
         try:
             if self._batch:
-                self._prepare(self._batch)
+                self._prepare()
             for alike in self._alike():
                 most = 1 if self.alone is not None else self.most
                 for first in range(0, len(alike), most):
@@ -473,23 +488,25 @@ class Decoder:
     @torch.no_grad()
     def try_one(self, row: Row) -> Tensor:
         """Logits `(V,)` after one step of a single row, which leaves no trace."""
-        self.method = None
-        self._prepare([row])
+        self.method, self._batch = None, [row]
+        self._prepare()
         self.runtime.decoder = self
         try:
-            return self._tried([row])
+            return self._tried([row])[0]
         finally:
             self.runtime.decoder = None
 
     def _goes_together(self, rows: list[Row]) -> bool:
-        """Whether the first of these rows gets the same logits, to the bit, as it gets alone."""
+        """Whether the first and the last of these rows get the same logits, to the bit, as they get alone.
+
+        Kernels that treat rows differently do so with those that are left over at the end.
+        """
         self._load(rows)
         width = self._width
         if width in self._checked:
             return True
         beside = self._tried(rows)
-        alone = self._tried(rows[:1])
-        if not torch.equal(beside, alone):
+        if not all(torch.equal(beside[place], self._tried([rows[place]])[0]) for place in (0, -1)):
             self.alone = f"the layers of this model round differently for {len(rows)} rows than for one"
             logger.warning("answers are decoded one at a time: %s", self.alone)
             return False
@@ -497,12 +514,12 @@ class Decoder:
         return True
 
     def _tried(self, rows: list[Row]) -> Tensor:
-        """Logits `(V,)` of the first row after one step that leaves no trace."""
+        """Logits `(rows, V)` after one step that leaves no trace."""
         self._load(rows)
         self._step()
         self._recorded = 0
         self.cursor.zero_()
-        return self.logits[self._width][0].clone()
+        return self.logits[self._width][: len(rows)].clone()
 
     def _load(self, rows: list[Row]) -> None:
         """Make these the rows of the next steps."""
@@ -520,6 +537,8 @@ class Decoder:
 
     def _run(self, rows: list[Row]) -> None:
         """Decode rows of which none has ended."""
+        if any(row.fed >= row.room for row in rows):  # also for a step on trial
+            self._grow()
         if len(rows) > 1 and not self._goes_together(rows):
             for row in rows:
                 self._run([row])
@@ -534,7 +553,6 @@ class Decoder:
             elif full:
                 self._fetch(rows)
                 self._grow()
-                self._prepare(rows)
                 self._load(rows)
             else:
                 flying.append(self._launch(rows))
@@ -609,6 +627,8 @@ class Decoder:
             try:
                 self.graphs[self._bucket] = self._capture()
             except Exception as error:  # modelling code of any kind
+                if out_of_memory(error):
+                    raise
                 lines = str(error).strip().splitlines() or [""]
                 self.no_graph = f"the step cannot be captured ({type(error).__name__}: {lines[0]})"
                 logger.warning("decoding runs without CUDA graphs: %s", self.no_graph)
