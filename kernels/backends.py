@@ -31,6 +31,13 @@ def triton_unavailable(device: str) -> str | None:
     return None
 
 
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel may begin before the one in front of it on the stream has ended (programmatic launches)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def choose(backend: str, device: torch.device) -> str:
     """`naive` or `triton` for an operator on this device.
 

@@ -27,6 +27,9 @@ class RaggedKV:
         longest: a number that no length exceeds, known on the host.
         heads: sequences of one row, which follow each other; S is a multiple of it. What is computed for a row never
             depends on other rows, to the bit, but it may be computed for all its heads at once.
+        tickets: `(2, S)` int32, or None. Where programs of a kernel count who is the last one, which then finishes what
+            they have begun: a launch less. Zeros when they are made, and left so that the next call can use them; calls
+            that share tickets must follow each other on one stream.
     """
 
     keys: Tensor
@@ -35,6 +38,7 @@ class RaggedKV:
     lengths: Tensor
     longest: int
     heads: int = 1
+    tickets: Tensor | None = None
 
     @staticmethod
     def of(keys: Tensor, values: Tensor, starts: Sequence[int], lengths: Sequence[int], heads: int = 1) -> RaggedKV:
@@ -58,7 +62,8 @@ class RaggedKV:
     def part(self, sequences: slice) -> RaggedKV:
         """Some of the sequences, whole rows of them, over the same storage."""
         starts, lengths = self.starts[sequences], self.lengths[sequences]
-        return RaggedKV(self.keys, self.values, starts, lengths, self.longest, self.heads)
+        tickets = None if self.tickets is None else self.tickets[:, sequences]
+        return RaggedKV(self.keys, self.values, starts, lengths, self.longest, self.heads, tickets)
 
     def rows(self) -> list[tuple[slice, tuple[int, int, int] | None]]:
         """The rows, read on the host: their sequences, and where heads are equally long and equally far from each
@@ -103,6 +108,14 @@ class RaggedKV:
             raise ValueError(
                 f"devices are {query.device}, {self.keys.device}, {self.values.device}, {self.starts.device}, "
                 f"{self.lengths.device}; expected one device"
+            )
+        tickets = self.tickets
+        if tickets is not None and (
+            tickets.shape != (2, sequences) or tickets.dtype != torch.int32 or tickets.device != query.device
+        ):
+            raise ValueError(
+                f"tickets are {tuple(tickets.shape)} {tickets.dtype} on {tickets.device}; expected (2, {sequences}) "
+                f"torch.int32 on {query.device}"
             )
         steps = query.shape[2]
         # What lies on a GPU is not read: that would wait for it.

@@ -8,7 +8,7 @@ must not write is compared too.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,14 +16,15 @@ from torch import Tensor
 from lm_eval_sparse.kernels.append import append
 from lm_eval_sparse.kernels.compaction import compact
 from lm_eval_sparse.kernels.estimators import PageBounds, page_scores, update_bounds
-from lm_eval_sparse.kernels.page_select import PageBudget, budget_pages, select_pages
-from lm_eval_sparse.kernels.paged_decode import PageSelection
+from lm_eval_sparse.kernels.page_select import PageBudget, budget_pages, choose_pages, select_pages
+from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
 from lm_eval_sparse.kernels.ragged import RaggedKV
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 200)
 PAGE_SIZES = (8, 16, 32, 64)
 GROUPS = (1, 3, 4, 7)
 STEPS = (1, 3)
+STEP_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 POISON = (float("nan"), float("inf"), -6e4)
 
 
@@ -158,6 +159,11 @@ def check_update(case: Case, backend: str, device: str = "cpu") -> None:
         on.same(expected)
 
 
+def count_up(kv: RaggedKV, steps: int) -> None:
+    """As a decode step does before anything is appended."""
+    kv.lengths.add_(steps * (kv.lengths > 0).int())
+
+
 def check_append(case: Case, backend: str, device: str = "cpu", turns: int = 3) -> None:
     """Tokens appended, sequences cut back, and tokens appended again."""
     draw = case.draw
@@ -176,6 +182,7 @@ def check_append(case: Case, backend: str, device: str = "cpu", turns: int = 3) 
                 expected.kv.lengths[s] += steps
         if with_bounds:
             expected.set_bounds(before)
+        count_up(on.kv, steps)
         # Strides are kept where tensors are copied to another device.
         append(on.kv, new.to(device), new_values.to(device), on.bounds if with_bounds else None, backend=backend)
         on.same(expected)
@@ -359,6 +366,81 @@ def check_budget(draw: Draw, device: str = "cpu", rows: int = 50, longest: int =
     found = budget_pages(visible.to(device), logical.to(device), budget)
     for mine, expected in zip(found, budget_by_turns(visible, logical, budget), strict=True):
         assert torch.equal(mine.cpu(), expected)
+
+
+# --- a whole step ------------------------------------------------------------------------------------------------
+
+
+def with_tickets(kv: RaggedKV) -> RaggedKV:
+    """The lists of all sequences are called complete, as an earlier call leaves them."""
+    tickets = torch.tensor([[0], [1]], dtype=torch.int32, device=kv.lengths.device)
+    return replace(kv, tickets=tickets.repeat(1, len(kv.lengths)))
+
+
+def check_step(
+    case: Case,
+    backend: str,
+    device: str = "cpu",
+    *,
+    group: int | None = None,
+    overlap: bool = True,
+    budget: PageBudget | None = None,
+) -> None:
+    """A token of each sequence is appended, pages are chosen and attended to, each by its definition."""
+    draw, size, heads = case.draw, case.size, case.heads
+    group, dtype = group or draw.rng.choice(GROUPS), case.kv.keys.dtype
+    case.set_bounds()
+    sequences = len(case.lengths)
+    new, new_values = (draw.states(sequences, 1, part.shape[1], dtype) for part in (case.kv.keys, case.kv.values))
+    query = draw.states(sequences * group, 1, case.kv.keys.shape[1], dtype).unflatten(0, (-1, group))
+    budget = budget or random_budget(draw, size, heads)
+    count_up(case.kv, 1)
+    logical = random_logical(case)
+    before, read = (part[:, 0].tolist() for part in budget_by_turns(
+        case.kv.lengths.long()[:, None], logical.repeat_interleave(heads)[:, None], budget
+    ))  # fmt: skip
+    most = max(before) + draw.rng.choice((0, 1, 16))
+    on = case.to(device)
+    on.kv = with_tickets(replace(on.kv, longest=most * size + size, heads=heads))
+    keys_read = torch.full((sequences, 1, 1), -7, dtype=torch.int32, device=device)
+    on_query, tokens = query.to(device), logical.to(device)
+    states = new.to(device), new_values.to(device)
+    append(on.kv, *states, on.bounds, backend=backend)
+    width = max(read) + 1 + draw.rng.choice((0, 3))
+    options = {"width": width, "pages": most, "overlap": overlap, "backend": backend}
+    lists = choose_pages(on_query, on.bounds, on.kv, tokens, budget, **options)
+    out, _ = paged_decode(on_query, on.kv, lists, scale=0.2, keys_read=keys_read, backend=backend)
+
+    assert (lists.ready is not None) == (overlap and backend == "triton")
+    for s, (start, length) in enumerate(zip(case.kv.starts.tolist(), case.lengths, strict=True)):
+        if length:
+            case.kv.keys[start + length - 1], case.kv.values[start + length - 1] = new[s, 0], new_values[s, 0]
+    case.set_bounds([max(0, length - 1) for length in case.lengths])
+    on.same(case)
+    assert on.kv.tickets[0].tolist() == [0] * sequences
+    for s, length in enumerate(case.lengths):
+        if not length:
+            assert int(lists.counts[s]) == 0 and not bool(out[s].any()) and int(keys_read[s]) == 0
+            continue
+        start, first = int(case.kv.starts[s]), int(case.bounds.first[s])
+        q = query[s, :, 0].double()
+        low, high = (bound[first : first + before[s]].double() for bound in (case.bounds.low, case.bounds.high))
+        scores = torch.maximum(q[:, None] * low, q[:, None] * high).sum((0, 2))
+        assert int(lists.counts[s]) == read[s] + 1, (s, length)
+        listed = lists.pages[s, 0, 0, : read[s] + 1].tolist()
+        assert listed == sorted(set(listed)) and listed[-1] == before[s] and listed[0] >= 0
+        taken = torch.zeros(before[s], dtype=torch.bool)
+        taken[listed[:-1]] = True
+        if 0 < read[s] < before[s]:
+            # Scores that are equal but for rounding may change places.
+            assert scores[taken].min() >= scores[~taken].max() - 2e-4 - 1e-5 * scores.abs().max()
+        place = torch.arange(length)
+        seen = torch.isin(place // size, torch.tensor(listed))
+        assert int(keys_read[s]) == int(seen.sum())
+        keys, values = (part[start : start + length][seen].double() for part in (case.kv.keys, case.kv.values))
+        expected = (q @ keys.T * 0.2).softmax(-1) @ values
+        error = float((out[s, :, 0].cpu().double() - expected).norm() / expected.norm())
+        assert error < STEP_ERROR[dtype], (s, error)
 
 
 # --- compaction --------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_bytes_sparsity_and_ratios_of_a_small_run(decoded):
             assert row["key_value_bytes"] == pytest.approx(dense * (1 - row["measured_sparsity"]))
             assert row["bound_bytes"] == sequences * ((length - 1) // page) * 2 * 16 * 4
             assert row["bytes"] == row["key_value_bytes"] + row["bound_bytes"]
-            assert set(row["parts"]) == {"append", "scores", "select", "read"}
+            assert set(row["parts"]) == {"append", "choose", "read"}
         assert row["gb_s"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
         assert row["of_copy"] == pytest.approx(row["gb_s"] / 1e3 / copy)
         assert row["over_cudnn"] is None
@@ -151,7 +151,7 @@ def invented(length=131072, batch=1, quest=30.0):
     rows.append({"kind": "eviction", "name": "eviction", "sparsity": 0.95, "us": 12.0, "bytes": size // 20})
     rows.append(
         {"kind": "quest", "name": "quest/16", "page": 16, "sparsity": 0.95, "us": quest, "bytes": size // 9,
-         "measured_sparsity": 0.95, "parts": {"append": 2.0, "scores": 12.0, "select": 6.0, "read": 10.0}}
+         "measured_sparsity": 0.95, "parts": {"append": 2.0, "choose": 18.0, "read": 10.0}}
     )  # fmt: skip
     for row in rows:
         row |= {"batch": batch, "length": length, "timed": row.get("timed", "graph")}
@@ -180,7 +180,7 @@ def test_targets_and_marks_of_a_gpu_run():
     assert "| P6 | batch 1: at least 6x | 6.33x | reached |" in text
     assert "| P6 | batch 8: at least 7.5x | 6.33x | **missed** |" in text
     assert "| flash-attn-4 | **170\\* (79%)** |" in text  # 536.9 MB in 170 us of 4 TB/s
-    assert "| 1 | 128K | 16 | 0.95 | 0.9500 | 2.0 | 12.0 | 6.0 | 10.0 | 30.0 | 67% | 59.7 |" in text
+    assert "| 1 | 128K | 16 | 0.95 | 0.9500 | 2.0 | 18.0 | 10.0 | 30.0 | 67% | 59.7 |" in text
     assert "not captured in a graph, so launches count: flash-attn-4: no" in text
 
 

@@ -22,7 +22,9 @@ from cache_cases import (
     check_compact,
     check_scores,
     check_select,
+    check_step,
     check_update,
+    count_up,
     random_case,
 )
 from prefill_cases import interpreter_missing
@@ -96,8 +98,8 @@ def test_append_token_by_token(draw: Draw, backend: str) -> None:
             before = case.lengths
         new = draw.states(len(before), 1, case.kv.keys.shape[1], case.kv.keys.dtype)
         new_values = draw.states(len(before), 1, case.kv.values.shape[1], case.kv.values.dtype)
+        count_up(case.kv, 1)
         append(case.kv, new, new_values, case.bounds, backend=backend)
-        assert case.lengths == [length + (length > 0) for length in before]
         scratch = case.to("cpu")
         scratch.set_bounds()
         case.same(scratch)
@@ -123,6 +125,21 @@ def test_selection_from_scores_of_all_kinds(draw: Draw, backend: str, kind: int)
     for keep in (0.3, 0.7):
         case = random_case(draw, rows=3, steps=1, heads=2, page_size=8, room=3, dims=(16,), lengths=(63, 65, 200))
         check_select(case, backend, kind=kind, keep=keep)
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step(draw: Draw, backend: str, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for overlap in (True, False):
+        for case in cases(draw, backend, page_size, room=3, steps=1):
+            if backend == "triton":
+                from lm_eval_sparse.kernels.page_select import triton as chooser
+                from lm_eval_sparse.kernels.paged_decode import triton as attention
+
+                # Short sequences take several programs, too.
+                monkeypatch.setattr(chooser, "SCORE_BYTES", draw.rng.choice((16, 1 << 14)))
+                monkeypatch.setattr(attention, "MIN_SPLIT", draw.rng.choice((16, 128)))
+            check_step(case, backend, overlap=overlap)
 
 
 @pytest.mark.parametrize("heads", [1, 3, 4])

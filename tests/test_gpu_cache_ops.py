@@ -25,8 +25,10 @@ from cache_cases import (
     check_compact,
     check_scores,
     check_select,
+    check_step,
     check_update,
     complete_pages,
+    count_up,
     random_case,
 )
 from torch import Tensor
@@ -34,7 +36,8 @@ from torch import Tensor
 from lm_eval_sparse.kernels.append import append
 from lm_eval_sparse.kernels.compaction import compact
 from lm_eval_sparse.kernels.estimators import PageBounds, page_scores, update_bounds
-from lm_eval_sparse.kernels.page_select import MOST_PAGES, PageBudget, select_pages
+from lm_eval_sparse.kernels.page_select import MOST_PAGES, PageBudget, choose_pages, select_pages
+from lm_eval_sparse.kernels.paged_decode import paged_decode
 from lm_eval_sparse.kernels.ragged import RaggedKV
 
 DEVICE = "cuda"
@@ -92,6 +95,82 @@ def test_random_calls(draw: Draw, place: int, kinds: tuple[torch.dtype, int]) ->
         check_scores(case, "triton", DEVICE, group)
         check_select(case, "triton", DEVICE, naive=True)
         check_compact(draw, dtype, "triton", DEVICE, longest=2000)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(("place", "kinds"), COMBINATIONS, ids=str)
+def test_random_steps(draw: Draw, place: int, kinds: tuple[torch.dtype, int], overlap: bool) -> None:
+    """Appended, chosen and attended to."""
+    dtype, page_size = kinds
+    dims, heads, group = DIMS[place % 6 :][:1] or DIMS[:1], (8, 3, 1, 2)[place % 4], GROUPS[place // 3 % 4]
+    for _ in range(CALLS):
+        options = {"heads": heads, "page_size": page_size, "dims": dims, "lengths": LENGTHS, "steps": 1}
+        check_step(random_case(draw, dtype, **options), "triton", DEVICE, group=group, overlap=overlap)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_steps_that_run_into_each_other(draw: Draw, rows: int) -> None:
+    """Long ones, some layers after each other over the same tickets, replayed: what they give if each one ends first."""
+    heads, dim, size, layers, most = 8, 128, 16, 4, 130_000
+    device = torch.Generator(DEVICE).manual_seed(draw.rng.randrange(1 << 31))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=device, device=DEVICE).bfloat16()
+
+    sequences, length = heads * rows, most // rows
+    starts = torch.arange(sequences, device=DEVICE) * length
+    lengths = torch.full((sequences,), length, dtype=torch.int32, device=DEVICE)
+    tickets = torch.zeros(2, sequences, dtype=torch.int32, device=DEVICE)
+    pages = -(-length // size)
+    caches, bounds = [], []
+    for _ in range(layers):
+        keys, values = (normal(sequences * length, dim) for _ in "kv")
+        caches.append(RaggedKV(keys, values, starts, lengths, length, heads, tickets))
+        bounds.append(PageBounds.empty([pages] * sequences, keys, size))
+        update_bounds(caches[-1], bounds[-1], torch.zeros_like(lengths))
+    logical = torch.full((rows,), length, device=DEVICE)
+    query, new = normal(layers, sequences, 4, 1, dim), normal(layers, 2, sequences, 1, dim)
+    budget = PageBudget(size, None, 0.05, heads)
+
+    def run(overlap: bool) -> list[Tensor]:
+        found = []
+        for layer, (kv, bound) in enumerate(zip(caches, bounds, strict=True)):
+            append(kv, *new[layer], bound)
+            lists = choose_pages(
+                query[layer], bound, kv, logical, budget, width=pages, pages=pages // 16 * 16 + 16, overlap=overlap
+            )
+            assert (lists.ready is not None) == overlap
+            read = torch.full((sequences, 1, 1), -1, dtype=torch.int32, device=DEVICE)
+            found += [
+                paged_decode(query[layer], kv, lists, scale=0.3, keys_read=read)[0],
+                lists.pages,
+                lists.counts,
+                read,
+            ]
+        return found
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(True)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = run(True)
+    for _ in range(60):
+        held = torch.tensor([draw.rng.randrange(length // 2, length + 1) for _ in range(rows)], device=DEVICE)
+        logical.copy_(held)
+        lengths.copy_(held.repeat_interleave(heads))
+        query.copy_(normal(*query.shape) * 3)
+        new.copy_(normal(*new.shape))
+        graph.replay()
+        for eager in (run(True), run(False)):
+            for number, (mine, theirs) in enumerate(zip(replayed, eager, strict=True)):
+                if number % 4 == 1:  # lists
+                    valid = torch.arange(pages, device=DEVICE) < eager[number + 1][..., None]
+                    mine, theirs = mine[valid], theirs[valid]
+                assert torch.equal(mine, theirs), number
+    assert not bool(tickets[0].any())
 
 
 def test_naive_versions(draw: Draw) -> None:
@@ -175,6 +254,7 @@ def test_storages_of_more_than_two_to_the_31_elements(draw: Draw) -> None:
     bounds = PageBounds(size, torch.empty_like(keys), torch.empty_like(keys), torch.tensor([start], device=DEVICE))
     update_bounds(kv, bounds, torch.zeros(1, dtype=torch.int32, device=DEVICE))
     new = torch.randn(1, 1, dim, device=DEVICE).half()
+    count_up(kv, 1)
     append(kv, new, new + 1, bounds)
     assert torch.equal(keys[start + 100], new[0, 0]) and torch.equal(values[start + 100], new[0, 0] + 1)
     held = keys[start : start + 96].unflatten(0, (6, size))
@@ -194,6 +274,7 @@ def decode_step(case: Case, states: tuple[Tensor, ...], logical: Tensor, budget:
     keys, values, query = states
 
     def step():
+        count_up(case.kv, keys.shape[1])
         append(case.kv, keys, values, case.bounds)
         logical.add_(keys.shape[1])
         scores = page_scores(query, case.bounds, case.kv, shared=True, pages=pages)

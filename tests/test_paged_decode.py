@@ -84,7 +84,7 @@ def splits_of(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval_sparse.kernels.paged_decode import triton as kernel
 
     most, least = draw.rng.choice(((64, 128), (3, 32), (4, 16), (1, 64)))
-    monkeypatch.setattr(kernel, "SPLITS", most)
+    monkeypatch.setattr(kernel, "split_limit", lambda heads: most)
     monkeypatch.setattr(kernel, "MIN_SPLIT", least)
 
 

@@ -1,4 +1,4 @@
-"""New tokens written behind the keys and values that sequences hold, and into the bounds of their pages.
+"""New tokens written to the end of the keys and values that sequences hold, and into the bounds of their pages.
 
 Everything happens in place and by lengths that stand on the device, so that a captured step appends where it should.
 """
@@ -16,14 +16,16 @@ from . import naive
 def append(
     kv: RaggedKV, keys: Tensor, values: Tensor, bounds: PageBounds | None = None, *, backend: str = "auto"
 ) -> None:
-    """Write T new tokens of each sequence behind its keys and values, and add T to its length.
+    """Write the T newest tokens of each sequence to the end of its keys and values: its length counts them already.
+
+    So that in a step of a model the lengths of all layers are counted up at once, and no two kernels disagree on them.
 
     Bounds of every page that the tokens touch are computed anew from all keys of the page: after a sequence was cut
-    back they hold values of forgotten tokens. Sequences of length 0 are left alone. That the storage has room, and
-    that `kv.longest` stays a number that no length exceeds, is the caller's business.
+    back they hold values of forgotten tokens. Sequences of length 0 are left alone, others must have at least T. That
+    the storage has room is the caller's business.
 
     Args:
-        kv: `keys`, `values` and `lengths` are written to.
+        kv: `keys` and `values` are written to.
         keys: `(S, T, D)`; values: `(S, T, D_v)`; strided as they like, but contiguous in the last dimension.
         bounds: written to, unless None.
         backend: `auto`, `naive` or `triton`.

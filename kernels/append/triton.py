@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from ..backends import can_overlap
 from ..estimators import PageBounds
 from ..ragged import RaggedKV
 
@@ -23,8 +25,6 @@ def forward(kv: RaggedKV, keys: Tensor, values: Tensor, bounds: PageBounds | Non
     touched = (steps + size - 2) // size + 1
     padded, padded_v = triton.next_power_of_2(dim), triton.next_power_of_2(dim_v)
     tile = size * max(padded, padded_v) * keys.element_size()
-    # Where there is one program per sequence it also counts; several would read what one of them writes.
-    alone = touched == 1
     _append_kernel[(touched, sequences)](
         keys,
         values,
@@ -41,7 +41,8 @@ def forward(kv: RaggedKV, keys: Tensor, values: Tensor, bounds: PageBounds | Non
         values.stride(0),
         values.stride(1),
         HAS_BOUNDS=bounds is not None,
-        ALONE=alone,
+        # What comes next may begin; what it must not begin before this has ended, it waits for itself.
+        DEPENDENTS=can_overlap(keys.device),
         SIZE=size,
         DIM=dim,
         PADDED=padded,
@@ -49,8 +50,6 @@ def forward(kv: RaggedKV, keys: Tensor, values: Tensor, bounds: PageBounds | Non
         PADDED_V=padded_v,
         num_warps=min(16, max(4, tile // WARP_BYTES)),
     )
-    if not alone:
-        kv.lengths.add_(kv.lengths > 0, alpha=steps)
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -70,22 +69,25 @@ def _append_kernel(
     values_sequence,
     values_token,
     HAS_BOUNDS: tl.constexpr,
-    ALONE: tl.constexpr,
+    DEPENDENTS: tl.constexpr,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     DIM_V: tl.constexpr,
     PADDED_V: tl.constexpr,
 ):
+    if DEPENDENTS:
+        gdc_launch_dependents()
     sequence = tl.program_id(1).to(tl.int64)
-    length = tl.load(lengths + sequence)
+    end = tl.load(lengths + sequence)
+    length = end - steps  # before
     page = length // SIZE + tl.program_id(0)
-    if (length > 0) & (page * SIZE < length + steps):
+    if (end > 0) & (page * SIZE < end):
         dims, dims_v = tl.arange(0, PADDED), tl.arange(0, PADDED_V)
         start = tl.load(starts + sequence)
         token = page * SIZE + tl.arange(0, SIZE)
         old = token < length
-        written = (token >= length) & (token < length + steps)
+        written = (token >= length) & (token < end)
         # Behind the last new token it is read again, which changes no bound.
         new = tl.minimum(tl.maximum(token - length, 0), steps - 1).to(tl.int64)
         held = (start + token)[:, None]
@@ -94,14 +96,12 @@ def _append_kernel(
         key = tl.load(source, mask=(token >= length)[:, None] & some, other=0.0)
         source = values + sequence * values_sequence + (new * values_token)[:, None] + dims_v[None, :]
         value = tl.load(source, mask=written[:, None] & inside, other=0.0)
+        if HAS_BOUNDS:
+            before = tl.load(held_keys + held * DIM + dims[None, :], mask=old[:, None] & some, other=0.0)
         tl.store(held_keys + held * DIM + dims[None, :], key, mask=written[:, None] & some)
         tl.store(held_values + held * DIM_V + dims_v[None, :], value, mask=written[:, None] & inside)
         if HAS_BOUNDS:
-            before = tl.load(held_keys + held * DIM + dims[None, :], mask=old[:, None] & some, other=0.0)
             key = tl.where(old[:, None], before, key)
             row = (tl.load(first_rows + sequence) + page) * DIM + dims
             tl.store(low + row, tl.min(key, 0), mask=dims < DIM)
             tl.store(high + row, tl.max(key, 0), mask=dims < DIM)
-        if ALONE:
-            tl.debug_barrier()  # all warps have read the length
-            tl.store(lengths + sequence, length + steps)

@@ -111,6 +111,37 @@ def _update_kernel(
         tl.store(high + target, largest, mask=mask)
 
 
+@triton.jit
+def load_bounds(low, high, first, ids, complete, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Both bounds of pages `ids` of the sequence whose first one is row `first`, `(len(ids), PADDED)`."""
+    dims = tl.arange(0, PADDED)
+    # Behind the last complete page it is read again.
+    place = (first + tl.minimum(ids, complete - 1)) * DIM
+    place = place[:, None] + dims[None, :]
+    smallest = tl.load(low + place, mask=(dims < DIM)[None, :], other=0.0)
+    largest = tl.load(high + place, mask=(dims < DIM)[None, :], other=0.0)
+    return smallest, largest
+
+
+@triton.jit
+def signed_sums(query, query_head, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Sums over the query heads of the positive and of the negative entries, from which all heads' bounds follow."""
+    dims = tl.arange(0, PADDED)
+    positive = tl.zeros((PADDED,), tl.float32)
+    negative = tl.zeros((PADDED,), tl.float32)
+    for head in tl.static_range(GROUP):
+        q = tl.load(query + head * query_head + dims, mask=dims < DIM, other=0.0).to(tl.float32)
+        positive += tl.maximum(q, 0.0)
+        negative += tl.minimum(q, 0.0)
+    return positive, negative
+
+
+@triton.jit
+def summed_scores(smallest, largest, positive, negative):
+    """The score of each page, summed over the query heads."""
+    return tl.sum(largest.to(tl.float32) * positive[None, :] + smallest.to(tl.float32) * negative[None, :], 1)
+
+
 # A number that changes with the length is not specialised on: each kind of it would compile anew.
 @triton.jit(do_not_specialize=["pages"])
 def _scores_kernel(
@@ -138,30 +169,18 @@ def _scores_kernel(
     complete = tl.minimum(tl.maximum(length - 1, 0) // SIZE, pages)
     start = tl.program_id(0) * TILE
     if start < complete:
-        dims = tl.arange(0, PADDED)
         ids = start + tl.arange(0, TILE)
-        # Behind the last complete page it is read again.
-        place = (tl.load(first_rows + sequence) + tl.minimum(ids, complete - 1)) * DIM
-        place = place[:, None] + dims[None, :]
-        smallest = tl.load(low + place, mask=(dims < DIM)[None, :], other=0.0)
-        largest = tl.load(high + place, mask=(dims < DIM)[None, :], other=0.0)
+        smallest, largest = load_bounds(low, high, tl.load(first_rows + sequence), ids, complete, DIM, PADDED)
         query += sequence * query_sequence
         scores += sequence * (1 if SHARED else GROUP) * steps * pages
         if SHARED:
             for _ in range(steps):
-                row = query + dims
-                positive = tl.zeros((PADDED,), tl.float32)
-                negative = tl.zeros((PADDED,), tl.float32)
-                for _ in tl.static_range(GROUP):
-                    q = tl.load(row, mask=dims < DIM, other=0.0).to(tl.float32)
-                    positive += tl.maximum(q, 0.0)
-                    negative += tl.minimum(q, 0.0)
-                    row += query_head
-                found = largest.to(tl.float32) * positive[None, :] + smallest.to(tl.float32) * negative[None, :]
-                tl.store(scores + ids, tl.sum(found, 1), mask=ids < complete)
+                positive, negative = signed_sums(query, query_head, GROUP, DIM, PADDED)
+                tl.store(scores + ids, summed_scores(smallest, largest, positive, negative), mask=ids < complete)
                 query += query_token
                 scores += pages
         else:
+            dims = tl.arange(0, PADDED)
             for _ in range(GROUP):
                 row = query + dims
                 for _ in range(steps):

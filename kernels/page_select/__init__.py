@@ -1,7 +1,8 @@
 """Which pages a new token reads, from the scores of its pages and a budget: the best ones, and the one it is in.
 
-It knows nothing of how pages are scored. Budgets follow the lengths that stand on the device; after eviction the KV
-heads of a row may hold very different numbers of pages, and then what some cannot read others of the row do.
+Scores are given, or follow from the bounds of pages and are then made in the same launch. Budgets follow the lengths
+that stand on the device; after eviction the KV heads of a row may hold very different numbers of pages, and then what
+some cannot read others of the row do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..estimators import PageBounds, page_scores
 from ..paged_decode import PageSelection
 from ..ragged import RaggedKV
 from . import naive
@@ -88,17 +90,7 @@ def select_pages(
         raise ValueError(
             f"scores are {tuple(scores.shape)} {scores.dtype}; expected ({sequences}, lists, T, pages) torch.float32"
         )
-    if logical.shape != (sequences // budget.kv_heads,) or sequences % budget.kv_heads or logical.dtype != torch.int64:
-        raise ValueError(
-            f"logical is {tuple(logical.shape)} {logical.dtype}; expected one torch.int64 for each {budget.kv_heads} "
-            f"of {sequences} sequences"
-        )
-    if not scores.device == kv.lengths.device == logical.device:
-        raise ValueError(
-            f"devices are {scores.device}, {kv.lengths.device} (lengths), {logical.device} (logical); expected one"
-        )
-    if width < 1:
-        raise ValueError(f"width={width} given; expected at least 1")
+    _check(kv, logical, budget, width, scores.device)
     chosen = choose(backend, scores.device)
     if chosen == "triton" and scores.shape[-1] > MOST_PAGES:
         if backend == "triton":
@@ -111,3 +103,69 @@ def select_pages(
     else:
         pages, counts = naive.forward(scores, kv, logical, budget, width)
     return PageSelection(pages, counts, budget.page_size)
+
+
+def _check(kv: RaggedKV, logical: Tensor, budget: PageBudget, width: int, device: torch.device) -> None:
+    """The cheap checks that every call makes."""
+    sequences = len(kv.lengths)
+    if logical.shape != (sequences // budget.kv_heads,) or sequences % budget.kv_heads or logical.dtype != torch.int64:
+        raise ValueError(
+            f"logical is {tuple(logical.shape)} {logical.dtype}; expected one torch.int64 for each {budget.kv_heads} "
+            f"of {sequences} sequences"
+        )
+    if not device == kv.lengths.device == logical.device:
+        raise ValueError(
+            f"devices are {device}, {kv.lengths.device} (lengths), {logical.device} (logical); expected one"
+        )
+    if width < 1:
+        raise ValueError(f"width={width} given; expected at least 1")
+
+
+def choose_pages(
+    query: Tensor,
+    bounds: PageBounds,
+    kv: RaggedKV,
+    logical: Tensor,
+    budget: PageBudget,
+    *,
+    width: int,
+    pages: int,
+    shared: bool = True,
+    overlap: bool = False,
+    backend: str = "auto",
+) -> PageSelection:
+    """`select_pages` by the scores of `estimators.page_scores`.
+
+    Where Triton runs, `kv` has tickets, there is one list for a sequence and one token, and no more than 8192 pages,
+    this is a single launch.
+
+    Args:
+        query, bounds, pages, shared: as in `page_scores`.
+        logical, budget, width: as in `select_pages`.
+        overlap: let `append`, this call and attention run into each other on GPUs that can do that. Whoever asks for it
+            promises that `append` was the last thing before this call on the stream, that `paged_decode` over its
+            selection will be the next one, and that nothing writes into `query` and lists meanwhile.
+
+    Returns:
+        Lists of `width` places, ascending, with `ready` where attention has to wait for them.
+
+    Raises:
+        ValueError: as `page_scores` and `select_pages`.
+    """
+    if (
+        shared
+        and query.dim() == 4
+        and query.shape[2] == 1
+        and kv.tickets is not None
+        and choose(backend, query.device) == "triton"
+    ):
+        from . import triton
+
+        if pages <= triton.MOST_TOGETHER:
+            kv.check(query)
+            bounds.check(kv)
+            _check(kv, logical, budget, width, query.device)
+            lists = triton.together(query, bounds, kv, logical, budget, width, pages, overlap)
+            return PageSelection(*lists, budget.page_size, kv.tickets[1] if overlap else None)
+    scores = page_scores(query, bounds, kv, shared=shared, pages=pages, backend=backend)
+    return select_pages(scores, kv, logical, budget, width=width, backend=backend)

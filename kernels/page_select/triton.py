@@ -1,22 +1,36 @@
-"""The choice of pages in Triton: one launch, one program for each list, which works out its budget itself.
+"""The choice of pages in Triton, of given scores or together with the scores: a list is made by one program.
 
-Nothing is sorted. The smallest score that is taken is found by counting the scores above three values at a time.
+It works out its budget itself. Nothing is sorted: the smallest score that is taken is found by counting the scores
+above three values at a time. Made together, a list is made by the last one of the programs that score its pages, while
+others go on scoring pages of other sequences.
 """
 
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..backends import can_overlap
+from ..estimators.bounds_triton import load_bounds, signed_sums, summed_scores
 from ..ragged import RaggedKV
-from . import PageBudget
+
+if TYPE_CHECKING:
+    from ..estimators import PageBounds
+    from . import PageBudget
 
 #: Scores of a list that one warp holds; a program has at most 32 warps.
 PER_WARP = 256
+#: Warps of a program that scores pages and maybe chooses among them, bytes of each bound that it reads, and registers
+#: of a thread: those that choosing could use would leave too few programs at work to read bounds at full speed.
+WARPS, SCORE_BYTES, REGISTERS = 8, 1 << 14, 128
+#: Scores that such a program can hold.
+MOST_TOGETHER = 1 << 13
 #: Turns of a search that cut the range of values in quarters; later ones cut the range of bit patterns.
 VALUE_TURNS = 10
 
@@ -24,13 +38,10 @@ VALUE_TURNS = 10
 def forward(scores: Tensor, kv: RaggedKV, logical: Tensor, budget: PageBudget, width: int) -> tuple[Tensor, Tensor]:
     """See `page_select.select_pages`."""
     sequences, lists, steps, columns = scores.shape
-    pages = torch.empty(sequences, lists, steps, width, dtype=torch.int32, device=scores.device)
-    counts = torch.empty(sequences, lists, steps, dtype=torch.int32, device=scores.device)
+    pages, counts = _lists((sequences, lists, steps), width, scores.device)
     if not counts.numel():
         return pages, counts
-    padded = max(64, triton.next_power_of_2(columns))
-    # The bits of the share, since kernels take numbers in fp32.
-    low_bits, high_bits = struct.unpack("<2i", struct.pack("<d", budget.keep or 0.0))
+    padded = _padded(columns)
     _select_kernel[(steps, lists, sequences)](
         scores.contiguous(),
         pages,
@@ -39,20 +50,90 @@ def forward(scores: Tensor, kv: RaggedKV, logical: Tensor, budget: PageBudget, w
         logical,
         columns,
         width,
-        budget.pages or 0,
-        low_bits,
-        high_bits,
-        SHARE=budget.keep is not None,
-        SIZE=budget.page_size,
-        HEADS=budget.kv_heads,
-        HEADS_PADDED=triton.next_power_of_2(budget.kv_heads),
-        PADDED=padded,
-        VALUE_TURNS=VALUE_TURNS,
+        *_budget(budget),
+        **_options(budget, padded),
         num_warps=min(32, max(1, padded // PER_WARP)),
         # Products of fp64 numbers are rounded before they are added, as they are in torch.
         enable_fp_fusion=False,
     )
     return pages, counts
+
+
+def together(
+    query: Tensor,
+    bounds: PageBounds,
+    kv: RaggedKV,
+    logical: Tensor,
+    budget: PageBudget,
+    width: int,
+    columns: int,
+    overlap: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `page_select.choose_pages`: one launch, for one token of each sequence."""
+    sequences, group, _, dim = query.shape
+    query = query if query.stride(3) == 1 or dim == 1 else query.contiguous()
+    pages, counts = _lists((sequences, 1, 1), width, query.device)
+    if not sequences:
+        return pages, counts
+    scores = torch.empty(sequences * columns, dtype=torch.float32, device=query.device)
+    padded_dim = triton.next_power_of_2(dim)
+    tile = max(16, SCORE_BYTES // (padded_dim * query.element_size()))
+    dependent = overlap and can_overlap(query.device)
+    _score_and_choose_kernel[(max(1, triton.cdiv(columns, tile)), sequences)](
+        query,
+        bounds.low,
+        bounds.high,
+        scores,
+        pages,
+        counts,
+        kv.lengths,
+        bounds.first,
+        logical,
+        kv.tickets[0],
+        kv.tickets[1],
+        columns,
+        width,
+        *_budget(budget),
+        *query.stride()[:2],
+        OVERLAP=overlap,
+        DEPENDENT=dependent,
+        GROUP=group,
+        TILE=tile,
+        DIM=dim,
+        PADDED_DIM=padded_dim,
+        **_options(budget, _padded(columns)),
+        num_warps=WARPS,
+        maxnreg=REGISTERS,
+        enable_fp_fusion=False,
+        **({"launch_pdl": True} if dependent else {}),  # no word of Triton's interpreter
+    )
+    return pages, counts
+
+
+def _lists(shape: tuple[int, int, int], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for lists and their lengths."""
+    pages = torch.empty(*shape, width, dtype=torch.int32, device=device)
+    return pages, torch.empty(shape, dtype=torch.int32, device=device)
+
+
+def _padded(columns: int) -> int:
+    return max(64, triton.next_power_of_2(columns))
+
+
+def _budget(budget: PageBudget) -> tuple[int, int, int]:
+    """`most`, `low_bits`, `high_bits`: the bits of the share, since kernels take numbers in fp32."""
+    return budget.pages or 0, *struct.unpack("<2i", struct.pack("<d", budget.keep or 0.0))
+
+
+def _options(budget: PageBudget, padded: int) -> dict[str, Any]:
+    return {
+        "SHARE": budget.keep is not None,
+        "SIZE": budget.page_size,
+        "HEADS": budget.kv_heads,
+        "HEADS_PADDED": triton.next_power_of_2(budget.kv_heads),
+        "PADDED": padded,
+        "VALUE_TURNS": VALUE_TURNS,
+    }
 
 
 @triton.jit
@@ -112,6 +193,79 @@ def _shared_budget(keep, tokens, visible, before, HEADS: tl.constexpr, HEADS_PAD
     return tl.where(enough, wanted.to(tl.int32), given)
 
 
+@triton.jit
+def _choose(
+    scores,
+    pages,
+    counts,
+    lengths,
+    logical,
+    sequence,
+    place,
+    columns,
+    width,
+    most,
+    low_bits,
+    high_bits,
+    behind,
+    SHARE: tl.constexpr,
+    SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    PADDED: tl.constexpr,
+    VALUE_TURNS: tl.constexpr,
+):
+    """Write list `place`, of a token of a sequence that `behind` others follow, from the row of scores of that name."""
+    ids = tl.arange(0, PADDED)
+    # Loaded before it is known how many are looked at: one does not wait for the other.
+    score = tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
+    visible = tl.load(lengths + sequence) - behind
+    before = tl.maximum(visible - 1, 0) // SIZE
+    if SHARE:
+        keep = ((high_bits.to(tl.int64) << 32) | (low_bits.to(tl.int64) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
+        heads = tl.arange(0, HEADS_PADDED)
+        tokens = tl.load(logical + sequence // HEADS) - behind
+        seen = tl.load(lengths + sequence // HEADS * HEADS + heads, mask=heads < HEADS, other=0) - behind
+        seen = tl.where(heads < HEADS, seen, 0)
+        held = tl.maximum(seen - 1, 0) // SIZE
+        shared = _shared_budget(keep, tokens, seen, held, HEADS, HEADS_PADDED, SIZE)
+        read = tl.sum(tl.where(heads == sequence % HEADS, shared, 0), 0)
+    else:
+        read = tl.minimum(most, before)
+    open_ = ids < before
+    score = tl.where(score == score, score, float("-inf"))  # what is not a number
+    score = tl.where(score == 0.0, 0.0, score)  # -0 is 0
+    order = _ordered(score.to(tl.int32, bitcast=True))
+    # The largest value that at least `read` scores reach lies in [low, high]; `reached` scores reach low.
+    low = tl.min(tl.where(open_, order, 0x7FFFFFFF), 0)
+    order = tl.where(open_, order, -0x80000000)  # below those of all numbers
+    high = tl.max(order, 0)
+    reached = before
+    turn = 0
+    while (read > 0) & (low < high) & (reached > read):
+        by_value = turn < VALUE_TURNS
+        a, b, c = _between(low, high, 1, by_value), _between(low, high, 2, by_value), _between(low, high, 3, by_value)
+        # Two counts of 16 bits in one sum: what a turn takes is mostly the time to put the program's warps together.
+        both = tl.sum((order >= a).to(tl.int32) + ((order >= b).to(tl.int32) << 16), 0)
+        last = tl.sum((order >= c).to(tl.int32), 0)
+        low, high, reached = _narrowed(low, high, reached, read, a, both & 0xFFFF)
+        low, high, reached = _narrowed(low, high, reached, read, b, (both >> 16) & 0xFFFF)
+        low, high, reached = _narrowed(low, high, reached, read, c, last)
+        turn += 1
+    chosen = (order >= low) & (read > 0)
+    if (read > 0) & (reached > read):
+        # Ties at `low`: as many as there is room for, from the right.
+        equal = (order == low).to(tl.int32)
+        ties = tl.sum(equal, 0)
+        left = tl.cumsum(equal, 0) - equal
+        chosen = chosen & ((order > low) | (ties - left <= read - (reached - ties)))
+    target = pages + place * width
+    slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(target + slot, ids, mask=chosen & (slot < width))
+    tl.store(target + read, before, mask=(visible > 0) & (read < width))
+    tl.store(counts + place, tl.where(visible > 0, read + 1, 0))
+
+
 # Numbers that change with the budget are not specialised on: each kind of them would compile anew.
 @triton.jit(do_not_specialize=["width", "most", "low_bits", "high_bits"])
 def _select_kernel(
@@ -135,51 +289,110 @@ def _select_kernel(
     step, list_, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     behind = tl.num_programs(0) - 1 - step  # tokens after this one
     place = (sequence * tl.num_programs(1) + list_) * tl.num_programs(0) + step
-    ids = tl.arange(0, PADDED)
-    # Loaded before it is known how many are looked at: one does not wait for the other.
-    score = tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
-    visible = tl.load(lengths + sequence) - behind
-    before = tl.maximum(visible - 1, 0) // SIZE
-    if SHARE:
-        keep = ((high_bits.to(tl.int64) << 32) | (low_bits.to(tl.int64) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
-        heads = tl.arange(0, HEADS_PADDED)
-        tokens = tl.load(logical + sequence // HEADS) - behind
-        seen = tl.load(lengths + sequence // HEADS * HEADS + heads, mask=heads < HEADS, other=0) - behind
-        seen = tl.where(heads < HEADS, seen, 0)
-        held = tl.maximum(seen - 1, 0) // SIZE
-        shared = _shared_budget(keep, tokens, seen, held, HEADS, HEADS_PADDED, SIZE)
-        read = tl.sum(tl.where(heads == sequence % HEADS, shared, 0), 0)
-    else:
-        read = tl.minimum(most, before)
-    open_ = ids < before
-    score = tl.where(score == score, score, float("-inf"))  # what is not a number
-    score = tl.where(score == 0.0, 0.0, score)  # -0 is 0
-    order = _ordered(score.to(tl.int32, bitcast=True))
-    # The largest value that at least `read` scores reach lies in [low, high]; `reached` scores reach low.
-    low = tl.min(tl.where(open_, order, 0x7FFFFFFF), 0)
-    order = tl.where(open_, order, -0x80000000)
-    high = tl.max(order, 0)
-    reached = before
-    turn = 0
-    while (read > 0) & (low < high) & (reached > read):
-        by_value = turn < VALUE_TURNS
-        a, b, c = _between(low, high, 1, by_value), _between(low, high, 2, by_value), _between(low, high, 3, by_value)
-        # One sum of three counts of 16 bits: what a turn takes is mostly the time to put the program's warps together.
-        found = (order >= a).to(tl.int64) + ((order >= b).to(tl.int64) << 16) + ((order >= c).to(tl.int64) << 32)
-        found = tl.sum(found, 0)
-        low, high, reached = _narrowed(low, high, reached, read, a, (found & 0xFFFF).to(tl.int32))
-        low, high, reached = _narrowed(low, high, reached, read, b, ((found >> 16) & 0xFFFF).to(tl.int32))
-        low, high, reached = _narrowed(low, high, reached, read, c, (found >> 32).to(tl.int32))
-        turn += 1
-    chosen = open_ & (order >= low) & (read > 0)
-    if (read > 0) & (reached > read):
-        # Ties at `low`: as many as there is room for, from the right.
-        equal = (open_ & (order == low)).to(tl.int32)
-        ties = tl.sum(equal, 0)
-        left = tl.cumsum(equal, 0) - equal
-        chosen = chosen & ((order > low) | (ties - left <= read - (reached - ties)))
-    target = pages + place * width
-    slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(target + slot, ids, mask=chosen & (slot < width))
-    tl.store(target + read, before, mask=(visible > 0) & (read < width))
-    tl.store(counts + place, tl.where(visible > 0, read + 1, 0))
+    _choose(
+        scores,
+        pages,
+        counts,
+        lengths,
+        logical,
+        sequence,
+        place,
+        columns,
+        width,
+        most,
+        low_bits,
+        high_bits,
+        behind,
+        SHARE,
+        SIZE,
+        HEADS,
+        HEADS_PADDED,
+        PADDED,
+        VALUE_TURNS,
+    )
+
+
+@triton.jit(do_not_specialize=["width", "most", "low_bits", "high_bits"])
+def _score_and_choose_kernel(
+    query,
+    low,
+    high,
+    scores,
+    pages,
+    counts,
+    lengths,
+    first_rows,
+    logical,
+    tickets,
+    ready,
+    columns,
+    width,
+    most,
+    low_bits,
+    high_bits,
+    query_sequence,
+    query_head,
+    OVERLAP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    SHARE: tl.constexpr,
+    SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    PADDED: tl.constexpr,
+    VALUE_TURNS: tl.constexpr,
+):
+    """One program: the scores of `TILE` pages of one sequence; the last one of a sequence chooses among all of them."""
+    tile, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if OVERLAP:
+        # What was complete in an earlier call no longer is. Attention must not begin before that is taken back, so the
+        # answer is waited for.
+        was = 0
+        if tile == 0:
+            was = tl.atomic_xchg(ready + sequence, 0)
+        if DEPENDENT:  # noqa: SIM102
+            if was >= 0:  # always
+                gdc_launch_dependents()
+    length = tl.load(lengths + sequence)
+    complete = tl.minimum(tl.maximum(length - 1, 0) // SIZE, columns)
+    tiles = tl.maximum(tl.cdiv(complete, TILE), 1)
+    if tile < tiles:
+        if complete > 0:
+            first = tl.load(first_rows + sequence)
+            ids = tile * TILE + tl.arange(0, TILE)
+            positive, negative = signed_sums(query + sequence * query_sequence, query_head, GROUP, DIM, PADDED_DIM)
+            smallest, largest = load_bounds(low, high, first, ids, complete, DIM, PADDED_DIM)
+            found = summed_scores(smallest, largest, positive, negative)
+            tl.store(scores + sequence * columns + ids, found, mask=ids < complete)
+        if DEPENDENT:
+            gdc_wait()  # the new token is in its place: who waits for this kernel's lists relies on it
+        tl.debug_barrier()
+        if tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == tiles - 1:
+            tl.store(tickets + sequence, 0)
+            _choose(
+                scores,
+                pages,
+                counts,
+                lengths,
+                logical,
+                sequence,
+                sequence,
+                columns,
+                width,
+                most,
+                low_bits,
+                high_bits,
+                0,
+                SHARE,
+                SIZE,
+                HEADS,
+                HEADS_PADDED,
+                PADDED,
+                VALUE_TURNS,
+            )
+            if OVERLAP:
+                tl.debug_barrier()
+                tl.atomic_xchg(ready + sequence, 1, sem="release")

@@ -36,11 +36,14 @@ class PageSelection:
             heads of a KV head share their pages, else their number G.
         counts: `(S, Gs, T)` int32, at least 1. What stands at sequences of length 0 is not looked at.
         page_size: keys per page.
+        ready: `(S,)` int32, not 0 where the lists of a sequence are complete; or None: all of them are. They may be
+            completed while attention, the very next call on the stream, has already begun (`page_select.choose_pages`).
     """
 
     pages: Tensor
     counts: Tensor
     page_size: int
+    ready: Tensor | None = None
 
     def keys_read(self, kv: RaggedKV) -> Tensor:
         """`(S, Gs, T)` int32: keys in the listed pages that each token may see; 0 at sequences of length 0."""
@@ -146,6 +149,13 @@ def _check(
             raise ValueError(f"page size is {selection.page_size}, pages listed {pages.shape[-1]}; expected at least 1")
         if window is not None:
             raise ValueError(f"window is {window}, with a selection; expected one of them, or neither")
+        if selection.ready is not None and (
+            selection.ready.shape != (sequences,) or selection.ready.dtype != torch.int32 or pages.shape[1:3] != (1, 1)
+        ):
+            raise ValueError(
+                f"ready is {tuple(selection.ready.shape)} {selection.ready.dtype} for lists {tuple(pages.shape[:3])}; "
+                f"expected ({sequences},) torch.int32 and one list for a sequence"
+            )
         lists = pages.shape[1]
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; expected at least 1, or None")

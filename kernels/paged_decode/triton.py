@@ -1,5 +1,6 @@
 """Own Triton kernels: split-KV decode attention, dense or over listed pages, and the sum of the splits.
 
+The splits of a sequence are summed by the last of its programs where sequences have tickets, else by a second kernel.
 How the keys of a query are divided follows from their number alone, never from other sequences of the call or from
 the storage, so an output is the same, to the bit, whatever it is computed together with. A selection that lists all
 pages of a token is read in the same pieces as no selection, and one token's output is then the same to the bit, too.
@@ -13,16 +14,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
+from ..backends import can_overlap
 from ..ragged import RaggedKV
 
 if TYPE_CHECKING:
     from . import PageSelection
 
-# The numbers below are tuned. They may depend on dtype and dimensions, never on lengths or on how many sequences
+# The numbers below are tuned. They may depend on dtype, dimensions and heads, never on lengths or on how many rows
 # there are: they say in which order sums are made.
-#: Splits of a query's keys at most, and keys that a split holds at least.
-SPLITS, MIN_SPLIT = 64, 128
+#: Splits of the keys of a row's heads together, of one head at least and at most, and keys that a split holds at least.
+ROW_SPLITS, LEAST_SPLITS, MOST_SPLITS, MIN_SPLIT = 256, 16, 128, 128
 #: Bytes of keys that are loaded at a time; several such pieces, of keys and of values, are under way (`STAGES`).
 TILE_BYTES = 16384
 WARPS, STAGES = 4, 3
@@ -33,6 +36,8 @@ PAGED_STAGES = 5
 MANY_ROWS, MANY_ROWS_FP32, MANY_STAGES = 64, 16, 2
 #: Dimensions of an output that one program of the second kernel sums.
 SUM_DIMS = 32
+#: Numbers that the last program of a sequence holds when it sums its splits.
+SUM_SIZE = 1 << 13
 
 #: A window that no sequence fills, and whose difference from any length is an int32.
 NO_WINDOW = 1 << 30
@@ -96,6 +101,10 @@ def _attend(
     counts,
     partial,
     logs,
+    out,
+    keys_read,
+    tickets,
+    ready,
     query_sequence,
     query_head,
     query_step,
@@ -121,11 +130,24 @@ def _attend(
     SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    FINISHES: tl.constexpr,
+    COUNTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    SUM_DIMS: tl.constexpr,
 ):
-    """One split of one tile: some of the rows (token, query head) of a sequence, and a part of their keys."""
-    sequence = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
-    split = tl.program_id(1)
+    """One split of one tile: some of the rows (token, query head) of a sequence, and a part of their keys.
+
+    With tickets a tile is a sequence, and the program that is its last one sums the splits.
+    """
+    split = tl.program_id(0)
+    sequence = tl.program_id(1) // tiles
+    tile = tl.program_id(1) % tiles
+    if OVERLAP:
+        while tl.atomic_add(ready + sequence, 0, sem="acquire") == 0:
+            pass
     first, number, place = _reach(
         lengths, pages, counts, sequence, tile, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE
     )
@@ -190,6 +212,68 @@ def _attend(
         tl.store(partial + target[:, None] * VALUE_DIM + value_dims[None, :], acc, mask=mask)
         log = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
         tl.store(logs + target, log, mask=used)
+    if FINISHES:
+        made = tl.cdiv(number, size)
+        last = (split == 0) & (made == 0)
+        if split < made:
+            tl.debug_barrier()
+            last = tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == made - 1
+        if last:
+            tl.store(tickets + sequence, 0)
+            rows_of = sequence.to(tl.int64) * group
+            _finish(
+                partial,
+                logs,
+                out,
+                rows_of,
+                group,
+                splits,
+                made,
+                VALUE_DIM,
+                BLOCK_DV,
+                SPLITS_PADDED,
+                GROUP_PADDED,
+                SUM_DIMS,
+            )
+            if COUNTED:
+                tl.store(keys_read + sequence, number)
+    if DEPENDENT:
+        gdc_wait()  # whatever comes after this kernel comes after the one before it, too
+
+
+@triton.jit
+def _finish(
+    partial,
+    logs,
+    out,
+    first,
+    group,
+    splits,
+    made,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    SUM_DIMS: tl.constexpr,
+):
+    """Sum the splits of the rows from `first` on, the query heads of a sequence. Without any split the output is 0."""
+    head, split = tl.arange(0, GROUP_PADDED), tl.arange(0, SPLITS_PADDED)
+    at = (first + head)[None, :] * splits + split[:, None]
+    used = (split < made)[:, None] & (head < group)[None, :]
+    log = tl.load(logs + at, mask=used, other=float("-inf"))
+    highest = tl.max(log, 0)
+    weights = tl.exp2(log - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
+    total = tl.sum(weights, 0)
+    weights /= tl.where(total > 0, total, 1.0)[None, :]
+    for begin in tl.static_range(0, BLOCK_DV, SUM_DIMS):
+        dims = begin + tl.arange(0, SUM_DIMS)
+        inside = (dims < VALUE_DIM)[None, None, :]
+        place = at[:, :, None] * VALUE_DIM + dims[None, None, :]
+        parts = tl.load(partial + place, mask=used[:, :, None] & inside, other=0.0)
+        result = tl.sum(parts * weights[:, :, None], 0)
+        mask = (head < group)[:, None] & (dims < VALUE_DIM)[None, :]
+        target = (first + head)[:, None] * VALUE_DIM + dims[None, :]
+        tl.store(out + target, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["group", "steps", "rows", "width", "window", "splits"])
@@ -292,11 +376,20 @@ def forward(
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     block_n = tile_keys(max(block_d, block_dv), query.element_size())
     tiles = -(-steps * group // rows)
-    splits = max(1, min(SPLITS, -(-most // MIN_SPLIT)))
+    shares = split_limit(kv.heads)
+    splits = max(1, min(shares, -(-most // MIN_SPLIT)))
+    finishes = kv.tickets is not None and tiles == 1 and steps == 1
+    ready = None if selection is None else selection.ready
+    if ready is not None and not finishes:
+        raise ValueError("lists that may not be complete yet need sequences with tickets")
+    dependent = ready is not None and can_overlap(query.device)
+    group_padded, splits_padded = triton.next_power_of_2(group), triton.next_power_of_2(shares)
     partial = query.new_empty(sequences * steps * group * splits * value_dim, dtype=torch.float32)
     logs = query.new_empty(sequences * steps * group * splits, dtype=torch.float32)
     reach = NO_WINDOW if window is None else min(window, NO_WINDOW)
-    _attend[(sequences * tiles, splits)](
+    counted = keys_read is not None
+    unused = kv.lengths
+    _attend[(splits, sequences * tiles)](
         query,
         kv.keys,
         kv.values,
@@ -306,6 +399,10 @@ def forward(
         counts,
         partial,
         logs,
+        out,
+        keys_read if counted else unused,
+        kv.tickets[0] if finishes else unused,
+        unused if ready is None else ready,
         *query.stride()[:3],
         group,
         steps,
@@ -327,17 +424,27 @@ def forward(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
-        SPLITS=SPLITS,
+        SPLITS=shares,
         MIN_SPLIT=MIN_SPLIT,
         PRECISION="ieee",
+        FINISHES=finishes,
+        COUNTED=counted,
+        OVERLAP=ready is not None,
+        DEPENDENT=dependent,
+        SPLITS_PADDED=splits_padded,
+        GROUP_PADDED=group_padded,
+        SUM_DIMS=max(1, min(block_dv, SUM_SIZE // (group_padded * splits_padded))),
         num_warps=WARPS,
         num_stages=MANY_STAGES if many else STAGES if selection is None else PAGED_STAGES,
+        **({"launch_pdl": True} if dependent else {}),  # no word of Triton's interpreter
     )
+    if finishes:
+        return out
     _combine[(sequences * steps * group, triton.cdiv(value_dim, SUM_DIMS))](
         partial,
         logs,
         out,
-        kv.lengths if keys_read is None else keys_read,
+        keys_read if counted else unused,
         kv.lengths,
         pages,
         counts,
@@ -349,16 +456,21 @@ def forward(
         splits,
         PAGE=page,
         LISTS_ARE_OWN=own,
-        COUNTED=keys_read is not None,
+        COUNTED=counted,
         VALUE_DIM=value_dim,
         SUM_DIMS=SUM_DIMS,
         BLOCK_N=block_n,
-        SPLITS=SPLITS,
+        SPLITS=shares,
         MIN_SPLIT=MIN_SPLIT,
-        PADDED=triton.next_power_of_2(SPLITS),
+        PADDED=splits_padded,
         num_warps=4,
     )
     return out
+
+
+def split_limit(heads: int) -> int:
+    """Into how many splits the keys of a sequence are divided at most, a power of two: fewer where a row has more."""
+    return max(LEAST_SPLITS, min(MOST_SPLITS, triton.next_power_of_2(ROW_SPLITS // heads)))
 
 
 def tile_keys(dims: int, element_size: int) -> int:

@@ -123,12 +123,15 @@ class DecodeContext:
             the newest of the T tokens.
         bounds: page bounds over `kv`, when the method's `page_size` asks for them.
         kv_heads: sequences of one row, which follow each other; S is R times as many.
+        overlap: whether appending the new tokens, choosing and attending directly follow each other on the stream, so
+            that `page_select.choose_pages` may let them run into each other. Nothing need come of it.
     """
 
     kv: RaggedKV
     tokens: Tensor
     bounds: PageBounds | None
     kv_heads: int = 1
+    overlap: bool = False
 
     def logical(self, steps: int) -> Tensor:
         """`(S, T)` int64: keys that a dense step would read for each new token."""

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels.estimators import page_scores
-from ..kernels.page_select import PageBudget, select_pages
+from ..kernels.page_select import PageBudget, choose_pages
 from ..kernels.paged_decode import PageSelection
 from .base import DecodeContext, DecodeMethod, number, one_of
 
@@ -86,8 +85,17 @@ class Quest(DecodeMethod):
         keep = None if sparsity is None else 1 - sparsity
         budget = PageBudget(self.page_size, pages, keep, context.kv_heads)
         width = most if pages is None else min(most, pages)
-        scores = page_scores(query, context.bounds, context.kv, shared=self.share_pages, pages=most)
-        return select_pages(scores, context.kv, context.tokens, budget, width=width + 1)
+        return choose_pages(
+            query,
+            context.bounds,
+            context.kv,
+            context.tokens,
+            budget,
+            width=width + 1,
+            pages=most,
+            shared=self.share_pages,
+            overlap=context.overlap,
+        )
 
     def cost(self, visible: Tensor, read: Tensor, group: int, dim: int, element: int) -> tuple[Tensor, Tensor]:
         # Two products with the bounds of each complete page, for each query head; nothing where all are read.

@@ -61,8 +61,9 @@ class RaggedStorage:
         steps = keys.shape[-2]
         if self.room < steps:
             self.take(list(range(len(self.kv.starts))), steps + max(64, self.kv.longest // 4))
-        kv = self.kv = replace(self.kv, longest=self.kv.longest + steps)
-        append(self.kv, *(states.reshape(-1, steps, states.shape[-1]) for states in (keys, values)), bounds)
+        lengths = torch.where(self.kv.lengths > 0, self.kv.lengths + steps, 0)
+        kv = self.kv = replace(self.kv, lengths=lengths, longest=self.kv.longest + steps)
+        append(kv, *(states.reshape(-1, steps, states.shape[-1]) for states in (keys, values)), bounds)
         self.room -= steps
         self.total += steps * len(kv.starts)
 

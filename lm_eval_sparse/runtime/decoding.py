@@ -154,15 +154,17 @@ class Row:
 class DecodeLayer:
     """One layer during decoding: its storage, and which sequence stands where, in tensors that never move."""
 
-    def __init__(self, pool: LayerPool, heads: int, rows: int, like: Held):
+    def __init__(self, pool: LayerPool, heads: int, lengths: Tensor, tickets: Tensor, like: Held):
         self.pool, self.heads = pool, heads
-        self.starts = torch.zeros(rows * heads, dtype=torch.int64, device=like.starts.device)
-        self.lengths = torch.zeros(rows * heads, dtype=torch.int32, device=like.starts.device)
+        #: `lengths (R * H_kv,)` is counted up by the decoder, for all layers at once.
+        self.lengths, self.tickets = lengths, tickets
+        self.starts = torch.zeros(len(lengths), dtype=torch.int64, device=lengths.device)
         self.first = None if like.first is None else torch.zeros_like(self.starts)
         #: A number that no length exceeds until storage grows, and which storage it is: what a captured step relies on.
         self.longest = 0
         self.made = -1
-        #: Keys read in the last step, `(S, Gs, 1)` of all rows, and by which backend and for which heads.
+        #: Keys read in the last step, `(S, Gs, 1)` of all rows in room for any Gs; by which backend, for which heads.
+        self.room: Tensor | None = None
         self.reads: Tensor | None = None
         self.backend, self.shape = "", None
 
@@ -178,7 +180,7 @@ class DecodeLayer:
     def kv(self, rows: int) -> RaggedKV:
         own = slice(rows * self.heads)
         places = self.starts[own], self.lengths[own]
-        return RaggedKV(self.pool.keys, self.pool.values, *places, self.longest, self.heads)
+        return RaggedKV(self.pool.keys, self.pool.values, *places, self.longest, self.heads, self.tickets[:, own])
 
     def bounds(self, rows: int, page_size: int) -> PageBounds | None:
         if self.first is None:
@@ -250,6 +252,8 @@ class Decoder:
         #: The most room that answers have needed since storage was given back.
         self.grown = 0
         self.layers: list[DecodeLayer] = []
+        #: Those of all layers, one after the other: each layer has its part.
+        self.lengths = torch.zeros(0, dtype=torch.int32, device=device)
         self.graphs: dict[int, Any] = {}
         self._memory: Any = None
         self._checked: set[int] = set()
@@ -324,9 +328,15 @@ class Decoder:
         rows = [row for row in self._batch if not row.done]
         if not self.layers:
             heads = [len(held.starts) for held in rows[0].held]
+            sizes = [len(self.ids) * number for number in heads]
+            self.lengths = torch.zeros(sum(sizes), dtype=torch.int32, device=self.device)
+            # Layers follow each other, so they can share their tickets.
+            tickets = torch.zeros(2, max(sizes), dtype=torch.int32, device=self.device)
             self.layers = [
-                DecodeLayer(pool, number, len(self.ids), held)
-                for pool, number, held in zip(self.pools, heads, rows[0].held, strict=True)
+                DecodeLayer(pool, number, lengths, tickets, held)
+                for pool, number, lengths, held in zip(
+                    self.pools, heads, self.lengths.split(sizes), rows[0].held, strict=True
+                )
             ]
         for place, layer in enumerate(self.layers):
             longest = max(row.held[place].longest + row.room for row in rows)
@@ -417,18 +427,19 @@ class Decoder:
         backend = decode_backend(self.runtime.plan)
         method = self.method if eligible else None
         bounds = None if method is None else layer.bounds(rows, method.page_size)
-        append(kv, key[:rows].reshape(sequences, 1, dim), value[:rows].reshape(sequences, 1, -1), bounds)
         grouped = query[:rows].reshape(sequences, heads // layer.heads, 1, dim)
+        if method is not None and layer.room is None:
+            layer.room = torch.zeros(len(self.ids) * heads, dtype=torch.int32, device=self.device)
+        # From here on nothing comes between these kernels: they run into each other.
+        append(kv, key[:rows].reshape(sequences, 1, dim), value[:rows].reshape(sequences, 1, -1), bounds)
         options = {"scale": scale, "softcap": softcap, "backend": backend}
         if method is None:
             out, used = paged_decode(grouped, kv, window=window, **options)
         else:
-            context = DecodeContext(kv, self.tokens_held[:rows], bounds, layer.heads)
+            context = DecodeContext(kv, self.tokens_held[:rows], bounds, layer.heads, overlap=True)
             selection = method.select(grouped, context, sparsity=self.sparsity)
-            if layer.reads is None:
-                lists = selection.counts.shape[1]
-                shape = (len(self.ids) * layer.heads, lists, 1)
-                layer.reads = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            lists = selection.counts.shape[1]
+            layer.reads = layer.room[: len(self.ids) * layer.heads * lists].view(-1, lists, 1)
             out, used = paged_decode(grouped, kv, selection, keys_read=layer.reads[:sequences], **options)
         layer.backend, layer.shape = used, DecodeShape.of(heads, layer.heads, kv)
         out = out.reshape(rows, heads, 1, -1)
@@ -438,6 +449,7 @@ class Decoder:
         """One step of the model for the rows that are loaded. Reads and writes nothing but static tensors."""
         width = self._width
         torch.add(self.positions, 1, out=self.tokens_held)
+        self.lengths.add_(self.lengths > 0)  # places that nobody uses stay at 0
         logits = self.call(self.ids[:width, None], self.positions[:width, None], self._cache)
         if width not in self.logits:
             self.logits[width] = torch.empty_like(logits)
@@ -635,7 +647,7 @@ class Decoder:
         return self.graphs.get(self._bucket)
 
     def _capture(self) -> Any:
-        statics = [self.ids, self.positions, self.cursor, *(layer.lengths for layer in self.layers)]
+        statics = [self.ids, self.positions, self.cursor, self.lengths]
         before = [tensor.clone() for tensor in statics]
 
         def again() -> None:
