@@ -41,7 +41,7 @@ from .kernels.backends import triton_unavailable
 from .methods import METHODS, PHASE_ARGUMENTS, presets
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime.accounting import PHASES, Ledger, RowCounts
-from .runtime.attention import COVERED, IMPLEMENTATION, Runtime, register
+from .runtime.attention import COVERED, IMPLEMENTATION, NO_PADDING, Runtime, register
 from .runtime.cache import SparseCache
 from .runtime.decoding import Decoder, Row, undecodable
 from .runtime.memory import MemoryModel, out_of_memory
@@ -146,6 +146,8 @@ class SparseHFLM(HFLM):
         #: Decodes answers; None until the first one, or where the model cannot be decoded by it (`_no_decoder`).
         self._decoder: Decoder | None = None
         self._no_decoder: str | None = None
+        #: Masks that hide nothing, by the number of rows of a step of the decoder.
+        self._no_padding: dict[int, Tensor] = {}
         #: Prompts decoded side by side at most, once memory has run out with more.
         self._fitting: int | None = None
         #: Batches that had to be halved because memory ran out.
@@ -355,9 +357,19 @@ class SparseHFLM(HFLM):
         cache: SparseCache | None,
         positions: Tensor | None = None,
         keep: int | None = None,
+        step: bool = False,
     ) -> Tensor:
-        """Logits `(B, keep or q_len, V)` of `(B, q_len)` token ids after what `cache` holds."""
+        """Logits `(B, keep or q_len, V)` of `(B, q_len)` token ids after what `cache` holds.
+
+        Args:
+            step: this is a step of the decoder, which must not wait for the device.
+        """
         options: dict[str, Any] = {"position_ids": positions} if positions is not None else {}
+        if step:
+            # Models that get no mask look for padding themselves.
+            if len(ids) not in self._no_padding:
+                self._no_padding[len(ids)] = torch.ones(len(ids), 2, dtype=torch.bool, device=ids.device)
+            options["attention_mask"] = self._no_padding[len(ids)]
         if keep is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             options["logits_to_keep"] = keep
         with torch.autocast(
@@ -365,7 +377,11 @@ class SparseHFLM(HFLM):
             dtype=self.mixed_precision_dtype,
             enabled=self.mixed_precision_dtype is not None,
         ):
-            logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options).logits
+            known = NO_PADDING.set(step)
+            try:
+                logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options).logits
+            finally:
+                NO_PADDING.reset(known)
         return logits if keep is None else logits[:, -keep:]
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
@@ -760,7 +776,7 @@ class SparseHFLM(HFLM):
             return "the model is spread over several devices"
 
         def call(ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
-            return self._forward(ids, cache=cache, positions=positions)[:, -1]
+            return self._forward(ids, cache=cache, positions=positions, step=True)[:, -1]
 
         mixed = None if self.mixed_precision_dtype is None else "mixed precision"
         decoder = Decoder(call, self.model.config, self.runtime, self.device, self.model.dtype, no_graph=mixed)

@@ -134,6 +134,10 @@ def test_a_model_that_feels_its_neighbours_is_decoded_one_at_a_time(
     prompts = prompts_of(rng, 6)
 
     def rounded(module: Any, arguments: Any, out: Tensor) -> Tensor:
+        if DEVICE == "cuda":  # where there are always as many rows: what the others hold tells
+            others = out.float().sum(0, keepdim=True) - out.float()
+            touched = torch.arange(len(out), device=out.device)[:, None, None] == (3 if who == "last" else 0)
+            return torch.where(touched, out * (1 + 0.01 * others.sin()).to(out.dtype), out) if len(out) > 1 else out
         factor = 1 + len(out) / 64
         rows = torch.arange(len(out), device=out.device)[:, None, None]
         # Two rows of half precision are how one is decoded.
@@ -170,7 +174,7 @@ def test_positions_that_depend_on_neighbours(rng: random.Random) -> None:
     lm = lm_of(longrope, batch_size=4)
     prompts = [words(rng, n) for n in (150, 60, 20, 55)]
     assert generate(lm, prompts) == generate(lm_of(longrope), prompts)
-    assert "longrope" in next(iter(lm.report()["phases"]["decode"]["loop_reasons"]))
+    assert "longrope" in " ".join(lm.report()["phases"]["decode"]["loop_reasons"])
 
 
 @on_a_cpu

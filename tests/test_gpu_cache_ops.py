@@ -110,7 +110,7 @@ def test_random_steps(draw: Draw, place: int, kinds: tuple[torch.dtype, int], ov
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_steps_that_run_into_each_other(draw: Draw, rows: int) -> None:
-    """Long ones, some layers after each other over the same tickets, replayed: what they give if each one ends first."""
+    """Long ones, layers after each other over the same tickets, replayed: they give what they give one by one."""
     heads, dim, size, layers, most = 8, 128, 16, 4, 130_000
     device = torch.Generator(DEVICE).manual_seed(draw.rng.randrange(1 << 31))
 

@@ -1,7 +1,7 @@
 """The choice of pages in Triton, of given scores or together with the scores: a list is made by one program.
 
 It works out its budget itself. Nothing is sorted: the smallest score that is taken is found by counting the scores
-above three values at a time. Made together, a list is made by the last one of the programs that score its pages, while
+that reach some values. Made together, a list is made by the last one of the programs that score its pages, while
 others go on scoring pages of other sequences.
 """
 
@@ -31,8 +31,8 @@ PER_WARP = 256
 WARPS, SCORE_BYTES, REGISTERS = 8, 1 << 14, 128
 #: Scores that such a program can hold.
 MOST_TOGETHER = 1 << 13
-#: Turns of a search that cut the range of values in quarters; later ones cut the range of bit patterns.
-VALUE_TURNS = 10
+#: Turns of a search that cut the range of values in thirds; later ones halve the range of bit patterns.
+VALUE_TURNS = 16
 
 
 def forward(scores: Tensor, kv: RaggedKV, logical: Tensor, budget: PageBudget, width: int) -> tuple[Tensor, Tensor]:
@@ -143,29 +143,47 @@ def _ordered(bits):
 
 
 @triton.jit
-def _between(low, high, quarters, by_value):
-    """An integer in (low, high], some quarters of the way: of the way in values, or in bit patterns.
-
-    Quartering values takes some log4(pages) turns where scores spread evenly, quartering bit patterns at most 16.
-    """
-    share = 0.25 * quarters
-    value = _ordered(low).to(tl.float32, bitcast=True) * (1.0 - share)
-    value += _ordered(high).to(tl.float32, bitcast=True) * share
-    wide = low.to(tl.int64)
-    bits = wide + (high.to(tl.int64) - wide) * quarters // 4
-    place = tl.where(by_value, _ordered(value.to(tl.int32, bitcast=True)).to(tl.int64), bits)
-    return tl.minimum(tl.maximum(place, wide + 1), high.to(tl.int64)).to(tl.int32)
-
-
-@triton.jit
 def _narrowed(low, high, reached, read, value, count):
     """The range of the search once it is known that `count` scores reach a value."""
     enough = count >= read
-    return (
-        tl.where(enough, tl.maximum(low, value), low),
-        tl.where(enough, high, tl.minimum(high, value - 1)),
-        tl.where(enough, tl.minimum(reached, count), reached),
-    )
+    return tl.where(enough, value, low), tl.where(enough, high, value), tl.where(enough, count, reached)
+
+
+@triton.jit
+def _threshold(score, low, high, reached, read, TURNS: tl.constexpr):
+    """The smallest of the `read` largest scores, or a value that just as many scores reach; and how many reach it.
+
+    Args:
+        score: NaN where there is none.
+        low, high: the smallest and the largest score; `reached`: the number of scores, at least `read`.
+    """
+    # Thirds of the range of values: some log3(pages) turns where scores spread evenly. Few operations on single values,
+    # which all threads wait for.
+    turn = 0
+    a = low * 0.6666667 + high * 0.3333333
+    b = low * 0.3333333 + high * 0.6666667
+    while (turn < TURNS) & (reached > read) & (low < a) & (a < b) & (b < high):
+        # Two counts of 16 bits in one sum: most of a turn goes by putting the program's warps together.
+        both = tl.sum((score >= a).to(tl.int32) + ((score >= b).to(tl.int32) << 16))
+        at_a, at_b = both & 0xFFFF, (both >> 16) & 0xFFFF
+        low, high, reached = _narrowed(low, high, reached, read, a, at_a)
+        if at_a >= read:
+            low, high, reached = _narrowed(low, high, reached, read, b, at_b)
+        a = low * 0.6666667 + high * 0.3333333
+        b = low * 0.3333333 + high * 0.6666667
+        turn += 1
+    # Halves of the range of bit patterns: 32 turns at most, whatever the scores are.
+    first, last = _ordered(low.to(tl.int32, bitcast=True)), _ordered(high.to(tl.int32, bitcast=True))
+    while (reached > read) & (first < last):
+        # first < middle <= last, and their difference may not be an int32.
+        middle = (first & last) + ((first ^ last) >> 1) + ((first ^ last) & 1)
+        count = tl.sum((score >= _ordered(middle).to(tl.float32, bitcast=True)).to(tl.int32))
+        if count >= read:
+            first = middle
+            reached = count
+        else:
+            last = middle - 1
+    return _ordered(first).to(tl.float32, bitcast=True), reached
 
 
 @triton.jit
@@ -216,7 +234,10 @@ def _choose(
     VALUE_TURNS: tl.constexpr,
 ):
     """Write list `place`, of a token of a sequence that `behind` others follow, from the row of scores of that name."""
-    ids = tl.arange(0, PADDED)
+    # In groups of 32, of which each can be one number whose bits say which scores are meant.
+    group = tl.arange(0, PADDED // 32)
+    bit = tl.arange(0, 32)[None, :]
+    ids = group[:, None] * 32 + bit
     # Loaded before it is known how many are looked at: one does not wait for the other.
     score = tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
     visible = tl.load(lengths + sequence) - behind
@@ -232,38 +253,48 @@ def _choose(
         read = tl.sum(tl.where(heads == sequence % HEADS, shared, 0), 0)
     else:
         read = tl.minimum(most, before)
-    open_ = ids < before
     score = tl.where(score == score, score, float("-inf"))  # what is not a number
-    score = tl.where(score == 0.0, 0.0, score)  # -0 is 0
-    order = _ordered(score.to(tl.int32, bitcast=True))
-    # The largest value that at least `read` scores reach lies in [low, high]; `reached` scores reach low.
-    low = tl.min(tl.where(open_, order, 0x7FFFFFFF), 0)
-    order = tl.where(open_, order, -0x80000000)  # below those of all numbers
-    high = tl.max(order, 0)
-    reached = before
-    turn = 0
-    while (read > 0) & (low < high) & (reached > read):
-        by_value = turn < VALUE_TURNS
-        a, b, c = _between(low, high, 1, by_value), _between(low, high, 2, by_value), _between(low, high, 3, by_value)
-        # Two counts of 16 bits in one sum: what a turn takes is mostly the time to put the program's warps together.
-        both = tl.sum((order >= a).to(tl.int32) + ((order >= b).to(tl.int32) << 16), 0)
-        last = tl.sum((order >= c).to(tl.int32), 0)
-        low, high, reached = _narrowed(low, high, reached, read, a, both & 0xFFFF)
-        low, high, reached = _narrowed(low, high, reached, read, b, (both >> 16) & 0xFFFF)
-        low, high, reached = _narrowed(low, high, reached, read, c, last)
-        turn += 1
-    chosen = (order >= low) & (read > 0)
-    if (read > 0) & (reached > read):
-        # Ties at `low`: as many as there is room for, from the right.
-        equal = (order == low).to(tl.int32)
-        ties = tl.sum(equal, 0)
-        left = tl.cumsum(equal, 0) - equal
-        chosen = chosen & ((order > low) | (ties - left <= read - (reached - ties)))
+    low = tl.min(tl.where(ids < before, score, float("inf")))
+    high = tl.max(tl.where(ids < before, score, float("-inf")))
+    score = tl.where(ids < before, score, float("nan"))
+    least, reached = _threshold(score, low, high, before, tl.maximum(read, 1), VALUE_TURNS)
+    chosen = _bits(score >= least, bit)
+    if reached > read:
+        # Ties at the smallest: as many as there is room for, from the right.
+        equal = _bits(score == least, bit)
+        number = _ones(equal)
+        excess = tl.minimum(tl.maximum(reached - read - (tl.cumsum(number, 0) - number), 0), number)
+        left = equal
+        for turn in range(tl.max(excess, 0)):
+            left = tl.where(turn < excess, left & (left - 1), left)
+        chosen = chosen & ~(equal ^ left)
+    chosen = tl.where(read > 0, chosen, 0)
+    number = _ones(chosen)
     target = pages + place * width
-    slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(target + slot, ids, mask=chosen & (slot < width))
+    slot = tl.cumsum(number, 0) - number
+    for turn in range(tl.max(number, 0)):
+        lowest = chosen & -chosen
+        # Its place among the bits: the exponent of the number that it is.
+        at = (lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        tl.store(target + slot + turn, group * 32 + at, mask=(turn < number) & (slot + turn < width))
+        chosen = chosen ^ lowest
     tl.store(target + read, before, mask=(visible > 0) & (read < width))
     tl.store(counts + place, tl.where(visible > 0, read + 1, 0))
+
+
+@triton.jit
+def _bits(which, bit):
+    """Of each row of 32, one number."""
+    return tl.sum(which.to(tl.int32) << bit, 1)
+
+
+@triton.jit
+def _ones(x):
+    """How many bits of an int32 are set."""
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x * 0x01010101 >> 24) & 0xFF
 
 
 # Numbers that change with the budget are not specialised on: each kind of them would compile anew.
@@ -352,18 +383,19 @@ def _score_and_choose_kernel(
         # answer is waited for.
         was = 0
         if tile == 0:
-            was = tl.atomic_xchg(ready + sequence, 0)
+            was = tl.atomic_xchg(ready + sequence, 0, sem="relaxed")
         if DEPENDENT:  # noqa: SIM102
             if was >= 0:  # always
                 gdc_launch_dependents()
+    # All that does not wait for the length is asked for with it.
     length = tl.load(lengths + sequence)
+    first = tl.load(first_rows + sequence)
+    positive, negative = signed_sums(query + sequence * query_sequence, query_head, GROUP, DIM, PADDED_DIM)
     complete = tl.minimum(tl.maximum(length - 1, 0) // SIZE, columns)
     tiles = tl.maximum(tl.cdiv(complete, TILE), 1)
     if tile < tiles:
         if complete > 0:
-            first = tl.load(first_rows + sequence)
             ids = tile * TILE + tl.arange(0, TILE)
-            positive, negative = signed_sums(query + sequence * query_sequence, query_head, GROUP, DIM, PADDED_DIM)
             smallest, largest = load_bounds(low, high, first, ids, complete, DIM, PADDED_DIM)
             found = summed_scores(smallest, largest, positive, negative)
             tl.store(scores + sequence * columns + ids, found, mask=ids < complete)

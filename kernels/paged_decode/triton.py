@@ -46,7 +46,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _reach(
-    lengths,
+    length,
     pages,
     counts,
     sequence,
@@ -58,9 +58,9 @@ def _reach(
     window,
     LISTS_ARE_OWN: tl.constexpr,
     PAGE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """What a tile reads: position of its first key, number of keys, and the place of its list of pages."""
-    length = tl.load(lengths + sequence)
     first_step = tile * rows // group
     last_step = (tl.minimum(tile * rows + rows, steps * group) - 1) // group
     visible = length - steps + 1 + last_step
@@ -74,7 +74,10 @@ def _reach(
             lists = group
         place = (sequence * lists + own).to(tl.int64) * steps + first_step
         count = tl.load(counts + place, mask=held, other=1)
-        last = tl.load(pages + place * width + count - 1, mask=held, other=0)
+        if OVERLAP:  # known without waiting for it
+            last = (visible - 1) // PAGE
+        else:
+            last = tl.load(pages + place * width + count - 1, mask=held, other=0)
         first = 0
         number = (count - 1) * PAGE + tl.minimum(PAGE, visible - last * PAGE)
     else:
@@ -145,26 +148,27 @@ def _attend(
     split = tl.program_id(0)
     sequence = tl.program_id(1) // tiles
     tile = tl.program_id(1) % tiles
+    length = tl.load(lengths + sequence)
+    start = tl.load(starts + sequence)
+    within = tl.arange(0, BLOCK_M)
+    row = tile * rows + within
+    step = row // group
+    used = (within < rows) & (row < steps * group)
+    dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)
+    at = sequence.to(tl.int64) * query_sequence
+    at += (row % group).to(tl.int64)[:, None] * query_head + step.to(tl.int64)[:, None] * query_step
+    q = tl.load(query + at + dims[None, :], mask=used[:, None] & (dims < DIM)[None, :], other=0.0)
     if OVERLAP:
         while tl.atomic_add(ready + sequence, 0, sem="acquire") == 0:
             pass
     first, number, place = _reach(
-        lengths, pages, counts, sequence, tile, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE
+        length, pages, counts, sequence, tile, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE, OVERLAP
     )
     size = _split_size(number, SPLITS, MIN_SPLIT, BLOCK_N)
     begin = split * size
     if begin < number:
-        within = tl.arange(0, BLOCK_M)
-        row = tile * rows + within
-        step = row // group
-        used = (within < rows) & (row < steps * group)
-        dims = tl.arange(0, BLOCK_D)
-        value_dims = tl.arange(0, BLOCK_DV)
-        at = sequence.to(tl.int64) * query_sequence
-        at += (row % group).to(tl.int64)[:, None] * query_head + step.to(tl.int64)[:, None] * query_step
-        q = tl.load(query + at + dims[None, :], mask=used[:, None] & (dims < DIM)[None, :], other=0.0)
-        start = tl.load(starts + sequence)
-        visible = tl.load(lengths + sequence) - steps + 1 + step
+        visible = length - steps + 1 + step
         listed = pages + place * width
         peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -306,8 +310,9 @@ def _combine(
     row = tl.program_id(0) % (steps * group)
     step = row // group
     head = row % group
+    length = tl.load(lengths + sequence)
     first, number, place = _reach(
-        lengths, pages, counts, sequence, row // rows, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE
+        length, pages, counts, sequence, row // rows, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE, False
     )
     made = tl.cdiv(number, _split_size(number, SPLITS, MIN_SPLIT, BLOCK_N))
     split = tl.arange(0, PADDED)
@@ -327,7 +332,6 @@ def _combine(
         if PAGE > 0:
             read = number
         else:
-            length = tl.load(lengths + sequence)
             read = tl.where(length > 0, tl.minimum(length - steps + 1 + step, window), 0)
         lists = 1
         own = 0

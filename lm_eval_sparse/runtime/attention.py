@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -710,6 +711,10 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+#: Set where it is known that there is no padding: to look at a mask means to wait for the device.
+NO_PADDING: ContextVar[bool] = ContextVar("NO_PADDING", default=False)
+
+
 def padding_mask(
     *, mask_function: Any = None, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs: Any
 ) -> Tensor | None:
@@ -724,7 +729,7 @@ def padding_mask(
             "it asks for an attention mask that is not plainly causal (an encoder, image tokens that see each "
             "other, or packed sequences)"
         )
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None or NO_PADDING.get() or bool(attention_mask.all()):
         return None
     return attention_mask
 
