@@ -34,10 +34,8 @@ PAGED_STAGES = 5
 #: Rows (query heads times tokens) of a tile of several tokens; in fp32, without matrix units, more do not fit. Their
 #: queries and weights take shared memory, too.
 MANY_ROWS, MANY_ROWS_FP32, MANY_STAGES = 64, 16, 2
-#: Dimensions of an output that one program of the second kernel sums.
-SUM_DIMS = 32
-#: Numbers that the last program of a sequence holds when it sums its splits.
-SUM_SIZE = 1 << 13
+#: Splits that are loaded at a time to be summed, and dimensions of an output that a program of the second kernel sums.
+SUM_TOGETHER, SUM_DIMS = 32, 64
 
 #: A window that no sequence fills, and whose difference from any length is an int32.
 NO_WINDOW = 1 << 30
@@ -139,7 +137,7 @@ def _attend(
     DEPENDENT: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
-    SUM_DIMS: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """One split of one tile: some of the rows (token, query head) of a sequence, and a part of their keys.
 
@@ -224,21 +222,14 @@ def _attend(
             last = tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == made - 1
         if last:
             tl.store(tickets + sequence, 0)
-            rows_of = sequence.to(tl.int64) * group
-            _finish(
-                partial,
-                logs,
-                out,
-                rows_of,
-                group,
-                splits,
-                made,
-                VALUE_DIM,
-                BLOCK_DV,
-                SPLITS_PADDED,
-                GROUP_PADDED,
-                SUM_DIMS,
+            heads = tl.arange(0, GROUP_PADDED)
+            ours = sequence * group + heads
+            result = _summed(
+                partial, logs, ours, heads < group, value_dims, made, splits, VALUE_DIM, SPLITS_PADDED, TOGETHER
             )
+            mask = (heads < group)[:, None] & (value_dims < VALUE_DIM)[None, :]
+            target = out + ours.to(tl.int64)[:, None] * VALUE_DIM + value_dims[None, :]
+            tl.store(target, result.to(out.dtype.element_ty), mask=mask)
             if COUNTED:
                 tl.store(keys_read + sequence, number)
     if DEPENDENT:
@@ -246,38 +237,27 @@ def _attend(
 
 
 @triton.jit
-def _finish(
-    partial,
-    logs,
-    out,
-    first,
-    group,
-    splits,
-    made,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    SUM_DIMS: tl.constexpr,
+def _summed(
+    partial, logs, rows, used, dims, made, splits, VALUE_DIM: tl.constexpr, PADDED: tl.constexpr, TOGETHER: tl.constexpr
 ):
-    """Sum the splits of the rows from `first` on, the query heads of a sequence. Without any split the output is 0."""
-    head, split = tl.arange(0, GROUP_PADDED), tl.arange(0, SPLITS_PADDED)
-    at = (first + head)[None, :] * splits + split[:, None]
-    used = (split < made)[:, None] & (head < group)[None, :]
-    log = tl.load(logs + at, mask=used, other=float("-inf"))
-    highest = tl.max(log, 0)
-    weights = tl.exp2(log - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
-    total = tl.sum(weights, 0)
-    weights /= tl.where(total > 0, total, 1.0)[None, :]
-    for begin in tl.static_range(0, BLOCK_DV, SUM_DIMS):
-        dims = begin + tl.arange(0, SUM_DIMS)
-        inside = (dims < VALUE_DIM)[None, None, :]
-        place = at[:, :, None] * VALUE_DIM + dims[None, None, :]
-        parts = tl.load(partial + place, mask=used[:, :, None] & inside, other=0.0)
-        result = tl.sum(parts * weights[:, :, None], 0)
-        mask = (head < group)[:, None] & (dims < VALUE_DIM)[None, :]
-        target = (first + head)[:, None] * VALUE_DIM + dims[None, :]
-        tl.store(out + target, result.to(out.dtype.element_ty), mask=mask)
+    """Outputs `(rows, dims)`: splits summed one after the other, whatever the number of threads. None of them: 0."""
+    split = tl.arange(0, PADDED)
+    at = rows.to(tl.int64) * splits
+    known = (split < made)[:, None] & used[None, :]
+    highest = tl.max(tl.load(logs + at[None, :] + split[:, None], mask=known, other=float("-inf")), 0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.zeros_like(highest)
+    acc = highest[:, None] * 0.0 + tl.zeros_like(dims)[None, :]
+    for first in range(0, made, TOGETHER):
+        for number in tl.static_range(TOGETHER):
+            some = used & (first + number < made)
+            place = at + first + number
+            weight = tl.exp2(tl.load(logs + place, mask=some, other=float("-inf")) - highest)
+            mask = some[:, None] & (dims < VALUE_DIM)[None, :]
+            part = tl.load(partial + place[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
+            acc += part * weight[:, None]
+            total += weight
+    return acc / tl.where(total > 0, total, 1.0)[:, None]
 
 
 @triton.jit(do_not_specialize=["group", "steps", "rows", "width", "window", "splits"])
@@ -304,8 +284,9 @@ def _combine(
     SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     PADDED: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
-    """Some dimensions of one row: its splits summed, always in the same order; and the number of its keys."""
+    """Some dimensions of one row: its splits summed; and the number of its keys."""
     sequence = tl.program_id(0) // (steps * group)
     row = tl.program_id(0) % (steps * group)
     step = row // group
@@ -315,19 +296,12 @@ def _combine(
         length, pages, counts, sequence, row // rows, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE, False
     )
     made = tl.cdiv(number, _split_size(number, SPLITS, MIN_SPLIT, BLOCK_N))
-    split = tl.arange(0, PADDED)
-    at = tl.program_id(0).to(tl.int64) * splits + split
-    log = tl.load(logs + at, mask=split < made, other=float("-inf"))
-    highest = tl.max(log, 0)
-    weights = tl.exp2(log - tl.where(highest == float("-inf"), 0.0, highest))
     dims = tl.program_id(1) * SUM_DIMS + tl.arange(0, SUM_DIMS)
-    mask = (split < made)[:, None] & (dims < VALUE_DIM)[None, :]
-    parts = tl.load(partial + at[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
-    total = tl.sum(weights, 0)
-    # Of a sequence of length 0 there is no split, and its output is 0.
-    result = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    ours = tl.program_id(0) + tl.arange(0, 1)
+    result = _summed(partial, logs, ours, ours >= 0, dims, made, splits, VALUE_DIM, PADDED, TOGETHER)
     target = (sequence * group + head).to(tl.int64) * steps + step
-    tl.store(out + target * VALUE_DIM + dims, result.to(out.dtype.element_ty), mask=dims < VALUE_DIM)
+    place = out + target * VALUE_DIM + dims[None, :] + tl.zeros_like(ours)[:, None]
+    tl.store(place, result.to(out.dtype.element_ty), mask=(dims < VALUE_DIM)[None, :])
     if COUNTED:
         if PAGE > 0:
             read = number
@@ -437,7 +411,7 @@ def forward(
         DEPENDENT=dependent,
         SPLITS_PADDED=splits_padded,
         GROUP_PADDED=group_padded,
-        SUM_DIMS=max(1, min(block_dv, SUM_SIZE // (group_padded * splits_padded))),
+        TOGETHER=SUM_TOGETHER,
         num_warps=WARPS,
         num_stages=MANY_STAGES if many else STAGES if selection is None else PAGED_STAGES,
         **({"launch_pdl": True} if dependent else {}),  # no word of Triton's interpreter
@@ -467,7 +441,8 @@ def forward(
         SPLITS=shares,
         MIN_SPLIT=MIN_SPLIT,
         PADDED=splits_padded,
-        num_warps=4,
+        TOGETHER=SUM_TOGETHER,
+        num_warps=1,
     )
     return out
 
