@@ -212,36 +212,20 @@ def _shared_budget(keep, tokens, visible, before, HEADS: tl.constexpr, HEADS_PAD
 
 
 @triton.jit
-def _choose(
-    scores,
-    pages,
-    counts,
+def _number(
     lengths,
     logical,
     sequence,
-    place,
-    columns,
-    width,
+    behind,
     most,
     low_bits,
     high_bits,
-    behind,
     SHARE: tl.constexpr,
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
-    PADDED: tl.constexpr,
-    VALUE_TURNS: tl.constexpr,
 ):
-    """Write list `place`, of a token of a sequence that `behind` others follow, from the row of scores of that name."""
-    # In groups of 32, of which each can be one number whose bits say which scores are meant.
-    group = tl.arange(0, PADDED // 32)
-    bit = tl.arange(0, 32)[None, :]
-    ids = group[:, None] * 32 + bit
-    # Loaded before it is known how many are looked at: one does not wait for the other.
-    score = tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
-    visible = tl.load(lengths + sequence) - behind
-    before = tl.maximum(visible - 1, 0) // SIZE
+    """Complete pages that a token of a sequence reads, one that `behind` others follow."""
     if SHARE:
         keep = ((high_bits.to(tl.int64) << 32) | (low_bits.to(tl.int64) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
         heads = tl.arange(0, HEADS_PADDED)
@@ -252,7 +236,20 @@ def _choose(
         shared = _shared_budget(keep, tokens, seen, held, HEADS, HEADS_PADDED, SIZE)
         read = tl.sum(tl.where(heads == sequence % HEADS, shared, 0), 0)
     else:
-        read = tl.minimum(most, before)
+        length = tl.load(lengths + sequence)
+        read = tl.minimum(most, tl.maximum(length - behind - 1, 0) // SIZE)
+    return read
+
+
+@triton.jit
+def _choose(scores, pages, place, columns, width, before, read, PADDED: tl.constexpr, VALUE_TURNS: tl.constexpr):
+    """Write the best `read` of the first `before` pages, by row `place` of the scores, to that list, and `before`."""
+    # In groups of 32, of which each can be one number whose bits say which scores are meant.
+    group = tl.arange(0, PADDED // 32)
+    bit = tl.arange(0, 32)[None, :]
+    ids = group[:, None] * 32 + bit
+    # Loaded before it is known how many are looked at: one does not wait for the other.
+    score = tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
     score = tl.where(score == score, score, float("-inf"))  # what is not a number
     low = tl.min(tl.where(ids < before, score, float("inf")))
     high = tl.max(tl.where(ids < before, score, float("-inf")))
@@ -278,8 +275,7 @@ def _choose(
         at = (lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
         tl.store(target + slot + turn, group * 32 + at, mask=(turn < number) & (slot + turn < width))
         chosen = chosen ^ lowest
-    tl.store(target + read, before, mask=(visible > 0) & (read < width))
-    tl.store(counts + place, tl.where(visible > 0, read + 1, 0))
+    tl.store(target + read, before, mask=read < width)
 
 
 @triton.jit
@@ -320,27 +316,13 @@ def _select_kernel(
     step, list_, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     behind = tl.num_programs(0) - 1 - step  # tokens after this one
     place = (sequence * tl.num_programs(1) + list_) * tl.num_programs(0) + step
-    _choose(
-        scores,
-        pages,
-        counts,
-        lengths,
-        logical,
-        sequence,
-        place,
-        columns,
-        width,
-        most,
-        low_bits,
-        high_bits,
-        behind,
-        SHARE,
-        SIZE,
-        HEADS,
-        HEADS_PADDED,
-        PADDED,
-        VALUE_TURNS,
-    )
+    visible = tl.load(lengths + sequence) - behind
+    if visible > 0:
+        read = _number(lengths, logical, sequence, behind, most, low_bits, high_bits, SHARE, SIZE, HEADS, HEADS_PADDED)
+        _choose(scores, pages, place, columns, width, (visible - 1) // SIZE, read, PADDED, VALUE_TURNS)
+        tl.store(counts + place, read + 1)
+    else:
+        tl.store(counts + place, 0)
 
 
 @triton.jit(do_not_specialize=["width", "most", "low_bits", "high_bits"])
@@ -394,37 +376,26 @@ def _score_and_choose_kernel(
     complete = tl.minimum(tl.maximum(length - 1, 0) // SIZE, columns)
     tiles = tl.maximum(tl.cdiv(complete, TILE), 1)
     if tile < tiles:
-        if complete > 0:
-            ids = tile * TILE + tl.arange(0, TILE)
-            smallest, largest = load_bounds(low, high, first, ids, complete, DIM, PADDED_DIM)
-            found = summed_scores(smallest, largest, positive, negative)
-            tl.store(scores + sequence * columns + ids, found, mask=ids < complete)
+        ids = tile * TILE + tl.arange(0, TILE)
+        smallest, largest = load_bounds(low, high, first, ids, complete, DIM, PADDED_DIM)
+        if tile == 0:
+            # While bounds are on their way, for the one who will choose.
+            number = 0
+            if length > 0:
+                number = 1 + _number(
+                    lengths, logical, sequence, 0, most, low_bits, high_bits, SHARE, SIZE, HEADS, HEADS_PADDED
+                )
+            tl.store(counts + sequence, number)
+        found = summed_scores(smallest, largest, positive, negative)
+        tl.store(scores + sequence * columns + ids, found, mask=ids < complete)
         if DEPENDENT:
             gdc_wait()  # the new token is in its place: who waits for this kernel's lists relies on it
         tl.debug_barrier()
         if tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == tiles - 1:
             tl.store(tickets + sequence, 0)
-            _choose(
-                scores,
-                pages,
-                counts,
-                lengths,
-                logical,
-                sequence,
-                sequence,
-                columns,
-                width,
-                most,
-                low_bits,
-                high_bits,
-                0,
-                SHARE,
-                SIZE,
-                HEADS,
-                HEADS_PADDED,
-                PADDED,
-                VALUE_TURNS,
-            )
+            number = tl.load(counts + sequence)
+            if number > 0:
+                _choose(scores, pages, sequence, columns, width, complete, number - 1, PADDED, VALUE_TURNS)
             if OVERLAP:
                 tl.debug_barrier()
-                tl.atomic_xchg(ready + sequence, 1, sem="release")
+                tl.atomic_xchg(ready + sequence, tl.maximum(number, 1), sem="release")

@@ -36,9 +36,9 @@ class PageSelection:
             heads of a KV head share their pages, else their number G.
         counts: `(S, Gs, T)` int32, at least 1. What stands at sequences of length 0 is not looked at.
         page_size: keys per page.
-        ready: `(S,)` int32, not 0 where the list of a sequence is complete; or None: all of them are. It may be
-            completed while attention, the very next call on the stream, has already begun (`page_select.choose_pages`).
-            Its last page is the one that the token is in.
+        ready: `(S,)` int32, or None: all lists are complete. Else they may become so while attention, the very next
+            call on the stream, has already begun (`page_select.choose_pages`): where `ready` is not 0, the list of a
+            sequence is complete and has as many pages, 1 at least, the last of which is the one that the token is in.
     """
 
     pages: Tensor

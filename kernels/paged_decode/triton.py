@@ -47,6 +47,7 @@ def _reach(
     length,
     pages,
     counts,
+    known,
     sequence,
     tile,
     group,
@@ -71,10 +72,11 @@ def _reach(
             own = tile * rows % group
             lists = group
         place = (sequence * lists + own).to(tl.int64) * steps + first_step
-        count = tl.load(counts + place, mask=held, other=1)
-        if OVERLAP:  # known without waiting for it
+        if OVERLAP:  # known without waiting for them
+            count = known
             last = (visible - 1) // PAGE
         else:
+            count = tl.load(counts + place, mask=held, other=1)
             last = tl.load(pages + place * width + count - 1, mask=held, other=0)
         first = 0
         number = (count - 1) * PAGE + tl.minimum(PAGE, visible - last * PAGE)
@@ -135,7 +137,6 @@ def _attend(
     COUNTED: tl.constexpr,
     OVERLAP: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
@@ -157,11 +158,13 @@ def _attend(
     at = sequence.to(tl.int64) * query_sequence
     at += (row % group).to(tl.int64)[:, None] * query_head + step.to(tl.int64)[:, None] * query_step
     q = tl.load(query + at + dims[None, :], mask=used[:, None] & (dims < DIM)[None, :], other=0.0)
+    known = 0
     if OVERLAP:
-        while tl.atomic_add(ready + sequence, 0, sem="acquire") == 0:
-            pass
+        known = tl.atomic_add(ready + sequence, 0, sem="acquire")
+        while known == 0:
+            known = tl.atomic_add(ready + sequence, 0, sem="acquire")
     first, number, place = _reach(
-        length, pages, counts, sequence, tile, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE, OVERLAP
+        length, pages, counts, known, sequence, tile, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE, OVERLAP
     )
     size = _split_size(number, SPLITS, MIN_SPLIT, BLOCK_N)
     begin = split * size
@@ -175,11 +178,11 @@ def _attend(
             index = low + tl.arange(0, BLOCK_N)
             # Behind the last key it is read again: no load needs a mask that depends on what has been loaded, with
             # which Triton 3.6 computes wrongly, and no key that nobody may see is touched.
-            known = tl.minimum(index, number - 1)
+            some = tl.minimum(index, number - 1)
             if PAGE > 0:
-                position = tl.load(listed + known // PAGE) * PAGE + known % PAGE
+                position = tl.load(listed + some // PAGE) * PAGE + some % PAGE
             else:
-                position = first + known
+                position = first + some
             stored = start + position
             k_at = keys + stored[:, None] * DIM + dims[None, :]
             v_at = values + stored[:, None] * VALUE_DIM + value_dims[None, :]
@@ -224,9 +227,7 @@ def _attend(
             tl.store(tickets + sequence, 0)
             heads = tl.arange(0, GROUP_PADDED)
             ours = sequence * group + heads
-            result = _summed(
-                partial, logs, ours, heads < group, value_dims, made, splits, VALUE_DIM, SPLITS_PADDED, TOGETHER
-            )
+            result = _summed(partial, logs, ours, heads < group, value_dims, made, splits, VALUE_DIM, TOGETHER)
             mask = (heads < group)[:, None] & (value_dims < VALUE_DIM)[None, :]
             target = out + ours.to(tl.int64)[:, None] * VALUE_DIM + value_dims[None, :]
             tl.store(target, result.to(out.dtype.element_ty), mask=mask)
@@ -237,24 +238,25 @@ def _attend(
 
 
 @triton.jit
-def _summed(
-    partial, logs, rows, used, dims, made, splits, VALUE_DIM: tl.constexpr, PADDED: tl.constexpr, TOGETHER: tl.constexpr
-):
+def _summed(partial, logs, rows, used, dims, made, splits, VALUE_DIM: tl.constexpr, TOGETHER: tl.constexpr):
     """Outputs `(rows, dims)`: splits summed one after the other, whatever the number of threads. None of them: 0."""
-    split = tl.arange(0, PADDED)
     at = rows.to(tl.int64) * splits
-    known = (split < made)[:, None] & used[None, :]
-    highest = tl.max(tl.load(logs + at[None, :] + split[:, None], mask=known, other=float("-inf")), 0)
+    highest = tl.full(at.shape, float("-inf"), tl.float32)
+    # Each thread reads what it needs, so that none waits for another.
+    for first in range(0, made, TOGETHER):
+        for number in tl.static_range(TOGETHER):
+            some = used & (first + number < made)
+            highest = tl.maximum(highest, tl.load(logs + at + first + number, mask=some, other=float("-inf")))
     highest = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.zeros_like(highest)
-    acc = highest[:, None] * 0.0 + tl.zeros_like(dims)[None, :]
+    total = tl.zeros(at.shape, tl.float32)
+    acc = total[:, None] + tl.zeros(dims.shape, tl.float32)[None, :]
     for first in range(0, made, TOGETHER):
         for number in tl.static_range(TOGETHER):
             some = used & (first + number < made)
             place = at + first + number
-            weight = tl.exp2(tl.load(logs + place, mask=some, other=float("-inf")) - highest)
             mask = some[:, None] & (dims < VALUE_DIM)[None, :]
             part = tl.load(partial + place[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
+            weight = tl.exp2(tl.load(logs + place, mask=some, other=float("-inf")) - highest)
             acc += part * weight[:, None]
             total += weight
     return acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -283,7 +285,6 @@ def _combine(
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
-    PADDED: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
     """Some dimensions of one row: its splits summed; and the number of its keys."""
@@ -293,12 +294,12 @@ def _combine(
     head = row % group
     length = tl.load(lengths + sequence)
     first, number, place = _reach(
-        length, pages, counts, sequence, row // rows, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE, False
+        length, pages, counts, 0, sequence, row // rows, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE, False
     )
     made = tl.cdiv(number, _split_size(number, SPLITS, MIN_SPLIT, BLOCK_N))
     dims = tl.program_id(1) * SUM_DIMS + tl.arange(0, SUM_DIMS)
     ours = tl.program_id(0) + tl.arange(0, 1)
-    result = _summed(partial, logs, ours, ours >= 0, dims, made, splits, VALUE_DIM, PADDED, TOGETHER)
+    result = _summed(partial, logs, ours, ours >= 0, dims, made, splits, VALUE_DIM, TOGETHER)
     target = (sequence * group + head).to(tl.int64) * steps + step
     place = out + target * VALUE_DIM + dims[None, :] + tl.zeros_like(ours)[:, None]
     tl.store(place, result.to(out.dtype.element_ty), mask=(dims < VALUE_DIM)[None, :])
@@ -361,7 +362,6 @@ def forward(
     if ready is not None and not finishes:
         raise ValueError("lists that may not be complete yet need sequences with tickets")
     dependent = ready is not None and can_overlap(query.device)
-    group_padded, splits_padded = triton.next_power_of_2(group), triton.next_power_of_2(shares)
     partial = query.new_empty(sequences * steps * group * splits * value_dim, dtype=torch.float32)
     logs = query.new_empty(sequences * steps * group * splits, dtype=torch.float32)
     reach = NO_WINDOW if window is None else min(window, NO_WINDOW)
@@ -409,8 +409,7 @@ def forward(
         COUNTED=counted,
         OVERLAP=ready is not None,
         DEPENDENT=dependent,
-        SPLITS_PADDED=splits_padded,
-        GROUP_PADDED=group_padded,
+        GROUP_PADDED=triton.next_power_of_2(group),
         TOGETHER=SUM_TOGETHER,
         num_warps=WARPS,
         num_stages=MANY_STAGES if many else STAGES if selection is None else PAGED_STAGES,
@@ -440,7 +439,6 @@ def forward(
         BLOCK_N=block_n,
         SPLITS=shares,
         MIN_SPLIT=MIN_SPLIT,
-        PADDED=splits_padded,
         TOGETHER=SUM_TOGETHER,
         num_warps=1,
     )
