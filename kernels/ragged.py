@@ -28,8 +28,8 @@ class RaggedKV:
         heads: sequences of one row, which follow each other; S is a multiple of it. What is computed for a row never
             depends on other rows, to the bit, but it may be computed for all its heads at once.
         tickets: `(2, S)` int32, or None. Where programs of a kernel count who is the last one, which then finishes what
-            they have begun: a launch less. Zeros when they are made, and left so that the next call can use them; calls
-            that share tickets must follow each other on one stream.
+            they have begun, and where the next kernel sees that it is done. Zeros when they are made; each call leaves
+            them so that another can use them. Calls that share tickets must follow each other on one stream.
     """
 
     keys: Tensor

@@ -74,7 +74,6 @@ class Case:
         read = torch.stack([seen.sum(-1) for seen in self.seen])
         keys_read = torch.full(read.shape, -7, dtype=torch.int32, device=read.device)
         out = self.run(backend, keys_read)
-        assert self.kv.tickets is None or not bool(self.kv.tickets.any()), "tickets are not left as they were"
         assert torch.equal(keys_read, read.int()), f"keys read {keys_read.tolist()}, expected {read.tolist()}"
         self.close(out)
 
@@ -118,14 +117,12 @@ def random_kv(draw: Draw, lengths: Sequence[int], dim: int, value_dim: int, dtyp
         if length:
             keys[start : start + length] = draw.normal(length, dim).to(dtype)
             values[start : start + length] = draw.normal(length, value_dim).to(dtype)
-    zeros = torch.zeros(2, len(lengths), dtype=torch.int32, device=draw.device)
     return RaggedKV(
         keys,
         values,
         torch.tensor(starts, device=draw.device),
         torch.tensor(lengths, dtype=torch.int32, device=draw.device),
         max(lengths) + draw.rng.choice((0, 1, 700)),
-        tickets=draw.rng.choice((None, zeros)),
     )
 
 
@@ -237,8 +234,6 @@ def one_of(case: Case, place: int) -> Case:
     part = slice(place, place + 1)
     stored = slice(start, start + length) if length else slice(0, 1)
     kv = RaggedKV.of(case.kv.keys[stored].clone(), case.kv.values[stored].clone(), [0], [length])
-    if case.kv.tickets is not None:
-        kv = replace(kv, tickets=torch.zeros_like(case.kv.tickets[:, part]))
     selection = case.selection
     if selection is not None:
         selection = replace(selection, pages=selection.pages[part], counts=selection.counts[part])

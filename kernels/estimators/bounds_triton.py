@@ -115,12 +115,11 @@ def _update_kernel(
 def load_bounds(low, high, first, ids, complete, DIM: tl.constexpr, PADDED: tl.constexpr):
     """Both bounds of pages `ids` of the sequence whose first one is row `first`, `(len(ids), PADDED)`."""
     dims = tl.arange(0, PADDED)
-    # Behind the last complete page it is read again; where there is none, nothing is.
+    # Behind the last complete page it is read again.
     place = (first + tl.minimum(ids, complete - 1)) * DIM
     place = place[:, None] + dims[None, :]
-    mask = (dims < DIM)[None, :] & (complete > 0)
-    smallest = tl.load(low + place, mask=mask, other=0.0)
-    largest = tl.load(high + place, mask=mask, other=0.0)
+    smallest = tl.load(low + place, mask=(dims < DIM)[None, :], other=0.0)
+    largest = tl.load(high + place, mask=(dims < DIM)[None, :], other=0.0)
     return smallest, largest
 
 

@@ -79,7 +79,7 @@ def together(
     padded_dim = triton.next_power_of_2(dim)
     tile = max(16, SCORE_BYTES // (padded_dim * query.element_size()))
     dependent = overlap and can_overlap(query.device)
-    _score_and_choose_kernel[(max(1, triton.cdiv(columns, tile)), sequences)](
+    _score_and_choose_kernel[(1 + triton.cdiv(columns, tile), sequences)](
         query,
         bounds.low,
         bounds.high,
@@ -358,13 +358,16 @@ def _score_and_choose_kernel(
     PADDED: tl.constexpr,
     VALUE_TURNS: tl.constexpr,
 ):
-    """One program: the scores of `TILE` pages of one sequence; the last one of a sequence chooses among all of them."""
-    tile, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """One program: the number of pages that a sequence reads, or the scores of `TILE` of its pages.
+
+    The program that is the last one of a sequence chooses among all pages.
+    """
+    part, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if OVERLAP:
         # What was complete in an earlier call no longer is. Attention must not begin before that is taken back, so the
         # answer is waited for.
         was = 0
-        if tile == 0:
+        if part == 0:
             was = tl.atomic_xchg(ready + sequence, 0, sem="relaxed")
         if DEPENDENT:  # noqa: SIM102
             if was >= 0:  # always
@@ -374,28 +377,27 @@ def _score_and_choose_kernel(
     first = tl.load(first_rows + sequence)
     positive, negative = signed_sums(query + sequence * query_sequence, query_head, GROUP, DIM, PADDED_DIM)
     complete = tl.minimum(tl.maximum(length - 1, 0) // SIZE, columns)
-    tiles = tl.maximum(tl.cdiv(complete, TILE), 1)
-    if tile < tiles:
-        ids = tile * TILE + tl.arange(0, TILE)
-        smallest, largest = load_bounds(low, high, first, ids, complete, DIM, PADDED_DIM)
-        if tile == 0:
-            # While bounds are on their way, for the one who will choose.
+    parts = 1 + tl.cdiv(complete, TILE)
+    if part < parts:
+        if part == 0:
             number = 0
             if length > 0:
                 number = 1 + _number(
                     lengths, logical, sequence, 0, most, low_bits, high_bits, SHARE, SIZE, HEADS, HEADS_PADDED
                 )
             tl.store(counts + sequence, number)
-        found = summed_scores(smallest, largest, positive, negative)
-        tl.store(scores + sequence * columns + ids, found, mask=ids < complete)
+        else:
+            ids = (part - 1) * TILE + tl.arange(0, TILE)
+            smallest, largest = load_bounds(low, high, first, ids, complete, DIM, PADDED_DIM)
+            found = summed_scores(smallest, largest, positive, negative)
+            tl.store(scores + sequence * columns + ids, found, mask=ids < complete)
         if DEPENDENT:
             gdc_wait()  # the new token is in its place: who waits for this kernel's lists relies on it
         tl.debug_barrier()
-        if tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == tiles - 1:
+        if tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == parts - 1:
             tl.store(tickets + sequence, 0)
             number = tl.load(counts + sequence)
-            if number > 0:
-                _choose(scores, pages, sequence, columns, width, complete, number - 1, PADDED, VALUE_TURNS)
+            _choose(scores, pages, sequence, columns, width, complete, tl.maximum(number - 1, 0), PADDED, VALUE_TURNS)
             if OVERLAP:
                 tl.debug_barrier()
                 tl.atomic_xchg(ready + sequence, tl.maximum(number, 1), sem="release")

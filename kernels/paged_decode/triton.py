@@ -1,6 +1,5 @@
 """Own Triton kernels: split-KV decode attention, dense or over listed pages, and the sum of the splits.
 
-The splits of a sequence are summed by the last of its programs where sequences have tickets, else by a second kernel.
 How the keys of a query are divided follows from their number alone, never from other sequences of the call or from
 the storage, so an output is the same, to the bit, whatever it is computed together with. A selection that lists all
 pages of a token is read in the same pieces as no selection, and one token's output is then the same to the bit, too.
@@ -14,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backends import can_overlap
 from ..ragged import RaggedKV
@@ -34,8 +33,8 @@ PAGED_STAGES = 5
 #: Rows (query heads times tokens) of a tile of several tokens; in fp32, without matrix units, more do not fit. Their
 #: queries and weights take shared memory, too.
 MANY_ROWS, MANY_ROWS_FP32, MANY_STAGES = 64, 16, 2
-#: Splits that are loaded at a time to be summed, and dimensions of an output that a program of the second kernel sums.
-SUM_TOGETHER, SUM_DIMS = 32, 64
+#: Dimensions of an output that one program of the second kernel sums.
+SUM_DIMS = 32
 
 #: A window that no sequence fills, and whose difference from any length is an int32.
 NO_WINDOW = 1 << 30
@@ -104,9 +103,7 @@ def _attend(
     counts,
     partial,
     logs,
-    out,
     keys_read,
-    tickets,
     ready,
     query_sequence,
     query_head,
@@ -133,17 +130,13 @@ def _attend(
     SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    FINISHES: tl.constexpr,
     COUNTED: tl.constexpr,
     OVERLAP: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ):
-    """One split of one tile: some of the rows (token, query head) of a sequence, and a part of their keys.
-
-    With tickets a tile is a sequence, and the program that is its last one sums the splits.
-    """
+    """One split of one tile: some of the rows (token, query head) of a sequence, and a part of their keys."""
+    if DEPENDENT:
+        gdc_launch_dependents()
     split = tl.program_id(0)
     sequence = tl.program_id(1) // tiles
     tile = tl.program_id(1) % tiles
@@ -217,104 +210,52 @@ def _attend(
         tl.store(partial + target[:, None] * VALUE_DIM + value_dims[None, :], acc, mask=mask)
         log = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
         tl.store(logs + target, log, mask=used)
-    if FINISHES:
-        made = tl.cdiv(number, size)
-        last = (split == 0) & (made == 0)
-        if split < made:
-            tl.debug_barrier()
-            last = tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == made - 1
-        if last:
-            tl.store(tickets + sequence, 0)
-            heads = tl.arange(0, GROUP_PADDED)
-            ours = sequence * group + heads
-            result = _summed(partial, logs, ours, heads < group, value_dims, made, splits, VALUE_DIM, TOGETHER)
-            mask = (heads < group)[:, None] & (value_dims < VALUE_DIM)[None, :]
-            target = out + ours.to(tl.int64)[:, None] * VALUE_DIM + value_dims[None, :]
-            tl.store(target, result.to(out.dtype.element_ty), mask=mask)
-            if COUNTED:
-                tl.store(keys_read + sequence, number)
-    if DEPENDENT:
-        gdc_wait()  # whatever comes after this kernel comes after the one before it, too
+    else:
+        # So that the sum knows, which then need not know how many keys there are.
+        target = (sequence.to(tl.int64) * steps * group + row) * splits + split
+        tl.store(logs + target, float("-inf"), mask=used)
+    if COUNTED:  # noqa: SIM102
+        if split == 0:
+            if PAGE > 0:
+                tl.store(keys_read + place, number)
+            else:
+                seen = tl.where(length > 0, tl.minimum(length - steps + 1 + step, window), 0)
+                tl.store(keys_read + place * steps + step, seen, mask=used & (row % group == 0))
+    if OVERLAP and DEPENDENT:
+        gdc_wait()  # whatever waits for this kernel waits for the one before it, too
 
 
-@triton.jit
-def _summed(partial, logs, rows, used, dims, made, splits, VALUE_DIM: tl.constexpr, TOGETHER: tl.constexpr):
-    """Outputs `(rows, dims)`: splits summed one after the other, whatever the number of threads. None of them: 0."""
-    at = rows.to(tl.int64) * splits
-    highest = tl.full(at.shape, float("-inf"), tl.float32)
-    # Each thread reads what it needs, so that none waits for another.
-    for first in range(0, made, TOGETHER):
-        for number in tl.static_range(TOGETHER):
-            some = used & (first + number < made)
-            highest = tl.maximum(highest, tl.load(logs + at + first + number, mask=some, other=float("-inf")))
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.zeros(at.shape, tl.float32)
-    acc = total[:, None] + tl.zeros(dims.shape, tl.float32)[None, :]
-    for first in range(0, made, TOGETHER):
-        for number in tl.static_range(TOGETHER):
-            some = used & (first + number < made)
-            place = at + first + number
-            mask = some[:, None] & (dims < VALUE_DIM)[None, :]
-            part = tl.load(partial + place[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
-            weight = tl.exp2(tl.load(logs + place, mask=some, other=float("-inf")) - highest)
-            acc += part * weight[:, None]
-            total += weight
-    return acc / tl.where(total > 0, total, 1.0)[:, None]
-
-
-@triton.jit(do_not_specialize=["group", "steps", "rows", "width", "window", "splits"])
+@triton.jit(do_not_specialize=["group", "steps", "splits"])
 def _combine(
     partial,
     logs,
     out,
-    keys_read,
-    lengths,
-    pages,
-    counts,
     group,
     steps,
-    rows,
-    width,
-    window,
     splits,
-    PAGE: tl.constexpr,
-    LISTS_ARE_OWN: tl.constexpr,
-    COUNTED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     SUM_DIMS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    PADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """Some dimensions of one row: its splits summed; and the number of its keys."""
+    """Some dimensions of one row: its splits summed, always in the same order."""
+    if DEPENDENT:
+        gdc_wait()
     sequence = tl.program_id(0) // (steps * group)
     row = tl.program_id(0) % (steps * group)
-    step = row // group
-    head = row % group
-    length = tl.load(lengths + sequence)
-    first, number, place = _reach(
-        length, pages, counts, 0, sequence, row // rows, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE, False
-    )
-    made = tl.cdiv(number, _split_size(number, SPLITS, MIN_SPLIT, BLOCK_N))
+    split = tl.arange(0, PADDED)
+    at = tl.program_id(0).to(tl.int64) * splits + split
+    log = tl.load(logs + at, mask=split < splits, other=float("-inf"))
+    highest = tl.max(log, 0)
+    weights = tl.exp2(log - tl.where(highest == float("-inf"), 0.0, highest))
     dims = tl.program_id(1) * SUM_DIMS + tl.arange(0, SUM_DIMS)
-    ours = tl.program_id(0) + tl.arange(0, 1)
-    result = _summed(partial, logs, ours, ours >= 0, dims, made, splits, VALUE_DIM, TOGETHER)
-    target = (sequence * group + head).to(tl.int64) * steps + step
-    place = out + target * VALUE_DIM + dims[None, :] + tl.zeros_like(ours)[:, None]
-    tl.store(place, result.to(out.dtype.element_ty), mask=(dims < VALUE_DIM)[None, :])
-    if COUNTED:
-        if PAGE > 0:
-            read = number
-        else:
-            read = tl.where(length > 0, tl.minimum(length - steps + 1 + step, window), 0)
-        lists = 1
-        own = 0
-        if LISTS_ARE_OWN:
-            lists = group
-            own = head
-        if (tl.program_id(1) == 0) & (LISTS_ARE_OWN | (head == 0)):
-            tl.store(keys_read + (sequence * lists + own).to(tl.int64) * steps + step, read)
+    mask = (log > float("-inf"))[:, None] & (dims < VALUE_DIM)[None, :]
+    parts = tl.load(partial + at[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
+    total = tl.sum(weights, 0)
+    # Of a sequence of length 0 there is no split, and its output is 0.
+    result = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    target = (sequence * group + row % group).to(tl.int64) * steps + row // group
+    tl.store(out + target * VALUE_DIM + dims, result.to(out.dtype.element_ty), mask=dims < VALUE_DIM)
 
 
 def forward(
@@ -357,11 +298,9 @@ def forward(
     tiles = -(-steps * group // rows)
     shares = split_limit(kv.heads)
     splits = max(1, min(shares, -(-most // MIN_SPLIT)))
-    finishes = kv.tickets is not None and tiles == 1 and steps == 1
     ready = None if selection is None else selection.ready
-    if ready is not None and not finishes:
-        raise ValueError("lists that may not be complete yet need sequences with tickets")
-    dependent = ready is not None and can_overlap(query.device)
+    dependent = can_overlap(query.device)
+    launch = {"launch_pdl": True} if dependent else {}  # no word that Triton's interpreter knows
     partial = query.new_empty(sequences * steps * group * splits * value_dim, dtype=torch.float32)
     logs = query.new_empty(sequences * steps * group * splits, dtype=torch.float32)
     reach = NO_WINDOW if window is None else min(window, NO_WINDOW)
@@ -377,9 +316,7 @@ def forward(
         counts,
         partial,
         logs,
-        out,
         keys_read if counted else unused,
-        kv.tickets[0] if finishes else unused,
         unused if ready is None else ready,
         *query.stride()[:3],
         group,
@@ -405,42 +342,26 @@ def forward(
         SPLITS=shares,
         MIN_SPLIT=MIN_SPLIT,
         PRECISION="ieee",
-        FINISHES=finishes,
         COUNTED=counted,
         OVERLAP=ready is not None,
         DEPENDENT=dependent,
-        GROUP_PADDED=triton.next_power_of_2(group),
-        TOGETHER=SUM_TOGETHER,
         num_warps=WARPS,
         num_stages=MANY_STAGES if many else STAGES if selection is None else PAGED_STAGES,
-        **({"launch_pdl": True} if dependent else {}),  # no word of Triton's interpreter
+        **({} if ready is None else launch),
     )
-    if finishes:
-        return out
     _combine[(sequences * steps * group, triton.cdiv(value_dim, SUM_DIMS))](
         partial,
         logs,
         out,
-        keys_read if counted else unused,
-        kv.lengths,
-        pages,
-        counts,
         group,
         steps,
-        rows,
-        width,
-        reach,
         splits,
-        PAGE=page,
-        LISTS_ARE_OWN=own,
-        COUNTED=counted,
         VALUE_DIM=value_dim,
         SUM_DIMS=SUM_DIMS,
-        BLOCK_N=block_n,
-        SPLITS=shares,
-        MIN_SPLIT=MIN_SPLIT,
-        TOGETHER=SUM_TOGETHER,
-        num_warps=1,
+        PADDED=triton.next_power_of_2(shares),  # and so always the same order of sums
+        DEPENDENT=dependent,
+        num_warps=4,
+        **launch,
     )
     return out
 
