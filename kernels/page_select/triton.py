@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backends import can_overlap
 from ..estimators.bounds_triton import load_bounds, signed_sums, summed_scores
+from ..overlap_triton import MEMORY_PAGE, MOST_PAGES, touch
 from ..ragged import RaggedKV
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ def together(
         scores,
         pages,
         counts,
+        kv.keys,
+        kv.values,
+        kv.starts,
         kv.lengths,
         bounds.first,
         logical,
@@ -101,6 +105,9 @@ def together(
         TILE=tile,
         DIM=dim,
         PADDED_DIM=padded_dim,
+        VALUE_DIM=kv.values.shape[-1],
+        MEMORY_PAGE=MEMORY_PAGE,
+        MOST_PAGES=MOST_PAGES,
         **_options(budget, _padded(columns)),
         num_warps=WARPS,
         maxnreg=REGISTERS,
@@ -242,7 +249,18 @@ def _number(
 
 
 @triton.jit
-def _choose(scores, pages, place, columns, width, before, read, PADDED: tl.constexpr, VALUE_TURNS: tl.constexpr):
+def _choose(
+    scores,
+    pages,
+    place,
+    columns,
+    width,
+    before,
+    read,
+    CLEAN: tl.constexpr,
+    PADDED: tl.constexpr,
+    VALUE_TURNS: tl.constexpr,
+):
     """Write the best `read` of the first `before` pages, by row `place` of the scores, to that list, and `before`."""
     # In groups of 32, of which each can be one number whose bits say which scores are meant.
     group = tl.arange(0, PADDED // 32)
@@ -250,7 +268,8 @@ def _choose(scores, pages, place, columns, width, before, read, PADDED: tl.const
     ids = group[:, None] * 32 + bit
     # Loaded before it is known how many are looked at: one does not wait for the other.
     score = tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
-    score = tl.where(score == score, score, float("-inf"))  # what is not a number
+    if CLEAN:  # what is not a number
+        score = tl.where(score == score, score, float("-inf"))
     low = tl.min(tl.where(ids < before, score, float("inf")))
     high = tl.max(tl.where(ids < before, score, float("-inf")))
     score = tl.where(ids < before, score, float("nan"))
@@ -319,7 +338,7 @@ def _select_kernel(
     visible = tl.load(lengths + sequence) - behind
     if visible > 0:
         read = _number(lengths, logical, sequence, behind, most, low_bits, high_bits, SHARE, SIZE, HEADS, HEADS_PADDED)
-        _choose(scores, pages, place, columns, width, (visible - 1) // SIZE, read, PADDED, VALUE_TURNS)
+        _choose(scores, pages, place, columns, width, (visible - 1) // SIZE, read, True, PADDED, VALUE_TURNS)
         tl.store(counts + place, read + 1)
     else:
         tl.store(counts + place, 0)
@@ -333,6 +352,9 @@ def _score_and_choose_kernel(
     scores,
     pages,
     counts,
+    keys,
+    values,
+    starts,
     lengths,
     first_rows,
     logical,
@@ -351,6 +373,9 @@ def _score_and_choose_kernel(
     TILE: tl.constexpr,
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    MEMORY_PAGE: tl.constexpr,
+    MOST_PAGES: tl.constexpr,
     SHARE: tl.constexpr,
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -382,6 +407,10 @@ def _score_and_choose_kernel(
         if part == 0:
             number = 0
             if length > 0:
+                if DEPENDENT:
+                    start = tl.load(starts + sequence)
+                    touch(keys, start, length, DIM, MEMORY_PAGE, MOST_PAGES)
+                    touch(values, start, length, VALUE_DIM, MEMORY_PAGE, MOST_PAGES)
                 number = 1 + _number(
                     lengths, logical, sequence, 0, most, low_bits, high_bits, SHARE, SIZE, HEADS, HEADS_PADDED
                 )
@@ -390,6 +419,7 @@ def _score_and_choose_kernel(
             ids = (part - 1) * TILE + tl.arange(0, TILE)
             smallest, largest = load_bounds(low, high, first, ids, complete, DIM, PADDED_DIM)
             found = summed_scores(smallest, largest, positive, negative)
+            found = tl.where(found == found, found, float("-inf"))  # what is not a number
             tl.store(scores + sequence * columns + ids, found, mask=ids < complete)
         if DEPENDENT:
             gdc_wait()  # the new token is in its place: who waits for this kernel's lists relies on it
@@ -397,7 +427,9 @@ def _score_and_choose_kernel(
         if tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == parts - 1:
             tl.store(tickets + sequence, 0)
             number = tl.load(counts + sequence)
-            _choose(scores, pages, sequence, columns, width, complete, tl.maximum(number - 1, 0), PADDED, VALUE_TURNS)
+            _choose(
+                scores, pages, sequence, columns, width, complete, tl.maximum(number - 1, 0), False, PADDED, VALUE_TURNS
+            )
             if OVERLAP:
                 tl.debug_barrier()
                 tl.atomic_xchg(ready + sequence, tl.maximum(number, 1), sem="release")

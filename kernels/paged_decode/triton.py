@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backends import can_overlap
+from ..overlap_triton import MEMORY_PAGE, MOST_PAGES, touch
 from ..ragged import RaggedKV
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ def _attend(
     COUNTED: tl.constexpr,
     OVERLAP: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    MEMORY_PAGE: tl.constexpr,
+    MOST_PAGES: tl.constexpr,
 ):
     """One split of one tile: some of the rows (token, query head) of a sequence, and a part of their keys."""
     if DEPENDENT:
@@ -153,6 +156,10 @@ def _attend(
     q = tl.load(query + at + dims[None, :], mask=used[:, None] & (dims < DIM)[None, :], other=0.0)
     known = 0
     if OVERLAP:
+        if DEPENDENT and length > 0:
+            # While lists are in the making.
+            touch(keys, start, length, DIM, MEMORY_PAGE, MOST_PAGES)
+            touch(values, start, length, VALUE_DIM, MEMORY_PAGE, MOST_PAGES)
         known = tl.atomic_add(ready + sequence, 0, sem="acquire")
         while known == 0:
             known = tl.atomic_add(ready + sequence, 0, sem="acquire")
@@ -345,6 +352,8 @@ def forward(
         COUNTED=counted,
         OVERLAP=ready is not None,
         DEPENDENT=dependent,
+        MEMORY_PAGE=MEMORY_PAGE,
+        MOST_PAGES=MOST_PAGES,
         num_warps=WARPS,
         num_stages=MANY_STAGES if many else STAGES if selection is None else PAGED_STAGES,
         **({} if ready is None else launch),
