@@ -270,10 +270,9 @@ def _choose(
     score = tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
     if CLEAN:  # what is not a number
         score = tl.where(score == score, score, float("-inf"))
-    low = tl.min(tl.where(ids < before, score, float("inf")))
-    high = tl.max(tl.where(ids < before, score, float("-inf")))
+    # What is no score is NaN from here on, which reaches no value, and which minimum and maximum pass over.
     score = tl.where(ids < before, score, float("nan"))
-    least, reached = _threshold(score, low, high, before, tl.maximum(read, 1), VALUE_TURNS)
+    least, reached = _threshold(score, tl.min(score), tl.max(score), before, tl.maximum(read, 1), VALUE_TURNS)
     chosen = _bits(score >= least, bit)
     if reached > read:
         # Ties at the smallest: as many as there is room for, from the right.
