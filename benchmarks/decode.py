@@ -379,9 +379,10 @@ def measure_quest(
     try:
         method = Quest(page_size=page)
 
-        def choose(number: int, overlap: bool = False) -> PageSelection:
+        def choose(number: int, new: bool = False) -> PageSelection:
             copy = number % caches.copies
-            context = DecodeContext(caches.kv(number), caches.tokens, bounds[copy], caches.kv_heads, overlap)
+            tokens = (caches.new_key[copy], caches.new_value[copy]) if new else None
+            context = DecodeContext(caches.kv(number), caches.tokens, bounds[copy], caches.kv_heads, tokens, new)
             return method.select(caches.query[copy], context, sparsity=sparsity)
 
         selections = [choose(copy) for copy in range(caches.copies)]
@@ -395,9 +396,7 @@ def measure_quest(
             return attend(number, selections[number % caches.copies])
 
         def whole(number: int) -> Tensor:
-            copy = number % caches.copies
-            append(caches.kv(number), caches.new_key[copy], caches.new_value[copy], bounds[copy])
-            return attend(number, choose(number, overlap=True))[0]
+            return attend(number, choose(number, new=True))[0]
 
         complete = (caches.length - 1) // page
         scores = page_scores(

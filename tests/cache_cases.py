@@ -405,9 +405,11 @@ def check_step(
     keys_read = torch.full((sequences, 1, 1), -7, dtype=torch.int32, device=device)
     on_query, tokens = query.to(device), logical.to(device)
     states = new.to(device), new_values.to(device)
-    append(on.kv, *states, on.bounds, backend=backend)
+    fused = draw.chance(0.7)
+    if not fused:
+        append(on.kv, *states, on.bounds, backend=backend)
     width = max(read) + 1 + draw.rng.choice((0, 3))
-    options = {"width": width, "pages": most, "overlap": overlap, "backend": backend}
+    options = {"width": width, "pages": most, "overlap": overlap, "backend": backend, "new": states if fused else None}
     lists = choose_pages(on_query, on.bounds, on.kv, tokens, budget, **options)
     out, _ = paged_decode(on_query, on.kv, lists, scale=0.2, keys_read=keys_read, backend=backend)
 

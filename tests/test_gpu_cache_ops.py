@@ -135,10 +135,8 @@ def test_steps_that_run_into_each_other(draw: Draw, rows: int) -> None:
     def run(overlap: bool) -> list[Tensor]:
         found = []
         for layer, (kv, bound) in enumerate(zip(caches, bounds, strict=True)):
-            append(kv, *new[layer], bound)
-            lists = choose_pages(
-                query[layer], bound, kv, logical, budget, width=pages, pages=pages // 16 * 16 + 16, overlap=overlap
-            )
+            options = {"width": pages, "pages": pages // 16 * 16 + 16, "new": tuple(new[layer]), "overlap": overlap}
+            lists = choose_pages(query[layer], bound, kv, logical, budget, **options)
             assert (lists.ready is not None) == overlap
             read = torch.full((sequences, 1, 1), -1, dtype=torch.int32, device=DEVICE)
             found += [

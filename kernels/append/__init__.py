@@ -33,6 +33,21 @@ def append(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
     """
+    check_tokens(kv, keys, values)
+    if bounds is not None:
+        bounds.check(kv)
+    if not keys.shape[1] or not len(kv.lengths):
+        return
+    if choose(backend, keys.device) == "triton":
+        from . import triton
+
+        triton.forward(kv, keys, values, bounds)
+    else:
+        naive.forward(kv, keys, values, bounds)
+
+
+def check_tokens(kv: RaggedKV, keys: Tensor, values: Tensor) -> None:
+    """Raise ValueError unless `(S, T, D)` keys and `(S, T, D_v)` values can be tokens of these sequences."""
     sequences = len(kv.lengths)
     if (
         keys.dim() != 3
@@ -49,13 +64,3 @@ def append(
         raise ValueError(
             f"devices are {keys.device}, {values.device}, {kv.keys.device}, {kv.lengths.device}; expected one device"
         )
-    if bounds is not None:
-        bounds.check(kv)
-    if not keys.shape[1] or not sequences:
-        return
-    if choose(backend, keys.device) == "triton":
-        from . import triton
-
-        triton.forward(kv, keys, values, bounds)
-    else:
-        naive.forward(kv, keys, values, bounds)

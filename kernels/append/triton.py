@@ -5,9 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
-from ..backends import can_overlap
 from ..estimators import PageBounds
 from ..ragged import RaggedKV
 
@@ -41,8 +39,6 @@ def forward(kv: RaggedKV, keys: Tensor, values: Tensor, bounds: PageBounds | Non
         values.stride(0),
         values.stride(1),
         HAS_BOUNDS=bounds is not None,
-        # What comes next may begin; what it must not begin before this has ended, it waits for itself.
-        DEPENDENTS=can_overlap(keys.device),
         SIZE=size,
         DIM=dim,
         PADDED=padded,
@@ -69,39 +65,82 @@ def _append_kernel(
     values_sequence,
     values_token,
     HAS_BOUNDS: tl.constexpr,
-    DEPENDENTS: tl.constexpr,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     DIM_V: tl.constexpr,
     PADDED_V: tl.constexpr,
 ):
-    if DEPENDENTS:
-        gdc_launch_dependents()
     sequence = tl.program_id(1).to(tl.int64)
     end = tl.load(lengths + sequence)
     length = end - steps  # before
     page = length // SIZE + tl.program_id(0)
     if (end > 0) & (page * SIZE < end):
-        dims, dims_v = tl.arange(0, PADDED), tl.arange(0, PADDED_V)
-        start = tl.load(starts + sequence)
-        token = page * SIZE + tl.arange(0, SIZE)
-        old = token < length
-        written = (token >= length) & (token < end)
-        # Behind the last new token it is read again, which changes no bound.
-        new = tl.minimum(tl.maximum(token - length, 0), steps - 1).to(tl.int64)
-        held = (start + token)[:, None]
-        some, inside = (dims < DIM)[None, :], (dims_v < DIM_V)[None, :]
-        source = keys + sequence * keys_sequence + (new * keys_token)[:, None] + dims[None, :]
-        key = tl.load(source, mask=(token >= length)[:, None] & some, other=0.0)
-        source = values + sequence * values_sequence + (new * values_token)[:, None] + dims_v[None, :]
-        value = tl.load(source, mask=written[:, None] & inside, other=0.0)
+        first = 0
         if HAS_BOUNDS:
-            before = tl.load(held_keys + held * DIM + dims[None, :], mask=old[:, None] & some, other=0.0)
-        tl.store(held_keys + held * DIM + dims[None, :], key, mask=written[:, None] & some)
-        tl.store(held_values + held * DIM_V + dims_v[None, :], value, mask=written[:, None] & inside)
-        if HAS_BOUNDS:
-            key = tl.where(old[:, None], before, key)
-            row = (tl.load(first_rows + sequence) + page) * DIM + dims
-            tl.store(low + row, tl.min(key, 0), mask=dims < DIM)
-            tl.store(high + row, tl.max(key, 0), mask=dims < DIM)
+            first = tl.load(first_rows + sequence)
+        write_tokens(
+            keys + sequence * keys_sequence,
+            values + sequence * values_sequence,
+            held_keys,
+            held_values,
+            low,
+            high,
+            tl.load(starts + sequence),
+            first,
+            length,
+            end,
+            page,
+            keys_token,
+            values_token,
+            HAS_BOUNDS,
+            SIZE,
+            DIM,
+            PADDED,
+            DIM_V,
+            PADDED_V,
+        )
+
+
+@triton.jit
+def write_tokens(
+    keys,
+    values,
+    held_keys,
+    held_values,
+    low,
+    high,
+    start,
+    first,
+    length,
+    end,
+    page,
+    keys_token,
+    values_token,
+    HAS_BOUNDS: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PADDED_V: tl.constexpr,
+):
+    """Write tokens [length, end) of a sequence, as far as they are in `page`, and its bounds: row `first + page`."""
+    dims, dims_v = tl.arange(0, PADDED), tl.arange(0, PADDED_V)
+    token = page * SIZE + tl.arange(0, SIZE)
+    old = token < length
+    written = (token >= length) & (token < end)
+    # Behind the last new token it is read again, which changes no bound.
+    new = tl.minimum(tl.maximum(token - length, 0), end - length - 1).to(tl.int64)
+    held = (start + token)[:, None]
+    some, inside = (dims < DIM)[None, :], (dims_v < DIM_V)[None, :]
+    key = tl.load(keys + (new * keys_token)[:, None] + dims[None, :], mask=(token >= length)[:, None] & some, other=0.0)
+    value = tl.load(values + (new * values_token)[:, None] + dims_v[None, :], mask=written[:, None] & inside, other=0.0)
+    if HAS_BOUNDS:
+        before = tl.load(held_keys + held * DIM + dims[None, :], mask=old[:, None] & some, other=0.0)
+    tl.store(held_keys + held * DIM + dims[None, :], key, mask=written[:, None] & some)
+    tl.store(held_values + held * DIM_V + dims_v[None, :], value, mask=written[:, None] & inside)
+    if HAS_BOUNDS:
+        key = tl.where(old[:, None], before, key)
+        row = (first + page) * DIM + dims
+        tl.store(low + row, tl.min(key, 0), mask=dims < DIM)
+        tl.store(high + row, tl.max(key, 0), mask=dims < DIM)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..append import append, check_tokens
 from ..backends import choose
 from ..estimators import PageBounds, page_scores
 from ..paged_decode import PageSelection
@@ -131,10 +132,11 @@ def choose_pages(
     width: int,
     pages: int,
     shared: bool = True,
+    new: tuple[Tensor, Tensor] | None = None,
     overlap: bool = False,
     backend: str = "auto",
 ) -> PageSelection:
-    """`select_pages` by the scores of `estimators.page_scores`.
+    """`select_pages` by the scores of `estimators.page_scores`, in front of which new tokens may be appended.
 
     Where Triton runs, `kv` has tickets, there is one list for a sequence and one token, and no more than 8192 pages,
     this is a single launch.
@@ -142,9 +144,10 @@ def choose_pages(
     Args:
         query, bounds, pages, shared: as in `page_scores`.
         logical, budget, width: as in `select_pages`.
-        overlap: let `append`, this call and attention run into each other on GPUs that can do that. Whoever asks for it
-            promises that `append` was the last thing before this call on the stream, that `paged_decode` over its
-            selection will be the next one, and that nothing writes into `query` and lists meanwhile.
+        new: keys `(S, T, D)` and values `(S, T, D_v)`, for `append`, or None.
+        overlap: let this call and attention run into each other on GPUs that can do that. Whoever asks for it promises
+            that `paged_decode` over the selection will be the very next call on the stream, and that nothing writes
+            into `query` and lists meanwhile.
 
     Returns:
         Lists of `width` places, ascending, with `ready` where attention has to wait for them.
@@ -165,7 +168,11 @@ def choose_pages(
             kv.check(query)
             bounds.check(kv)
             _check(kv, logical, budget, width, query.device)
-            lists = triton.together(query, bounds, kv, logical, budget, width, pages, overlap)
+            if new is not None:
+                check_tokens(kv, *new)
+            lists = triton.together(query, bounds, kv, logical, budget, width, pages, new, overlap)
             return PageSelection(*lists, budget.page_size, kv.tickets[1] if overlap else None)
+    if new is not None:
+        append(kv, *new, bounds, backend=backend)
     scores = page_scores(query, bounds, kv, shared=shared, pages=pages, backend=backend)
     return select_pages(scores, kv, logical, budget, width=width, backend=backend)

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..append.triton import write_tokens
 from ..backends import can_overlap
 from ..estimators.bounds_triton import load_bounds, signed_sums, summed_scores
-from ..overlap_triton import MEMORY_PAGE, MOST_PAGES, touch
 from ..ragged import RaggedKV
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def together(
     budget: PageBudget,
     width: int,
     columns: int,
+    new: tuple[Tensor, Tensor] | None,
     overlap: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `page_select.choose_pages`: one launch, for one token of each sequence."""
@@ -76,19 +77,25 @@ def together(
     pages, counts = _lists((sequences, 1, 1), width, query.device)
     if not sequences:
         return pages, counts
-    scores = torch.empty(sequences * columns, dtype=torch.float32, device=query.device)
+    value_dim = kv.values.shape[-1]
+    tokens = (kv.keys, kv.values) if new is None else tuple(t if t.stride(-1) == 1 else t.contiguous() for t in new)
     padded_dim = triton.next_power_of_2(dim)
     tile = max(16, SCORE_BYTES // (padded_dim * query.element_size()))
+    parts = triton.next_power_of_2(max(1, triton.cdiv(columns, tile)))
+    scores = torch.empty(sequences * columns, dtype=torch.float32, device=query.device)
+    stats = torch.empty(sequences * 4 * parts, dtype=torch.float32, device=query.device)
     dependent = overlap and can_overlap(query.device)
-    _score_and_choose_kernel[(1 + triton.cdiv(columns, tile), sequences)](
+    _score_and_choose_kernel[(2 + triton.cdiv(columns, tile), sequences)](
         query,
         bounds.low,
         bounds.high,
         scores,
         pages,
         counts,
+        stats,
         kv.keys,
         kv.values,
+        *tokens,
         kv.starts,
         kv.lengths,
         bounds.first,
@@ -99,15 +106,18 @@ def together(
         width,
         *_budget(budget),
         *query.stride()[:2],
+        tokens[0].stride(0),
+        tokens[1].stride(0),
+        NEW=new is not None,
         OVERLAP=overlap,
         DEPENDENT=dependent,
         GROUP=group,
         TILE=tile,
         DIM=dim,
         PADDED_DIM=padded_dim,
-        VALUE_DIM=kv.values.shape[-1],
-        MEMORY_PAGE=MEMORY_PAGE,
-        MOST_PAGES=MOST_PAGES,
+        VALUE_DIM=value_dim,
+        PADDED_VALUE_DIM=triton.next_power_of_2(value_dim),
+        STATS=parts,
         **_options(budget, _padded(columns)),
         num_warps=WARPS,
         maxnreg=REGISTERS,
@@ -157,18 +167,23 @@ def _narrowed(low, high, reached, read, value, count):
 
 
 @triton.jit
-def _threshold(score, low, high, reached, read, TURNS: tl.constexpr):
+def _threshold(score, low, high, a, b, reached, read, TURNS: tl.constexpr):
     """The smallest of the `read` largest scores, or a value that just as many scores reach; and how many reach it.
 
     Args:
         score: NaN where there is none.
         low, high: the smallest and the largest score; `reached`: the number of scores, at least `read`.
+        a, b: where to look first, if they lie in this order between these two.
     """
-    # Thirds of the range of values: some log3(pages) turns where scores spread evenly. Few operations on single values,
-    # which all threads wait for.
+    third = 0.3333333
+    if (low < a) & (a < b) & (b < high):
+        pass
+    else:
+        a = low * (1.0 - third) + high * third
+        b = low * third + high * (1.0 - third)
+    # Then thirds of the range of values: some log3(pages) turns where scores spread evenly. Few operations on single
+    # values, which all threads wait for.
     turn = 0
-    a = low * 0.6666667 + high * 0.3333333
-    b = low * 0.3333333 + high * 0.6666667
     while (turn < TURNS) & (reached > read) & (low < a) & (a < b) & (b < high):
         # Two counts of 16 bits in one sum: most of a turn goes by putting the program's warps together.
         both = tl.sum((score >= a).to(tl.int32) + ((score >= b).to(tl.int32) << 16))
@@ -176,8 +191,8 @@ def _threshold(score, low, high, reached, read, TURNS: tl.constexpr):
         low, high, reached = _narrowed(low, high, reached, read, a, at_a)
         if at_a >= read:
             low, high, reached = _narrowed(low, high, reached, read, b, at_b)
-        a = low * 0.6666667 + high * 0.3333333
-        b = low * 0.3333333 + high * 0.6666667
+        a = low * (1.0 - third) + high * third
+        b = low * third + high * (1.0 - third)
         turn += 1
     # Halves of the range of bit patterns: 32 turns at most, whatever the scores are.
     first, last = _ordered(low.to(tl.int32, bitcast=True)), _ordered(high.to(tl.int32, bitcast=True))
@@ -257,22 +272,32 @@ def _choose(
     width,
     before,
     read,
-    CLEAN: tl.constexpr,
+    low,
+    high,
+    a,
+    b,
+    KNOWN: tl.constexpr,
     PADDED: tl.constexpr,
     VALUE_TURNS: tl.constexpr,
 ):
-    """Write the best `read` of the first `before` pages, by row `place` of the scores, to that list, and `before`."""
+    """Write the best `read` of the first `before` pages, by row `place` of the scores, to that list, and `before`.
+
+    Where it is known that scores are numbers, from `low` to `high`, the search begins at `a` and `b`.
+    """
     # In groups of 32, of which each can be one number whose bits say which scores are meant.
     group = tl.arange(0, PADDED // 32)
     bit = tl.arange(0, 32)[None, :]
     ids = group[:, None] * 32 + bit
     # Loaded before it is known how many are looked at: one does not wait for the other.
     score = tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
-    if CLEAN:  # what is not a number
+    if not KNOWN:
         score = tl.where(score == score, score, float("-inf"))
     # What is no score is NaN from here on, which reaches no value, and which minimum and maximum pass over.
     score = tl.where(ids < before, score, float("nan"))
-    least, reached = _threshold(score, tl.min(score), tl.max(score), before, tl.maximum(read, 1), VALUE_TURNS)
+    if not KNOWN:
+        low, high = tl.min(score), tl.max(score)
+        a, b = low, high
+    least, reached = _threshold(score, low, high, a, b, before, tl.maximum(read, 1), VALUE_TURNS)
     chosen = _bits(score >= least, bit)
     if reached > read:
         # Ties at the smallest: as many as there is room for, from the right.
@@ -294,6 +319,11 @@ def _choose(
         tl.store(target + slot + turn, group * 32 + at, mask=(turn < number) & (slot + turn < width))
         chosen = chosen ^ lowest
     tl.store(target + read, before, mask=read < width)
+
+
+@triton.jit
+def _merged(low, high, total, squares, low_, high_, total_, squares_):
+    return tl.minimum(low, low_), tl.maximum(high, high_), total + total_, squares + squares_
 
 
 @triton.jit
@@ -337,7 +367,22 @@ def _select_kernel(
     visible = tl.load(lengths + sequence) - behind
     if visible > 0:
         read = _number(lengths, logical, sequence, behind, most, low_bits, high_bits, SHARE, SIZE, HEADS, HEADS_PADDED)
-        _choose(scores, pages, place, columns, width, (visible - 1) // SIZE, read, True, PADDED, VALUE_TURNS)
+        _choose(
+            scores,
+            pages,
+            place,
+            columns,
+            width,
+            (visible - 1) // SIZE,
+            read,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            False,
+            PADDED,
+            VALUE_TURNS,
+        )
         tl.store(counts + place, read + 1)
     else:
         tl.store(counts + place, 0)
@@ -351,8 +396,11 @@ def _score_and_choose_kernel(
     scores,
     pages,
     counts,
+    stats,
     keys,
     values,
+    new_keys,
+    new_values,
     starts,
     lengths,
     first_rows,
@@ -366,6 +414,9 @@ def _score_and_choose_kernel(
     high_bits,
     query_sequence,
     query_head,
+    new_keys_sequence,
+    new_values_sequence,
+    NEW: tl.constexpr,
     OVERLAP: tl.constexpr,
     DEPENDENT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -373,8 +424,8 @@ def _score_and_choose_kernel(
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    MEMORY_PAGE: tl.constexpr,
-    MOST_PAGES: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    STATS: tl.constexpr,
     SHARE: tl.constexpr,
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -382,11 +433,13 @@ def _score_and_choose_kernel(
     PADDED: tl.constexpr,
     VALUE_TURNS: tl.constexpr,
 ):
-    """One program: the number of pages that a sequence reads, or the scores of `TILE` of its pages.
+    """One program: the number of pages that a sequence reads, its newest token, or the scores of `TILE` of its pages.
 
     The program that is the last one of a sequence chooses among all pages.
     """
     part, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if DEPENDENT:
+        gdc_wait()
     if OVERLAP:
         # What was complete in an earlier call no longer is. Attention must not begin before that is taken back, so the
         # answer is waited for.
@@ -401,33 +454,94 @@ def _score_and_choose_kernel(
     first = tl.load(first_rows + sequence)
     positive, negative = signed_sums(query + sequence * query_sequence, query_head, GROUP, DIM, PADDED_DIM)
     complete = tl.minimum(tl.maximum(length - 1, 0) // SIZE, columns)
-    parts = 1 + tl.cdiv(complete, TILE)
-    if part < parts:
+    tiles = tl.cdiv(complete, TILE)
+    if part < tiles + 2:
+        # Of each tile the smallest and the largest score, their sum and that of their squares.
+        facts = stats + sequence * 4 * STATS
         if part == 0:
             number = 0
             if length > 0:
-                if DEPENDENT:
-                    start = tl.load(starts + sequence)
-                    touch(keys, start, length, DIM, MEMORY_PAGE, MOST_PAGES)
-                    touch(values, start, length, VALUE_DIM, MEMORY_PAGE, MOST_PAGES)
                 number = 1 + _number(
                     lengths, logical, sequence, 0, most, low_bits, high_bits, SHARE, SIZE, HEADS, HEADS_PADDED
                 )
             tl.store(counts + sequence, number)
+        elif part == 1:
+            if NEW and length > 0:
+                write_tokens(
+                    new_keys + sequence * new_keys_sequence,
+                    new_values + sequence * new_values_sequence,
+                    keys,
+                    values,
+                    low,
+                    high,
+                    tl.load(starts + sequence),
+                    first,
+                    length - 1,
+                    length,
+                    (length - 1) // SIZE,
+                    0,
+                    0,
+                    True,
+                    SIZE,
+                    DIM,
+                    PADDED_DIM,
+                    VALUE_DIM,
+                    PADDED_VALUE_DIM,
+                )
         else:
-            ids = (part - 1) * TILE + tl.arange(0, TILE)
+            ids = (part - 2) * TILE + tl.arange(0, TILE)
             smallest, largest = load_bounds(low, high, first, ids, complete, DIM, PADDED_DIM)
             found = summed_scores(smallest, largest, positive, negative)
             found = tl.where(found == found, found, float("-inf"))  # what is not a number
-            tl.store(scores + sequence * columns + ids, found, mask=ids < complete)
-        if DEPENDENT:
-            gdc_wait()  # the new token is in its place: who waits for this kernel's lists relies on it
+            there = ids < complete
+            tl.store(scores + sequence * columns + ids, found, mask=there)
+            least = tl.where(there, found, float("inf"))
+            most_ = tl.where(there, found, float("-inf"))
+            found = tl.where(there, found, 0.0)
+            least, most_, total, squares = tl.reduce((least, most_, found, found * found), 0, _merged)
+            tl.store(facts + part - 2, least)
+            tl.store(facts + STATS + part - 2, most_)
+            tl.store(facts + 2 * STATS + part - 2, total)
+            tl.store(facts + 3 * STATS + part - 2, squares)
         tl.debug_barrier()
-        if tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == parts - 1:
+        if tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == tiles + 1:
             tl.store(tickets + sequence, 0)
             number = tl.load(counts + sequence)
+            read = tl.maximum(number - 1, 0)
+            tile = tl.arange(0, STATS)
+            least, most_, total, squares = tl.reduce(
+                (
+                    tl.load(facts + tile, mask=tile < tiles, other=float("inf")),
+                    tl.load(facts + STATS + tile, mask=tile < tiles, other=float("-inf")),
+                    tl.load(facts + 2 * STATS + tile, mask=tile < tiles, other=0.0),
+                    tl.load(facts + 3 * STATS + tile, mask=tile < tiles, other=0.0),
+                ),
+                0,
+                _merged,
+            )
+            # Where a normal distribution would have the budget's share, roughly. If scores are otherwise, the search
+            # takes a turn more.
+            mean = total / complete
+            spread = tl.sqrt(tl.maximum(squares / complete - mean * mean, 0.0))
+            share = tl.maximum(read, 1) / tl.maximum(complete, 1).to(tl.float32)
+            odds = tl.minimum(share, 1.0 - share) / tl.maximum(share, 1.0 - share)
+            away = 5.5556 - 5.5556 * tl.exp2(0.1186 * tl.log2(odds))
+            away = tl.where(share < 0.5, away, -away)
             _choose(
-                scores, pages, sequence, columns, width, complete, tl.maximum(number - 1, 0), False, PADDED, VALUE_TURNS
+                scores,
+                pages,
+                sequence,
+                columns,
+                width,
+                complete,
+                read,
+                least,
+                most_,
+                mean + (away - 0.12) * spread,
+                mean + (away + 0.12) * spread,
+                True,
+                PADDED,
+                VALUE_TURNS,
             )
             if OVERLAP:
                 tl.debug_barrier()

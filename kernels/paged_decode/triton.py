@@ -16,7 +16,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backends import can_overlap
-from ..overlap_triton import MEMORY_PAGE, MOST_PAGES, touch
 from ..ragged import RaggedKV
 
 if TYPE_CHECKING:
@@ -134,8 +133,6 @@ def _attend(
     COUNTED: tl.constexpr,
     OVERLAP: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    MEMORY_PAGE: tl.constexpr,
-    MOST_PAGES: tl.constexpr,
 ):
     """One split of one tile: some of the rows (token, query head) of a sequence, and a part of their keys."""
     if DEPENDENT:
@@ -156,10 +153,6 @@ def _attend(
     q = tl.load(query + at + dims[None, :], mask=used[:, None] & (dims < DIM)[None, :], other=0.0)
     known = 0
     if OVERLAP:
-        if DEPENDENT and length > 0:
-            # While lists are in the making.
-            touch(keys, start, length, DIM, MEMORY_PAGE, MOST_PAGES)
-            touch(values, start, length, VALUE_DIM, MEMORY_PAGE, MOST_PAGES)
         known = tl.atomic_add(ready + sequence, 0, sem="acquire")
         while known == 0:
             known = tl.atomic_add(ready + sequence, 0, sem="acquire")
@@ -247,6 +240,8 @@ def _combine(
 ):
     """Some dimensions of one row: its splits summed, always in the same order."""
     if DEPENDENT:
+        # The next call on the stream may be got ready; it waits for this one by itself.
+        gdc_launch_dependents()
         gdc_wait()
     sequence = tl.program_id(0) // (steps * group)
     row = tl.program_id(0) % (steps * group)
@@ -352,8 +347,6 @@ def forward(
         COUNTED=counted,
         OVERLAP=ready is not None,
         DEPENDENT=dependent,
-        MEMORY_PAGE=MEMORY_PAGE,
-        MOST_PAGES=MOST_PAGES,
         num_warps=WARPS,
         num_stages=MANY_STAGES if many else STAGES if selection is None else PAGED_STAGES,
         **({} if ready is None else launch),

@@ -123,14 +123,17 @@ class DecodeContext:
             the newest of the T tokens.
         bounds: page bounds over `kv`, when the method's `page_size` asks for them.
         kv_heads: sequences of one row, which follow each other; S is R times as many.
-        overlap: whether appending the new tokens, choosing and attending directly follow each other on the stream, so
-            that `page_select.choose_pages` may let them run into each other. Nothing need come of it.
+        new: keys `(S, T, D)` and values `(S, T, D_v)` of the new tokens where a method says that it `appends` them and
+            they are not in the cache yet, else None.
+        overlap: whether attention directly follows the choice on the stream, so that `page_select.choose_pages` may let
+            them run into each other. Nothing need come of it.
     """
 
     kv: RaggedKV
     tokens: Tensor
     bounds: PageBounds | None
     kv_heads: int = 1
+    new: tuple[Tensor, Tensor] | None = None
     overlap: bool = False
 
     def logical(self, steps: int) -> Tensor:
@@ -231,6 +234,8 @@ class DecodeMethod(Method):
     """A method that chooses what each new token reads of a cache that keeps everything."""
 
     phase: ClassVar[str] = "decode"
+    #: Whether `select` writes the new tokens into the cache where it gets them, in one launch with its own work.
+    appends: ClassVar[bool] = False
     #: The cache keeps the bounds of pages of this size; a field of most methods.
     page_size: int
 

@@ -43,6 +43,7 @@ class Quest(DecodeMethod):
     kv: ClassVar[str] = "full cache"
     paper: ClassVar[str] = "Tang et al., ICML 2024"
     budget_knobs: ClassVar[tuple[str, ...]] = ("budget",)
+    appends: ClassVar[bool] = True
 
     budget: int = 1024
     page_size: int = 16
@@ -67,7 +68,7 @@ class Quest(DecodeMethod):
         most = -(-((context.kv.longest - 1) // self.page_size) // 16) * 16
         lists = 1 if self.share_pages else group
         some = max(1, SCORE_ELEMENTS // max(1, sequences * lists * most))
-        if steps <= some:
+        if steps <= some or context.new is not None:  # new ones are few
             return self._choose(query, context, most, sparsity)
         parts = []
         for first in range(0, steps, some):
@@ -94,6 +95,7 @@ class Quest(DecodeMethod):
             width=width + 1,
             pages=most,
             shared=self.share_pages,
+            new=context.new,
             overlap=context.overlap,
         )
 

@@ -430,13 +430,16 @@ class Decoder:
         grouped = query[:rows].reshape(sequences, heads // layer.heads, 1, dim)
         if method is not None and layer.room is None:
             layer.room = torch.zeros(len(self.ids) * heads, dtype=torch.int32, device=self.device)
-        # From here on nothing comes between these kernels: they run into each other.
-        append(kv, key[:rows].reshape(sequences, 1, dim), value[:rows].reshape(sequences, 1, -1), bounds)
+        new = key[:rows].reshape(sequences, 1, dim), value[:rows].reshape(sequences, 1, -1)
+        if method is None or not method.appends:
+            append(kv, *new, bounds)
+            new = None
         options = {"scale": scale, "softcap": softcap, "backend": backend}
         if method is None:
             out, used = paged_decode(grouped, kv, window=window, **options)
         else:
-            context = DecodeContext(kv, self.tokens_held[:rows], bounds, layer.heads, overlap=True)
+            # Nothing comes between these two: they run into each other.
+            context = DecodeContext(kv, self.tokens_held[:rows], bounds, layer.heads, new, overlap=True)
             selection = method.select(grouped, context, sparsity=self.sparsity)
             lists = selection.counts.shape[1]
             layer.reads = layer.room[: len(self.ids) * layer.heads * lists].view(-1, lists, 1)
