@@ -35,7 +35,10 @@ from lm_eval_sparse.kernels.estimators import PageBounds, page_scores, update_bo
 from lm_eval_sparse.kernels.page_select import PageBudget, budget_pages, select_pages
 from lm_eval_sparse.kernels.ragged import RaggedKV
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in add:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered in add:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
+]
 
 BACKENDS = (
     "naive",

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 #: Splits of the keys of a row's heads together, of one head at least and at most, and keys that a split holds at least.
 ROW_SPLITS, LEAST_SPLITS, MOST_SPLITS, MIN_SPLIT = 256, 16, 128, 128
 #: Bytes of keys that are loaded at a time; several such pieces, of keys and of values, are under way (`STAGES`).
-TILE_BYTES = 16384
+TILE_BYTES = 32768
 WARPS, STAGES = 4, 3
-#: Triton divides the stages of a loop among loads that wait for each other: ids of pages, then keys and values.
-PAGED_STAGES = 5
+#: Triton divides the stages of a loop among loads that wait for each other: ids of pages, then keys and values. Few, so
+#: that several programs share a multiprocessor: while one waits for its keys, another computes.
+PAGED_STAGES = 4
 #: Rows (query heads times tokens) of a tile of several tokens; in fp32, without matrix units, more do not fit. Their
 #: queries and weights take shared memory, too.
 MANY_ROWS, MANY_ROWS_FP32, MANY_STAGES = 64, 16, 2
@@ -240,9 +241,9 @@ def _combine(
 ):
     """Some dimensions of one row: its splits summed, always in the same order."""
     if DEPENDENT:
-        # The next call on the stream may be got ready; it waits for this one by itself.
-        gdc_launch_dependents()
         gdc_wait()
+        # The next call on the stream may be got ready; it waits for this one by itself. Earlier it would be in the way.
+        gdc_launch_dependents()
     sequence = tl.program_id(0) // (steps * group)
     row = tl.program_id(0) % (steps * group)
     split = tl.arange(0, PADDED)
@@ -296,7 +297,7 @@ def forward(
         width = pages.shape[-1]
         most = min(most, width * page)
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    block_n = tile_keys(max(block_d, block_dv), query.element_size())
+    block_n = tile_keys(max(block_d, block_dv), query.element_size()) // (2 if many else 1)
     tiles = -(-steps * group // rows)
     shares = split_limit(kv.heads)
     splits = max(1, min(shares, -(-most // MIN_SPLIT)))
@@ -374,5 +375,6 @@ def split_limit(heads: int) -> int:
 
 
 def tile_keys(dims: int, element_size: int) -> int:
-    """Keys that are loaded at a time, a power of two that divides `MIN_SPLIT`."""
-    return max(16, min(MIN_SPLIT, 128, TILE_BYTES // (dims * element_size)))
+    """Keys that are loaded at a time, a power of two that divides `MIN_SPLIT`. In fp32, without matrix units, fewer."""
+    size = TILE_BYTES if element_size < 4 else TILE_BYTES // 2
+    return max(16, min(MIN_SPLIT, 128, size // (dims * element_size)))
