@@ -26,15 +26,17 @@ if TYPE_CHECKING:
     from . import PageBudget
 
 #: Scores of a list that one warp holds; a program has at most 32 warps.
-PER_WARP = 256
-#: Warps of a program that scores pages and maybe chooses among them, bytes of each bound that it reads, and registers
-#: of a thread: those that choosing could use would leave too few programs at work to read bounds at full speed.
-WARPS, SCORE_BYTES, REGISTERS = 8, 1 << 14, 80
+PER_WARP = 512
+#: Warps of a program that scores pages and maybe chooses among them.
+WARPS = 8
+#: Bytes of each bound that it reads, and registers of a thread: those that choosing could use would leave too few
+#: programs at work to read bounds at full speed. Where programs are many, larger ones.
+SCORE_BYTES, REGISTERS = 1 << 14, 80
+MANY_PROGRAMS, MANY_SCORE_BYTES, MANY_REGISTERS = 4096, 1 << 15, 128
 #: Scores that such a program can hold.
 MOST_TOGETHER = 1 << 13
-#: Turns of a search that cut the range of values in thirds; later ones halve the range of bit patterns. Scores left in
-#: the range below which they are looked at one by one.
-VALUE_TURNS, FEW = 24, tl.constexpr(4)
+#: Turns of a search that cut the range of values in thirds; later ones halve the range of bit patterns.
+VALUE_TURNS = 16
 
 
 def forward(scores: Tensor, kv: RaggedKV, logical: Tensor, budget: PageBudget, width: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +83,10 @@ def together(
     value_dim = kv.values.shape[-1]
     tokens = (kv.keys, kv.values) if new is None else tuple(t if t.stride(-1) == 1 else t.contiguous() for t in new)
     padded_dim = triton.next_power_of_2(dim)
-    tile = max(16, SCORE_BYTES // (padded_dim * query.element_size()))
+    size, registers = SCORE_BYTES, REGISTERS
+    if sequences * columns * padded_dim * query.element_size() > MANY_PROGRAMS * size:
+        size, registers = MANY_SCORE_BYTES, MANY_REGISTERS
+    tile = max(16, size // (padded_dim * query.element_size()))
     parts = triton.next_power_of_2(max(1, triton.cdiv(columns, tile)))
     scores = torch.empty(sequences * columns, dtype=torch.float32, device=query.device)
     stats = torch.empty(sequences * 4 * parts, dtype=torch.float32, device=query.device)
@@ -121,7 +126,7 @@ def together(
         STATS=parts,
         **_options(budget, _padded(columns)),
         num_warps=WARPS,
-        maxnreg=REGISTERS,
+        maxnreg=registers,
         enable_fp_fusion=False,
         **({"launch_pdl": True} if dependent else {}),  # no word of Triton's interpreter
     )
@@ -161,62 +166,42 @@ def _ordered(bits):
 
 
 @triton.jit
-def _next(value):
-    """The number behind `value`."""
-    return _ordered(_ordered(value.to(tl.int32, bitcast=True)) + 1).to(tl.float32, bitcast=True)
+def _narrowed(low, high, reached, read, value, count):
+    """The range of the search once it is known that `count` scores reach a value."""
+    enough = count >= read
+    return tl.where(enough, value, low), tl.where(enough, high, value), tl.where(enough, count, reached)
 
 
 @triton.jit
-def _threshold(score, low, high, a, b, number, read, TURNS: tl.constexpr, FEW: tl.constexpr):
+def _threshold(score, low, high, a, b, reached, read, TURNS: tl.constexpr):
     """The smallest of the `read` largest scores, or a value that just as many scores reach; and how many reach it.
 
     Args:
         score: NaN where there is none.
-        low, high: the smallest and the largest score; `number` of them, at least `read`.
+        low, high: the smallest and the largest score; `reached`: the number of scores, at least `read`.
         a, b: where to look first, if they lie in this order between these two.
     """
-    # What is looked for lies in [low, high): `reached` scores reach low, `above` of them high.
-    reached, above = number, 0
-    high = _next(high)
     third = 0.3333333
+    if (low < a) & (a < b) & (b < high):
+        pass
+    else:
+        a = low * (1.0 - third) + high * third
+        b = low * third + high * (1.0 - third)
+    # Then thirds of the range of values: some log3(pages) turns where scores spread evenly. Few operations on single
+    # values, which all threads wait for.
     turn = 0
-    while (turn < TURNS) & (reached > read) & (low < high):
-        if reached - above <= FEW:
-            # Values would be cut in pieces for long where two scores are almost equal: look at the scores themselves.
-            there = (score >= low) & (score < high)
-            least, most = tl.min(tl.where(there, score, float("inf"))), tl.max(tl.where(there, score, float("-inf")))
-            a, b = _next(least), most
-            if least == most:
-                low, high = least, a
-                turn = TURNS
-        elif (turn > 0) | (low >= a) | (a >= b) | (b >= high):
-            # Thirds of the range of values: some log3(pages) turns where scores spread evenly. Few operations on single
-            # values, which all threads wait for.
-            a = low * (1.0 - third) + high * third
-            b = low * third + high * (1.0 - third)
-            if (low < a) & (a < b) & (b < high):
-                pass
-            else:
-                turn = TURNS
-                a, b = low, high
+    while (turn < TURNS) & (reached > read) & (low < a) & (a < b) & (b < high):
         # Two counts of 16 bits in one sum: most of a turn goes by putting the program's warps together.
         both = tl.sum((score >= a).to(tl.int32) + ((score >= b).to(tl.int32) << 16))
         at_a, at_b = both & 0xFFFF, (both >> 16) & 0xFFFF
-        if at_b >= read:
-            low = b
-            reached = at_b
-        else:
-            high = b
-            above = at_b
-            if at_a >= read:
-                low = a
-                reached = at_a
-            else:
-                high = a
-                above = at_a
+        low, high, reached = _narrowed(low, high, reached, read, a, at_a)
+        if at_a >= read:
+            low, high, reached = _narrowed(low, high, reached, read, b, at_b)
+        a = low * (1.0 - third) + high * third
+        b = low * third + high * (1.0 - third)
         turn += 1
     # Halves of the range of bit patterns: 32 turns at most, whatever the scores are.
-    first, last = _ordered(low.to(tl.int32, bitcast=True)), _ordered(high.to(tl.int32, bitcast=True)) - 1
+    first, last = _ordered(low.to(tl.int32, bitcast=True)), _ordered(high.to(tl.int32, bitcast=True))
     while (reached > read) & (first < last):
         # first < middle <= last, and their difference may not be an int32.
         middle = (first & last) + ((first ^ last) >> 1) + ((first ^ last) & 1)
@@ -317,8 +302,8 @@ def _choose(
     score = tl.where(ids < before, score, float("nan"))
     if not KNOWN:
         low, high = tl.min(score), tl.max(score)
-        a, b = low, low
-    least, reached = _threshold(score, low, high, a, b, before, tl.maximum(read, 1), VALUE_TURNS, FEW)
+        a, b = low, high
+    least, reached = _threshold(score, low, high, a, b, before, tl.maximum(read, 1), VALUE_TURNS)
     chosen = _bits(score >= least, bit)
     if reached > read:
         # Ties at the smallest: as many as there is room for, from the right.

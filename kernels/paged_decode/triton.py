@@ -242,8 +242,6 @@ def _combine(
     """Some dimensions of one row: its splits summed, always in the same order."""
     if DEPENDENT:
         gdc_wait()
-        # The next call on the stream may be got ready; it waits for this one by itself. Earlier it would be in the way.
-        gdc_launch_dependents()
     sequence = tl.program_id(0) // (steps * group)
     row = tl.program_id(0) % (steps * group)
     split = tl.arange(0, PADDED)
