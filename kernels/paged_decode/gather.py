@@ -121,15 +121,14 @@ def _dense_row(
         return query.new_zeros(*query.shape[:2], kv.values.shape[-1])
     first = 0 if window is None else max(0, length - behind - window)
     shape = len(query), length - behind - first
-    key = kv.keys.as_strided(*_strided(kv.keys, shape, start + first, apart))
-    value = kv.values.as_strided(*_strided(kv.values, shape, start + first, apart))
+    key, value = (_strided(held, shape, start + first, apart) for held in (kv.keys, kv.values))
     return _attend(query, key, value, scale, softcap)
 
 
-def _strided(held: Tensor, shape: tuple[int, int], start: int, apart: int) -> tuple:
-    """Size, strides and offset of `shape` keys from `start` on, those of heads `apart` from each other."""
+def _strided(held: Tensor, shape: tuple[int, int], start: int, apart: int) -> Tensor:
+    """`(h, n, D)`: `shape` keys from `start` on, those of heads `apart` from each other."""
     dim = held.shape[1]
-    return (*shape, dim), (apart * dim, dim, 1), held.storage_offset() + start * dim
+    return held.as_strided((*shape, dim), (apart * dim, dim, 1), held.storage_offset() + start * dim)
 
 
 def _attend(
