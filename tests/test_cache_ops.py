@@ -32,7 +32,7 @@ from prefill_cases import interpreter_missing
 from lm_eval_sparse.kernels.append import append
 from lm_eval_sparse.kernels.compaction import compact
 from lm_eval_sparse.kernels.estimators import PageBounds, page_scores, update_bounds
-from lm_eval_sparse.kernels.page_select import PageBudget, budget_pages, select_pages
+from lm_eval_sparse.kernels.page_select import PageBudget, budget_pages, choose_pages, select_pages
 from lm_eval_sparse.kernels.ragged import RaggedKV
 
 pytestmark = [
@@ -46,6 +46,7 @@ BACKENDS = (
         "triton", marks=pytest.mark.skipif(interpreter_missing() is not None, reason=str(interpreter_missing()))
     ),
 )
+CHOICES = ("naive",) if interpreter_missing() is not None else ("naive", "triton")
 #: Of the floating-point dtypes those that the interpreter takes, and that all backends do.
 DTYPES = {"naive": (torch.float64, torch.float32, torch.bfloat16), "triton": (torch.float32, torch.float16)}
 #: Cases of a test: the interpreter is slow.
@@ -245,6 +246,20 @@ def test_refusals(draw: Draw) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             select_pages(**{"scores": scores, "kv": kv, "logical": logical, "budget": budget, "width": 2, **bad})
+    for bad, message in (
+        ({"query": new[:, :, None].double()}, "dtypes are"),
+        ({"bounds": bounds.part(slice(0, 1))}, "do not fit 2 sequences"),
+        ({"logical": logical.int()}, "logical is"),
+        ({"width": 0}, "width=0"),
+        ({"new": (new[:1], new)}, "expected .S, T, D. and .S, T, D_v."),
+        ({"kv": replace(kv, tickets=zeros)}, "tickets are"),
+    ):
+        for backend in CHOICES:
+            given = {"query": new[:, :, None], "bounds": bounds, "kv": replace(kv, tickets=zeros.repeat(2, 1))}
+            with pytest.raises(ValueError, match=message):
+                choose_pages(
+                    **{**given, "logical": logical, "budget": budget, "width": 2, "pages": 3, **bad}, backend=backend
+                )
     for wrong in ({"pages": 1, "keep": 0.5}, {"pages": None, "keep": None}):
         with pytest.raises(ValueError, match="expected one of them"):
             PageBudget(8, **wrong, kv_heads=1)

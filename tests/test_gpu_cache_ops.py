@@ -37,7 +37,7 @@ from lm_eval_sparse.kernels.append import append
 from lm_eval_sparse.kernels.compaction import compact
 from lm_eval_sparse.kernels.estimators import PageBounds, page_scores, update_bounds
 from lm_eval_sparse.kernels.page_select import MOST_PAGES, PageBudget, choose_pages, select_pages
-from lm_eval_sparse.kernels.paged_decode import paged_decode
+from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
 from lm_eval_sparse.kernels.ragged import RaggedKV
 
 DEVICE = "cuda"
@@ -389,3 +389,39 @@ def test_a_row_does_not_depend_on_others(draw: Draw, shared: bool) -> None:
             assert torch.equal(found.counts, counts)
             valid = torch.arange(most + 1, device=DEVICE) < counts[..., None]
             assert torch.equal(found.pages[..., : most + 1][valid], together.pages[part][valid])
+
+
+@pytest.mark.parametrize("keep", [None, 0.05, 0.4])
+def test_a_choice_does_not_depend_on_others(draw: Draw, keep: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor on how large the programs are that score pages, which follows from their number."""
+    from lm_eval_sparse.kernels.page_select import triton as kernel
+
+    heads, rows, size = 8, 4, 16
+    lengths = [draw.rng.choice((1, 16, 17, 5000, draw.rng.randrange(1, 131072))) for _ in range(rows)]
+    held = [length for length in lengths for _ in range(heads)]
+    keys = torch.randn(sum(held), 128, device=DEVICE).bfloat16()
+    kv = RaggedKV.of(keys, keys, torch.tensor([0, *held[:-1]]).cumsum(0).tolist(), held, heads)
+    bounds = PageBounds.empty([-(-length // size) for length in held], keys, size)
+    update_bounds(kv, bounds, torch.zeros_like(kv.lengths))
+    query = torch.randn(heads * rows, 4, 1, 128, device=DEVICE).bfloat16()
+    logical = torch.tensor(lengths, device=DEVICE)
+    budget = PageBudget(size, 64 if keep is None else None, keep, heads)
+    tickets = torch.zeros(2, heads * rows, dtype=torch.int32, device=DEVICE)
+
+    def choose(first: int, last: int, longest: int) -> PageSelection:
+        pages, part = longest // size // 16 * 16 + 16, slice(first * heads, last * heads)
+        some = RaggedKV(keys, keys, kv.starts[part], kv.lengths[part], longest, heads, tickets[:, part])
+        options = {"width": pages + 1, "pages": pages}
+        return choose_pages(query[part], bounds.part(part), some, logical[first:last], budget, **options)
+
+    for most in (0, 10**9):
+        monkeypatch.setattr(kernel, "MANY_PROGRAMS", most)
+        together = choose(0, rows, 131071)
+        for row, length in enumerate(lengths):
+            monkeypatch.setattr(kernel, "MANY_PROGRAMS", draw.rng.choice((0, 10**9)))
+            alone = choose(row, row + 1, min(length + draw.rng.choice((0, 3000)), 131071))
+            part = slice(row * heads, (row + 1) * heads)
+            assert torch.equal(alone.counts, together.counts[part])
+            width = alone.pages.shape[-1]
+            valid = torch.arange(width, device=DEVICE) < alone.counts[..., None]
+            assert torch.equal(alone.pages[valid], together.pages[part][..., :width][valid])

@@ -342,6 +342,7 @@ def test_other_pages_and_windows_are_refused() -> None:
         ({"pages": selection.pages.to("meta"), "counts": selection.counts.to("meta")}, "devices are"),
         ({"pages": selection.pages.long()}, "pages are torch.int64"),
         ({"page_size": 0}, "page size is 0"),
+        ({"ready": torch.ones(len(query), dtype=torch.int64)}, "ready is"),
     ):
         with pytest.raises(ValueError, match=message):
             paged_decode(query, kv, replace(selection, **change), scale=1.0)
