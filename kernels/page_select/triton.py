@@ -35,7 +35,7 @@ SCORE_BYTES, REGISTERS = 1 << 14, 80
 MANY_PROGRAMS, MANY_SCORE_BYTES, MANY_REGISTERS = 4096, 1 << 15, 128
 #: Scores that such a program can hold.
 MOST_TOGETHER = 1 << 13
-#: Turns of a search that cut the range of values in thirds; later ones halve the range of bit patterns.
+#: Turns of a search by values; later ones halve the range of bit patterns.
 VALUE_TURNS = 16
 
 
@@ -166,10 +166,15 @@ def _ordered(bits):
 
 
 @triton.jit
-def _narrowed(low, high, reached, read, value, count):
-    """The range of the search once it is known that `count` scores reach a value."""
+def _narrowed(low, high, reached, above, read, value, count):
+    """The range of the search, and how many scores reach its ends, once it is known that `count` reach a value."""
     enough = count >= read
-    return tl.where(enough, value, low), tl.where(enough, high, value), tl.where(enough, count, reached)
+    return (
+        tl.where(enough, value, low),
+        tl.where(enough, high, value),
+        tl.where(enough, count, reached),
+        tl.where(enough, above, count),
+    )
 
 
 @triton.jit
@@ -187,18 +192,28 @@ def _threshold(score, low, high, a, b, reached, read, TURNS: tl.constexpr):
     else:
         a = low * (1.0 - third) + high * third
         b = low * third + high * (1.0 - third)
-    # Then thirds of the range of values: some log3(pages) turns where scores spread evenly. Few operations on single
-    # values, which all threads wait for.
+    # Then ranges of values: few operations on single numbers, which all threads wait for.
+    above = 1  # scores that reach `high`
     turn = 0
     while (turn < TURNS) & (reached > read) & (low < a) & (a < b) & (b < high):
         # Two counts of 16 bits in one sum: most of a turn goes by putting the program's warps together.
         both = tl.sum((score >= a).to(tl.int32) + ((score >= b).to(tl.int32) << 16))
         at_a, at_b = both & 0xFFFF, (both >> 16) & 0xFFFF
-        low, high, reached = _narrowed(low, high, reached, read, a, at_a)
+        between = reached - above
+        low, high, reached, above = _narrowed(low, high, reached, above, read, a, at_a)
         if at_a >= read:
-            low, high, reached = _narrowed(low, high, reached, read, b, at_b)
-        a = low * (1.0 - third) + high * third
-        b = low * third + high * (1.0 - third)
+            low, high, reached, above = _narrowed(low, high, reached, above, read, b, at_b)
+        # Where a turn has halved what is between, scores spread evenly enough that their number says where to look,
+        # give or take half of its spread; otherwise thirds, which no spread of scores makes slow.
+        left = reached - above
+        root = tl.rsqrt(tl.maximum(left, 1).to(tl.float32))
+        single = root * root
+        at = (reached - read).to(tl.float32) * single
+        even = 2 * left <= between
+        lower = tl.where(even, tl.maximum(at - 0.25 * root, 0.3 * single), third)
+        upper = tl.where(even, tl.minimum(at + 0.25 * root, 1.0 - 0.3 * single), 1.0 - third)
+        a = low * (1.0 - lower) + high * lower
+        b = low * (1.0 - upper) + high * upper
         turn += 1
     # Halves of the range of bit patterns: 32 turns at most, whatever the scores are.
     first, last = _ordered(low.to(tl.int32, bitcast=True)), _ordered(high.to(tl.int32, bitcast=True))
@@ -270,11 +285,18 @@ def _number(
 
 
 @triton.jit
+def _row_of_scores(scores, place, columns, PADDED: tl.constexpr):
+    """All scores of row `place`, in groups of 32, of which each can be one number whose bits say which are meant."""
+    ids = tl.arange(0, PADDED // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    # It need not be known yet how many are looked at: one load does not wait for the other.
+    return tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
+
+
+@triton.jit
 def _choose(
-    scores,
+    score,
     pages,
     place,
-    columns,
     width,
     before,
     read,
@@ -286,16 +308,13 @@ def _choose(
     PADDED: tl.constexpr,
     VALUE_TURNS: tl.constexpr,
 ):
-    """Write the best `read` of the first `before` pages, by row `place` of the scores, to that list, and `before`.
+    """Write the best `read` of the first `before` pages, by their scores, to list `place`, and `before`.
 
     Where it is known that scores are numbers, from `low` to `high`, the search begins at `a` and `b`.
     """
-    # In groups of 32, of which each can be one number whose bits say which scores are meant.
     group = tl.arange(0, PADDED // 32)
     bit = tl.arange(0, 32)[None, :]
     ids = group[:, None] * 32 + bit
-    # Loaded before it is known how many are looked at: one does not wait for the other.
-    score = tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
     if not KNOWN:
         score = tl.where(score == score, score, float("-inf"))
     # What is no score is NaN from here on, which reaches no value, and which minimum and maximum pass over.
@@ -374,10 +393,9 @@ def _select_kernel(
     if visible > 0:
         read = _number(lengths, logical, sequence, behind, most, low_bits, high_bits, SHARE, SIZE, HEADS, HEADS_PADDED)
         _choose(
-            scores,
+            _row_of_scores(scores, place, columns, PADDED),
             pages,
             place,
-            columns,
             width,
             (visible - 1) // SIZE,
             read,
@@ -512,6 +530,7 @@ def _score_and_choose_kernel(
         tl.debug_barrier()
         if tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == tiles + 1:
             tl.store(tickets + sequence, 0)
+            score = _row_of_scores(scores, sequence, columns, PADDED)
             number = tl.load(counts + sequence)
             read = tl.maximum(number - 1, 0)
             tile = tl.arange(0, STATS)
@@ -535,17 +554,16 @@ def _score_and_choose_kernel(
             away = 5.5556 - 5.5556 * tl.exp2(0.1186 * tl.log2(odds))
             away = tl.where(share < 0.5, away, -away)
             _choose(
-                scores,
+                score,
                 pages,
                 sequence,
-                columns,
                 width,
                 complete,
                 read,
                 least,
                 most_,
-                mean + (away - 0.12) * spread,
-                mean + (away + 0.12) * spread,
+                mean + (away - 0.08) * spread,
+                mean + (away + 0.08) * spread,
                 True,
                 PADDED,
                 VALUE_TURNS,
