@@ -169,6 +169,7 @@ class SparseHFLM(HFLM):
         if rest.get("device") is None:
             rest["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         check_backend(self.sparse.backend, str(rest["device"]))
+        check_batch_size(rest)
 
         self.run_id = uuid.uuid4().hex[:12]
         self.ledgers: dict[str, Ledger] = defaultdict(self._new_ledger)
@@ -847,6 +848,11 @@ class SparseHFLM(HFLM):
             )
 
     def _check_generation(self, kwargs: dict[str, Any]) -> None:
+        if kwargs["max_gen_toks"] < 1:
+            raise UserError(
+                f"max_gen_toks={kwargs['max_gen_toks']} is no number of tokens to generate: type one of at least 1, "
+                "such as --gen_kwargs max_gen_toks=64"
+            )
         if kwargs["max_gen_toks"] >= self.max_length:
             raise UserError(
                 f"max_gen_toks={kwargs['max_gen_toks']} leaves no room for a prompt: the model takes {self.max_length} "
@@ -1162,6 +1168,27 @@ def check_backend(backend: str, device: str) -> None:
             f"backend={backend} needs {kinds[backend]}, and this run is on {device}: leave it out, or type "
             "backend=gather"
         )
+
+
+def check_batch_size(model_args: dict[str, Any]) -> None:
+    """Raise `UserError` for numbers of prompts that are none; a batch_size of None is left out."""
+    if model_args.get("batch_size", 1) is None:
+        del model_args["batch_size"]
+    for name in ("batch_size", "max_batch_size"):
+        given = model_args.get(name)
+        if given is None:
+            continue
+        kind, _, times = str(given).partition(":")
+        if name == "batch_size" and kind == "auto":  # lm-eval's auto:N measures again N times, we measure each batch
+            good = given == "auto" or (times.isdecimal() and int(times) > 0)
+        else:
+            good = isinstance(given, int | str) and str(given).isdecimal() and int(given) > 0
+        if not good:
+            accepted = (
+                "auto or a whole number of at least 1" if name == "batch_size" else "a whole number of at least 1"
+            )
+            flag = "--batch_size" if name == "batch_size" else "--max_batch_size"
+            raise UserError(f"{name}={given} is not accepted: give {accepted}, such as {flag} 8")
 
 
 def check_path(pretrained: str, gguf_file: str | None) -> str:

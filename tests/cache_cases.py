@@ -413,7 +413,7 @@ def check_step(
     lists = choose_pages(on_query, on.bounds, on.kv, tokens, budget, **options)
     out, _ = paged_decode(on_query, on.kv, lists, scale=0.2, keys_read=keys_read, backend=backend)
 
-    assert (lists.ready is not None) == (overlap and backend == "triton")
+    assert (lists.ready is not None) == bool(lists.in_use) == (overlap and backend == "triton")
     for s, (start, length) in enumerate(zip(case.kv.starts.tolist(), case.lengths, strict=True)):
         if length:
             case.kv.keys[start + length - 1], case.kv.values[start + length - 1] = new[s, 0], new_values[s, 0]

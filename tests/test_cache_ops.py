@@ -252,6 +252,7 @@ def test_refusals(draw: Draw) -> None:
         ({"logical": logical.int()}, "logical is"),
         ({"width": 0}, "width=0"),
         ({"new": (new[:1], new)}, "expected .S, T, D. and .S, T, D_v."),
+        ({"budget": replace(budget, page_size=2 * budget.page_size)}, "expected one size"),
         ({"kv": replace(kv, tickets=zeros)}, "tickets are"),
     ):
         for backend in CHOICES:

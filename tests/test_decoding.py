@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections import Counter
@@ -24,7 +25,7 @@ from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import Quest
 from lm_eval_sparse.model import SparseHFLM
 from lm_eval_sparse.runtime import decoding
-from lm_eval_sparse.runtime.attention import Assignment
+from lm_eval_sparse.runtime.attention import NO_PADDING, Assignment
 from lm_eval_sparse.runtime.decoding import Decoder
 from lm_eval_sparse.runtime.memory import MemoryModel, out_of_memory
 from lm_eval_sparse.sampling import Sampling, Stop
@@ -157,6 +158,74 @@ def test_a_model_that_feels_its_neighbours_is_decoded_one_at_a_time(
     assert found == texts and "one at a time" in caplog.text
     reasons = lm.report()["phases"]["decode"]["loop_reasons"]
     assert len(reasons) == 1 and "round differently" in next(iter(reasons))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="steps are captured on CUDA devices only")
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.0}])
+def test_a_step_that_cannot_be_captured(
+    rng: random.Random, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A layer that waits for the device: eager steps, the same tokens, and the reason in the results."""
+    prompts = prompts_of(rng, 5)
+    texts = generate(lm_of("llama", method="quest", budget=32), prompts, **options)
+    lm = lm_of("llama", method="quest", budget=32, batch_size=4)
+    lm.model.model.norm.register_forward_hook(lambda module, args, out: out * float(out.isfinite().any()))
+    with caplog.at_level(logging.WARNING):
+        found = generate(lm, prompts, **options)
+    decode = lm.report()["phases"]["decode"]
+    assert found == texts and set(decode["loops"]) == {"eager"}
+    assert decode["loop_reasons"].keys() == {lm._decoder.no_graph} and "cannot be captured" in lm._decoder.no_graph
+    assert sum(decode["loop_reasons"].values()) == sum(decode["loops"].values())
+    assert "without CUDA graphs" in caplog.text
+    assert generate(lm, prompts, **options) == texts
+
+
+@on_a_cpu
+@pytest.mark.parametrize("given", [0, -1, "0", "x", "", "1.5", 2.0, True, "auto:x", "auto:0", "auto:", "automatic"])
+def test_batch_sizes_that_are_none(given: Any) -> None:
+    with pytest.raises(UserError, match="batch_size=.* is not accepted: give auto or a whole number of at least 1"):
+        lm_of("llama", batch_size=given)
+    if not str(given).startswith("auto"):
+        with pytest.raises(UserError, match="max_batch_size=.* is not accepted: give a whole number"):
+            lm_of("llama", batch_size="auto", max_batch_size=given)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("given", [1, "2", "auto", "auto:3"])
+def test_batch_sizes_that_are_some(rng: random.Random, given: Any) -> None:
+    lm = lm_of("llama", batch_size=given, max_batch_size="3")
+    assert len(generate(lm, prompts_of(rng, 2), max_gen_toks=2)) == 2
+
+
+@on_a_cpu
+@pytest.mark.parametrize("number", [0, -3])
+def test_answers_of_no_token(rng: random.Random, number: int) -> None:
+    with pytest.raises(UserError, match=f"max_gen_toks={number} is no number of tokens"):
+        generate(lm_of("llama"), prompts_of(rng, 1), max_gen_toks=number)
+
+
+@on_a_cpu
+def test_a_step_that_fails_leaves_nothing_behind(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding is looked for again as soon as a step has ended, however it did."""
+    lm, seen = lm_of("opt"), []
+    handle = lm.model.register_forward_pre_hook(lambda module, args: seen.append(NO_PADDING.get()))
+    generate(lm, prompts_of(rng, 1), max_gen_toks=4)
+    assert {True, False} == set(seen) and not NO_PADDING.get()
+    ids = torch.tensor([lm.tok_encode("abc def")])
+    wanted = lm._forward(ids, cache=None)
+    monkeypatch.setattr(lm.model, "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lm._forward(ids, cache=None, step=True)
+    monkeypatch.undo()
+    handle.remove()
+    assert not NO_PADDING.get()
+    # A padded batch is told from one without padding.
+    padded = torch.cat([torch.zeros_like(ids[:, :3]), ids], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :3] = 0
+    found = lm.model(input_ids=padded, attention_mask=mask).logits[:, 3:]
+    torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
 
 
 def longrope() -> torch.nn.Module:
@@ -399,6 +468,28 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert lm.report()["batches_halved"] == 2
     assert "with 8 prompts side by side" in caplog.text and "trying again with 4" in caplog.text
     assert "trying again with 2" in caplog.text and lm.report()["prompts"] == 11
+
+
+@on_a_cpu
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.0}])
+def test_memory_that_runs_out_in_the_middle(
+    rng: random.Random, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was recorded of steps until then is not taken for that of the steps that follow."""
+    prompts = prompts_of(rng, 2, 100, 150)
+    texts = generate(lm_of("llama", method="quest", budget=32), prompts, **options)
+    step, steps = Decoder._step, itertools.count()
+
+    def short(decoder: Decoder) -> None:
+        step(decoder)
+        if len(decoder._batch) > 1 and next(steps) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Decoder, "_step", short)
+    lm = lm_of("llama", method="quest", budget=32, batch_size=2)
+    found = generate(lm, prompts, **options)
+    assert lm.report()["batches_halved"] == 1
+    assert found == texts and all_stats(found) == all_stats(texts)
 
 
 def test_a_single_prompt_that_does_not_fit(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from cache_cases import (
     complete_pages,
     count_up,
     random_case,
+    with_tickets,
 )
 from torch import Tensor
 
@@ -108,10 +109,13 @@ def test_random_steps(draw: Draw, place: int, kinds: tuple[torch.dtype, int], ov
         check_step(random_case(draw, dtype, **options), "triton", DEVICE, group=group, overlap=overlap)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 8])
 def test_steps_that_run_into_each_other(draw: Draw, rows: int) -> None:
-    """Long ones, layers after each other over the same tickets, replayed: they give what they give one by one."""
-    heads, dim, size, layers, most = 8, 128, 16, 4, 130_000
+    """Long ones, layers after each other over the same tickets, replayed: they give what they give one by one.
+
+    Some rows are idle or short: what they store comes early.
+    """
+    heads, dim, size, layers, most = 8, 128, 16, 4, 130_000 if rows < 8 else 500_000
     device = torch.Generator(DEVICE).manual_seed(draw.rng.randrange(1 << 31))
 
     def normal(*shape: int) -> Tensor:
@@ -131,20 +135,17 @@ def test_steps_that_run_into_each_other(draw: Draw, rows: int) -> None:
     logical = torch.full((rows,), length, device=DEVICE)
     query, new = normal(layers, sequences, 4, 1, dim), normal(layers, 2, sequences, 1, dim)
     budget = PageBudget(size, None, 0.05, heads)
+    reads = torch.full((layers, sequences, 1, 1), -1, dtype=torch.int32, device=DEVICE)
 
     def run(overlap: bool) -> list[Tensor]:
         found = []
         for layer, (kv, bound) in enumerate(zip(caches, bounds, strict=True)):
             options = {"width": pages, "pages": pages // 16 * 16 + 16, "new": tuple(new[layer]), "overlap": overlap}
             lists = choose_pages(query[layer], bound, kv, logical, budget, **options)
+            # Nothing is launched between the two, and nothing that attention allocates may lie where choosing works.
+            out = paged_decode(query[layer], kv, lists, scale=0.3, keys_read=reads[layer])[0]
             assert (lists.ready is not None) == overlap
-            read = torch.full((sequences, 1, 1), -1, dtype=torch.int32, device=DEVICE)
-            found += [
-                paged_decode(query[layer], kv, lists, scale=0.3, keys_read=read)[0],
-                lists.pages,
-                lists.counts,
-                read,
-            ]
+            found += [out, lists.pages, lists.counts, reads[layer].clone()]
         return found
 
     stream = torch.cuda.Stream()
@@ -156,7 +157,11 @@ def test_steps_that_run_into_each_other(draw: Draw, rows: int) -> None:
     with torch.cuda.graph(graph):
         replayed = run(True)
     for _ in range(60):
-        held = torch.tensor([draw.rng.randrange(length // 2, length + 1) for _ in range(rows)], device=DEVICE)
+        long = [draw.rng.randrange(length // 2, length + 1) for _ in range(rows)]
+        held = torch.tensor(
+            [n if not row or draw.chance(0.7) else draw.rng.choice((0, 1, 300)) for row, n in enumerate(long)]
+        )
+        held = held.to(DEVICE)
         logical.copy_(held)
         lengths.copy_(held.repeat_interleave(heads))
         query.copy_(normal(*query.shape) * 3)
@@ -425,3 +430,29 @@ def test_a_choice_does_not_depend_on_others(draw: Draw, keep: float | None, monk
             width = alone.pages.shape[-1]
             valid = torch.arange(width, device=DEVICE) < alone.counts[..., None]
             assert torch.equal(alone.pages[valid], together.pages[part][..., :width][valid])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_ways_to_choose_round_alike(draw: Draw, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages whose scores differ by nothing but rounding: which of them are chosen shows each bit of the scores."""
+    from lm_eval_sparse.kernels.page_select import triton as kernel
+
+    heads, dim, size, pages = 4, 128, 16, 3000
+    base = torch.randn(dim, device=DEVICE)
+    keys = torch.stack([base[torch.randperm(dim, device=DEVICE)] for _ in range(heads * pages)]).to(dtype)
+    keys = keys.repeat_interleave(size, 0)
+    kv = RaggedKV.of(keys, keys, [head * pages * size for head in range(heads)], [pages * size] * heads, heads)
+    bounds = PageBounds.empty([pages] * heads, keys, size)
+    update_bounds(kv, bounds, torch.zeros_like(kv.lengths))
+    query = torch.randn(heads, 4, 1, 1, device=DEVICE).to(dtype).expand(-1, -1, -1, dim).contiguous()
+    logical = torch.tensor([pages * size], device=DEVICE)
+    kv = with_tickets(kv)
+    found = []
+    for most in (1 << 13, 0):
+        monkeypatch.setattr(kernel, "MOST_TOGETHER", most)
+        for budget in (PageBudget(size, None, 0.3, heads), PageBudget(size, 500, None, heads)):
+            found.append(choose_pages(query, bounds, kv, logical, budget, width=pages, pages=pages))
+    for together, apart in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(together.counts, apart.counts)
+        valid = torch.arange(pages, device=DEVICE) < apart.counts[..., None]
+        assert torch.equal(together.pages[valid], apart.pages[valid])

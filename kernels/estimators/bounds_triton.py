@@ -69,6 +69,8 @@ def scores(query: Tensor, bounds: PageBounds, kv: RaggedKV, shared: bool, pages:
         DIM=dim,
         PADDED=padded,
         num_warps=SCORE_WARPS,
+        # As where pages are chosen together with their scores: whichever way a batch goes, a row gets the same.
+        enable_fp_fusion=False,
     )
     return out
 

@@ -146,15 +146,20 @@ def choose_pages(
         logical, budget, width: as in `select_pages`.
         new: keys `(S, T, D)` and values `(S, T, D_v)`, for `append`, or None.
         overlap: let this call and attention run into each other on GPUs that can do that. Whoever asks for it promises
-            that `paged_decode` over the selection will be the very next call on the stream, and that nothing writes
-            into `query` and lists meanwhile.
+            that `paged_decode` over the selection will be the very next call on the stream, that `query` and `new`
+            are not freed before it, and that nothing writes into them or the lists meanwhile.
 
     Returns:
         Lists of `width` places, ascending, with `ready` where attention has to wait for them.
 
     Raises:
-        ValueError: as `page_scores` and `select_pages`.
+        ValueError: as `page_scores` and `select_pages`; pages of another size in `budget` than in `bounds`.
     """
+    if budget.page_size != bounds.page_size:
+        raise ValueError(
+            f"the budget is of pages of {budget.page_size}, the bounds are of pages of {bounds.page_size}; "
+            "expected one size"
+        )
     if (
         shared
         and query.dim() == 4
@@ -170,8 +175,10 @@ def choose_pages(
             _check(kv, logical, budget, width, query.device)
             if new is not None:
                 check_tokens(kv, *new)
-            lists = triton.together(query, bounds, kv, logical, budget, width, pages, new, overlap)
-            return PageSelection(*lists, budget.page_size, kv.tickets[1] if overlap else None)
+            *lists, in_use = triton.together(query, bounds, kv, logical, budget, width, pages, new, overlap)
+            if not overlap:
+                return PageSelection(*lists, budget.page_size)
+            return PageSelection(*lists, budget.page_size, kv.tickets[1], in_use)
     if new is not None:
         append(kv, *new, bounds, backend=backend)
     scores = page_scores(query, bounds, kv, shared=shared, pages=pages, backend=backend)

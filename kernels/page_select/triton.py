@@ -73,13 +73,13 @@ def together(
     columns: int,
     new: tuple[Tensor, Tensor] | None,
     overlap: bool,
-) -> tuple[Tensor, Tensor]:
-    """See `page_select.choose_pages`: one launch, for one token of each sequence."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """See `page_select.choose_pages`: one launch, for one token of each sequence; lists, and what it works in."""
     sequences, group, _, dim = query.shape
     query = query if query.stride(3) == 1 or dim == 1 else query.contiguous()
     pages, counts = _lists((sequences, 1, 1), width, query.device)
     if not sequences:
-        return pages, counts
+        return pages, counts, ()
     value_dim = kv.values.shape[-1]
     tokens = (kv.keys, kv.values) if new is None else tuple(t if t.stride(-1) == 1 else t.contiguous() for t in new)
     padded_dim = triton.next_power_of_2(dim)
@@ -126,11 +126,11 @@ def together(
         STATS=parts,
         **_options(budget, _padded(columns)),
         num_warps=WARPS,
-        maxnreg=registers,
         enable_fp_fusion=False,
+        **({"maxnreg": registers} if torch.version.hip is None else {}),
         **({"launch_pdl": True} if dependent else {}),  # no word of Triton's interpreter
     )
-    return pages, counts
+    return pages, counts, (query, *tokens, scores, stats)
 
 
 def _lists(shape: tuple[int, int, int], width: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -39,12 +39,15 @@ class PageSelection:
         ready: `(S,)` int32, or None: all lists are complete. Else they may become so while attention, the very next
             call on the stream, has already begun (`page_select.choose_pages`): where `ready` is not 0, the list of a
             sequence is complete and has as many pages, 1 at least, the last of which is the one that the token is in.
+        in_use: what such lists are still being made from. It must not be freed before attention is on the stream:
+            what attention allocates could lie in its place.
     """
 
     pages: Tensor
     counts: Tensor
     page_size: int
     ready: Tensor | None = None
+    in_use: tuple[Tensor, ...] = ()
 
     def keys_read(self, kv: RaggedKV) -> Tensor:
         """`(S, Gs, T)` int32: keys in the listed pages that each token may see; 0 at sequences of length 0."""

@@ -477,6 +477,9 @@ class Decoder:
     def run(self, rows: Sequence[Row]) -> None:
         """Decode these rows to their ends, side by side as far as they go together, and count their steps."""
         self._batch = [row for row in rows if not row.done]
+        # Where memory ran out in the middle of an earlier batch, what was recorded of it is nobody's.
+        self._recorded = 0
+        self.cursor.zero_()
         self.runtime.decoder = self
         try:
             if self._batch:
@@ -610,7 +613,10 @@ class Decoder:
             if row.done:
                 continue
             row.fed += 1
-            row.counts.phases["decode"].loops[loop] += 1
+            phase = row.counts.phases["decode"]
+            phase.loops[loop] += 1
+            if self.on_gpu and loop == "eager":
+                phase.loop_reasons[self.no_graph] += 1
             if row.choose is not None:
                 chosen[place] = row.choose(self.logits[self._width][place], row.tokens)
             row.take(chosen[place])
@@ -689,9 +695,8 @@ class Decoder:
         reads = np.concatenate(row.reads)[: row.fed] if row.reads else None
         logical = row.prompt + 1 + np.arange(row.fed)
         phase = row.counts.phases["decode"]
-        for reason in (self.no_graph if self.on_gpu else None, self.alone):
-            if reason is not None:
-                phase.loop_reasons[reason] += row.fed
+        if self.alone is not None:
+            phase.loop_reasons[self.alone] += row.fed
         start = 0
         for index, (layer, held) in enumerate(zip(self.layers, row.held, strict=True)):
             own = None
