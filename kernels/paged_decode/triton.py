@@ -295,7 +295,8 @@ def forward(
         width = pages.shape[-1]
         most = min(most, width * page)
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    block_n = tile_keys(max(block_d, block_dv), query.element_size()) // (2 if many else 1)
+    # A product takes 16 keys at least.
+    block_n = max(16, tile_keys(max(block_d, block_dv), query.element_size()) // (2 if many else 1))
     tiles = -(-steps * group // rows)
     shares = split_limit(kv.heads)
     splits = max(1, min(shares, -(-most // MIN_SPLIT)))
