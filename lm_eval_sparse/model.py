@@ -43,7 +43,7 @@ from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredTex
 from .runtime.accounting import PHASES, Ledger, RowCounts
 from .runtime.attention import COVERED, IMPLEMENTATION, NO_PADDING, Runtime, register
 from .runtime.cache import SparseCache
-from .runtime.decoding import Decoder, Row, undecodable
+from .runtime.decoding import Decoder, Row, rows_alike, undecodable
 from .runtime.memory import MemoryModel, out_of_memory
 from .sampling import Sampling, Stop, generation_arguments
 
@@ -697,6 +697,7 @@ class SparseHFLM(HFLM):
             most = min(int(self.max_batch_size or decoder.most), fitting)
         else:
             most = int(self.batch_size)
+        decoder.ask(most)
         return max(1, min(most, decoder.most, len(lengths), self._fitting or len(lengths)))
 
     @cached_property
@@ -780,7 +781,10 @@ class SparseHFLM(HFLM):
             return self._forward(ids, cache=cache, positions=positions, step=True)[:, -1]
 
         mixed = None if self.mixed_precision_dtype is None else "mixed precision"
-        decoder = Decoder(call, self.model.config, self.runtime, self.device, self.model.dtype, no_graph=mixed)
+        multiple = None
+        if self.device.type == "cpu" and self.model.dtype in (torch.bfloat16, torch.float16):
+            multiple = rows_alike(self.model)
+        decoder = Decoder(call, self.model.config, self.runtime, self.device, multiple, no_graph=mixed)
         kinds = [getattr(module, "rope_type", None) for module in self.model.modules()]
         for kind in (name for found in kinds for name in (found.values() if isinstance(found, dict) else [found])):
             if kind in ("dynamic", "longrope"):  # they stretch the positions of all rows by the longest one

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.pytorch_utils import Conv1D
 
 from ..kernels.append import append
 from ..kernels.estimators import PageBounds, update_bounds
@@ -39,8 +40,11 @@ logger = logging.getLogger(__name__)
 #: Rows that the layers of a model see in each step on a GPU: products with that many rows take as long as with one,
 #: since the weights have to be read.
 GPU_ROWS = 32
-#: Rows at most on a CPU.
-CPU_ROWS = 16
+#: Rows at most on a CPU, and what their number may be a multiple of.
+CPU_ROWS, CPU_MULTIPLES = 16, (2, 4, 8)
+#: Entries of each product that are compared for every number of rows: other sums round to the same half-precision
+#: number nearly always (four of 100,000 differed where a product with two rows was summed in another order).
+COMPARED = 1 << 19
 #: Rows for which attention is captured; idle ones among them cost next to nothing.
 BUCKETS = (1, 2, 4, 8, 16, 32)
 #: Steps whose numbers of keys read stay on the device before they are fetched.
@@ -212,6 +216,44 @@ def undecodable(config: Any, runtime: Runtime) -> str | None:
     return None
 
 
+_alike: dict[tuple[Any, ...], frozenset[int]] = {}
+
+
+@torch.no_grad()
+def rows_alike(model: torch.nn.Module) -> int | None:
+    """The least number of rows for whose multiples all products of a model on a CPU round alike, or None.
+
+    Sizes and rows decide by which kernel a product is made, and in which order that one sums.
+    """
+    found = frozenset(range(1, CPU_ROWS + 1))
+    for module in model.modules():
+        if type(module) in (torch.nn.Linear, Conv1D):
+            weight, biased = module.weight, module.bias is not None
+            kind = type(module), tuple(weight.shape), biased, weight.dtype, torch.get_num_threads()
+            if kind not in _alike:
+                _alike[kind] = _widths_alike(module)
+            found &= _alike[kind]
+    for multiple in CPU_MULTIPLES:
+        if found.issuperset(range(multiple, CPU_ROWS + 1, multiple)):
+            return multiple
+    return None
+
+
+def _widths_alike(module: torch.nn.Module) -> frozenset[int]:
+    """Even numbers of rows for which a layer gives what it gives for `CPU_ROWS` rows."""
+    inputs, outputs = module.weight.shape if type(module) is Conv1D else reversed(module.weight.shape)
+    widths = set(range(2, CPU_ROWS + 1, 2))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(-(-COMPARED // (outputs * CPU_ROWS))):
+        rows = torch.randn(CPU_ROWS, 1, inputs, generator=generator).to(module.weight.dtype)
+        together = module.forward(rows)
+        for width in sorted(widths - {CPU_ROWS}):
+            parts = [module.forward(part.contiguous()) for part in rows.split(width)[: CPU_ROWS // width]]
+            if not torch.equal(torch.cat(parts), together[: len(parts) * width]):
+                widths.discard(width)
+    return frozenset(widths)
+
+
 class Decoder:
     """Decodes answers of a model.
 
@@ -219,7 +261,9 @@ class Decoder:
         call: the model: `(ids (B, 1), positions (B, 1), cache)` to logits `(B, V)`.
         config: its configuration.
         runtime: it is made to attend here while steps run.
-        device, dtype: of the model.
+        device: of the model.
+        multiple: what the number of rows that the model sees is a multiple of on a CPU; None: of nothing, since
+            products round otherwise for each number.
         no_graph: why steps must not be captured in CUDA graphs, if so.
     """
 
@@ -229,14 +273,12 @@ class Decoder:
         config: Any,
         runtime: Runtime,
         device: torch.device,
-        dtype: torch.dtype,
+        multiple: int | None = None,
         no_graph: str | None = None,
     ):
         self.call, self.config, self.runtime, self.device = call, config, runtime, device
         self.on_gpu = device.type == "cuda"
-        # Products of half precision round alike for two rows and more on CPUs, but not for one; of single precision
-        # for no two numbers of rows, so that there rows are decoded one at a time.
-        self.multiple = 2 if dtype in (torch.bfloat16, torch.float16) else 1
+        self.multiple = multiple or 1
         #: Rows that the model sees in every step; None where that depends on how many are decoded.
         self.fixed = GPU_ROWS if self.on_gpu else None
         #: Steps under way at once: the host looks at a step's tokens while the next one runs.
@@ -246,6 +288,10 @@ class Decoder:
         #: Why steps are not captured, and why rows are decoded one at a time, if so.
         self.no_graph: str | None = no_graph
         self.alone: str | None = None
+        if self.most == 1:
+            self.alone = "products of this model round differently for each number of rows on this CPU"
+        #: Rows that are asked for side by side.
+        self._asked = 1
         self._batch: list[Row] = []
         self.pools: list[LayerPool] = []
         self.reserve = 0
@@ -281,6 +327,15 @@ class Decoder:
         for pool in self.pools:
             pool.clear(share)
         self.reserve = reserve
+
+    def ask(self, rows: int) -> None:
+        """Say how many rows are wanted side by side: what does not come to that is said once, and counted."""
+        if self._asked == 1 < rows and self.alone is not None:
+            self._warn_alone()
+        self._asked = rows
+
+    def _warn_alone(self) -> None:
+        logger.warning("answers are decoded one at a time: %s", self.alone)
 
     def new_cache(self, prompt: int) -> SparseCache:
         """The cache for the prefill of a prompt, whose keys and values go where decoding will find them."""
@@ -526,7 +581,7 @@ class Decoder:
         beside = self._tried(rows)
         if not all(torch.equal(beside[place], self._tried([rows[place]])[0]) for place in (0, -1)):
             self.alone = f"the layers of this model round differently for {len(rows)} rows than for one"
-            logger.warning("answers are decoded one at a time: %s", self.alone)
+            self._warn_alone()
             return False
         self._checked.add(width)
         return True
@@ -695,7 +750,7 @@ class Decoder:
         reads = np.concatenate(row.reads)[: row.fed] if row.reads else None
         logical = row.prompt + 1 + np.arange(row.fed)
         phase = row.counts.phases["decode"]
-        if self.alone is not None:
+        if self.alone is not None and self._asked > 1:
             phase.loop_reasons[self.alone] += row.fed
         start = 0
         for index, (layer, held) in enumerate(zip(self.layers, row.held, strict=True)):
