@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from prefill import reason_of, say, short, table, versions, write
+from prefill import check_options, reason_of, say, short, table, versions, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -793,7 +793,11 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--memory", type=float, default=48.0, help="GiB for copies of keys and values")
     parser.add_argument("--minutes", type=float, default=6.0, help="no further cell is begun after so many")
-    parser.add_argument("--quick", action="store_true", help="8K and 128K, batch 1 and 8, 0.9 and 0.95, one page size")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="8K and 128K (on a CPU 512), batch 1 and 8 (on a CPU 1), 0.9 and 0.95, one page size",
+    )
     parser.add_argument("--output", type=Path, help="folder for decode_cuda.json (or decode_cpu.json) and its .md")
     parser.add_argument(
         "--picture", type=Path, help=f"drawn at the end of a run on a GPU with --output: {PICTURE.name}"
@@ -824,6 +828,10 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
             setattr(options, name, on_gpu if gpu else on_cpu)
     if options.page_lengths is None:
         options.page_lengths = [32768, 131072] if gpu else [max(options.lengths)]
+    check_options(
+        parser, options, "lengths", "batches", "page_size", "other_pages", "page_lengths", "page_batches", "heads",
+        "kv_heads", "head_dim", "calls", "budget", "memory", "minutes",
+    )  # fmt: skip
     if options.heads % options.kv_heads:
         parser.error(f"--heads {options.heads} is not a multiple of --kv_heads {options.kv_heads}")
     if not all(0 <= sparsity < 1 for sparsity in options.sparsities):
@@ -845,16 +853,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     def save(content: Row) -> None:
-        if options.output:
+        if options.output and any("us" in row for row in content["rows"]):
             write(options.output / f"decode_{options.device}.json", json.dumps(content, indent=1) + "\n")
             write(options.output / f"decode_{options.device}.md", markdown(content))
 
     content = run(options, save)
+    measured = any("us" in row for row in content["rows"])
     picture = options.picture or (PICTURE if options.output and options.device == "cuda" else None)
-    if picture is not None:
+    if picture is not None and measured:
         draw(content, picture)
-    if not options.output:
+    if not options.output or not measured:
         print(markdown(content))
+    if not measured:
+        print("nothing could be measured: the reasons are above", file=sys.stderr)
+        return 1
     say("done")
     return 0
 

@@ -44,9 +44,11 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
-from prefill import reason_of, say, table, versions, write  # noqa: E402
+from prefill import check_options, reason_of, say, table, versions, write  # noqa: E402
 
 from lm_eval_sparse import embedded  # noqa: E402
+from lm_eval_sparse.config import parse  # noqa: E402
+from lm_eval_sparse.errors import UserError  # noqa: E402
 from lm_eval_sparse.methods import METHODS, PHASE_ARGUMENTS  # noqa: E402
 from lm_eval_sparse.model import SparseHFLM  # noqa: E402
 from lm_eval_sparse.runtime import decoding  # noqa: E402
@@ -98,9 +100,13 @@ def random_llama(device: str, **shape: Any) -> transformers.PreTrainedModel:
         model = transformers.LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
-    for parameter in model.parameters():
+    # Layers add little to what tokens begin with, as in trained models: else what two kernels round differently grows
+    # from layer to layer until their logits differ by several percent.
+    spreads = {"embed_tokens": 1.0, "o_proj": 0.02 / (2 * config.num_hidden_layers) ** 0.5}
+    spreads["down_proj"] = spreads["o_proj"]
+    for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.02, generator=generator)
+            parameter.data.normal_(0, spreads.get(name.split(".")[-2], 0.02), generator=generator)
         else:
             parameter.data.fill_(1)
     # Its frequencies are no parameters, and are computed where it is made.
@@ -608,6 +614,20 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         options.methods = [method for method in options.methods if method in (HF, "dense", "quest")]
     if HF in options.methods:  # what the others are compared with comes first
         options.methods = [HF, *(method for method in options.methods if method != HF)]
+    check_options(
+        parser, options, "lengths", "batches", "answer", "threads", "cell_seconds", "minutes"
+    )  # fmt: skip
+    if not 0 <= options.sparsity < 1:
+        parser.error(f"--sparsity {options.sparsity}: give a number from 0 to below 1")
+    for method in options.methods:
+        if method not in (HF, "dense"):
+            try:
+                parse(sparse_arguments(method, options.sparsity))
+            except UserError as error:
+                parser.error(f"--methods {method}: {error}")
+    for name in options.models:
+        if name not in (SMOLLM2, LLAMA_8B) and not Path(name).is_dir():
+            parser.error(f"--models {name}: accepted are {SMOLLM2}, {LLAMA_8B} and folders with a model")
     if min(options.tokens, options.hf_tokens) < 3:
         parser.error("--tokens and --hf_tokens: give at least 3, for one step between two tokens")
     return options
@@ -626,13 +646,17 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads or os.cpu_count() or 1)
 
     def save(content: Row) -> None:
-        if options.output:
+        if options.output and any("failed" not in row for row in content["rows"]):
             write(options.output / f"generate_{options.device}.json", json.dumps(content, indent=1) + "\n")
             write(options.output / f"generate_{options.device}.md", markdown(content))
 
     content = run(options, save)
-    if not options.output:
+    measured = any("failed" not in row for row in content["rows"])
+    if not options.output or not measured:
         print(markdown(content))
+    if not measured:
+        print("nothing could be measured: the reasons are above", file=sys.stderr)
+        return 1
     say("done")
     return 0
 

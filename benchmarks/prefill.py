@@ -753,6 +753,25 @@ def draw(content: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, *numbers: str) -> None:
+    """End with a message on numbers that are not positive, a device that is not there, a folder that cannot be one."""
+    for name in numbers:
+        value = getattr(options, name)
+        given = value if isinstance(value, list) else [] if value is None else [value]
+        if any(one <= 0 for one in given):
+            parser.error(f"--{name} {' '.join(map(str, given))}: give numbers above 0")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here; leave --device out or type --device cpu")
+    output = options.output
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--output {output} cannot be made a folder ({error.strerror}); give one to write to")
+        if not os.access(output, os.W_OK | os.X_OK):
+            parser.error(f"--output {output} cannot be written to; give another folder")
+
+
 def write(path: Path, text: str) -> None:
     """Write at once: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,8 @@ def test_wrong_pages_are_noticed():
             decode.check_selection(decode.PageSelection(bad, wrong, 16), scores, 40, budget, length)
 
 
-def test_copies_keep_the_cache_cold_and_fit():
+def test_copies_keep_the_cache_cold_and_fit(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     options = decode.parsed(["--device", "cuda"])
     assert (options.lengths, options.batches, options.dtype) == (list(decode.LENGTHS), [1, 8, 32], "bfloat16")
     for batch in options.batches:
@@ -205,21 +206,30 @@ def tiny_folder(tmp_path_factory):
 def generated(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     arguments = ["--device", "cpu", "--models", str(tiny_folder), "--lengths", "70", "--batches", "1", "2"]
-    arguments += ["--methods", "dense", "hf", "quest", "ada_snapkv+quest", "nonsense", "--tokens", "9"]
+    arguments += ["--methods", "dense", "hf", "quest", "ada_snapkv+quest", "snapkv", "--tokens", "9"]
     arguments += ["--hf_tokens", "7", "--threads", "1", "--output", str(folder)]
-    assert generate.main(arguments) == 0
+    made = generate.language_model
+
+    def language_model(method, *arguments):
+        if method == "snapkv":
+            raise ValueError("no such luck")
+        return made(method, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "language_model", language_model)
+        assert generate.main(arguments) == 0
     return folder, json.loads((folder / "generate_cpu.json").read_text())
 
 
 def test_every_method_is_measured_beside_hf(generated):
     folder, content = generated
     assert content["finished"] and sorted(p.name for p in folder.iterdir()) == ["generate_cpu.json", "generate_cpu.md"]
-    order = ["hf", "dense", "quest", "ada_snapkv+quest", "nonsense"]
+    order = ["hf", "dense", "quest", "ada_snapkv+quest", "snapkv"]
     assert [(row["batch"], row["method"]) for row in content["rows"]] == [(n, name) for n in (1, 2) for name in order]
     base = {row["batch"]: row for row in content["rows"] if row["method"] == "hf"}
     for row in content["rows"]:
-        if row["method"] == "nonsense":
-            assert "nonsense" in row["failed"] and "tokens_s" not in row
+        if row["method"] == "snapkv":
+            assert "no such luck" in row["failed"] and "tokens_s" not in row
             continue
         # The first token is the prefill's, and the second ends the step in which decoding starts: that of all rows, or
         # of the first one where they are decoded one at a time, as in fp32 on a CPU.
@@ -235,7 +245,7 @@ def test_every_method_is_measured_beside_hf(generated):
             assert row["executed_sparsity"] > 0.5 and row["sparsities"] == {"decode_sparsity": 0.9}
     text = (folder / "generate_cpu.md").read_text()
     assert f"transformers {transformers.__version__}" in text and "| 70 | 2 | dense |" in text and "2 of 2" in text
-    assert "nonsense: UserError" in text
+    assert "snapkv: ValueError: no such luck" in text
 
 
 def test_clock_of_our_loop():
@@ -338,13 +348,72 @@ def test_a_cell_that_takes_too_long_is_ended(tiny_folder, monkeypatch):
     )  # fmt: skip
     assert "\\* ended after 2 s" in text
     # Nothing is begun after the whole time.
-    options = generate.parsed([*arguments, "--minutes", "0"])
+    options = generate.parsed([*arguments, "--minutes", "1e-9"])
     begin = time.perf_counter()
     rows = generate.run(options, lambda content: None)["rows"]
-    assert [row["failed"] for row in rows] == ["0 minutes were over"] * 2 and time.perf_counter() - begin < 5
+    assert [row["failed"] for row in rows] == ["1e-09 minutes were over"] * 2 and time.perf_counter() - begin < 5
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batches", "0"], "--batches 0: give numbers above 0"),
+        (["--lengths", "512", "-1"], "--lengths 512 -1: give"),
+        (["--minutes", "0"], "--minutes 0.0: give"),
+        (["--output", "{file}"], "cannot be made a folder"),
+        (["--output", "{file}/x"], "cannot be made a folder"),
+        (["--device", "cuda"], "sees no CUDA device"),
+    ],
+)
+@pytest.mark.parametrize("script", [decode, generate], ids=lambda script: script.__name__)
+def test_what_cannot_be_measured_is_refused_first(script, arguments, message, tmp_path, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    file = tmp_path / "file"
+    file.write_text("kept")
+    with pytest.raises(SystemExit) as ended:
+        script.main([argument.format(file=file) for argument in arguments])
+    assert ended.value.code == 2 and message in capsys.readouterr().err and file.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (decode, ["--page_size", "0"], "--page_size 0: give"),
+        (decode, ["--sparsities", "1.5"], "from 0 to below 1"),
+        (decode, ["--heads", "3", "--kv_heads", "2"], "not a multiple"),
+        (generate, ["--methods", "hf", "quest", "foo"], "--methods foo: "),
+        (generate, ["--methods", "flexprefill+foo"], "--methods flexprefill+foo: "),
+        (generate, ["--sparsity", "1.5"], "--sparsity 1.5: give a number from 0 to below 1"),
+        (generate, ["--models", "org/model"], "--models org/model: accepted are smollm2, 8b and folders"),
+        (generate, ["--tokens", "2"], "give at least 3"),
+    ],
+)
+def test_bad_arguments(script, arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--device", "cpu", *arguments])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [decode, generate], ids=lambda script: script.__name__)
+def test_a_run_without_any_figure_fails_and_overwrites_nothing(script, tiny_folder, tmp_path, monkeypatch, capsys):
+    def broken(*arguments, **options):
+        raise MemoryError("none left")
+
+    kept = tmp_path / f"{script.__name__}_cpu.json"
+    kept.write_text("kept")
+    monkeypatch.setattr(*((decode, "measure_cell") if script is decode else (generate, "language_model")), broken)
+    arguments = ["--device", "cpu", "--lengths", "64", "--batches", "1", "--output", str(tmp_path)]
+    assert script.main([*arguments, *(["--models", str(tiny_folder)] if script is generate else [])]) == 1
+    out = capsys.readouterr()
+    assert "MemoryError: none left" in out.out and "nothing could be measured" in out.err
+    assert kept.read_text() == "kept" and [path.name for path in tmp_path.iterdir()] == [kept.name]
 
 
 @pytest.mark.gpu
