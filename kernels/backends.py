@@ -26,6 +26,8 @@ def triton_unavailable(device: str) -> str | None:
         return "the package triton is not installed (pip install triton)"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton kernels run on CUDA devices, not on {device!r}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "Triton kernels need a GPU of compute capability 8.0 or newer"
     return None

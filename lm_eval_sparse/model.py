@@ -168,6 +168,7 @@ class SparseHFLM(HFLM):
             check_known(rest, None)
         if rest.get("device") is None:
             rest["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        check_device(rest)
         check_backend(self.sparse.backend, str(rest["device"]))
         check_batch_size(rest)
 
@@ -196,6 +197,12 @@ class SparseHFLM(HFLM):
         """As lm-eval's, and name the embedded model in the logged arguments when no other is given."""
         # The same words in the same place as in lm-eval's own check.
         warns = any(word in str(value).lower() for value in arg_dict.values() for word in INSTRUCT_WORDS)
+        for name in arg_dict.keys() & (additional_config or {}).keys():
+            if additional_config[name] is not None:
+                raise UserError(
+                    f"{name}={arg_dict[name]} in --model_args, and {name}={additional_config[name]} beside it: leave it "
+                    f"out of --model_args and type --{name} {arg_dict[name]}"
+                )
         lm = super().create_from_arg_obj({"pretrained": None, **arg_dict}, additional_config)
         lm.lm_eval_warns = warns
         if arg_dict.get("pretrained") is None:
@@ -596,7 +603,12 @@ class SparseHFLM(HFLM):
             else:
                 queue.append((index, *request.args))
         for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
-            self._check_generation(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+            try:
+                normalized = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
+            except (TypeError, ValueError) as error:
+                given = " ".join(f"{name}={value}" for name, value in gen_kwargs.items())
+                raise UserError(f"--gen_kwargs {given} is not understood ({first_line(error)})") from error
+            self._check_generation(normalized)
         lengths = {context: len(self.tok_encode(context)) for _, context, _ in queue}
         self._check_prompt_lengths(queue, lengths)
         # The longest first: should memory run out, it does so at once, and storage made for them serves all others.
@@ -1162,6 +1174,15 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
             f"model argument {name}={model_args[name]!r} is unknown{nearest(name, everything)} (accepted: "
             f"{', '.join((*OWN_ARGS, *knob_names()))}, and the arguments of --model hf)"
         )
+
+
+def check_device(model_args: dict[str, Any]) -> None:
+    """Raise `UserError` for a GPU where there is none. `cuda:0`, lm-eval's default, then means the CPU, as for `hf`."""
+    if not torch.cuda.is_available():
+        if str(model_args["device"]) == "cuda":
+            raise UserError("device=cuda: torch sees no CUDA device here; leave it out, or type --device cpu")
+        if str(model_args["device"]).startswith("cuda:"):
+            model_args["device"] = "cpu"
 
 
 def check_backend(backend: str, device: str) -> None:

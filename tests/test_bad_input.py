@@ -201,6 +201,29 @@ def test_kernels_of_gpus_are_refused_before_a_model_is_loaded(
         triton_unavailable.cache_clear()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there(llama: str) -> None:
+    with pytest.raises(UserError, match="device=cuda: torch sees no CUDA device here; .* type --device cpu"):
+        SparseHFLM(pretrained=llama, device="cuda")
+    # lm-eval's default means the CPU then; kernels of GPUs are refused all the same.
+    assert SparseHFLM(pretrained=llama, device="cuda:0").device.type == "cpu"
+    with pytest.raises(UserError, match="backend=triton needs a CUDA device, and this run is on cpu"):
+        SparseHFLM(pretrained=llama, method="block_sparse", backend="triton", device="cuda:0")
+
+
+def test_what_is_given_twice(llama: str) -> None:
+    with pytest.raises(UserError, match="device=cpu in --model_args, and device=cuda:0 beside it: .* --device cpu"):
+        SparseHFLM.create_from_arg_string(f"pretrained={llama},device=cpu", {"device": "cuda:0"})
+    SparseHFLM.create_from_arg_string(f"pretrained={llama},device=cpu", {"device": None, "batch_size": 1})
+
+
+def test_generation_arguments_that_are_no_numbers(llama: str) -> None:
+    lm = SparseHFLM(pretrained=llama, device="cpu")
+    request = Instance("generate_until", {}, ("abc def", {"until": [], "max_gen_toks": "x"}), 0)
+    with pytest.raises(UserError, match=r"--gen_kwargs until=\[\] max_gen_toks=x is not understood"):
+        lm.generate_until([request], disable_tqdm=True)
+
+
 @pytest.mark.parametrize("value", [["gather"], {}, None.__class__, 3])
 def test_backend_from_python(llama: str, value: Any) -> None:
     with pytest.raises(UserError, match="backend=.*accepted: auto"):
