@@ -200,8 +200,8 @@ class SparseHFLM(HFLM):
         for name in arg_dict.keys() & (additional_config or {}).keys():
             if additional_config[name] is not None:
                 raise UserError(
-                    f"{name}={arg_dict[name]} in --model_args, and {name}={additional_config[name]} beside it: leave it "
-                    f"out of --model_args and type --{name} {arg_dict[name]}"
+                    f"{name}={arg_dict[name]} in --model_args, and {name}={additional_config[name]} beside it: leave "
+                    f"it out of --model_args and type --{name} {arg_dict[name]}"
                 )
         lm = super().create_from_arg_obj({"pretrained": None, **arg_dict}, additional_config)
         lm.lm_eval_warns = warns

@@ -202,13 +202,20 @@ def test_kernels_of_gpus_are_refused_before_a_model_is_loaded(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_gpu_that_is_not_there(llama: str) -> None:
+def test_a_gpu_that_is_not_there(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval_sparse.kernels.backends import triton_unavailable
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    triton_unavailable.cache_clear()
     with pytest.raises(UserError, match="device=cuda: torch sees no CUDA device here; .* type --device cpu"):
         SparseHFLM(pretrained=llama, device="cuda")
     # lm-eval's default means the CPU then; kernels of GPUs are refused all the same.
     assert SparseHFLM(pretrained=llama, device="cuda:0").device.type == "cpu"
     with pytest.raises(UserError, match="backend=triton needs a CUDA device, and this run is on cpu"):
         SparseHFLM(pretrained=llama, method="block_sparse", backend="triton", device="cuda:0")
+    # What torch itself would end with is not what is asked.
+    assert "no CUDA device" in (triton_unavailable("cuda") or "")
+    triton_unavailable.cache_clear()
 
 
 def test_what_is_given_twice(llama: str) -> None:
