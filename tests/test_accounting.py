@@ -835,7 +835,7 @@ def test_generation(name: str, way: str, llama: Any, monkeypatch: pytest.MonkeyP
     lm = sparse(llama, RUNS[name], batch_size=4)
     decoder, _ = lm._get_decoder()
     if way != "alone":
-        decoder.most = 16
+        decoder.most, decoder.alone = 16, None
         decoder.depth = recorder.depth = 2 if way == "ahead" else 1
         monkeypatch.setattr(Decoder, "_goes_together", lambda decoder, rows: decoder._tried(rows) is not None)
     # Ends that depend on the prompt alone: a row that ends leaves the others to go on.
@@ -852,7 +852,9 @@ def test_generation(name: str, way: str, llama: Any, monkeypatch: pytest.MonkeyP
         assert bool(recorder.decodes) == (way == "ahead"), "selections that no answer needs"
         assert all(turn >= wanted[length] - 1 for length, _, turn in recorder.decodes)
     report = lm.report()["phases"]["decode"]
-    assert report["loops"] == {"eager": sum(wanted.values()) - len(wanted)} and "loop_reasons" not in report
+    steps = sum(wanted.values()) - len(wanted)
+    assert report["loops"] == {"eager": steps}
+    assert report.get("loop_reasons") == ({decoder.alone: steps} if way == "alone" else None)
 
 
 def shortened(wanted: dict[int, int]) -> Any:
