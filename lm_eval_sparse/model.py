@@ -1178,11 +1178,11 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
 
 def check_device(model_args: dict[str, Any]) -> None:
     """Raise `UserError` for a GPU where there is none. `cuda:0`, lm-eval's default, then means the CPU, as for `hf`."""
-    if not torch.cuda.is_available():
-        if str(model_args["device"]) == "cuda":
-            raise UserError("device=cuda: torch sees no CUDA device here; leave it out, or type --device cpu")
-        if str(model_args["device"]).startswith("cuda:"):
-            model_args["device"] = "cpu"
+    device = str(model_args["device"])
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        if device != "cuda:0":
+            raise UserError(f"device={device}: torch sees no CUDA device here; leave it out, or type --device cpu")
+        model_args["device"] = "cpu"
 
 
 def check_backend(backend: str, device: str) -> None:
@@ -1209,11 +1209,8 @@ def check_batch_size(model_args: dict[str, Any]) -> None:
         else:
             good = isinstance(given, int | str) and str(given).isdecimal() and int(given) > 0
         if not good:
-            accepted = (
-                "auto or a whole number of at least 1" if name == "batch_size" else "a whole number of at least 1"
-            )
-            flag = "--batch_size" if name == "batch_size" else "--max_batch_size"
-            raise UserError(f"{name}={given} is not accepted: give {accepted}, such as {flag} 8")
+            accepted = f"{'auto or ' if name == 'batch_size' else ''}a whole number of at least 1"
+            raise UserError(f"{name}={given} is not accepted: give {accepted}, such as --{name} 8")
 
 
 def check_path(pretrained: str, gguf_file: str | None) -> str:

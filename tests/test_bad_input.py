@@ -207,8 +207,9 @@ def test_a_gpu_that_is_not_there(llama: str, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     triton_unavailable.cache_clear()
-    with pytest.raises(UserError, match="device=cuda: torch sees no CUDA device here; .* type --device cpu"):
-        SparseHFLM(pretrained=llama, device="cuda")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match=f"device={device}: torch sees no CUDA device here; .* type --device cpu"):
+            SparseHFLM(pretrained=llama, device=device)
     # lm-eval's default means the CPU then; kernels of GPUs are refused all the same.
     assert SparseHFLM(pretrained=llama, device="cuda:0").device.type == "cpu"
     with pytest.raises(UserError, match="backend=triton needs a CUDA device, and this run is on cpu"):

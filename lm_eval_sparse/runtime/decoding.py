@@ -6,9 +6,9 @@ long they are, what was generated last. On a GPU it is captured in a CUDA graph 
 tokens of a step while the next one runs.
 
 What a row gets does not depend on its neighbours, to the bit. Attention works sequence by sequence. Everything else in
-the model sees the same number of rows in every step, of which some may be idle: a product with one row and one with
-eight are computed by different kernels, which round differently. `Decoder` checks that this holds for a model before
-it decodes rows side by side, and otherwise decodes them one at a time.
+the model sees numbers of rows for which products round alike, of which some may be idle: a product with one row and one
+with eight are computed by different kernels, which round differently. `Decoder` checks that this holds for a model
+before it decodes rows side by side, and otherwise decodes them one at a time.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ CPU_ROWS, CPU_MULTIPLES = 16, (2, 4, 8)
 #: Entries of each product that are compared for every number of rows: other sums round to the same half-precision
 #: number nearly always (four of 100,000 differed where a product with two rows was summed in another order).
 COMPARED = 1 << 19
+PRODUCTS = (torch.bfloat16, torch.float16, torch.float32)
 #: Rows for which attention is captured; idle ones among them cost next to nothing.
 BUCKETS = (1, 2, 4, 8, 16, 32)
 #: Steps whose numbers of keys read stay on the device before they are fetched.
@@ -227,7 +228,8 @@ def rows_alike(model: torch.nn.Module) -> int | None:
     """
     found = frozenset(range(1, CPU_ROWS + 1))
     for module in model.modules():
-        if type(module) in (torch.nn.Linear, Conv1D):
+        # What is quantized goes other ways, and is left to the trial before rows are decoded side by side.
+        if type(module) in (torch.nn.Linear, Conv1D) and module.weight.dtype in PRODUCTS:
             weight, biased = module.weight, module.bias is not None
             kind = type(module), tuple(weight.shape), biased, weight.dtype, torch.get_num_threads()
             if kind not in _alike:
