@@ -62,6 +62,17 @@ def dense_attention(
     return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
 
 
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Attention of `(B, H, q_len, D)` queries to the keys that a mask `(B or 1, 1, q_len, kv_len)` bool shows them.
+
+    Returns:
+        `(B, H, q_len, D_v)`. Queries that see no key give zeros.
+    """
+    return _masked(query, key, value, mask, scale, softcap)
+
+
 def _masked(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
     gqa = query.shape[1] != key.shape[1]
     if softcap is None:

@@ -40,10 +40,12 @@ from .errors import UserError, install_excepthook, nearest
 from .kernels.backends import triton_unavailable
 from .methods import METHODS, PHASE_ARGUMENTS, presets
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
+from .runtime import probe
 from .runtime.accounting import PHASES, Ledger, RowCounts
-from .runtime.attention import COVERED, IMPLEMENTATION, NO_PADDING, Runtime, register
+from .runtime.attention import COVERED, Runtime
 from .runtime.cache import SparseCache
 from .runtime.decoding import Decoder, Row, rows_alike, undecodable
+from .runtime.interface import IMPLEMENTATION, calling, register
 from .runtime.memory import MemoryModel, out_of_memory
 from .sampling import Sampling, Stop, generation_arguments
 
@@ -72,9 +74,6 @@ SCORE_CHUNK = 1024
 
 #: Tokens that answers get room for at first: more is made when they turn out longer.
 RESERVE = 1024
-
-#: Relative difference to the model's own attention that the check at start-up accepts, by precision.
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 #: lm-eval itself warns about a missing chat template when one of these occurs in the model arguments.
 INSTRUCT_WORDS = ("inst", "chat")
@@ -289,44 +288,30 @@ class SparseHFLM(HFLM):
 
     @torch.no_grad()
     def _check_attention(self) -> None:
-        """Run a few tokens: which layers are ours, and do they compute what the model's own attention computes?"""
+        """Find out what each layer is, and whether it comes out of our runtime as it is, before any prompt."""
         text = self.config.get_text_config(decoder=True)
-        self.runtime.longest = getattr(text, "max_position_embeddings", None)
-        ids = (torch.arange(24, device=self.device) * 7 + 3)[None] % text.vocab_size
-        self._reference: tuple[Tensor, Tensor | None] = ids, None
+        self.runtime.longest = max(getattr(text, "max_position_embeddings", None) or 0, self.max_length)
         kind = self._kind()
-        plan, self.runtime.plan = self.runtime.plan, type(self.runtime.plan)()
+        steps = 1 if self._is_recurrent else probe.STEPS
         try:
-            ours = self._forward(ids, cache=SparseCache(self.model.config)).float()
+            self._trial = probe.check(self.model, self._forward, self.runtime, steps)
+        except probe.CheckError as error:
+            raise UserError(f"{kind} cannot be evaluated as asked: {error}; {self._instead()}") from error
         except Exception as error:  # modelling code of any age, with requirements of any kind
-            reason = (
-                first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
-            )
+            if out_of_memory(error):
+                raise
+            reason = first_line(error)
+            reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
             raise UserError(
                 f"{kind} does not run with sparse attention ({reason}); sparse-hf evaluates decoder-only causal models "
                 "that use transformers' attention interface: use --model hf for this one"
             ) from error
-        finally:
-            self.runtime.plan = plan
-        if not self.runtime.layers:
-            raise UserError(
-                f"{kind} has no attention layer that goes through transformers' attention interface, so there is "
-                "nothing to make sparse: use --model hf for this model"
-            )
-        eligible = [layer for layer, reason in self.runtime.layers.items() if reason is None]
-        if plan.phases and not eligible:
-            reasons = ", ".join(sorted({reason for reason in self.runtime.layers.values() if reason}))
-            raise UserError(f"{kind} has no layer with full causal attention ({reasons}): no method can be applied")
-        reference = self._own_attention(ids)
-        if reference is None:
-            return
-        off = float((ours - reference).norm() / reference.norm())
-        if not off <= TOLERANCE.get(self.model.dtype, 5e-2):
-            raise UserError(
-                f"{kind} uses an attention that sparse-hf does not support: dense logits differ from the model's own "
-                f"by {off:.2g} (relative); use --model hf for this model"
-            )
-        self._reference = ids, reference[0]
+
+    def _instead(self) -> str:
+        """What to type where a model cannot be evaluated under the methods that were asked for."""
+        if self.runtime.plan.phases:
+            return "type method=dense, a method of another phase (lm-eval-sparse methods), or --model hf"
+        return "use --model hf for this model"
 
     def _check_preset(self) -> None:
         """Raise when no prompt that the model can read is long enough for the preset."""
@@ -338,22 +323,6 @@ class SparseHFLM(HFLM):
                 f"preset={self.sparse.preset} has parameters for prompts from {shortest} tokens on, and {self._kind()} "
                 f"takes {self.max_length}: leave preset out, and the knobs are solved for the sparsity"
             )
-
-    def _own_attention(self, ids: Tensor) -> Tensor | None:
-        """Logits of the model's own eager attention, or None when it cannot be switched."""
-        model = self.model
-        parts = [config for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-                 if getattr(config, "_attn_implementation", None) == IMPLEMENTATION]  # fmt: skip
-        for config in parts:
-            config._attn_implementation = "eager"
-        try:
-            return model(input_ids=ids, use_cache=False).logits.float()
-        except Exception as error:  # no eager attention in this model: nothing to compare with
-            logger.warning("cannot compare with the model's own attention: %s", first_line(error))
-            return None
-        finally:
-            for config in parts:
-                config._attn_implementation = IMPLEMENTATION
 
     # --- running the model -----------------------------------------------------------------------------------
 
@@ -372,24 +341,26 @@ class SparseHFLM(HFLM):
         Args:
             step: this is a step of the decoder, which must not wait for the device.
         """
-        options: dict[str, Any] = {"position_ids": positions} if positions is not None else {}
+        takes = inspect.signature(self.model.forward).parameters
+        options: dict[str, Any] = {}
+        if positions is not None and "position_ids" in takes:  # other models count what the cache holds
+            options["position_ids"] = positions
         if step:
             # Models that get no mask look for padding themselves.
             if len(ids) not in self._no_padding:
                 self._no_padding[len(ids)] = torch.ones(len(ids), 2, dtype=torch.bool, device=ids.device)
             options["attention_mask"] = self._no_padding[len(ids)]
-        if keep is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+        if keep is not None and "logits_to_keep" in takes:
             options["logits_to_keep"] = keep
-        with torch.autocast(
-            device_type=self.device.type,
-            dtype=self.mixed_precision_dtype,
-            enabled=self.mixed_precision_dtype is not None,
+        with (
+            torch.autocast(
+                device_type=self.device.type,
+                dtype=self.mixed_precision_dtype,
+                enabled=self.mixed_precision_dtype is not None,
+            ),
+            calling(self.runtime, unpadded=step),
         ):
-            known = NO_PADDING.set(step)
-            try:
-                logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options).logits
-            finally:
-                NO_PADDING.reset(known)
+            logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options).logits
         return logits if keep is None else logits[:, -keep:]
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
@@ -801,28 +772,26 @@ class SparseHFLM(HFLM):
         for kind in (name for found in kinds for name in (found.values() if isinstance(found, dict) else [found])):
             if kind in ("dynamic", "longrope"):  # they stretch the positions of all rows by the longest one
                 decoder.alone = f"positions of kind {kind!r} depend on the neighbours"
-        ids, wanted = self._reference
+        ids, watch = self._trial, probe.Probe(self.runtime)
         plan, self.runtime.plan = self.runtime.plan, type(self.runtime.plan)()
         try:
             decoder.start([ids.shape[1] - 1], 2)
             cache = decoder.new_cache(ids.shape[1] - 1)
             row = Row(ids.shape[1] - 1, RowCounts(), lambda tokens: False, None)
-            with self.runtime.running([row.counts], cache, row.prompt):
-                self._prefill(ids[:, :-1], cache, None)
-            decoder.adopt(row, cache)
-            row.take(int(ids[0, -1]))
-            found = decoder.try_one(row).float()
-            wanted = found if wanted is None else wanted[-1]
+            with watch.watching():
+                with self.runtime.running([row.counts], cache, row.prompt):
+                    self._prefill(ids[:, :-1], cache, None)
+                decoder.adopt(row, cache)
+                row.take(int(ids[0, -1]))
+                watch.decodes = True
+                decoder.try_one(row)
         except Exception as error:  # modelling code of any age
             if out_of_memory(error):
                 raise
-            return f"{type(error).__name__}: {first_line(error)}"
+            return first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
         finally:
             self.runtime.plan = plan
         decoder.release()
-        off = float((found - wanted).norm() / wanted.norm())
-        if not off <= TOLERANCE.get(self.model.dtype, 5e-2):
-            return f"decoded logits differ from the model's own by {off:.2g} (relative)"
         self._decoder = decoder
         return None
 
@@ -849,10 +818,13 @@ class SparseHFLM(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """As lm-eval's."""
         stops = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
-        with torch.autocast(
-            device_type=self.device.type,
-            dtype=self.mixed_precision_dtype,
-            enabled=self.mixed_precision_dtype is not None,
+        with (
+            calling(self.runtime),
+            torch.autocast(
+                device_type=self.device.type,
+                dtype=self.mixed_precision_dtype,
+                enabled=self.mixed_precision_dtype is not None,
+            ),
         ):
             return self.model.generate(
                 input_ids=context,

@@ -25,8 +25,9 @@ from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import Quest
 from lm_eval_sparse.model import SparseHFLM
 from lm_eval_sparse.runtime import decoding
-from lm_eval_sparse.runtime.attention import NO_PADDING, Assignment
+from lm_eval_sparse.runtime.attention import Assignment
 from lm_eval_sparse.runtime.decoding import Decoder
+from lm_eval_sparse.runtime.interface import CALL
 from lm_eval_sparse.runtime.memory import MemoryModel, out_of_memory
 from lm_eval_sparse.sampling import Sampling, Stop
 
@@ -257,9 +258,9 @@ def test_answers_of_no_token(rng: random.Random, number: int) -> None:
 def test_a_step_that_fails_leaves_nothing_behind(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding is looked for again as soon as a step has ended, however it did."""
     lm, seen = lm_of("opt"), []
-    handle = lm.model.register_forward_pre_hook(lambda module, args: seen.append(NO_PADDING.get()))
+    handle = lm.model.register_forward_pre_hook(lambda module, args: seen.append(CALL.get().unpadded))
     generate(lm, prompts_of(rng, 1), max_gen_toks=4)
-    assert {True, False} == set(seen) and not NO_PADDING.get()
+    assert {True, False} == set(seen) and CALL.get() is None
     ids = torch.tensor([lm.tok_encode("abc def")])
     wanted = lm._forward(ids, cache=None)
     monkeypatch.setattr(lm.model, "forward", lambda *args, **kwargs: 1 / 0)
@@ -267,7 +268,7 @@ def test_a_step_that_fails_leaves_nothing_behind(rng: random.Random, monkeypatch
         lm._forward(ids, cache=None, step=True)
     monkeypatch.undo()
     handle.remove()
-    assert not NO_PADDING.get()
+    assert CALL.get() is None
     # A padded batch is told from one without padding.
     padded = torch.cat([torch.zeros_like(ids[:, :3]), ids], 1)
     mask = torch.ones_like(padded)

@@ -1,7 +1,8 @@
-"""The attention function and the mask function that transformers calls, and the runtime that they work for.
+"""The runtime of sparse attention in one model: what every attention call of a forward pass comes down to.
 
-One function serves every model family: it sees queries, keys and values after rotary embedding and after the
-cache update. Rows are unpadded before any method looks at them, so that batch neighbours and padding cannot
+It serves every model family: it sees queries, keys and values after rotary embedding and after the cache update.
+What each layer may see, and whether its keys and values are those of our cache, was found out when the model was
+loaded (`probe`). Rows are unpadded before any method looks at them, so that batch neighbours and padding cannot
 change what is selected.
 """
 
@@ -9,19 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from ..errors import UserError
 from ..kernels.block_sparse_prefill import block_sparse_prefill_rows
-from ..kernels.dense import dense_attention
+from ..kernels.dense import dense_attention, masked_attention
 from ..kernels.layout import causal_pairs
 from ..kernels.paged_decode import BACKENDS as DECODE_BACKENDS
 from ..kernels.paged_decode import paged_decode
@@ -29,15 +27,10 @@ from ..kernels.ragged import RaggedKV
 from ..methods import PROMISED_LENGTH, DecodeContext, DecodeMethod, Method, Selection, presets
 from .accounting import PhaseCounts, RowCounts, settle
 from .cache import PreallocatedLayer, SparseCache, Storage
-
-#: The name under which transformers knows us. It must not look like one of its own implementations.
-IMPLEMENTATION = "lm_eval_sparse"
+from .masks import Sight
 
 #: Why a decode method read everything although it could have read less.
 COVERED = "the decode budget covers the whole cache"
-
-#: Keyword arguments that change what attention computes and that our kernels do not know.
-UNSUPPORTED = ("s_aux", "sinks", "position_bias", "attention_bias", "head_mask")
 
 
 @dataclass(frozen=True)
@@ -109,11 +102,21 @@ class Runtime:
 
     def __init__(self, plan: Plan):
         self.plan = plan
+        #: layer index -> what its queries see, as found at start-up. Other layers do not run.
+        self.sights: dict[int, Sight] = {}
+        #: Whether there are layers that need a mask made for them: they see neither all nor a window.
+        self.masked = False
+        #: layer index -> why its keys and values are not those that our cache holds, if so.
+        self.uncached: dict[int, str] = {}
+        #: layer index -> the layer whose keys and values it borrows.
+        self.lenders: dict[int, int] = {}
+        #: What checks every call of a forward pass on trial.
+        self.probe: Any = None
         #: layer index -> None when sparse attention may run there, else why not.
         self.layers: dict[int, str | None] = {}
         #: layer index -> bytes of keys and values of one token, and its window.
         self.sizes: dict[int, tuple[int, int | None]] = {}
-        #: Tokens the model can hold: a window of at least as many hides nothing.
+        #: Tokens of the longest prompts and answers: a window of at least as many hides nothing.
         self.longest: int | None = None
         #: Counts of the rows of the running batch.
         self.rows: list[RowCounts] | None = None
@@ -146,13 +149,23 @@ class Runtime:
         self, config: Any, reserve: int, storages: Sequence[Storage] | None = None, prompt: int = 0
     ) -> SparseCache:
         """A cache for one batch under this plan, with room for `reserve` tokens after the prompt."""
-        return SparseCache(config, reserve, self.plan.eviction is not None, storages, prompt)
+        return SparseCache(config, reserve, self.plan.eviction is not None, storages, prompt, self.longest)
 
     def attach(self, model: torch.nn.Module) -> None:
         """Make this the runtime of every attention module of `model`."""
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module._lm_eval_sparse = self
+
+    def see(self, sights: dict[int, Sight]) -> None:
+        """Take down what the queries of each layer see."""
+        self.sights = sights
+        self.masked = any(sight.kind in ("chunk", "other") for sight in sights.values())
+
+    def takes_mask(self, index: int) -> bool:
+        """Whether this layer is handed a mask that transformers has made."""
+        sight = self.sights[index]
+        return self.masked and not (sight.kind == "full" and sight.plain)
 
     def starts(self, mask: Tensor | None) -> list[int] | None:
         """First real token of each row, or None when no row is left-padded. One host read per mask, not per layer."""
@@ -175,13 +188,11 @@ class Runtime:
         *,
         scale: float,
         softcap: float | None,
-        window: int | None,
     ) -> Tensor:
         """Attention of `(B, H, q_len, D)` queries; returns `(B, H, q_len, D_v)`."""
-        if window is not None and self.longest is not None and window >= self.longest:
-            window = None
-        reason = self.ineligible(module, key, value, window)
         index = module.layer_idx
+        window = self._window(module, mask)
+        reason = self.ineligible(index, key, value)
         self.layers[index] = reason
         if index not in self.sizes:
             self.sizes[index] = key.shape[1] * (key.shape[-1] + value.shape[-1]) * key.element_size(), window
@@ -189,11 +200,14 @@ class Runtime:
             return self.decoder.attend(
                 index, query, key, value, scale=scale, softcap=softcap, window=window, eligible=reason is None
             )
+        if self.takes_mask(index):
+            return masked_attention(query, key, value, mask, scale=scale, softcap=softcap)
         starts = self.starts(mask)
         batch, q_len, kv_len = len(query), query.shape[2], key.shape[2]
         options = {"scale": scale, "softcap": softcap, "window": window}
         layer = self._cache_layer(index) if reason is None else None
-        evicted = layer is not None and layer.ragged is not None
+        # A lender has evicted its prompt when a borrower's prefill begins.
+        evicted = layer is not None and layer.ragged is not None and layer.get_seq_length() > self.prompt
         if layer is not None and (evicted or (q_len != kv_len and kv_len > self.prompt)):
             return self._decode(index, layer, query, key, value, starts, scale, softcap)
         if q_len != kv_len:
@@ -222,22 +236,42 @@ class Runtime:
             for rows in alike(sparse):
                 made = self._run_sparse(index, rows, batch, scale, softcap)
                 out = made[0][None] if alone else out
-        if layer is not None and kv_len == self.prompt:
+        if layer is not None and kv_len == self.prompt and index not in self.lenders:
             self._end_prefill(index, layer, query, key, starts or [0] * batch, scale, softcap)
         return out
 
+    def _window(self, module: torch.nn.Module, mask: Tensor | None) -> int | None:
+        """The window of the module's layer; raises `UserError` where it was not seen, or is handed another mask."""
+        name, index = type(module).__name__, module.layer_idx
+        sight = self.sights.get(index)
+        if sight is None:
+            raise UserError(
+                f"{name} of layer {index} did not run when the model was checked at start-up, so what it may see is "
+                "not known: use --model hf for this model"
+            )
+        if (mask is not None and mask.dim() != 2) != self.takes_mask(index):
+            given = "no mask" if mask is None else f"a ready-made {mask.dim()}-D attention mask"
+            raise UserError(
+                f"{name} of layer {index} ({sight}) was given {given}, which sparse-hf does not support: use "
+                "--model hf for this model"
+            )
+        return sight.size if sight.kind == "window" else None
+
     def _cache_layer(self, index: int) -> PreallocatedLayer | None:
         """The cache of an eligible layer while a batch runs, or None when there is none of ours."""
-        if self.cache is None or index >= len(self.cache.layers):
+        if self.cache is None or index in self.uncached:
+            return None
+        index = self.lenders.get(index, index)
+        if index >= len(self.cache.layers):
             return None
         layer = self.cache.layers[index]
         return layer if isinstance(layer, PreallocatedLayer) else None
 
-    @staticmethod
-    def ineligible(module: torch.nn.Module, key: Tensor, value: Tensor, window: int | None) -> str | None:
+    def ineligible(self, index: int, key: Tensor, value: Tensor) -> str | None:
         """Why this layer is left untouched and counted out, or None."""
-        if window is not None:
-            return f"sliding window of {window} tokens"
+        sight = self.sights[index]
+        if sight.kind != "full" or self.takes_mask(index):
+            return str(sight)
         if key.shape[-1] != value.shape[-1]:
             return f"keys have {key.shape[-1]} dimensions, values {value.shape[-1]} (latent attention)"
         return None
@@ -665,76 +699,3 @@ def dense_keys(length: int, block: int) -> int:
     """Keys that a dense causal kernel with query tiles of `block` rows reads: each tile up to its last query."""
     full, rest = divmod(length, block)
     return block * full * (full + 1) // 2 + (length if rest else 0)
-
-
-def attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The function registered with transformers: `(B, H, L, D)` in, `(B, L, H, D_v)` out."""
-    runtime: Runtime | None = getattr(module, "_lm_eval_sparse", None)
-    if runtime is None:
-        raise RuntimeError(f"attention {IMPLEMENTATION!r} was called on a module that no sparse-hf model owns")
-    for name in UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise UserError(
-                f"{type(module).__name__} uses {name!r} in its attention, which sparse-hf does not support: "
-                "use --model hf for this model"
-            )
-    if not (kwargs.get("is_causal") if kwargs.get("is_causal") is not None else getattr(module, "is_causal", True)):
-        raise UserError(
-            f"{type(module).__name__} is not causal attention: sparse-hf evaluates decoder-only causal models; "
-            "use --model hf for this model"
-        )
-    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise UserError(
-            f"{type(module).__name__} was given a ready-made {attention_mask.dim()}-D attention mask, which sparse-hf "
-            "does not support: use --model hf for this model"
-        )
-    out = runtime.attend(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=kwargs.get("softcap"),
-        window=window,
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-#: Set where it is known that there is no padding: to look at a mask means to wait for the device.
-NO_PADDING: ContextVar[bool] = ContextVar("NO_PADDING", default=False)
-
-
-def padding_mask(
-    *, mask_function: Any = None, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs: Any
-) -> Tensor | None:
-    """The mask function registered with transformers: the 2-D padding mask itself, or None without padding.
-
-    Causality and windows are applied by the kernels from positions; a 4-D mask would take 512 MiB for a chunk of
-    4096 queries at 128K. `allow_is_causal_skip` is False when a model wants more than causal (image tokens that
-    see each other, packed sequences), which the kernels cannot express.
-    """
-    if not allow_is_causal_skip:
-        raise UserError(
-            "it asks for an attention mask that is not plainly causal (an encoder, image tokens that see each "
-            "other, or packed sequences)"
-        )
-    if attention_mask is None or NO_PADDING.get() or bool(attention_mask.all()):
-        return None
-    return attention_mask
-
-
-def register() -> None:
-    """Make transformers know the attention and the mask function. Without the latter it drops padding silently."""
-    AttentionInterface.register(IMPLEMENTATION, attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)

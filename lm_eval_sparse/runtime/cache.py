@@ -25,6 +25,15 @@ from ..kernels.estimators import PageBounds, update_bounds
 from ..kernels.ragged import RaggedKV
 
 
+def autocast(states: Tensor) -> Tensor:
+    """States as torch's own attention takes them: under autocast in its dtype, else as they are.
+
+    Casting once where they are kept gives what casting at each reading gives.
+    """
+    device = states.device.type
+    return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
+
+
 class Storage(Protocol):
     """Where a layer takes room for keys and values from, when not from torch itself."""
 
@@ -127,6 +136,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `(B, H_kv, new, D)` and return all of both; after eviction the new ones only."""
+        key_states, value_states = autocast(key_states), autocast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.ragged is not None:
@@ -317,6 +327,7 @@ class SparseCache(Cache):
         evicts: whether full-attention layers will be evicted after prefill.
         storages: where each layer's room comes from, by layer; None for storage of their own.
         prompt: tokens of the whole prompt, should it come in chunks.
+        longest: tokens that are held at most: a window of as many hides nothing.
     """
 
     def __init__(
@@ -326,12 +337,12 @@ class SparseCache(Cache):
         evicts: bool = False,
         storages: Sequence[Storage] | None = None,
         prompt: int = 0,
+        longest: int | None = None,
     ):
         layers = DynamicCache(config=config).layers
         if not layers:  # a configuration that does not tell: make a layer whenever one is first used
             super().__init__(layer_class_to_replicate=lambda: PreallocatedLayer(reserve, evicts))
             return
-        longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         full = [
             type(x) is DynamicLayer
             # A window of all that the model can hold hides nothing (Phi-3 has such configurations).

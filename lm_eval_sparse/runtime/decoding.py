@@ -205,9 +205,16 @@ class PassingLayer(DynamicLayer):
 
 def undecodable(config: Any, runtime: Runtime) -> str | None:
     """Why a model of this configuration, whose layers the runtime has seen, cannot be decoded here, or None."""
-    layers = SparseCache(config).layers
+    layers = SparseCache(config, longest=runtime.longest).layers
     if not layers:
         return "the model's configuration does not tell its layers"
+    if runtime.uncached or runtime.lenders:
+        lent = {
+            layer: f"layer {layer} borrows the keys and values of layer {of}" for layer, of in runtime.lenders.items()
+        }
+        return next(iter({**runtime.uncached, **lent}.values()))
+    if runtime.masked:
+        return "it has layers that need a mask made for each step"
     kinds = {type(layer) for layer in layers} - {PreallocatedLayer, DynamicSlidingWindowLayer}
     if kinds:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
@@ -311,7 +318,7 @@ class Decoder:
         self._recorded = self._launched = 0
         self.method: DecodeMethod | None = None
         self.sparsity: float | None = None
-        self._cache = Cache(layers=[PassingLayer() for _ in SparseCache(config).layers])
+        self._cache = Cache(layers=[PassingLayer() for _ in SparseCache(config, longest=runtime.longest).layers])
         size = GPU_ROWS if self.on_gpu else CPU_ROWS
         self.ids, self.positions, self.tokens_held, self.alive = (
             torch.zeros(size, dtype=torch.int64, device=device) for _ in range(4)
