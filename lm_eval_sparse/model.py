@@ -507,10 +507,8 @@ class SparseHFLM(HFLM):
         steps = len(tokens) - 1
         for begin in range(0, steps, SCORE_CHUNK):
             end = min(begin + SCORE_CHUNK, steps)
-            # Token i predicts token i + 1.
-            positions = len(context.prompt) + torch.arange(begin, end, device=self.device)[None]
-            inputs = torch.tensor([tokens[begin:end]], device=self.device)
-            logits = self._forward(inputs, cache=cache, positions=positions)
+            # Token i predicts token i + 1. Where it stands is told by the cache, as it is to `hf` by what came before.
+            logits = self._forward(torch.tensor([tokens[begin:end]], device=self.device), cache=cache)
             note(self._log_softmax(logits[0]), tokens[begin + 1 : end + 1])
         return torch.cat(pieces).double(), torch.cat(greedy)
 

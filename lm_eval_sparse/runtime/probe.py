@@ -177,7 +177,8 @@ class Probe:
             seen.keys, seen.values = key, value
         self.trial.layer, self.trial.shown, self.trial.pages = index, None, None
         out = runtime.attend(module, query, key, value, mask, scale=scale, softcap=softcap)
-        self._compare(index, module, query, key, value, arguments, out, scale, softcap)
+        given = mask if runtime.takes_mask(index) else None
+        self._compare(index, module, query, key, value, given, arguments, out, scale, softcap)
         return out
 
     # --- what is found out -------------------------------------------------------------------------------------
@@ -247,6 +248,7 @@ class Probe:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        given: Tensor | None,
         arguments: dict[str, Any],
         out: Tensor,
         scale: float,
@@ -257,7 +259,7 @@ class Probe:
         rows = slice(0, 1) if self.decodes else slice(None)
         query, key, value, out = query[rows], key[rows], value[rows], out[rows]
         steps = query.shape[2]
-        mask = self._shown.get(sight)
+        mask = self._shown.get(sight) if given is None else given
         if seen.keys is not None and (self.decodes or (mask is not None and key.shape[2] < mask.shape[-1])):
             # Our caches hand over the new keys and values only: what came before is what the prompt was given.
             key, value = (torch.cat([old, new], 2) for old, new in ((seen.keys, key), (seen.values, value)))
@@ -337,13 +339,13 @@ def check(model: PreTrainedModel, forward: Forward, runtime: Runtime, steps: int
     Raises:
         CheckError: what differs, and by how much; or what cannot be compared.
     """
-    ids = trial_ids(model, PROMPT + STEPS)
+    ids = trial_ids(model, PROMPT + steps)
     plan = runtime.plan
     try:
         runtime.plan = Plan()
         look = Probe(runtime, looks=True)
         with look.watching():
-            looked = forward(ids[:, :PROMPT], cache=None)
+            looked = forward(ids, cache=None)
         if not look.layers:
             raise CheckError("it has no attention layer that goes through transformers' attention interface")
         runtime.see(look.sights)
@@ -372,16 +374,14 @@ def trial_ids(model: PreTrainedModel, length: int) -> Tensor:
 def trial_pass(
     model: PreTrainedModel, forward: Forward, runtime: Runtime, probe: Probe, ids: Tensor, steps: int
 ) -> tuple[Tensor, RowCounts]:
-    """Run a prompt and the tokens behind it; returns the prompt's logits `(1, PROMPT, V)`, and what was counted."""
+    """Run a prompt and the tokens behind it; returns all logits `(1, PROMPT + steps, V)`, and what was counted."""
     counts, cache = RowCounts(), runtime.new_cache(model.config, reserve=steps)
     with probe.watching(), runtime.running([counts], cache, PROMPT):
-        logits = None
+        logits: list[Tensor] = []
         for first, end in ((0, PROMPT), (PROMPT, PROMPT + steps)):
             probe.forget_masks()
-            positions = torch.arange(first, end, device=ids.device)[None]
-            found = forward(ids[:, first:end], cache=cache, positions=positions)
-            logits = found if logits is None else logits
-    return logits, counts
+            logits.append(forward(ids[:, first:end], cache=cache))
+    return torch.cat(logits, 1), counts
 
 
 def _check_logits(model: PreTrainedModel, forward: Forward, ids: Tensor, looked: Tensor, dense: Tensor) -> None:
@@ -389,7 +389,7 @@ def _check_logits(model: PreTrainedModel, forward: Forward, ids: Tensor, looked:
 
     `looked` are logits with the same attention in higher precision: how far they are away is what rounding does.
     """
-    own = own_logits(model, forward, ids[:, : looked.shape[1]])
+    own = own_logits(model, forward, ids)
     off, noise = (float((found.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30))
                   for found, right in ((dense, own), (looked, dense)))  # fmt: skip
     # Under autocast the logits tell what was computed in.
