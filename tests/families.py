@@ -57,7 +57,7 @@ _BY_SIZE: dict[Any, str] = {
     "router_hidden_size hidden_size_per_layer_input mamba_head_dim",
     8: "qk_rope_head_dim qk_nope_head_dim rotary_dim image_size mamba_n_heads mamba_num_heads",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
-    "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads attention_heads index_n_heads "
+    "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads attention_heads "
     "linear_num_value_heads linear_num_heads "
     "num_experts num_local_experts n_routed_experts moe_num_experts patch_size",
     2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads "
@@ -73,6 +73,9 @@ SIZES: dict[str, Any] = {field: size for size, fields in _BY_SIZE.items() for fi
     "eos_token_id": 2,
     "use_sliding_window": True,
     "max_window_layers": 1,
+    # As many heads as are published: where none of an indexer's heads is positive all scores are zero, and ties between
+    # keys are broken differently in one pass and step by step.
+    "index_n_heads": 16,
 }
 #: Fields that say how many layers there are, and fields that name each layer's kind.
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -116,7 +119,7 @@ _DOTS3_TEXT: dict[str, Any] = {
     "swa_v_head_dim": 16,
 }
 _QWEN4_TEXT: dict[str, Any] = {
-    "indexer_n_heads": 4,
+    "indexer_n_heads": 16,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
     "indexer_budget": 16,
