@@ -8,16 +8,26 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-VOCABULARY = 384
+from tests import tiny
+from tests.tiny import VOCABULARY
+
 #: Tokens of the trial prompt, and the most parameters that a model may have.
 LENGTH = 48
 MOST_PARAMETERS = 50_000_000
@@ -43,11 +53,11 @@ _BY_SIZE: dict[Any, str] = {
     24: "index_topk keep_window_size",
     16: "head_dim swa_head_dim dim_head d_head attention_head_size attention_head_dim kv_channels v_head_dim "
     "kv_lora_rank o_lora_rank linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim "
-    "query_pre_attn_scalar mamba_d_state state_size ssm_state_size rel_extent laurel_rank gated_norm_rank router_hidden_size "
-    "hidden_size_per_layer_input mamba_head_dim",
+    "query_pre_attn_scalar mamba_d_state state_size ssm_state_size rel_extent laurel_rank gated_norm_rank "
+    "router_hidden_size hidden_size_per_layer_input mamba_head_dim",
     8: "qk_rope_head_dim qk_nope_head_dim rotary_dim image_size mamba_n_heads mamba_num_heads",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
-    "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads attention_heads index_n_heads "
+    "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads attention_heads "
     "linear_num_value_heads linear_num_heads "
     "num_experts num_local_experts n_routed_experts moe_num_experts patch_size",
     2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads "
@@ -63,6 +73,9 @@ SIZES: dict[str, Any] = {field: size for size, fields in _BY_SIZE.items() for fi
     "eos_token_id": 2,
     "use_sliding_window": True,
     "max_window_layers": 1,
+    # As many heads as are published: where none of an indexer's heads is positive all scores are zero, and ties between
+    # keys are broken differently in one pass and step by step.
+    "index_n_heads": 16,
 }
 #: Fields that say how many layers there are, and fields that name each layer's kind.
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -70,15 +83,18 @@ KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 
 _SLIDING_THEN_FULL: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
 _LINEAR_THEN_FULL: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+#: Where the embeddings are the output matrix too, these models would say the last token again and again.
+_UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 #: Two layers keep keys and values, two read theirs.
 _SHARED_KV: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
 }
-_GEMMA4_SHARED: dict[str, Any] = {**_SHARED_KV, "global_head_dim": 32, "use_double_wide_mlp": True}
+_GEMMA4_SHARED: dict[str, Any] = {**_SHARED_KV, **_UNTIED, "global_head_dim": 32, "use_double_wide_mlp": True}
 #: Experts, and keys that are values too.
 _GEMMA4_EXPERTS: dict[str, Any] = {
+    **_UNTIED,
     "global_head_dim": 32,
     "enable_moe_block": True,
     "num_experts": 4,
@@ -103,7 +119,7 @@ _DOTS3_TEXT: dict[str, Any] = {
     "swa_v_head_dim": 16,
 }
 _QWEN4_TEXT: dict[str, Any] = {
-    "indexer_n_heads": 4,
+    "indexer_n_heads": 16,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
     "indexer_budget": 16,
@@ -132,6 +148,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "full_attention": None,
         },
     },
+    "ctrl": _UNTIED,
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
     "deepseek_v3": {"n_group": 2},
     "deepseek_v4": {
@@ -153,11 +170,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "dots3_note_text": _DOTS3_TEXT,
+    "gemma2": _UNTIED,
+    "gemma3": {**_UNTIED, "text_config": _UNTIED},
+    "gemma3_text": _UNTIED,
     "gemma3n_text": {**_SHARED_KV, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
-    "gemma4": {"text_config": _GEMMA4_SHARED},
+    "gemma4": {**_UNTIED, "text_config": _GEMMA4_SHARED},
     "gemma4_text": _GEMMA4_EXPERTS,
-    "gemma4_unified": {"text_config": {"global_head_dim": 32}},
-    "gemma4_unified_text": {**_SHARED_KV, "global_head_dim": 32},
+    "gemma4_unified": {**_UNTIED, "text_config": {**_UNTIED, "global_head_dim": 32}},
+    "gemma4_unified_text": {**_SHARED_KV, **_UNTIED, "global_head_dim": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {**_LINEAR_THEN_FULL, "position_embedding_type": "rope"},
     "inkling_text": {"dense_mlp_idx": 1, "logits_mup_width_multiplier": 1.0},
@@ -185,6 +205,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
     "mellum": {**_SLIDING_THEN_FULL, "mlp_layer_types": ["sparse", "sparse"]},
+    "minicpm3": _UNTIED,
     "minimax_m3_vl_text": {
         "layer_types": ["full_attention", "minimax_m3_sparse"],
         "mlp_layer_types": ["dense", "sparse"],
@@ -206,16 +227,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [32, 32],
         "local_attn_chunk_length": 32,
         "lsh_attn_chunk_length": 32,
+        "num_buckets": 8,
         "hash_seed": 0,
     },
     "roc_bert": {"pronunciation_embed_dim": 32, "shape_vocab_size": 64, "shape_embed_dim": 32},
     "smollm3": {"no_rope_layers": [1, 0], **_SLIDING_THEN_FULL},
     "starcoder2": {"sliding_window": 32},
+    "trocr": _UNTIED,
+    "vaultgemma": _UNTIED,
     "xlstm": {"hidden_size": 128},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_key_value_heads": 4, "attention_head_dim": 32, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zamba": {
+        "num_key_value_heads": 4,
+        "attention_head_dim": 32,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
-    "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "num_experts_per_tok": 1, "sliding_window": 32},
+    "zaya": {**_UNTIED, "layer_types": ["hybrid", "hybrid_sliding"], "num_experts_per_tok": 1, "sliding_window": 32},
 }  # fmt: skip
 
 #: Model type -> why no tiny model of it can be built.
@@ -227,12 +256,17 @@ NOT_BUILDABLE: dict[str, str] = {
     "musicgen_melody": "AutoModelForCausalLM cannot make it, as with musicgen",
 }
 
-#: Causal although their configuration says `is_decoder=False`, or made here only as decoders.
+#: Causal although their configuration says `is_decoder=False`, or made here only as decoders. (What Reformer's hashed
+#: attention sees depends on the buckets of all tokens, later ones too: its logits are not strictly causal.)
 READS_FORWARDS = ("gpt_neox", "gpt_neox_japanese", "reformer", "trocr")
 #: Every token of the prompt sees every other, and no option changes that.
 READS_BOTH_WAYS = ("cpmant",)
 #: Encoder -> what makes it causal, where that is not `is_decoder=True`.
-AS_DECODER: dict[str, dict[str, Any]] = {"xlm": {"causal": True}, "xlnet": {"attn_type": "uni"}}
+AS_DECODER: dict[str, dict[str, Any]] = {
+    "big_bird": {"is_decoder": True, "attention_type": "original_full"},
+    "xlm": {"causal": True},
+    "xlnet": {"attn_type": "uni"},
+}
 
 
 def names() -> list[str]:
@@ -255,6 +289,16 @@ def as_decoder(name: str) -> dict[str, Any] | None:
     if name in READS_BOTH_WAYS:
         return None
     return AS_DECODER.get(name, {"is_decoder": True}) if kind(name) == "encoder" else {}
+
+
+def variants() -> list[tuple[str, dict[str, Any]]]:
+    """Arguments of `build` that make everything: each model type, and each encoder once more as a decoder."""
+    pairs: list[tuple[str, dict[str, Any]]] = []
+    for name in names():
+        pairs.append((name, {}))
+        if options := as_decoder(name):
+            pairs.append((name, options))
+    return pairs
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:
@@ -325,7 +369,11 @@ def _make(config: PreTrainedConfig) -> PreTrainedModel:
 
 @torch.no_grad()
 def _randomise(model: PreTrainedModel) -> None:
-    """Give parameters that are all alike (sinks, gates, norms, biases), or not initialised, values of their own."""
+    """Give parameters that would hide a mistake values that show it.
+
+    Those that are all alike (sinks, gates, norms, biases) or that nothing initialises get values of their own, and
+    matrices of very small weights, as some families have whatever `initializer_range` says, become larger.
+    """
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if not parameter.is_floating_point() or not parameter.numel():
@@ -334,6 +382,8 @@ def _randomise(model: PreTrainedModel) -> None:
             parameter.zero_()
         if (parameter == parameter.flatten()[0]).all():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        elif parameter.dim() > 1 and (spread := parameter.std()) < 0.1:
+            parameter *= 0.2 / spread
 
 
 @torch.no_grad()
@@ -375,7 +425,7 @@ def build(name: str, **options: Any) -> PreTrainedModel:
         raise NotBuildable(f"{count:,} parameters, more than {MOST_PARAMETERS:,}")
     _randomise(model)
     try:
-        _try(model)
+        _try(copy.deepcopy(model))  # some families keep what the first prompt made them choose
     except NotBuildable:
         raise
     except Exception as error:
@@ -383,32 +433,46 @@ def build(name: str, **options: Any) -> PreTrainedModel:
     return model
 
 
+def save(name: str, folder: Path, **options: Any) -> Path:
+    """Save `build(name, **options)` and a tokenizer where `AutoModelForCausalLM.from_pretrained` finds them."""
+    model = build(name, **options)
+    tiny.save(model, folder)
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # a text model that only the whole's name leads to
+        configuration(name, **options).save_pretrained(folder)
+    return folder
+
+
+def _row(name: str, options: dict[str, Any], seconds: int) -> tuple[bool, str]:
+    """Whether a model is built within `seconds`, and its line of the table."""
+    start = time.perf_counter()
+    signal.alarm(seconds)
+    try:
+        model = build(name, **options)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        built, said = True, f"{count / 1e6:.2f}M {' '.join(layer_kinds(model.config))}"
+    except (NotBuildable, TimeoutError) as error:
+        built, said = False, str(error)
+    finally:
+        signal.alarm(0)
+    type_of = " ".join([kind(name), *(f"{key}={value}" for key, value in options.items())])
+    state = f"{'built' if built else 'NOT':5} {time.perf_counter() - start:5.1f} s"
+    return built, f"{name:25} {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]:45} {type_of:24} {state} {said}"
+
+
 def _report(chosen: list[str], seconds: int) -> None:
-    """Print one line for each of `chosen`; what takes longer than `seconds` is stopped."""
+    """Print a line for each model of `chosen`; what takes longer than `seconds` is stopped."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"more than {seconds} s")
 
     signal.signal(signal.SIGALRM, stop)
-    built = 0
-    for name in chosen:
-        start = time.perf_counter()
-        signal.alarm(seconds)
-        try:
-            model = build(name)
-            signal.alarm(0)
-            count = sum(parameter.numel() for parameter in model.parameters())
-            state, made, built = "built", f"{count / 1e6:.2f}M {' '.join(layer_kinds(model.config))}", built + 1
-        except (NotBuildable, TimeoutError) as error:
-            state, made = "NOT", str(error)
-        finally:
-            signal.alarm(0)
-        took = time.perf_counter() - start
-        print(
-            f"{name:26} {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]:36} {kind(name):15} {state:5} {took:5.1f} {made}",
-            flush=True,
-        )
-    print(f"{built} of {len(chosen)} built")
+    built: list[str] = []
+    for name, options in variants():
+        if name in chosen:
+            done, line = _row(name, options, seconds)
+            print(line, flush=True)
+            built += [kind(name) + (" as decoder" if options else "")] * done
+    print(", ".join(f"{built.count(sort)} {sort}" for sort in sorted(set(built))) + f" built of {len(chosen)} types")
 
 
 if __name__ == "__main__":
