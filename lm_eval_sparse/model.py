@@ -487,13 +487,11 @@ class SparseHFLM(HFLM):
             scored: dict[tuple, Tensor] = {}
             hits: dict[tuple, Tensor] = {}
             for tokens in sequences:
-                scored[tuple(tokens)], hits[tuple(tokens)] = self._score_tokens(tokens, first, cache, context)
+                scored[tuple(tokens)], hits[tuple(tokens)] = self._score_tokens(tokens, first, cache)
                 cache.restore(snapshot)
         return context.answers(scored, hits)
 
-    def _score_tokens(
-        self, tokens: list[int], first: Tensor, cache: SparseCache, context: Context
-    ) -> tuple[Tensor, Tensor]:
+    def _score_tokens(self, tokens: list[int], first: Tensor, cache: SparseCache) -> tuple[Tensor, Tensor]:
         """Log-probability and greedy hit of each token of one answer; `first (1, V)` predicts its first token."""
         pieces: list[Tensor] = []
         greedy: list[Tensor] = []

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import random
+import re
 import signal
 import time
 import warnings
@@ -236,7 +237,8 @@ def table(found: list[Family]) -> str:
         f"Every entry of transformers {transformers.__version__}'s mapping of causal language models, as a tiny "
         f"random model, {LENGTH} tokens, more than its windows and chunks, on a CPU in fp32. **dense**: "
         "log-likelihoods and greedy text equal those of lm-eval's `hf`. **prefill, eviction, decode**: a method of "
-        "that phase which selects everything equals dense. Where a cell says no, the run is refused in one line before its first prompt; the "
+        "that phase which selects everything equals dense. Where a cell says no, the run is refused in one line before "
+        "its first prompt; the "
         "reasons stand below. *gen*: generated tasks only, since a recurrent state cannot go back to the end of a "
         "context.",
         "",
@@ -275,13 +277,21 @@ def table(found: list[Family]) -> str:
 
 def _reason(state: str) -> str:
     """What is the same in the messages of all models that are refused for one reason."""
-    kind, _, message = state.partition(": ")
-    text = message.split(") cannot be evaluated as asked: ")[-1]
-    for after in (") does not run with sparse attention (", ") has no ", ") keeps a ", ") does not "):
-        if after in text:
-            text = after.strip(") ") + " " + text.split(after, 1)[-1]
-    for before in ("; type method=dense", "; use --model hf", ": use --model hf", "; sparse-hf evaluates"):
+    kind, _, text = state.partition(": ")
+    for before in (
+        "; type method=dense",
+        "; use --model hf",
+        ": use --model hf",
+        "; sparse-hf evaluates",
+        ": sparse-hf",
+    ):
         text = text.split(before)[0]
+    text = re.sub(r"^(the given model|pretrained='\S*')( \(\S+\))? (cannot be evaluated as asked: )?", "", text)
+    text = re.sub(r"all_\w+ cannot be applied to it: ", "", text)
+    text = re.sub(r"does not run with sparse attention \((.*?)\)?$", r"\1", text)
+    text = re.sub(r"^\w+ (of layer \d+ is handed|uses '\w+' in its attention)", r"its attention \1", text)
+    text = re.sub(r"\b(in|of|to) layer -?\d+\b", r"\1 some layer", re.sub(r"^layer \d+", "a layer", text))
+    text = re.sub(r" \((\w|-)+\)$", "", text)
     return (kind + ": " if kind == "WRONG" else "") + text
 
 

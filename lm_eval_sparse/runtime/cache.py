@@ -280,7 +280,7 @@ class PreallocatedLayer(DynamicLayer):
             # Storage that has grown in the meantime has more room than there was.
             grown = self.ragged.kv.longest - longest
             self.ragged.cut(lengths, longest, max(room, self.ragged.room + grown), total)
-        else:
+        elif self.is_initialized:  # a model may leave layers of its cache alone
             self.keys, self.values = self.keys[..., :state, :], self.values[..., :state, :]
 
     # Beam search and batch selection replace `keys` and `values`; everything else has to follow.

@@ -406,12 +406,11 @@ class Decoder:
             longest = max(row.held[place].longest + row.room for row in rows)
             if longest > layer.longest or layer.pool.made != layer.made:
                 layer.made, layer.longest = layer.pool.made, max(longest, layer.longest)
-                self.graphs.clear()
+                self._forget_graphs()
 
     def release(self) -> None:
         """Give all memory back."""
-        self.graphs.clear()
-        self._memory = None
+        self._forget_graphs()
         self.grown = 0
         self.pools, self.layers, self._record, self.logits = [], [], {}, {}
         self._checked.clear()
@@ -421,7 +420,7 @@ class Decoder:
         rows = [row for row in self._batch if not row.done]
         # Twice as much each time: a step has to be captured anew for each size.
         more = max(LEAST_GROWTH, self.reserve, *(row.fed for row in rows))
-        self.graphs.clear()
+        self._forget_graphs()
         page = None if self.method is None else self.method.page_size
         for place, layer in enumerate(self.layers):
             pool, sources = layer.pool, []
@@ -563,7 +562,7 @@ class Decoder:
         own = [(None, None) if plan is None else plan.at(row.prompt) for row in self._batch]
         for chosen in dict.fromkeys(own):
             if chosen != (self.method, self.sparsity):  # budgets are constants of what was captured
-                self.graphs.clear()
+                self._forget_graphs()
             self.method, self.sparsity = chosen
             yield [row for row, mine in zip(self._batch, own, strict=True) if mine == (self.method, self.sparsity)]
 
@@ -718,6 +717,11 @@ class Decoder:
                 self.no_graph = f"the step cannot be captured ({type(error).__name__}: {lines[0]})"
                 logger.warning("decoding runs without CUDA graphs: %s", self.no_graph)
         return self.graphs.get(self._bucket)
+
+    def _forget_graphs(self) -> None:
+        """Drop what was captured. The memory pool ends with its last graph: the next one begins another."""
+        self.graphs.clear()
+        self._memory = None
 
     def _capture(self) -> Any:
         statics = [self.ids, self.positions, self.cursor, self.lengths]

@@ -103,10 +103,12 @@ class Probe:
         runtime: of the model.
         looks: in the first pass nothing of ours runs: what each layer sees is noted, and transformers' own function in
             fp32 answers for it.
+        jitter: relative size of the noise that is put on what answers, to learn what rounding does.
     """
 
-    def __init__(self, runtime: Runtime, looks: bool = False):
-        self.runtime, self.looks = runtime, looks
+    def __init__(self, runtime: Runtime, looks: bool = False, jitter: float = 0.0):
+        self.runtime, self.looks, self.jitter = runtime, looks, jitter
+        self._generator = torch.Generator().manual_seed(0)
         self.layers: dict[int, Seen] = {}
         self.sights: dict[int, Sight] = {}
         self.trial = Trial()
@@ -172,6 +174,7 @@ class Probe:
             return self._look(index, module, query, key, value, mask, arguments)
         runtime = self.runtime
         if not self.decodes and query.shape[2] == key.shape[2] and key.shape[2] == runtime.prompt:
+            self._check_room(index)
             if runtime.sights[index].kind == "full" and not runtime.takes_mask(index):
                 self._note_cache(index, key, value)
             seen.keys, seen.values = key, value
@@ -212,7 +215,22 @@ class Probe:
         before = self.sights.setdefault(index, sight)
         if before != sight:
             raise CheckError(f"layer {index} is called with several masks ({before}; {sight})")
-        return reference(module, query, key, value, mask == 0, arguments).to(value.dtype)
+        out = reference(module, query, key, value, mask == 0, arguments)
+        if self.jitter:
+            noise = torch.randn(out.shape, generator=self._generator).to(out)
+            out = out * (1 + self.jitter * noise)
+        return out.to(value.dtype)
+
+    def _check_room(self, index: int) -> None:
+        """Raise where a layer's cache forgets keys that its mask shows: then answers depend on how they are made."""
+        layers, sight = self.runtime.cache.layers, self.runtime.sights[index]
+        window = getattr(layers[index], "sliding_window", None) if index < len(layers) else None
+        needed = {"full": self.runtime.longest, "other": 0}.get(sight.kind, sight.size)
+        if isinstance(window, int) and window < needed:
+            raise CheckError(
+                f"the cache of layer {index} keeps {window} tokens while its mask shows more ({sight}), so its answers "
+                "with a cache are not those without"
+            )
 
     def _note_cache(self, index: int, key: Tensor, value: Tensor) -> None:
         """Note whether what attention is given is what our cache holds, or a layer before it lent."""
@@ -350,7 +368,16 @@ def check(model: PreTrainedModel, forward: Forward, runtime: Runtime, steps: int
             raise CheckError("it has no attention layer that goes through transformers' attention interface")
         runtime.see(look.sights)
         dense, _ = trial_pass(model, forward, runtime, Probe(runtime), ids, steps)
-        _check_logits(model, forward, ids, looked, dense)
+        # Under autocast the logits tell what was computed in.
+        dtype = min((model.dtype, dense.dtype), key=lambda kind: torch.finfo(kind).bits)
+        with Probe(runtime, looks=True, jitter=torch.finfo(dtype).eps).watching():
+            noise = distance(forward(ids, cache=None), looked)
+        off, limit = distance(dense, own_logits(model, forward, ids)), max(LOGITS.get(dtype, 5e-2), NOISE * noise)
+        if not off <= limit:
+            raise CheckError(
+                f"its logits come out {off:.2g} off those with transformers' own attention and no cache (relative), "
+                f"and {limit:.2g} is what rounding may do"
+            )
         if plan.phases:
             _check_phases(model, forward, runtime, plan, ids, steps)
     finally:
@@ -384,22 +411,9 @@ def trial_pass(
     return torch.cat(logits, 1), counts
 
 
-def _check_logits(model: PreTrainedModel, forward: Forward, ids: Tensor, looked: Tensor, dense: Tensor) -> None:
-    """Compare logits with those of the model as transformers runs it: code around attention may ask for its name.
-
-    `looked` are logits with the same attention in higher precision: how far they are away is what rounding does.
-    """
-    own = own_logits(model, forward, ids)
-    off, noise = (float((found.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30))
-                  for found, right in ((dense, own), (looked, dense)))  # fmt: skip
-    # Under autocast the logits tell what was computed in.
-    dtype = min((model.dtype, dense.dtype), key=lambda kind: torch.finfo(kind).bits)
-    limit = max(LOGITS.get(dtype, 5e-2), NOISE * noise)
-    if not off <= limit:
-        raise CheckError(
-            f"its logits come out {off:.2g} off those with transformers' own attention (relative), and {limit:.2g} is "
-            "what rounding may do"
-        )
+def distance(found: Tensor, right: Tensor) -> float:
+    """How far logits are off others, relative to these."""
+    return float((found.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30))
 
 
 def own_logits(model: PreTrainedModel, forward: Forward, ids: Tensor) -> Tensor:
