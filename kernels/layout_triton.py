@@ -55,7 +55,7 @@ def walk(layout: BlockLayout, mend: bool = False) -> tuple[Tensor, Tensor, Tenso
         # A shared list with the same stride for all query blocks: none.
         columns.stride(0),
         0 if shape[1] else columns.stride(1),
-        mend,
+        int(mend),
         BLOCK_Q=layout.block_q,
         BLOCK_K=layout.block_k,
         COLUMNS=layout.columns is not None,
