@@ -99,7 +99,21 @@ class BlockLayout:
             return self._pairs(), self._keys()
         from . import layout_triton
 
-        return layout_triton.pairs_and_keys(self)
+        return layout_triton.walk(self)[:2]
+
+    def walk(self) -> tuple[BlockLayout, Tensor, Tensor, Tensor]:
+        """A layout that kernels can execute whatever this one lists, and of this one pairs, keys and `faults`.
+
+        In Triton, and without waiting for the device: whether anything is wrong can be read when all has run. Lists
+        with a fault are mended, in place where they are contiguous: their results are worth nothing, as are the numbers
+        of their heads, but nothing outside of the keys is read on the way.
+        """
+        from . import layout_triton
+
+        parts = (self.indices, self.counts, self.columns, self.column_counts)
+        indices, counts, *columns = (None if part is None else part.contiguous() for part in parts)
+        layout = BlockLayout(indices, counts, self.length, self.block_q, self.block_k, *columns)
+        return layout, *layout_triton.walk(layout, mend=True)
 
     def _pairs(self) -> Tensor:
         weights = tile_pairs(self.length, self.block_q, self.block_k, self.indices.device)
@@ -161,47 +175,100 @@ class BlockLayout:
     def check(self, heads: int) -> None:
         """Raise ValueError unless the layout is causal, in range, free of duplicates, and every query has a key.
 
-        Costs a pass over the layout and a host synchronisation: for tests and debugging.
+        Costs a pass over the layout and a host synchronisation.
         """
         check_shapes(self, heads)
-        if bool((self.counts < 1).any()) or bool((self.counts > self.indices.shape[-1]).any()):
-            raise ValueError(
-                f"layout lists fewer than one key block in a row, or more than its {self.indices.shape[-1]}"
-            )
-        if self.columns is not None and bool((self.column_counts > self.columns.shape[-1]).any()):
-            raise ValueError(f"layout counts more columns than the {self.columns.shape[-1]} it lists")
-        ids, valid = self.indices.long(), self.valid()
-        if bool(((ids < 0) | (ids >= self.blocks_k)).logical_and(valid).any()):
-            raise ValueError(f"layout holds a key block outside 0..{self.blocks_k - 1}")
-        last_query = (
-            torch.clamp((torch.arange(self.blocks_q, device=ids.device) + 1) * self.block_q, max=self.length) - 1
-        )
-        if bool((ids * self.block_k > last_query[None, :, None]).logical_and(valid).any()):
-            raise ValueError("layout holds a key block that lies wholly after its query block")
-        if bool((ids[..., 1:] <= ids[..., :-1]).logical_and(valid[..., 1:]).any()):
-            raise ValueError("layout's key blocks are not strictly ascending (duplicate or unsorted)")
-        first_query = torch.arange(self.blocks_q, device=ids.device) * self.block_q
-        smallest = torch.where(valid, ids, self.blocks_k).amin(-1)
+        for bits in self.faults().tolist():
+            if bits:
+                raise ValueError(f"layout {self.words(bits)}")
+
+    def words(self, bits: int) -> str:
+        """What the lowest of these bits of `faults` says of a head."""
+        return fault(bits, self.indices.shape[-1], self.blocks_k, 0 if self.columns is None else self.columns.shape[-1])
+
+    def faults(self) -> Tensor:
+        """`(H,)` int32: what is wrong with the lists of each head, a bit for each of `FAULTS`; 0 where nothing is."""
+        device, width = self.indices.device, self.indices.shape[-1]
+        first = torch.arange(self.blocks_q, device=device, dtype=torch.int32) * self.block_q
+        last = torch.clamp(first + self.block_q, max=self.length) - 1
+        ids, counts = self.indices, self.counts.clamp(0, width)
+        valid = torch.arange(width, device=device) < counts[..., None]
+        inside = (ids >= 0) & (ids < self.blocks_k)
+        found = [
+            (self.counts < 1) | (self.counts > width),
+            ~inside & valid,
+            inside & (ids > (last // self.block_k)[:, None]) & valid,
+            (ids[..., 1:] <= ids[..., :-1]) & valid[..., 1:],
+        ]
+        has_key = torch.zeros_like(counts, dtype=torch.bool)
+        if width:
+            has_key = (counts > 0) & inside[..., 0] & (ids[..., 0] <= first // self.block_k)
         if self.columns is not None:
-            shared = self.columns.shape[1] == 1
-            counts = self.column_counts[..., None]
-            columns = self.columns.long().expand(-1, self.blocks_q, -1)
-            valid = torch.arange(columns.shape[-1], device=ids.device) < counts
-            if bool(((columns < 0) | (columns > last_query[None, :, None])).logical_and(valid).any()):
-                raise ValueError("layout holds a key column outside the keys that its query block may see")
-            if bool((columns[..., 1:] <= columns[..., :-1]).logical_and(valid[..., 1:]).any()):
-                raise ValueError("layout's key columns are not strictly ascending (duplicate or unsorted)")
-            if shared and bool((columns <= last_query[None, :, None]).logical_and(_kept(columns, counts)).any()):
-                raise ValueError("layout counts fewer columns of a shared list than a query block may see")
-            blocks = torch.where(valid, columns // self.block_k, 0)
-            if not shared and bool(self.mask().gather(-1, blocks).logical_and(valid).any()):
-                raise ValueError("layout holds a key column that lies in a listed tile of its query block")
-            reach = torch.where(valid, columns, self.length).amin(-1) if columns.shape[-1] else self.length
-            smallest = torch.minimum(smallest * self.block_k, torch.as_tensor(reach, device=ids.device))
+            number = self.column_counts.clamp(0, self.columns.shape[-1])
+            if self.columns.shape[-1]:
+                has_key |= (number > 0) & (self.columns[..., 0] >= 0) & (self.columns[..., 0] <= first)
+            found += [~has_key, number != self.column_counts]
+            if self.columns.shape[1] == 1:
+                found += self._shared_faults(number, first, last)
+            else:
+                found += self._own_faults(number, last, valid & inside)
         else:
-            smallest = smallest * self.block_k
-        if bool((smallest > first_query).any()):
-            raise ValueError("layout leaves a query without any key: select the first column or the diagonal")
+            found.append(~has_key)
+        bits = torch.zeros(self.heads, dtype=torch.int32, device=device)
+        for place, wrong in enumerate(found):
+            bits |= wrong.flatten(1).any(1).int() << place
+        return bits
+
+    def _own_faults(self, number: Tensor, last: Tensor, tiles: Tensor) -> list[Tensor]:
+        """Faults of column lists of which every query block has its own; `tiles` says which listed tiles exist."""
+        columns = self.columns
+        valid = torch.arange(columns.shape[-1], device=columns.device) < number[..., None]
+        inside = (columns >= 0) & (columns <= last[:, None])
+        blocks = torch.where(tiles, self.indices, self.blocks_k).long()
+        listed = torch.zeros(*self.counts.shape, self.blocks_k + 1, dtype=torch.bool, device=columns.device)
+        listed.scatter_(-1, blocks, True)[..., -1] = False
+        taken = listed.gather(-1, torch.where(inside, columns // self.block_k, self.blocks_k).long())
+        return [~inside & valid, (columns[..., 1:] <= columns[..., :-1]) & valid[..., 1:], taken & valid]
+
+    def _shared_faults(self, number: Tensor, first: Tensor, last: Tensor) -> list[Tensor]:
+        """Faults of column lists that all query blocks of a head share: each block counts those up to its last query.
+
+        What a block counts more than the one before it must lie within its own queries.
+        """
+        columns = self.columns[:, 0]
+        highest = number.cummax(1).values
+        place = torch.arange(columns.shape[-1], device=columns.device, dtype=highest.dtype)
+        valid = place < highest[:, -1:]
+        # The first query block that counts a column.
+        owner = torch.searchsorted(highest, place.expand(len(columns), -1).contiguous(), right=True)
+        owner = owner.clamp(max=self.blocks_q - 1)
+        outside = (columns < 0) | (columns > last[owner])
+        missed = (columns >= 0) & (columns < first[owner]) & valid
+        falls = (number[:, 1:] < number[:, :-1]).any(1, keepdim=True)
+        unordered = (columns[:, 1:] <= columns[:, :-1]) & valid[:, 1:]
+        nothing = torch.zeros_like(falls)
+        return [outside & valid, unordered, nothing, missed.any(1, keepdim=True) | falls]
+
+
+#: What may be wrong with the lists of a head; bit i of `BlockLayout.faults` stands for the i-th.
+FAULTS = (
+    "lists fewer than one key block in a row, or more than its {width}",
+    "holds a key block outside 0..{blocks}",
+    "lists a key block that lies wholly after its query block",
+    "lists key blocks that are not strictly ascending (duplicate or unsorted)",
+    "leaves a query without any key: select the first column or the diagonal",
+    "counts more columns than the {columns} it lists, or fewer than none",
+    "holds a key column outside the keys that its query block may see",
+    "lists key columns that are not strictly ascending (duplicate or unsorted)",
+    "holds a key column that lies in a listed tile of its query block",
+    "counts fewer columns of a shared list than a query block may see",
+)
+
+
+def fault(bits: int, width: int, blocks: int, columns: int) -> str:
+    """Words for the lowest of `bits` of `FAULTS`, for lists of `width` of so many key blocks and of so many columns."""
+    lowest = (int(bits) & -int(bits)).bit_length() - 1
+    return FAULTS[lowest].format(width=width, blocks=blocks - 1, columns=columns)
 
 
 def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,26 +291,30 @@ def check_shapes(layout: BlockLayout, heads: int) -> None:
         raise ValueError(f"layout's ids and counts are {found}; expected torch.int32")
     if layout.block_q not in BLOCK_SIZES or layout.block_k not in BLOCK_SIZES:
         raise ValueError(f"block sizes are {layout.block_q}x{layout.block_k}; accepted: {BLOCK_SIZES}")
-    if layout.indices.shape[:2] != (heads, layout.blocks_q) or layout.counts.shape != (heads, layout.blocks_q):
+    if (
+        layout.indices.dim() != 3
+        or layout.indices.shape[:2] != (heads, layout.blocks_q)
+        or layout.counts.shape != (heads, layout.blocks_q)
+    ):
         raise ValueError(
             f"layout has indices {tuple(layout.indices.shape)} and counts {tuple(layout.counts.shape)}; "
             f"expected ({heads}, {layout.blocks_q}, width) and ({heads}, {layout.blocks_q})"
         )
+    if not layout.indices.shape[2]:
+        raise ValueError("layout lists no key block at all; expected at least one in each row")
     if (layout.columns is None) != (layout.column_counts is None):
         raise ValueError("layout has only one of columns and column_counts; expected both or neither")
     if layout.columns is not None:
         shapes = tuple(layout.columns.shape[:2]), tuple(layout.column_counts.shape)
-        if shapes[0] not in ((heads, layout.blocks_q), (heads, 1)) or shapes[1] != (heads, layout.blocks_q):
+        if (
+            layout.columns.dim() != 3
+            or shapes[0] not in ((heads, layout.blocks_q), (heads, 1))
+            or shapes[1] != (heads, layout.blocks_q)
+        ):
             raise ValueError(
                 f"layout has columns {tuple(layout.columns.shape)} and column_counts {shapes[1]}; "
                 f"expected ({heads}, {layout.blocks_q} or 1, width) and ({heads}, {layout.blocks_q})"
             )
-
-
-def _kept(columns: Tensor, counts: Tensor) -> Tensor:
-    """Entries of shared lists that some query block counts, but not the one at hand."""
-    place = torch.arange(columns.shape[-1], device=columns.device)
-    return (place >= counts) & (place < counts[:, -1:])
 
 
 def causal_pairs(length: int) -> int:

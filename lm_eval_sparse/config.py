@@ -6,18 +6,19 @@ Everything that can be wrong in what the user typed about sparsity is found here
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import UserError, nearest
-from .kernels.block_sparse_prefill import BACKENDS
-from .methods import METHODS, PHASE_ARGUMENTS, Dense, Method, presets
+from .kernels.block_sparse_prefill import BACKENDS, DEBUG
+from .methods import METHODS, PHASE_ARGUMENTS, Dense, Method, check_page_size, presets
 from .runtime.attention import Assignment, Plan
 
 logger = logging.getLogger(__name__)
 
 #: Model arguments of sparse-hf itself, beside the knobs of the methods.
-OWN_ARGS = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats")
+OWN_ARGS = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug")
 
 STATS = ("basic", "full")
 
@@ -33,6 +34,7 @@ class SparseConfig:
         preset: name of a table of knobs, or None.
         backend: kernel choice.
         stats: `basic`, or `full` to keep figures per layer and head.
+        debug: whether selections are checked at once on a GPU too.
         given: knobs that the user typed.
         arguments: the model argument that asked for each phase's sparsity.
     """
@@ -45,6 +47,7 @@ class SparseConfig:
     stats: str
     given: dict[str, Any]
     arguments: dict[str, str]
+    debug: bool = False
 
     @property
     def sparsity(self) -> float | None:
@@ -60,7 +63,7 @@ class SparseConfig:
             for phase, method in self.methods.items()
             if self.sparsities[phase] != 0
         }
-        return Plan(**filled, backend=self.backend)
+        return Plan(**filled, backend=self.backend, debug=self.debug)
 
     def describe(self) -> dict[str, Any]:
         """Methods and knobs as requested, for fingerprints and results. Solved knobs are not among them."""
@@ -125,6 +128,11 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
     stats = ours.get("stats", STATS[0])
     if stats not in STATS:
         raise UserError(f"stats={stats!r} is unknown{nearest(stats, STATS)} (accepted: {', '.join(STATS)})")
+    debug = ours.get("debug")
+    if debug is None:
+        debug = os.environ.get(DEBUG, "0") not in ("", "0")
+    elif not isinstance(debug, (bool, int)) or debug not in (0, 1):
+        raise UserError(f"debug={debug!r} is not accepted: give True or False (or 1 or 0), for example debug=True")
     sparsities = _sparsities(ours, names, chosen)
 
     knobs = _assign_knobs(given, names, chosen)
@@ -134,6 +142,8 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
         if sparsities[phase] is not None and decided:
             _refuse_both(ours, names, phase, decided)
         methods[phase] = cls(**knobs[phase])
+        if phase == "decode":
+            check_page_size(methods[phase])
         if sparsities[phase] is None:
             methods[phase].check_native()
     preset = ours.get("preset")
@@ -156,7 +166,7 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
         for phase in methods
     }
     name = "+".join(method.name for method in methods.values()) or Dense.name
-    return SparseConfig(name, methods, sparsities, preset, backend, stats, given, arguments)
+    return SparseConfig(name, methods, sparsities, preset, backend, stats, given, arguments, bool(debug))
 
 
 def _methods(names: list[str]) -> dict[str, type[Method]]:

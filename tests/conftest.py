@@ -1,4 +1,7 @@
-"""Skips tests marked `gpu` where torch sees no CUDA device; there Triton kernels run under Triton's interpreter."""
+"""Leaves out tests that run on request, skips those marked `gpu` without a CUDA device.
+
+Without one Triton kernels run under its interpreter.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,20 @@ if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") i
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+#: Markers of tests that take minutes: they run when they are asked for.
+ON_REQUEST = {"families": "every causal family of transformers"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for name, what in ON_REQUEST.items():
+        parser.addoption(f"--{name}", action="store_true", help=f"also run the tests of {what}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = {name for name in ON_REQUEST if not config.getoption(f"--{name}")}
+    wanted = [item for item in items if not left_out & {mark.name for mark in item.iter_markers()}]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

@@ -41,8 +41,7 @@ from lm_eval_sparse.methods import (
     Selection,
 )
 from lm_eval_sparse.model import SparseHFLM
-
-from . import families
+from tests import families
 
 #: Tokens of a prompt: more than any window or chunk of the tiny models.
 LENGTH, ANSWER = 203, 6

@@ -40,6 +40,7 @@ from lm_eval_sparse.runtime import attention, decoding
 from lm_eval_sparse.runtime.accounting import RowCounts
 from lm_eval_sparse.runtime.attention import COVERED, Runtime
 from lm_eval_sparse.runtime.cache import PreallocatedLayer
+from lm_eval_sparse.runtime.selections import COVERS
 
 SEED = int(os.environ.get("TEST_PHASES_SEED") or random.SystemRandom().randrange(1 << 31))
 #: Absolute difference of logits and log-likelihoods that rounding explains.
@@ -509,7 +510,7 @@ def test_sparsity_zero_is_dense(method: str, dense_case: Any) -> None:
 
 @pytest.mark.parametrize("method", [*SPARSE_METHODS, *COMBINATIONS])
 def test_a_budget_that_covers_everything_is_dense(method: str, dense_case: Any) -> None:
-    """Most such budgets run dense and are counted as fallback, with a reason."""
+    """Such budgets are counted as fallback, with a reason, whether they ran dense or executed everything."""
     model, own, prompts, pairs = dense_case
     lm = sparse(copy.deepcopy(model), **covering(method), batch_size=2)
     found = assert_dense(own, lm, prompts, pairs, 6)
@@ -518,20 +519,19 @@ def test_a_budget_that_covers_everything_is_dense(method: str, dense_case: Any) 
         assert (
             sum(c.get("sparse", 0) + c.get("fallback", 0) for c in calls) > 0 == sum(c.get("dense", 0) for c in calls)
         )
-        if name not in ("flexprefill", "flexprefill_vs"):
-            assert sum(c.get("sparse", 0) for c in calls) == 0
-            assert lm.report()["phases"][METHODS[name].phase]["fallback_reasons"]
-            with pytest.raises(UserError, match="never ran"):
-                lm.check_it_ran()
+        assert sum(c.get("sparse", 0) for c in calls) == 0
+        assert lm.report()["phases"][METHODS[name].phase]["fallback_reasons"]
+        with pytest.raises(UserError, match="never ran"):
+            lm.check_it_ran()
 
 
 @pytest.mark.parametrize("method", [*SPARSE_METHODS, *COMBINATIONS])
 def test_everything_selected_through_the_sparse_path_is_dense(
     method: str, dense_case: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same budgets, but nothing falls back: layouts of all tiles, caches of all tokens.
+    """The same budgets, but all are executed: layouts of all tiles, caches of all tokens, lists of all pages.
 
-    Lists of all pages are executed anyway; they are counted as fallback once it is known that nothing was left out.
+    They are counted as fallback once it is known that nothing was left out.
     """
     for cls in METHODS.values():
         monkeypatch.setattr(cls, "too_short", lambda self, sparsity, length: None)
@@ -563,8 +563,10 @@ def test_everything_selected_through_the_sparse_path_is_dense(
             continue
         for one in found:
             calls = one.stats[METHODS[name].phase]["calls"]
-            assert calls.get("fallback", 0) == 0
-        assert report[METHODS[name].phase]["calls"]["sparse"] > 0
+            assert calls.get("sparse", 0) == calls.get("dense", 0) == 0
+        phase = METHODS[name].phase
+        assert report[phase]["fallback_reasons"] == {COVERS[phase]: report[phase]["calls"]["fallback"]}
+        assert report[phase]["calls"]["fallback"] > 0
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 100])

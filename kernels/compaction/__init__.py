@@ -8,6 +8,45 @@ from torch import Tensor
 from ..backends import choose
 from . import naive
 
+#: What may be wrong with what a head keeps; bit i of `kept_faults` stands for the i-th.
+FAULTS = (
+    "keeps fewer than one token, or more than {most}",
+    "keeps numbers of tokens that do not add up to its total of {total} tokens",
+    "lists token ids that are negative or not below the prompt's {length} tokens",
+    "lists token ids that are not strictly ascending (one twice, or unsorted)",
+)
+
+
+def fault(bits: int, width: int, total: int, length: int) -> str:
+    """Words for the lowest of `bits` of `FAULTS`, for lists of `width` places."""
+    lowest = (int(bits) & -int(bits)).bit_length() - 1
+    return FAULTS[lowest].format(most=min(width, length), total=total, length=length)
+
+
+def check_kept(
+    indices: Tensor, counts: Tensor, total: int, length: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Look for faults in what is kept, and let nothing be read or written elsewhere because of them.
+
+    Args:
+        indices: `(H, W)` int64, `counts (H,)` int64 or int32: as in `compact`.
+        total: what the counts should add up to; from H to H times the smaller of W and `length`.
+        length: tokens there are.
+        backend: `auto`, `naive` or `triton`. The latter never waits for the device.
+
+    Returns:
+        Ids and counts that `compact` can take, whose counts add up to `total` at most (those given where nothing is
+        wrong; ids are mended in place where they are contiguous), and `(H,)` int32: a bit for each of `FAULTS`.
+    """
+    heads, width = indices.shape
+    if not heads <= total <= heads * min(width, length):
+        raise ValueError(f"total is {total}, expected {heads} to {heads * min(width, length)} tokens")
+    if choose(backend, indices.device) == "triton":
+        from . import triton
+
+        return triton.check_kept(indices.contiguous(), counts, total, length)
+    return naive.check_kept(indices, counts, total, length)
+
 
 def compact(
     keys: Tensor,

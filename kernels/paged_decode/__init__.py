@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,19 @@ BACKENDS = ("naive", "gather", "triton")
 #: What the Triton kernel takes.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+
+#: What may be wrong with a list of pages; bit i of `PageSelection.faults` stands for the i-th.
+FAULTS = (
+    "selection leaves a token without any page, or counts more than the {width} it lists",
+    "selection holds a page that its token may not see: it is negative",
+    "selection holds a page that its token may not see: it begins after the token",
+    "selection does not list pages in ascending order, or lists one twice",
+)
+
+
+def fault(bits: int, width: int) -> str:
+    """Words for the lowest of `bits` of `FAULTS`, for lists of `width` places."""
+    return FAULTS[(int(bits) & -int(bits)).bit_length() - 1].format(width=width)
 
 
 @dataclass(frozen=True)
@@ -58,21 +72,60 @@ class PageSelection:
         held = kv.lengths[:, None, None] > 0
         return torch.where(held, at * self.page_size + partial, 0).to(torch.int32)
 
+    def faults(self, kv: RaggedKV) -> np.ndarray:
+        """`(S, Gs, T)` int32 on the host: what is wrong with each list, a bit for each of `FAULTS`.
+
+        0 where nothing is, and at sequences of length 0. Waits for lists that are on a GPU.
+        """
+        # Not in torch: on a CPU this is done in every layer of every step, with few numbers.
+        pages, counts, lengths = (part.cpu().numpy() for part in (self.pages, self.counts, kv.lengths))
+        steps, width = pages.shape[2:]
+        last = (lengths[:, None, None] + np.arange(-steps, 0)) // self.page_size  # the page that each token is in
+        valid = np.arange(width) < counts[..., None]
+        bits = ((counts < 1) | (counts > width)).astype(np.int32)
+        bits |= ((pages < 0) & valid).any(-1).astype(np.int32) << 1
+        bits |= ((pages > last[..., None]) & valid).any(-1).astype(np.int32) << 2
+        bits |= ((pages[..., 1:] <= pages[..., :-1]) & valid[..., 1:]).any(-1).astype(np.int32) << 3
+        return np.where(lengths[:, None, None] > 0, bits, 0)
+
     def check(self, kv: RaggedKV) -> None:
         """Raise ValueError unless lists ascend and every page begins before the end of what its token may see.
 
-        Costs a host synchronisation: for tests and debugging.
+        Costs a host synchronisation.
         """
-        width = self.pages.shape[-1]
-        used = (kv.lengths > 0)[:, None, None]
-        visible = kv.visible(self.pages.shape[2])[:, None, :, None]
-        valid = (torch.arange(width, device=self.pages.device) < self.counts[..., None]) & used[..., None]
-        if bool((((self.counts < 1) | (self.counts > width)) & used).any()):
-            raise ValueError(f"selection leaves a token without any page, or counts more than the {width} it lists")
-        if bool(((self.pages < 0) | (self.pages.long() * self.page_size >= visible)).logical_and(valid).any()):
-            raise ValueError("selection holds a page that its token may not see")
-        if bool(((self.pages[..., 1:] <= self.pages[..., :-1]) & valid[..., 1:]).any()):
-            raise ValueError("selection does not list pages in ascending order, or lists one twice")
+        if (found := self.faults(kv)).any():
+            raise ValueError(fault(found[found > 0][0], self.pages.shape[-1]))
+
+    def check_shapes(self, query: Tensor) -> None:
+        """Raise ValueError unless lists fit queries `(S, G, T, D)`: shapes, dtypes and devices only."""
+        sequences, group, steps, _ = query.shape
+        pages, counts = self.pages, self.counts
+        if pages.dim() != 4 or pages.shape[:3] != counts.shape or pages.shape[1] not in (1, group):
+            raise ValueError(
+                f"pages {tuple(pages.shape)} and counts {tuple(counts.shape)} do not fit together: expected "
+                f"({sequences}, 1 or {group}, {steps}, width) and the same without width"
+            )
+        if (pages.shape[0], pages.shape[2]) != (sequences, steps):
+            raise ValueError(
+                f"pages {tuple(pages.shape)} are for {pages.shape[0]} sequences and {pages.shape[2]} tokens, query "
+                f"{tuple(query.shape)} has {sequences} and {steps}"
+            )
+        if pages.dtype != torch.int32 or counts.dtype != torch.int32:
+            raise ValueError(f"pages are {pages.dtype}, counts {counts.dtype}; expected torch.int32")
+        if not pages.device == counts.device == query.device:
+            raise ValueError(
+                f"devices are {query.device}, {pages.device}, {counts.device} (pages); expected one device"
+            )
+        if self.page_size < 1 or not pages.shape[-1]:
+            raise ValueError(f"page size is {self.page_size}, pages listed {pages.shape[-1]}; expected at least 1")
+        ready = self.ready
+        if ready is not None and (
+            ready.shape != (sequences,) or ready.dtype != torch.int32 or pages.shape[1:3] != (1, 1)
+        ):
+            raise ValueError(
+                f"ready is {tuple(ready.shape)} {ready.dtype} for lists {tuple(pages.shape[:3])}; "
+                f"expected ({sequences},) torch.int32 and one list for a sequence"
+            )
 
 
 def paged_decode(
@@ -97,7 +150,7 @@ def paged_decode(
         window: only that many of the last keys that a token may see, itself included; without a selection only.
         backend: `auto`, `naive`, `gather` or `triton`.
         keys_read: `(S, Gs, T)` int32, contiguous, Gs as in the selection, else 1: filled with the number of keys that
-            each token attends to.
+            each token attends to. `triton` gives minus the `faults` of a list that has some instead.
 
     Returns:
         `(S, G, T, D_v)` in the query's dtype, 0 at sequences of length 0, and the name of the backend that computed
@@ -105,11 +158,12 @@ def paged_decode(
 
     Raises:
         ValueError: shapes, devices or dtypes that do not fit together, a window with a selection, an unknown backend
-            or one that cannot run here. What a selection lists is checked by `PageSelection.check`.
+            or one that cannot run here. What a selection lists is looked at by `PageSelection.check`, and by
+            `triton` where it gives `keys_read`; whatever is listed, `triton` reads keys that a token may see.
     """
     kv.check(query)
     _check(query, selection, softcap, window, keys_read)
-    name = _choose(query, kv, backend)
+    name = choose_backend(query, kv, backend)
     if name == "triton":
         from . import triton
 
@@ -129,38 +183,13 @@ def _dense_keys(kv: RaggedKV, steps: int, window: int | None) -> Tensor:
 def _check(
     query: Tensor, selection: PageSelection | None, softcap: float | None, window: int | None, keys_read: Tensor | None
 ) -> None:
-    sequences, group, steps, _ = query.shape
+    sequences, _, steps, _ = query.shape
     lists = 1
     if selection is not None:
-        pages, counts = selection.pages, selection.counts
-        if pages.dim() != 4 or pages.shape[:3] != counts.shape or pages.shape[1] not in (1, group):
-            raise ValueError(
-                f"pages {tuple(pages.shape)} and counts {tuple(counts.shape)} do not fit together: expected "
-                f"({sequences}, 1 or {group}, {steps}, width) and the same without width"
-            )
-        if (pages.shape[0], pages.shape[2]) != (sequences, steps):
-            raise ValueError(
-                f"pages {tuple(pages.shape)} are for {pages.shape[0]} sequences and {pages.shape[2]} tokens, query "
-                f"{tuple(query.shape)} has {sequences} and {steps}"
-            )
-        if pages.dtype != torch.int32 or counts.dtype != torch.int32:
-            raise ValueError(f"pages are {pages.dtype}, counts {counts.dtype}; expected torch.int32")
-        if not pages.device == counts.device == query.device:
-            raise ValueError(
-                f"devices are {query.device}, {pages.device}, {counts.device} (pages); expected one device"
-            )
-        if selection.page_size < 1 or not pages.shape[-1]:
-            raise ValueError(f"page size is {selection.page_size}, pages listed {pages.shape[-1]}; expected at least 1")
+        selection.check_shapes(query)
         if window is not None:
             raise ValueError(f"window is {window}, with a selection; expected one of them, or neither")
-        if selection.ready is not None and (
-            selection.ready.shape != (sequences,) or selection.ready.dtype != torch.int32 or pages.shape[1:3] != (1, 1)
-        ):
-            raise ValueError(
-                f"ready is {tuple(selection.ready.shape)} {selection.ready.dtype} for lists {tuple(pages.shape[:3])}; "
-                f"expected ({sequences},) torch.int32 and one list for a sequence"
-            )
-        lists = pages.shape[1]
+        lists = selection.pages.shape[1]
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; expected at least 1, or None")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -175,7 +204,8 @@ def _check(
             raise ValueError(f"devices are {query.device}, {keys_read.device} (keys_read); expected one device")
 
 
-def _choose(query: Tensor, kv: RaggedKV, backend: str) -> str:
+def choose_backend(query: Tensor, kv: RaggedKV, backend: str) -> str:
+    """The backend that `paged_decode` takes for these. Raises ValueError as it does."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend {backend!r} is unknown; accepted: auto, {', '.join(BACKENDS)}")
     if backend not in ("auto", "triton") or (backend == "auto" and not query.is_cuda):

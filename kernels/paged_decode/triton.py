@@ -37,6 +37,10 @@ MANY_ROWS, MANY_ROWS_FP32, MANY_STAGES = 64, 16, 2
 #: Dimensions of an output that one program of the second kernel sums.
 SUM_DIMS = 32
 
+#: Pages of a list that are checked at a time, and bits of `FAULTS`.
+CHECKED = 512
+COUNT, NEGATIVE, FUTURE, ORDER = (tl.constexpr(1 << bit) for bit in range(4))
+
 #: A window that no sequence fills, and whose difference from any length is an int32.
 NO_WINDOW = 1 << 30
 LOG2_E = 1.4426950408889634
@@ -59,12 +63,14 @@ def _reach(
     PAGE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """What a tile reads: position of its first key, number of keys, and the place of its list of pages."""
+    """What a tile reads: position of its first key, number of keys, the place of its list of pages and how many that
+    has, and one past the last key that its newest token may see. Whatever a list says, it is read within its width."""
     first_step = tile * rows // group
     last_step = (tl.minimum(tile * rows + rows, steps * group) - 1) // group
     visible = length - steps + 1 + last_step
     # Where nobody is, nothing but the length is looked at.
     held = length > 0
+    count = 0
     if PAGE > 0:
         own = 0
         lists = 1
@@ -75,17 +81,44 @@ def _reach(
         if OVERLAP:  # known without waiting for them
             count = known
             last = (visible - 1) // PAGE
+            listed = tl.minimum(count, width)
         else:
             count = tl.load(counts + place, mask=held, other=1)
-            last = tl.load(pages + place * width + count - 1, mask=held, other=0)
+            listed = tl.minimum(tl.maximum(count, 1), width)
+            last = tl.load(pages + place * width + listed - 1, mask=held, other=0)
+            last = tl.minimum(tl.maximum(last, 0), tl.maximum(visible - 1, 0) // PAGE)
         first = 0
-        number = (count - 1) * PAGE + tl.minimum(PAGE, visible - last * PAGE)
+        number = (listed - 1) * PAGE + tl.minimum(PAGE, visible - last * PAGE)
     else:
         place = sequence.to(tl.int64)
         first = tl.maximum(length - steps + 1 + first_step - window, 0)
         number = visible - first
     number = tl.where(held, tl.maximum(number, 0), 0)
-    return first, number, place
+    return first, number, place, count, visible
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _faults(listed, count, width, visible, PAGE: tl.constexpr, CHECKED: tl.constexpr):
+    """What is wrong with a list of pages, in bits."""
+    last = (visible - 1) // PAGE  # the page that the token is in
+    wrong = tl.zeros((CHECKED,), tl.int32)
+    number = tl.minimum(count, width)
+    start = 0
+    while start < number:
+        slot = start + tl.arange(0, CHECKED)
+        valid = slot < number
+        page = tl.load(listed + slot, mask=valid, other=0)
+        before = tl.load(listed + slot - 1, mask=valid & (slot > 0), other=0)
+        here = tl.where(page < 0, NEGATIVE, 0) | tl.where(page > last, FUTURE, 0)
+        here |= tl.where((slot > 0) & (before >= page), ORDER, 0)
+        wrong |= tl.where(valid, here, 0)
+        start += CHECKED
+    return tl.reduce(wrong, 0, _either) | tl.where((count < 1) | (count > width), COUNT, 0)
 
 
 @triton.jit
@@ -132,10 +165,14 @@ def _attend(
     MIN_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     COUNTED: tl.constexpr,
+    CHECKED: tl.constexpr,
     OVERLAP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One split of one tile: some of the rows (token, query head) of a sequence, and a part of their keys."""
+    """One split of one tile: some of the rows (token, query head) of a sequence, and a part of their keys.
+
+    Where keys of pages are counted, a program behind the last split looks at the whole list meanwhile.
+    """
     if DEPENDENT:
         gdc_launch_dependents()
     split = tl.program_id(0)
@@ -157,12 +194,12 @@ def _attend(
         known = tl.atomic_add(ready + sequence, 0, sem="acquire")
         while known == 0:
             known = tl.atomic_add(ready + sequence, 0, sem="acquire")
-    first, number, place = _reach(
+    first, number, place, count, end = _reach(
         length, pages, counts, known, sequence, tile, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE, OVERLAP
     )
     size = _split_size(number, SPLITS, MIN_SPLIT, BLOCK_N)
     begin = split * size
-    if begin < number:
+    if (begin < number) & (split < splits):
         visible = length - steps + 1 + step
         listed = pages + place * width
         peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -175,6 +212,8 @@ def _attend(
             some = tl.minimum(index, number - 1)
             if PAGE > 0:
                 position = tl.load(listed + some // PAGE) * PAGE + some % PAGE
+                # Whatever is listed, what is read are keys that the token may see. No mask: see above.
+                position = tl.maximum(tl.minimum(position, end - 1), 0)
             else:
                 position = first + some
             stored = start + position
@@ -214,12 +253,16 @@ def _attend(
     else:
         # So that the sum knows, which then need not know how many keys there are.
         target = (sequence.to(tl.int64) * steps * group + row) * splits + split
-        tl.store(logs + target, float("-inf"), mask=used)
-    if COUNTED:  # noqa: SIM102
-        if split == 0:
-            if PAGE > 0:
-                tl.store(keys_read + place, number)
-            else:
+        tl.store(logs + target, float("-inf"), mask=used & (split < splits))
+    if COUNTED:
+        if PAGE > 0:
+            if split == splits:
+                bad = 0
+                if length > 0:
+                    bad = _faults(pages + place * width, count, width, end, PAGE, CHECKED)
+                tl.store(keys_read + place, tl.where(bad != 0, -bad, number))
+        else:
+            if split == 0:
                 seen = tl.where(length > 0, tl.minimum(length - steps + 1 + step, window), 0)
                 tl.store(keys_read + place * steps + step, seen, mask=used & (row % group == 0))
     if OVERLAP and DEPENDENT:
@@ -307,8 +350,9 @@ def forward(
     logs = query.new_empty(sequences * steps * group * splits, dtype=torch.float32)
     reach = NO_WINDOW if window is None else min(window, NO_WINDOW)
     counted = keys_read is not None
+    checks = counted and selection is not None
     unused = kv.lengths
-    _attend[(splits, sequences * tiles)](
+    _attend[(splits + checks, sequences * tiles)](
         query,
         kv.keys,
         kv.values,
@@ -345,6 +389,7 @@ def forward(
         MIN_SPLIT=MIN_SPLIT,
         PRECISION="ieee",
         COUNTED=counted,
+        CHECKED=CHECKED,
         OVERLAP=ready is not None,
         DEPENDENT=dependent,
         num_warps=WARPS,

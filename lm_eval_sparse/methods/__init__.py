@@ -13,6 +13,7 @@ from .base import (
     Method,
     PrefillMethod,
     Selection,
+    check_page_size,
 )
 from .block_sparse import BlockSparse
 from .dense import Dense
@@ -53,6 +54,7 @@ __all__ = [
     "Selection",
     "SnapKV",
     "VerticalSlash",
+    "check_page_size",
     "table",
 ]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..kernels.compaction import check_kept, fault
 from ..kernels.estimators import PageBounds
 from ..kernels.layout import BlockLayout
 from ..kernels.paged_decode import PageSelection
@@ -24,6 +25,8 @@ from ..kernels.ragged import RaggedKV
 PROMISED_LENGTH = 4096
 #: What is always kept may take this share of a requested sparsity's budget before its defaults shrink.
 FORCED_SHARE = 0.25
+#: Keys of a page that all kernels take: single keys have no bounds, and a page is held by one program.
+PAGE_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 #: The smallest step of a budget may change the mean density by this much: twice the promised tolerance.
 MAX_STEP = 0.02
 
@@ -84,29 +87,25 @@ class EvictionSelection:
     def check(self, kv_heads: int, length: int) -> None:
         """Raise ValueError unless every head keeps at least one token, each once, ascending, and in range.
 
-        On a GPU only shapes are looked at: reading ids and counts would wait for the device, in every layer.
+        Waits for lists that are on a GPU.
         """
+        self.check_shapes(kv_heads, length)
+        for bits in check_kept(self.indices, self.counts, self.total, length, backend="naive")[2].tolist():
+            if bits:
+                raise ValueError(fault(bits, self.indices.shape[1], self.total, length))
+
+    def check_shapes(self, kv_heads: int, length: int) -> None:
+        """The part of `check` that looks at shapes, dtypes and the total only."""
         shape = tuple(self.indices.shape)
         if len(shape) != 2 or shape[0] != kv_heads or tuple(self.counts.shape) != (kv_heads,):
             raise ValueError(
                 f"indices {shape} and counts {tuple(self.counts.shape)} given, expected ({kv_heads}, W) and "
                 f"({kv_heads},)"
             )
+        if self.indices.dtype != torch.int64 or self.counts.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"indices are {self.indices.dtype}, counts {self.counts.dtype}; expected torch.int64")
         if not kv_heads <= self.total <= kv_heads * min(length, shape[1]):
             raise ValueError(f"total is {self.total}, expected {kv_heads} to {kv_heads * min(length, shape[1])} tokens")
-        if self.indices.is_cuda:
-            return
-        counts = self.counts.tolist()
-        if not all(0 < count <= shape[1] for count in counts):
-            raise ValueError(f"counts {counts} given, expected 1 to {shape[1]} tokens of each head")
-        if sum(counts) != self.total:
-            raise ValueError(f"counts {counts} given, but a total of {self.total} tokens")
-        place = torch.arange(shape[1], device=self.indices.device)
-        kept = place < self.counts[:, None]
-        rises = self.indices[:, 1:] > self.indices[:, :-1]
-        good = ((self.indices >= 0) & (self.indices < length) | ~kept).all() & (rises | ~kept[:, 1:]).all()
-        if not bool(good):
-            raise ValueError(f"token ids must be ascending, each once, and below the prompt's {length} tokens")
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ class DecodeMethod(Method):
     phase: ClassVar[str] = "decode"
     #: Whether `select` writes the new tokens into the cache where it gets them, in one launch with its own work.
     appends: ClassVar[bool] = False
-    #: The cache keeps the bounds of pages of this size; a field of most methods.
+    #: The cache keeps the bounds of pages of this size, one of `PAGE_SIZES`; a field of most methods.
     page_size: int
 
     def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> PageSelection:
@@ -260,6 +259,17 @@ class DecodeMethod(Method):
             Operations for all query heads of the group, and bytes of metadata read once for the group, int64.
         """
         return torch.zeros_like(visible), torch.zeros_like(visible)
+
+
+def check_page_size(method: Method) -> None:
+    """Raise `UserError` unless a decode method has pages of a size that all kernels take."""
+    size = getattr(method, "page_size", None)
+    if isinstance(size, bool) or not isinstance(size, int) or size not in PAGE_SIZES:
+        given = f"page_size={size!r}" if hasattr(method, "page_size") else "no page_size"
+        raise UserError(
+            f"method {method.name} has {given}, which no kernel takes: give it one of "
+            f"{', '.join(map(str, PAGE_SIZES))} keys, for example page_size=16"
+        )
 
 
 def number(name: str, value: Any, low: float, high: float, *, whole: bool = False, example: Any) -> None:

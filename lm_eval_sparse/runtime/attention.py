@@ -24,13 +24,14 @@ from ..kernels.layout import causal_pairs
 from ..kernels.paged_decode import BACKENDS as DECODE_BACKENDS
 from ..kernels.paged_decode import paged_decode
 from ..kernels.ragged import RaggedKV
-from ..methods import PROMISED_LENGTH, DecodeContext, DecodeMethod, Method, Selection, presets
+from ..methods import PROMISED_LENGTH, DecodeContext, DecodeMethod, Method, Selection, check_page_size, presets
 from .accounting import PhaseCounts, RowCounts, settle
 from .cache import PreallocatedLayer, SparseCache, Storage
 from .masks import Sight
+from .selections import COVERS, Walked, check_kept, check_pages, refuse, refuse_pages
 
 #: Why a decode method read everything although it could have read less.
-COVERED = "the decode budget covers the whole cache"
+COVERED = COVERS["decode"]
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,25 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run in each phase; None is dense. `backend` is the kernel of sparse calls, or `auto`."""
+    """What to run in each phase; None is dense.
+
+    Attributes:
+        backend: the kernel of sparse calls, or `auto`.
+        debug: whether selections are checked at once on a GPU too, which waits for it.
+
+    Raises:
+        UserError: a decode method with pages of a size that no kernel takes.
+    """
 
     prefill: Assignment | None = None
     eviction: Assignment | None = None
     decode: Assignment | None = None
     backend: str = "auto"
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.decode is not None:
+            check_page_size(self.decode.method)
 
     @property
     def phases(self) -> dict[str, Assignment]:
@@ -307,13 +321,15 @@ class Runtime:
         self, index: int, rows: Sequence[SparseRow], batch: int, scale: float, softcap: float | None
     ) -> list[Tensor]:
         """Compute the rows' attention in one call of the operator, and count it."""
-        outs = [row.out for row in rows]
+        outs, method = [row.out for row in rows], self.plan.prefill.method.name
+        debug = self.plan.debug or not self.rows
+        walked = [Walked(method, index, row.selection.layout, row.query, debug) for row in rows]
         try:
             made, backend = block_sparse_prefill_rows(
                 [row.query for row in rows],
                 [row.key for row in rows],
                 [row.value for row in rows],
-                [row.selection.layout for row in rows],
+                [each.layout for each in walked],
                 scale=scale,
                 softcap=softcap,
                 backend=self.plan.backend,
@@ -321,12 +337,12 @@ class Runtime:
             )
         except ValueError as error:
             raise UserError(f"backend={self.plan.backend}: {error}") from error
-        for row in rows:
+        for row, each in zip(rows, walked, strict=True):
             counts = self._row(row.row, batch)
             if counts is not None:
                 if self.plan.backend not in ("auto", backend):
                     counts.phases["prefill"].reasons[f"backend={self.plan.backend} could not run: {backend} did"] += 1
-                count_sparse(counts, index, row, backend)
+                count_sparse(counts, method, index, row, each, backend)
         return made
 
     def _end_prefill(
@@ -380,21 +396,25 @@ class Runtime:
                 counts.add(index, heads, "fallback", None, **everything)
             return None
         selection = method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity)
-        try:
-            selection.check(kv_heads, length)
-        except ValueError as error:
-            raise ValueError(f"method {method.name} selected what cannot be kept: {error}") from error
+        debug = self.plan.debug or counts is None
+        selection, faults, words = check_kept(method.name, index, selection, kv_heads, length, debug)
         if counts is not None:
             names = list(selection.knobs)
+            kind = "sparse"
+            if selection.total == kv_heads * length:
+                kind = "fallback"
+                counts.reasons[COVERS["eviction"]] += 1
 
-            def count(kept: np.ndarray, flops: float, read: float, *knobs: Any) -> None:
+            def count(kept: np.ndarray, faults: np.ndarray | None, flops: float, read: float, *knobs: Any) -> None:
+                if faults is not None:
+                    refuse(method.name, index, faults, words, "KV head")
                 kept = np.repeat(kept, heads // kv_heads)
                 costs = {"bytes_read": read / heads, "flops_estimator": flops / heads}
-                counts.add(index, heads, "sparse", "compact", selected=kept, executed=kept, **costs, **dense)
+                counts.add(index, heads, kind, "compact", selected=kept, executed=kept, **costs, **dense)
                 counts.note_knobs(dict(zip(names, knobs, strict=True)))
 
             cost = selection.estimator_flops, selection.estimator_bytes
-            self._row(row, batch).later(count, selection.counts, *cost, *selection.knobs.values())
+            self._row(row, batch).later(count, selection.counts, faults, *cost, *selection.knobs.values())
         return selection.indices, selection.counts, selection.total
 
     def _continue(
@@ -456,13 +476,15 @@ class Runtime:
             method, sparsity = methods[rows.start]
             context = DecodeContext(kv.part(part), tokens[rows.start : rows.stop], layer.bounds.part(part), kv_heads)
             selection = method.select(grouped[part], context, sparsity=sparsity)
+            check_pages(method, index, selection, grouped[part], context.kv, backend, self.plan.debug)
             read = torch.empty(selection.counts.shape, dtype=torch.int32, device=query.device)
             out[part], used = paged_decode(
                 grouped[part], context.kv, selection, scale=scale, softcap=softcap, backend=backend, keys_read=read
             )
             for row in rows:
                 own = slice((row - rows.start) * kv_heads, (row - rows.start + 1) * kv_heads)
-                self._count_decode(index, row, layer, kv, shape, steps, read[own], method, used)
+                width = selection.pages.shape[-1]
+                self._count_decode(index, row, layer, kv, shape, steps, read[own], method, used, width)
         return out.reshape(batch, heads, steps, -1)
 
     # --- counting --------------------------------------------------------------------------------------------
@@ -526,11 +548,13 @@ class Runtime:
         read: Tensor | None,
         method: DecodeMethod | None,
         backend: str,
+        width: int = 0,
     ) -> None:
         """Count one decode call of one row over our cache. Every new token is a step that reads its own keys.
 
         Args:
             read: `(H_kv, Gs, T)` keys read, or None when a decode method had no part in it.
+            width: places of a list of pages.
         """
         counts = self._row(row, len(layer.pads))
         if counts is None:
@@ -540,6 +564,8 @@ class Runtime:
 
         def count(held: np.ndarray, read: np.ndarray | None) -> None:
             visible = held[:, None] + np.arange(1 - steps, 1)
+            if read is not None:
+                refuse_pages(method, index, read, width, shape.kv_heads)
             count_steps(counts.phases["decode"], index, shape, visible, logical, read, method, backend, calls=1)
 
         # The lengths are those of a tensor that goes on to be written.
@@ -663,20 +689,28 @@ def alike(rows: Iterable[SparseRow]) -> list[list[SparseRow]]:
     return list(groups.values())
 
 
-def count_sparse(counts: RowCounts, index: int, row: SparseRow, backend: str) -> None:
-    """Count a sparse prefill call of one row in layer `index`, once the device has counted its pairs."""
+def count_sparse(counts: RowCounts, method: str, index: int, row: SparseRow, walked: Walked, backend: str) -> None:
+    """Count a sparse prefill call of one row in layer `index`, once the device has counted its pairs.
+
+    One that executed all of them in every head was dense, whatever the method says of itself.
+    """
     selection, layout = row.selection, row.selection.layout
     heads, length, dim = row.query.shape
     per_key = (row.key.shape[-1] + row.value.shape[-1]) * row.key.element_size()
     bytes_dense = per_key * dense_keys(length, layout.block_q)
-    names = list(selection.knobs)
+    names, words = list(selection.knobs), walked.words
     phase = counts.phases["prefill"]
 
-    def count(selected: Any, executed: Any, keys: Any, flops: float, read: float, *knobs: Any) -> None:
+    def count(selected: Any, executed: Any, keys: Any, faults: Any, flops: float, read: float, *knobs: Any) -> None:
+        if faults is not None:
+            refuse(method, index, faults, words)
+        covered = bool((executed == causal_pairs(length)).all())
+        if covered:
+            phase.reasons[COVERS["prefill"]] += 1
         phase.add(
             index,
             heads,
-            "sparse",
+            "fallback" if covered else "sparse",
             backend,
             pairs=causal_pairs(length),
             selected=selected,
@@ -688,11 +722,10 @@ def count_sparse(counts: RowCounts, index: int, row: SparseRow, backend: str) ->
         )
         phase.note_knobs(dict(zip(names, knobs, strict=True)))
 
-    executed, keys = layout.pairs_and_keys()
     # A method that selects whole tiles has selected what is executed.
-    selected = executed if selection.count_selected is None else selection.count_selected()
+    selected = walked.pairs if selection.count_selected is None else selection.count_selected()
     cost = selection.estimator_flops, selection.estimator_bytes
-    counts.later(count, selected, executed, keys, *cost, *selection.knobs.values())
+    counts.later(count, selected, walked.pairs, walked.keys, walked.faults, *cost, *selection.knobs.values())
 
 
 def dense_keys(length: int, block: int) -> int:

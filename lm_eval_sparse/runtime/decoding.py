@@ -34,6 +34,7 @@ from .accounting import RowCounts
 from .attention import DecodeShape, Runtime, count_steps, decode_backend
 from .cache import PreallocatedLayer, SparseCache
 from .memory import out_of_memory
+from .selections import DEBUGGED, check_pages, refuse_pages
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,8 @@ class DecodeLayer:
         self.longest = 0
         self.made = -1
         #: Keys read in the last step, `(S, Gs, 1)` of all rows in room for any Gs; by which backend, for which heads.
+        #: Negative where a list of pages is nonsense; `width` places of such a list.
+        self.width = 0
         self.room: Tensor | None = None
         self.reads: Tensor | None = None
         self.backend, self.shape = "", None
@@ -295,7 +298,7 @@ class Decoder:
         #: Rows that can be decoded side by side.
         self.most = GPU_ROWS if self.on_gpu else CPU_ROWS if self.multiple > 1 else 1
         #: Why steps are not captured, and why rows are decoded one at a time, if so.
-        self.no_graph: str | None = no_graph
+        self.no_graph: str | None = DEBUGGED if runtime.plan.debug else no_graph
         self.alone: str | None = None
         if self.most == 1:
             self.alone = "products of this model round differently for each number of rows on this CPU"
@@ -504,7 +507,8 @@ class Decoder:
             # Nothing comes between these two: they run into each other.
             context = DecodeContext(kv, self.tokens_held[:rows], bounds, layer.heads, new, overlap=True)
             selection = method.select(grouped, context, sparsity=self.sparsity)
-            lists = selection.counts.shape[1]
+            check_pages(method, index, selection, grouped, kv, backend, self.runtime.plan.debug)
+            lists, layer.width = selection.counts.shape[1], selection.pages.shape[-1]
             layer.reads = layer.room[: len(self.ids) * layer.heads * lists].view(-1, lists, 1)
             out, used = paged_decode(grouped, kv, selection, keys_read=layer.reads[:sequences], **options)
         layer.backend, layer.shape = used, DecodeShape.of(heads, layer.heads, kv)
@@ -692,9 +696,11 @@ class Decoder:
             record = self._record[self._bucket][: self._recorded].cpu().numpy()
             start = 0
             parts: list[list[np.ndarray]] = [[] for _ in rows]
-            for layer in self.layers:
+            for index, layer in enumerate(self.layers):
                 if layer.reads is not None:
                     each = layer.heads * layer.reads.shape[1]
+                    own = record[:, start : start + len(rows) * each].T.reshape(-1, layer.reads.shape[1], len(record))
+                    refuse_pages(self.method, index, own, layer.width, layer.heads)
                     for place, part in enumerate(parts):
                         part.append(record[:, start + place * each : start + (place + 1) * each])
                     start += self._bucket * each

@@ -1,0 +1,146 @@
+"""What a method selects is checked before anything is computed from it, and refused in one line.
+
+Where looking costs nothing, on a CPU, each selection is looked at when it is made. On a GPU kernels look at the lists
+that they walk anyway, mend what they could not read safely, and raise flags beside their counts: whoever fetches the
+counts refuses the run. With `debug=1` that is waited for at once, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import UserError
+from ..kernels import compaction, layout, paged_decode
+from ..kernels.backends import choose
+from ..kernels.layout import BlockLayout, check_shapes
+from ..kernels.paged_decode import PageSelection
+from ..kernels.ragged import RaggedKV
+from ..methods import EvictionSelection
+
+#: Why a method that ran was none the less dense, by phase: what it selected leaves nothing out.
+COVERS = {
+    "prefill": "the layout covers all pairs of the prompt",
+    "eviction": "all tokens of the prompt are kept",
+    "decode": "the decode budget covers the whole cache",
+}
+#: Why steps are not captured in CUDA graphs, with `debug=1`.
+DEBUGGED = "debug=1 looks at every selection at once"
+
+Words = Callable[[int], str]
+
+
+def refuse(method: str, layer: int, faults: Iterable[int], words: Words, whose: str = "query head") -> None:
+    """Raise `UserError` for the first head with a fault.
+
+    Args:
+        faults: bits by head; words: what the lowest of them says; whose: what kind of heads these are.
+    """
+    for head, bits in enumerate(faults):
+        if bits:
+            raise UserError(f"method {method}, layer {layer}, {whose} {head}: {words(int(bits))}")
+
+
+def misfit(method: str, layer: int, error: ValueError | str) -> UserError:
+    """What a selection that does not even fit the call is refused with."""
+    return UserError(f"method {method}, layer {layer}: {error}")
+
+
+class Walked:
+    """A layout that has been checked, or on a GPU is being checked: what to execute, and what it counts.
+
+    Attributes:
+        layout: what kernels can execute.
+        pairs, keys: `(H,)` int64, as `BlockLayout.pairs_and_keys` gives them.
+        faults: `(H,)` int32 flags on the device that are yet to be looked at, or None.
+        words: what they say.
+    """
+
+    def __init__(self, method: str, layer: int, given: BlockLayout, query: Tensor, debug: bool):
+        try:
+            _check_layout(given, query)
+        except ValueError as error:
+            raise misfit(method, layer, error) from error
+        columns = 0 if given.columns is None else given.columns.shape[-1]
+        self.words = partial(_layout_words, given.indices.shape[-1], given.blocks_k, columns)
+        self.faults: Tensor | None
+        if choose("auto", query.device) == "naive":
+            self.layout, self.faults = given, given.faults()
+            debug = True
+        else:
+            self.layout, self.pairs, self.keys, self.faults = given.walk()
+        if debug:
+            refuse(method, layer, self.faults.tolist(), self.words)
+            self.faults = None
+        if choose("auto", query.device) == "naive":
+            self.pairs, self.keys = given.pairs_and_keys()
+
+
+def _layout_words(width: int, blocks: int, columns: int, bits: int) -> str:
+    return f"the layout {layout.fault(bits, width, blocks, columns)}"
+
+
+def _check_layout(given: BlockLayout, query: Tensor) -> None:
+    heads, length, _ = query.shape
+    if given.length != length:
+        raise ValueError(f"layout is for {given.length} tokens, query has {length}")
+    check_shapes(given, heads)
+    parts = (given.indices, given.counts, given.columns, given.column_counts)
+    places = {part.device for part in parts if part is not None}
+    if places != {query.device}:
+        raise ValueError(f"layout is on {', '.join(map(str, places))}, query on {query.device}; expected one device")
+
+
+def check_kept(
+    method: str, layer: int, kept: EvictionSelection, kv_heads: int, length: int, debug: bool
+) -> tuple[EvictionSelection, Tensor | None, Words]:
+    """What can be kept, `(H_kv,)` int32 flags that are yet to be looked at, and what they say."""
+    try:
+        kept.check_shapes(kv_heads, length)
+    except ValueError as error:
+        raise misfit(method, layer, error) from error
+    words = partial(_kept_words, kept.indices.shape[1], kept.total, length)
+    indices, counts, faults = compaction.check_kept(kept.indices, kept.counts, kept.total, length)
+    if debug or choose("auto", counts.device) == "naive":
+        refuse(method, layer, faults.tolist(), words, "KV head")
+        return kept, None, words
+    return replace(kept, indices=indices, counts=counts), faults, words
+
+
+def _kept_words(width: int, total: int, length: int, bits: int) -> str:
+    return f"it {compaction.fault(bits, width, total, length)}"
+
+
+def check_pages(
+    method: Any, layer: int, selection: PageSelection, query: Tensor, kv: RaggedKV, backend: str, debug: bool
+) -> None:
+    """Check lists of pages at once, or leave it to attention, which then gives minus their faults for keys read."""
+    if selection.page_size != method.page_size:
+        own = f"pages of {selection.page_size!r} keys are selected, but the method's page_size is {method.page_size!r}"
+        raise misfit(method.name, layer, own)
+    try:
+        selection.check_shapes(query)
+    except ValueError as error:
+        raise misfit(method.name, layer, error) from error
+    ready = selection.ready
+    if ready is not None and (kv.tickets is None or ready.data_ptr() != kv.tickets[1].data_ptr()):
+        # Attention would wait for ever for lists that nobody completes.
+        raise misfit(method.name, layer, "ready is given, but not that of kernels.page_select; expected None")
+    if debug or not query.is_cuda or paged_decode.choose_backend(query, kv, backend) != "triton":
+        refuse_pages(method, layer, -selection.faults(kv), selection.pages.shape[-1], kv.heads)
+
+
+def refuse_pages(method: Any, layer: int, reads: np.ndarray, width: int, kv_heads: int) -> None:
+    """Raise `UserError` where keys read `(S, Gs, …)` are minus the faults of a list; S are heads of rows."""
+    if not (reads < 0).any():
+        return
+    sequence, own = (int(place) for place in np.argwhere(reads < 0)[0][:2])
+    bits = -int(reads[sequence, own][reads[sequence, own] < 0].flat[0])
+    head, lists = sequence % kv_heads, reads.shape[1]
+    whose = f"KV head {head}" if lists == 1 else f"query head {head * lists + own}"
+    raise UserError(f"method {method.name}, layer {layer}, {whose}: the {paged_decode.fault(bits, width)}")

@@ -1,0 +1,610 @@
+"""What methods select is checked: nonsense of any kind ends in one line that names method, layer and head.
+
+What is nonsense is decided here anew, by loops over sets of keys. Lists and prompts are drawn anew in every run: a
+failing test shows its seed, and SELECTIONS_SEED=<seed> repeats it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import tiny
+import torch
+from prefill_cases import interpreter_missing
+from test_sparse_hf import generate, score, sparse
+from torch import Tensor
+
+from lm_eval_sparse.config import parse
+from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.kernels import compaction
+from lm_eval_sparse.kernels.layout import FAULTS, BlockLayout, listed
+from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.methods import (
+    METHODS,
+    DecodeContext,
+    DecodeMethod,
+    EvictionMethod,
+    EvictionSelection,
+    PrefillMethod,
+    Selection,
+)
+from lm_eval_sparse.runtime import attention, decoding, selections
+from lm_eval_sparse.runtime.attention import Assignment, Plan
+from lm_eval_sparse.runtime.selections import COVERS, DEBUGGED
+
+SEED = int(os.environ.get("SELECTIONS_SEED") or random.SystemRandom().randrange(1 << 31))
+interpreted = pytest.mark.skipif(interpreter_missing() is not None, reason=str(interpreter_missing()))
+BACKENDS = ("naive", "gather", pytest.param("triton", marks=interpreted))
+GARBAGE = (-(2**31), -1, 0, 1, 2, 3, 5, 10**6, 2**31 - 1)
+HEADS, KV_HEADS, LAYERS, PAGE = 4, 2, 2, 8
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    print(f"SELECTIONS_SEED={SEED}")
+    return random.Random(SEED)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.family("llama")
+
+
+# --- lists: what the checks find is what is wrong -------------------------------------------------------------------
+
+
+def random_layout(rng: random.Random, kind: str | None, longest: int = 200) -> BlockLayout:
+    """A good layout with columns of a kind, contiguous."""
+    length, heads = rng.randrange(1, longest), 2
+    block_q, block_k = rng.choice((16, 32, 64)), rng.choice((16, 32, 64))
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    queries, keys = -(-length // block_q), -(-length // block_k)
+    last = torch.clamp((torch.arange(queries) + 1) * block_q, max=length) - 1
+    mask = torch.rand(heads, queries, keys, generator=generator) < rng.random()
+    mask &= torch.arange(keys) * block_k <= last[:, None]
+    mask[..., 0] = True
+    layout = BlockLayout.from_mask(mask, length, block_q, block_k)
+    some = torch.rand(heads, queries, length, generator=generator) < rng.random()
+    if kind == "shared":
+        layout = layout.with_columns(some[:, 0])
+        layout = replace(layout, columns=layout.columns.contiguous())
+    elif kind == "own":
+        some &= torch.arange(length) <= last[:, None]
+        ids, counts = listed(some & ~mask.repeat_interleave(block_k, 2)[..., :length])
+        layout = replace(layout, columns=ids, column_counts=counts)
+    return layout
+
+
+def spoiled(rng: random.Random, *parts: Tensor) -> None:
+    """Change entries of some of these tensors."""
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        part = rng.choice([part for part in parts if part.numel()])
+        place = rng.randrange(part.numel())
+        near = int(part.view(-1)[place]) + rng.choice((-1, 1))
+        part.view(-1)[place] = max(-(2**31), min(2**31 - 1, rng.choice((*GARBAGE, near))))
+
+
+def is_nonsense(layout: BlockLayout, head: int) -> bool:
+    """By the definition of `BlockLayout`, key by key."""
+    block_q, block_k, length = layout.block_q, layout.block_k, layout.length
+    shared = layout.columns is not None and layout.columns.shape[1] == 1
+    everything: list[int] = []
+    if shared:
+        everything = layout.columns[head, 0, : max(0, int(layout.column_counts[head, -1]))].tolist()
+    for row in range(layout.blocks_q):
+        first, end = row * block_q, min(length, (row + 1) * block_q)
+        count = int(layout.counts[head, row])
+        if not 1 <= count <= layout.indices.shape[-1]:
+            return True
+        tiles = layout.indices[head, row, :count].tolist()
+        columns: list[int] = []
+        if layout.columns is not None:
+            number = int(layout.column_counts[head, row])
+            if not 0 <= number <= layout.columns.shape[-1]:
+                return True
+            columns = layout.columns[head, 0 if shared else row, :number].tolist()
+            if shared and columns != [key for key in everything if key < end]:
+                return True
+        for ids, size in ((tiles, block_k), (columns, 1)):
+            if ids != sorted(set(ids)) or any(not 0 <= one * size < end for one in ids):
+                return True
+        read = {key for tile in tiles for key in range(tile * block_k, (tile + 1) * block_k)}
+        if not shared and read & set(columns):
+            return True
+        if any(not any(key <= query for key in read | set(columns)) for query in range(first, end)):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("kind", [None, "shared", "own"])
+def test_faults_of_a_layout_are_what_is_wrong_with_it(rng: random.Random, kind: str | None) -> None:
+    broken = 0
+    for _ in range(150):
+        layout = random_layout(rng, kind)
+        layout.check(2)
+        assert not layout.faults().any()
+        parts = [part for part in (layout.indices, layout.counts, layout.columns, layout.column_counts)
+                 if part is not None]  # fmt: skip
+        spoiled(rng, *parts)
+        wanted = [is_nonsense(layout, head) for head in range(2)]
+        assert (layout.faults() != 0).tolist() == wanted, layout
+        broken += any(wanted)
+        if any(wanted):
+            with pytest.raises(ValueError, match="^layout "):
+                layout.check(2)
+    assert 30 < broken < 150
+
+
+@interpreted
+@pytest.mark.parametrize("kind", [None, "shared", "own"])
+def test_the_walk_raises_the_same_flags_and_mends(rng: random.Random, kind: str | None) -> None:
+    for _ in range(3):
+        layout = random_layout(rng, kind, 50)
+        lists = layout.pairs_and_keys()
+        walked, *counted, faults = layout.walk()
+        assert not faults.any() and all(map(torch.equal, counted, lists))
+        assert torch.equal(walked.indices, layout.indices) and torch.equal(walked.counts, layout.counts)
+        parts = [part for part in (layout.indices, layout.counts, layout.columns, layout.column_counts)
+                 if part is not None]  # fmt: skip
+        spoiled(rng, *parts)
+        wanted = layout.faults()
+        walked, *_, faults = layout.walk()
+        assert torch.equal(faults != 0, wanted != 0), (faults, wanted, layout)
+        # What is walked can be read, whatever it was.
+        assert bool(((walked.counts >= 1) & (walked.counts <= walked.indices.shape[-1])).all())
+        listed_ids = walked.indices[walked.valid()]
+        assert bool(((listed_ids >= 0) & (listed_ids < walked.blocks_k)).all())
+        if walked.columns is not None:
+            number = walked.column_counts
+            assert bool(((number >= 0) & (number <= walked.columns.shape[-1])).all())
+            valid = torch.arange(walked.columns.shape[-1]) < number[..., None]
+            columns = walked.columns.expand(-1, walked.blocks_q, -1)[valid]
+            assert bool(((columns >= 0) & (columns < walked.length)).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "bit"),
+    [
+        (lambda layout: layout.counts[1].fill_(0), 0),
+        (lambda layout: layout.indices[1, 2].fill_(9), 1),
+        (lambda layout: layout.indices[1, 1, :1].fill_(3), 2),
+        (lambda layout: layout.indices[1, 3].fill_(1), 3),
+        (lambda layout: layout.column_counts[1].fill_(-1), 5),
+        (lambda layout: layout.columns[1, 2].fill_(96), 6),
+        (lambda layout: layout.columns[1, 3].fill_(5), 7),
+        (lambda layout: layout.columns[1, 3].copy_(torch.tensor([5, 32])), 8),
+    ],
+)
+def test_each_fault_has_its_word(change: Callable[[BlockLayout], Any], bit: int) -> None:
+    """Two heads, 100 tokens in blocks of 32; block i reads blocks i - 1 and i, and two columns from the third on."""
+    indices = torch.tensor([[0, 0], [0, 1], [1, 2], [1, 3]], dtype=torch.int32).repeat(2, 1, 1)
+    counts = torch.tensor([1, 2, 2, 2], dtype=torch.int32).repeat(2, 1)
+    columns = torch.tensor([[0, 0], [0, 0], [3, 30], [3, 30]], dtype=torch.int32).repeat(2, 1, 1)
+    layout = BlockLayout(indices, counts, 100, 32, 32, columns, torch.tensor([0, 0, 2, 2]).int().repeat(2, 1))
+    layout.check(2)
+    change(layout)
+    faults = layout.faults().tolist()
+    assert not faults[0] and faults[1] & -faults[1] == 1 << bit
+    with pytest.raises(ValueError, match=FAULTS[bit].split("{")[0].split("(")[0]):
+        layout.check(2)
+    if interpreter_missing() is None:
+        assert layout.walk()[3].tolist()[1] & (1 << bit)
+
+
+def random_pages(rng: random.Random, lists: int, steps: int) -> tuple[RaggedKV, PageSelection]:
+    size = rng.choice((2, 8, 16))
+    lengths = [rng.choice((0, steps + rng.randrange(90))) for _ in range(4)]
+    width = max(-(-max(lengths) // size), 1) + rng.randrange(3)
+    pages = torch.tensor(rng.choices(GARBAGE, k=4 * lists * steps * width)).int().view(4, lists, steps, width)
+    counts = torch.tensor(rng.choices(GARBAGE, k=4 * lists * steps)).int().view(4, lists, steps)
+    for s, length in enumerate(lengths):
+        for g in range(lists if length else 0):
+            for t in range(steps):
+                there = -(-(length - steps + 1 + t) // size)
+                chosen = sorted(rng.sample(range(there), rng.randrange(1, there + 1)))
+                pages[s, g, t, : len(chosen)] = torch.tensor(chosen)
+                counts[s, g, t] = len(chosen)
+    starts = [sum(lengths[:s]) for s in range(4)]
+    storage = (torch.randn(max(1, sum(lengths)), 16) for _ in "kv")
+    return RaggedKV.of(*storage, starts, lengths), PageSelection(pages, counts, size)
+
+
+def wrong_lists(kv: RaggedKV, selection: PageSelection) -> Tensor:
+    """`(S, Gs, T)` bool, page by page."""
+    found = torch.zeros_like(selection.counts, dtype=torch.bool)
+    steps, width = selection.pages.shape[2:]
+    for s, g, t in itertools.product(*map(range, found.shape)):
+        length, count = int(kv.lengths[s]), int(selection.counts[s, g, t])
+        if length:
+            ids = selection.pages[s, g, t, : max(count, 0)].tolist()
+            seen = [0 <= one * selection.page_size < length - steps + 1 + t for one in ids]
+            found[s, g, t] = not 1 <= count <= width or ids != sorted(set(ids)) or not all(seen)
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_faults_of_lists_of_pages(rng: random.Random, steps: int) -> None:
+    for turn in range(60):
+        kv, selection = random_pages(rng, rng.choice((1, 2)), steps)
+        selection.check(kv)
+        spoiled(rng, selection.pages, selection.counts)
+        wrong = wrong_lists(kv, selection)
+        found = torch.from_numpy(selection.faults(kv))
+        assert torch.equal(found != 0, wrong)
+        if turn < 2 and interpreter_missing() is None:
+            query = torch.randn(4, 2, steps, 16)
+            read = torch.full(selection.counts.shape, -99, dtype=torch.int32)
+            out, _ = paged_decode(query, kv, selection, scale=0.25, backend="triton", keys_read=read)
+            assert torch.equal(torch.where(wrong, read, 0), -found)
+            assert bool((read >= 0)[~wrong].all()) and bool(out.isfinite().all())
+
+
+def test_faults_of_kept_tokens(rng: random.Random) -> None:
+    backends = ("naive",) if interpreter_missing() is not None else ("naive", "triton")
+    for turn in range(40):
+        heads, length = rng.randrange(1, 5), rng.randrange(1, 40)
+        width = rng.choice((length, length + 3, max(1, length // 2)))
+        counts = torch.tensor([rng.randrange(1, min(width, length) + 1) for _ in range(heads)])
+        indices = torch.tensor(rng.choices((-5, 0, 10**12, 3), k=heads * width)).view(heads, width)
+        for head, count in enumerate(counts.tolist()):
+            indices[head, :count] = torch.tensor(sorted(rng.sample(range(length), count)))
+        total = int(counts.sum())
+        EvictionSelection(indices, counts, total, 0, 0).check(heads, length)
+        spoiled(rng, indices, counts)
+        most = min(width, length)
+        wrong = []
+        for ids, count in zip(indices.tolist(), counts.tolist(), strict=True):
+            ids = ids[: max(count, 0)]
+            fits = 1 <= count <= most and ids == sorted(set(ids)) and all(0 <= one < length for one in ids)
+            wrong.append(not fits)
+        if all(1 <= count <= most for count in counts.tolist()) and int(counts.sum()) != total:
+            wrong = [True] * heads
+        for backend in backends if turn < 5 else ("naive",):
+            ids, number, faults = compaction.check_kept(indices.clone(), counts, total, length, backend=backend)
+            assert (faults != 0).tolist() == wrong
+            assert int(number.sum()) <= total and all(
+                0 <= one < length for head in range(heads) for one in ids[head, : number[head]].tolist()
+            )
+            if not any(wrong):
+                assert torch.equal(number, counts)
+
+
+# --- methods that select nonsense -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prefill(PrefillMethod):
+    """The first block and the diagonal; `spoil` changes the layout in layer `layer`, or in all."""
+
+    name: ClassVar[str] = "bad_prefill"
+    unit: ClassVar[str] = ""
+    importance: ClassVar[str] = ""
+    allocation: ClassVar[str] = ""
+    kv: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    spoil: ClassVar[Callable[[BlockLayout], BlockLayout | None]] = lambda layout: None
+    layer: ClassVar[int | None] = 1
+    calls: ClassVar[list[int]] = []
+
+    def select(self, query: Tensor, key: Tensor, *, scale: float, softcap: Any, sparsity: Any) -> Selection:
+        length = query.shape[1]
+        number = -(-length // 16)
+        mask = torch.eye(number, dtype=torch.bool, device=query.device).repeat(len(query), 1, 1)
+        mask[..., 0] = True
+        layout = BlockLayout.from_mask(mask, length, 16, 16)
+        type(self).calls.append(1)
+        if type(self).layer in (None, (len(type(self).calls) - 1) % LAYERS):
+            layout = type(self).spoil(layout) or layout
+        return Selection(layout, 0, 0)
+
+
+@dataclass(frozen=True)
+class Eviction(EvictionMethod):
+    """The first and the last tokens."""
+
+    name: ClassVar[str] = "bad_eviction"
+    unit = importance = allocation = kv = paper = ""
+    spoil: ClassVar[Callable[[EvictionSelection], EvictionSelection | None]] = lambda kept: None
+    layer: ClassVar[int | None] = 1
+    calls: ClassVar[list[int]] = []
+
+    def select(self, query: Tensor, key: Tensor, *, scale: float, softcap: Any, sparsity: Any) -> EvictionSelection:
+        length = query.shape[1]
+        ids = torch.tensor([0, 1, 2, *range(length - 20, length)], device=query.device).repeat(len(key), 1)
+        kept = EvictionSelection(ids, torch.full((len(key),), 23, device=query.device), 23 * len(key), 0, 0)
+        type(self).calls.append(1)
+        if type(self).layer in (None, (len(type(self).calls) - 1) % LAYERS):
+            kept = type(self).spoil(kept) or kept
+        return kept
+
+
+@dataclass(frozen=True)
+class Decode(DecodeMethod):
+    """The first page and the current one."""
+
+    name: ClassVar[str] = "bad_decode"
+    unit = importance = allocation = kv = paper = ""
+    spoil: ClassVar[Callable[[PageSelection], PageSelection | None]] = lambda pages: None
+    layer: ClassVar[int | None] = 1
+    calls: ClassVar[list[int]] = []
+    own: ClassVar[bool] = False
+
+    page_size: int = PAGE
+
+    def select(self, query: Tensor, context: DecodeContext, *, sparsity: Any) -> PageSelection:
+        sequences, group, steps, _ = query.shape
+        current = (context.kv.visible(steps) - 1) // PAGE
+        pages = torch.stack([torch.zeros_like(current), current, torch.full_like(current, 10**6)], -1).int()[:, None]
+        lists = group if type(self).own else 1
+        pages = pages.repeat(1, lists, 1, 1)
+        counts = torch.full((sequences, lists, steps), 2, dtype=torch.int32, device=query.device)
+        selection = PageSelection(pages, counts, PAGE)
+        type(self).calls.append(1)
+        if type(self).layer in (None, (len(type(self).calls) - 1) % LAYERS):
+            selection = type(self).spoil(selection) or selection
+        return selection
+
+
+def change(part: str, place: Any, value: Any) -> Callable[[Any], None]:
+    def spoil(selection: Any) -> None:
+        tensor = getattr(selection, part)
+        tensor[place] = torch.tensor(value, dtype=tensor.dtype)
+
+    return spoil
+
+
+#: Kind of nonsense -> what it does to a good selection of some 60 tokens, and what the line says. Head 1 is to blame.
+LAYOUTS: dict[str, tuple[Callable[[BlockLayout], Any], str]] = {
+    "no key": (change("counts", (1, 2), 0), "query head 1: the layout lists fewer than one key block"),
+    "too many": (
+        change("counts", (1, 2), 9),
+        "query head 1: the layout lists fewer than one key block in a row, or more",
+    ),
+    "negative": (change("indices", (1, 2, 0), -1), "query head 1: the layout holds a key block outside 0.."),
+    "out of range": (change("indices", (1, 2, 1), 999), "query head 1: the layout holds a key block outside 0.."),
+    "future": (change("indices", (1, 2, 1), 3), "query head 1: the layout lists a key block that lies wholly after"),
+    "twice": (change("indices", (1, 2), [2, 2]), "query head 1: the layout lists key blocks that are not strictly"),
+    "descending": (
+        change("indices", (1, 2), [2, 0]),
+        "query head 1: the layout lists key blocks that are not strictly",
+    ),
+    "int64": (lambda layout: replace(layout, counts=layout.counts.long()), "layout's ids and counts are"),
+    "another length": (lambda layout: replace(layout, length=5), "layout is for 5 tokens"),
+    "no lists": (lambda layout: replace(layout, indices=layout.indices[..., :0]), "layout lists no key block"),
+}
+KEPT: dict[str, tuple[Callable[[EvictionSelection], Any], str]] = {
+    "nothing": (change("counts", 1, 0), "KV head 1: it keeps fewer than one token, or more than 23"),
+    "too many": (change("counts", 1, 24), "KV head 1: it keeps fewer than one token, or more than 23"),
+    "miscounted": (change("counts", 1, 22), "KV head 0: it keeps numbers of tokens that do not add up"),
+    "negative": (change("indices", (1, 0), -1), "KV head 1: it lists token ids that are negative or not below"),
+    "out of range": (change("indices", (1, 22), 10**9), "KV head 1: it lists token ids that are negative or not"),
+    "twice": (change("indices", (1, 1), 0), "KV head 1: it lists token ids that are not strictly ascending"),
+    "descending": (change("indices", (1, slice(0, 2)), [1, 0]), "KV head 1: it lists token ids that are not strictly"),
+    "total": (lambda kept: replace(kept, total=0), "total is 0, expected"),
+    "int32": (lambda kept: replace(kept, indices=kept.indices.int()), "indices are torch.int32"),
+    "shape": (lambda kept: replace(kept, counts=kept.counts[:1]), r"expected \(2, W\)"),
+}
+PAGES: dict[str, tuple[Callable[[PageSelection], Any], str]] = {
+    "no page": (change("counts", (1, 0, 0), 0), "leaves a token without any page"),
+    "too many": (change("counts", (1, 0, 0), 4), "or counts more than the 3 it lists"),
+    "negative": (change("pages", (1, 0, 0, 0), -1), "may not see: it is negative"),
+    "future": (change("pages", (1, 0, 0, 1), 500), "may not see: it begins after the token"),
+    "wraps": (change("pages", (1, 0, 0, 1), 1 << 29), "may not see: it begins after the token"),
+    "twice": (change("pages", (1, 0, 0, 1), 0), "does not list pages in ascending order"),
+    "descending": (change("pages", (1, 0, 0, slice(0, 2)), [2, 1]), "does not list pages in ascending order"),
+    "int64": (lambda found: replace(found, counts=found.counts.long()), "counts torch.int64"),
+    "page size": (lambda found: replace(found, page_size=16), "page_size is 8"),
+    "for ever": (lambda found: replace(found, ready=torch.zeros(len(found.pages)).int()), "ready is given"),
+}
+
+
+def bad(monkeypatch: pytest.MonkeyPatch, cls: Any, spoil: Callable[[Any], Any], layer: int | None = 1) -> None:
+    monkeypatch.setitem(METHODS, cls.name, cls)
+    monkeypatch.setattr(cls, "spoil", staticmethod(spoil))
+    monkeypatch.setattr(cls, "layer", layer)
+    monkeypatch.setattr(cls, "calls", [])
+
+
+def prompt_of(rng: random.Random) -> str:
+    return tiny.words(rng.randrange(10**6), rng.randrange(60, 90))
+
+
+def line_of(action: Callable[[], Any]) -> str:
+    with pytest.raises(UserError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_nonsensical_layout(rng: random.Random, model: Any, monkeypatch: Any, kind: str, backend: str) -> None:
+    spoil, words = LAYOUTS[kind]
+    # Triton's kernel takes no heads of 16 dimensions, so the first layer has to be to blame.
+    layer = 0 if backend == "triton" else rng.randrange(LAYERS)
+    bad(monkeypatch, Prefill, spoil, layer)
+    lm = sparse(model, method="bad_prefill", backend=backend)
+    found = line_of(lambda: score(lm, [(prompt_of(rng), " apple")]))
+    assert found.startswith(f"method bad_prefill, layer {layer}") and words in found
+
+
+@pytest.mark.parametrize("backend", ["naive", "gather"])
+def test_a_query_without_any_key(rng: random.Random, model: Any, monkeypatch: Any, backend: str) -> None:
+    """Wide query blocks that read a later tile only leave their first queries without a key: nan, once."""
+
+    def spoil(layout: BlockLayout) -> BlockLayout:
+        mask = torch.zeros(layout.heads, -(-layout.length // 64), layout.blocks_k, dtype=torch.bool)
+        mask[..., 0] = True
+        mask[3, 0] = torch.arange(layout.blocks_k) == 2
+        return BlockLayout.from_mask(mask, layout.length, 64, 16)
+
+    bad(monkeypatch, Prefill, spoil)
+    lm = sparse(model, method="bad_prefill", backend=backend)
+    found = line_of(lambda: score(lm, [(prompt_of(rng), " apple")]))
+    assert found.startswith("method bad_prefill, layer 1, query head 3: the layout leaves a query without any key")
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_nonsensical_kept_tokens(rng: random.Random, model: Any, monkeypatch: Any, kind: str) -> None:
+    spoil, words = KEPT[kind]
+    bad(monkeypatch, Eviction, spoil)
+    lm = sparse(model, method="bad_eviction")
+    run = rng.choice((score, generate))
+    prompt = prompt_of(rng)
+    found = line_of(lambda: run(lm, [(prompt, " apple")] if run is score else [prompt]))
+    assert found.startswith("method bad_eviction, layer 1")
+    assert words.replace("\\", "") in found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", PAGES)
+def test_nonsensical_pages(rng: random.Random, model: Any, monkeypatch: Any, kind: str, backend: str) -> None:
+    spoil, words = PAGES[kind]
+    own, run, prompt = rng.random() < 0.5, rng.choice((score, generate)), prompt_of(rng)
+    if kind == "for ever":
+        own, run = False, generate
+    bad(monkeypatch, Decode, spoil)
+    monkeypatch.setattr(Decode, "own", own)
+    lm = sparse(model, method="bad_decode", backend=backend, batch_size=1)
+    found = line_of(lambda: run(lm, [(prompt, " river stone")] if run is score else [prompt]))
+    assert found.startswith("method bad_decode, layer 1") and words in found
+    if "page size" not in kind and kind not in ("int64", "for ever"):
+        assert f"layer 1, {'query head 2' if own else 'KV head 1'}: the selection " in found
+
+
+@interpreted
+def test_flags_of_layouts_are_read_with_the_counts(rng: random.Random, model: Any, monkeypatch: Any) -> None:
+    """As on a GPU: nothing is looked at before the counts of the batch are fetched."""
+    spoil, words = LAYOUTS[rng.choice([kind for kind in LAYOUTS if "head 1" in LAYOUTS[kind][1]])]
+    bad(monkeypatch, Prefill, spoil)
+    monkeypatch.setattr(selections, "choose", lambda backend, device: "triton")
+    later: list[Any] = []
+    monkeypatch.setattr(attention.RowCounts, "later", lambda self, count, *numbers: later.append((count, numbers)))
+    lm = sparse(model, method="bad_prefill", backend="gather")
+    score(lm, [(tiny.words(3, 50), " apple")])
+    monkeypatch.undo()
+    faulty = [call for call in later if call[0].__qualname__.startswith("count_sparse")]
+    assert len(faulty) == LAYERS
+    settled = [
+        lambda call=call: call[0](*(n.numpy() if isinstance(n, Tensor) else n for n in call[1])) for call in faulty
+    ]
+    settled[0]()
+    assert words in line_of(settled[1])
+
+
+@interpreted
+@pytest.mark.parametrize("run", [score, generate])
+def test_flags_of_pages_are_read_with_the_counts(rng: random.Random, model: Any, monkeypatch: Any, run: Any) -> None:
+    """As on a GPU: attention raises them, and they are fetched together with the keys read."""
+    for module in (attention, decoding):
+        monkeypatch.setattr(module, "check_pages", lambda *args: None)
+    spoil, words = PAGES[rng.choice(("no page", "too many", "negative", "wraps", "twice", "descending"))]
+    bad(monkeypatch, Decode, spoil)
+    lm, prompt = sparse(model, method="bad_decode", backend="triton"), tiny.words(3, 25)
+    if run is score:
+        found = line_of(lambda: score(lm, [(prompt, " river stone")]))
+    else:
+        found = line_of(lambda: generate(lm, [prompt], max_gen_toks=2))
+    assert found.startswith("method bad_decode, layer 1, KV head 1: the selection ") and words in found
+
+
+@pytest.mark.parametrize("cls", [Prefill, Eviction, Decode])
+def test_sense_is_accepted(rng: random.Random, model: Any, monkeypatch: Any, cls: Any) -> None:
+    bad(monkeypatch, cls, lambda selection: None)
+    lm = sparse(model, method=cls.name, backend="gather", batch_size=2)
+    prompts = [prompt_of(rng) for _ in range(3)]
+    generate(lm, prompts)
+    score(lm, [(prompt, " river stone") for prompt in prompts])
+    lm.check_it_ran()
+    assert lm.report()["phases"][cls.phase]["calls"]["fallback"] == 0
+
+
+# --- what covers everything -----------------------------------------------------------------------------------------
+
+
+def every_block(layout: BlockLayout) -> BlockLayout:
+    number = layout.blocks_q
+    mask = torch.ones(layout.heads, number, number, dtype=torch.bool).tril()
+    return BlockLayout.from_mask(mask, layout.length, 16, 16)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "eviction", "decode"])
+def test_what_leaves_nothing_out_is_a_fallback(rng: random.Random, model: Any, monkeypatch: Any, phase: str) -> None:
+    """Whatever a method says of itself: where one layer leaves something out, the run stands; else it is refused."""
+    prompt = prompt_of(rng)
+    length = len(tiny.tiny_tokenizer()(prompt).input_ids)
+
+    def keep_all(kept: EvictionSelection) -> EvictionSelection:
+        ids = torch.arange(length).repeat(KV_HEADS, 1)
+        return EvictionSelection(ids, torch.full((KV_HEADS,), length), KV_HEADS * length, 0, 0)
+
+    def all_pages(found: PageSelection) -> PageSelection:
+        number = int(found.pages[0, 0, 0, 1]) + 1
+        pages = torch.arange(number).int().repeat(*found.counts.shape, 1)
+        return replace(found, pages=pages, counts=torch.full_like(found.counts, number))
+
+    cls, spoil = {"prefill": (Prefill, every_block), "eviction": (Eviction, keep_all), "decode": (Decode, all_pages)}[
+        phase
+    ]
+    bad(monkeypatch, cls, spoil)
+    lm = sparse(model, method=cls.name, backend="gather")
+    (text,) = generate(lm, [prompt])
+    calls = text.stats[phase]["calls"]
+    assert calls["fallback"] == calls["sparse"] > 0
+    lm.check_it_ran()
+    assert lm.report()["phases"][phase]["fallback_reasons"] == {COVERS[phase]: calls["fallback"]}
+    bad(monkeypatch, cls, spoil, None)
+    lm = sparse(model, method=cls.name, backend="gather")
+    (text,) = generate(lm, [prompt])
+    assert set(text.stats[phase]["calls"]) == {"fallback"} and text.stats[phase]["executed_sparsity"] == 0
+    assert f"{cls.name} never ran" in (found := line_of(lm.check_it_ran)) and COVERS[phase] in found
+
+
+# --- page sizes, debug ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, None, True, "16", 16.5, -8, 3, 12, 512])
+def test_page_sizes_that_no_kernel_takes(model: Any, monkeypatch: Any, size: Any) -> None:
+    bad(monkeypatch, Decode, lambda pages: None)
+    found = line_of(lambda: sparse(model, method="bad_decode", page_size=size))
+    assert found == line_of(lambda: Plan(decode=Assignment(Decode(size), None)))
+    assert f"method bad_decode has page_size={size!r}" in found and "one of 2, 4, 8, 16" in found
+
+
+def test_a_decode_method_without_a_page_size(model: Any, monkeypatch: Any) -> None:
+    class Forgetful(DecodeMethod):
+        name = "forgetful"
+
+    monkeypatch.setitem(METHODS, "forgetful", Forgetful)
+    assert "method forgetful has no page_size" in line_of(lambda: sparse(model, method="forgetful"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"), [({}, False), ({"debug": True}, True), ({"debug": False}, False), ({"debug": 1}, True),
+                          ({"debug": 0}, False)],
+)  # fmt: skip
+def test_debug(monkeypatch: Any, typed: dict[str, Any], wanted: bool) -> None:
+    monkeypatch.delenv("LM_EVAL_SPARSE_DEBUG", raising=False)
+    assert parse(typed).plan.debug is wanted
+    for value, meant in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv("LM_EVAL_SPARSE_DEBUG", value)
+        assert parse(typed).plan.debug is (wanted if typed else meant)
+
+
+@pytest.mark.parametrize("value", ["yes", "no", "", 2, -1, 0.5, "1"])
+def test_debug_is_yes_or_no(value: Any) -> None:
+    found = line_of(lambda: parse({"debug": value}))
+    assert f"debug={value!r} is not accepted: give True or False (or 1 or 0)" in found
+
+
+def test_debug_takes_no_graphs(model: Any) -> None:
+    lm = sparse(model, method="quest", debug=True)
+    decoder, _ = lm._get_decoder()
+    assert decoder is not None and decoder.no_graph == DEBUGGED
