@@ -871,7 +871,10 @@ class SparseHFLM(HFLM):
         try:
             kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
         except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"--gen_kwargs {given} is not understood ({first_line(error)})") from error
+            raise UserError(
+                f"--gen_kwargs {given} is not understood ({first_line(error)}): max_gen_toks takes a whole number, such "
+                "as max_gen_toks=64, and temperature a number, such as temperature=0.7"
+            ) from error
         if kwargs["max_gen_toks"] < 1:
             raise UserError(
                 f"max_gen_toks={kwargs['max_gen_toks']} is no number of tokens to generate: type one of at least 1, "

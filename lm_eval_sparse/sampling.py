@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import transformers
@@ -61,7 +61,8 @@ def _whole(value: Any, least: int) -> bool:
 
 
 def _tokens(value: Any) -> bool:
-    return _whole(value, 0) or (isinstance(value, list | tuple) and all(_whole(token, 0) for token in value))
+    listed = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(token, int) and not isinstance(token, bool) for token in listed)  # -1: none, by custom
 
 
 FLAG = Takes("True or False", lambda value: isinstance(value, bool))
@@ -426,7 +427,7 @@ def check(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
         )
     _check_names(model, arguments)
     _check_typed(arguments)
-    _check_configured(model.generation_config, arguments)
+    _check_configured(model, arguments)
     if changed(model) is None:
         _check_trial(model, arguments)
 
@@ -434,7 +435,7 @@ def check(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
 def _check_names(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     known = vars(GenerationConfig())
     for name, value in arguments.items():
-        given = f"--gen_kwargs {name}={value}"
+        given = f"--gen_kwargs {name}={brief(value)}"
         if name in ("until", "max_gen_toks", *OBJECTS) or (name in FIELDS and not name.startswith("_")):
             continue
         if name in known and not name.startswith("_"):
@@ -463,19 +464,19 @@ def _check_typed(arguments: dict[str, Any]) -> None:
     for stop in arguments.get("until") or ():
         if not isinstance(stop, str):
             raise UserError(
-                f"--gen_kwargs until={arguments['until']} is not accepted: {stop!r} is no text; give a text or a list "
-                f"of texts, such as --gen_kwargs 'until=[\"{stop}\"]'"
+                f"--gen_kwargs until={brief(arguments['until'])} is not accepted: {stop!r} is no text; give a text "
+                f"or a list of texts, such as --gen_kwargs 'until=[\"{stop}\"]'"
             )
     for name, value in arguments.items():
         field = FIELDS.get(name)
         if field is None:
             continue
         if name in NEVER_TYPED or (field.how == "idle" and field.why and value not in (None, False, field.off)):
-            raise UserError(f"--gen_kwargs {name}={value} is not accepted: {field.why}; leave {name} out")
+            raise UserError(f"--gen_kwargs {name}={brief(value)} is not accepted: {field.why}; leave {name} out")
         if value is None and field.needed:
             raise UserError(f"--gen_kwargs {name}=None is not accepted: {_wanted(name, field)}")
         if value is not None and field.takes is not None and not field.takes.good(value):
-            raise UserError(f"--gen_kwargs {name}={value} is not accepted: {_wanted(name, field)}")
+            raise UserError(f"--gen_kwargs {name}={brief(value)} is not accepted: {_wanted(name, field)}")
     if arguments.get("do_sample") is True and arguments.get("temperature", 0.0) == 0.0:
         raise UserError(
             f"--gen_kwargs do_sample=True,temperature={arguments.get('temperature', 0.0)} is not accepted: to sample "
@@ -488,15 +489,15 @@ def _wanted(name: str, field: Field) -> str:
     return f"give {field.takes.words if field.takes else 'a value'}, or leave {name} out"
 
 
-def _check_configured(configuration: GenerationConfig, arguments: dict[str, Any]) -> None:
+def _check_configured(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Raise on values, of the model's configuration or typed, that are refused or that nobody here knows."""
     defaults = vars(GenerationConfig())
-    for name, own in vars(configuration).items():
+    for name, own in vars(model.generation_config).items():
         value, field = arguments.get(name, own), FIELDS.get(name)
         if field is None:
             if name in defaults and own != defaults[name] and not name.startswith("_"):
                 raise UserError(
-                    f"the model's generation_config.json sets {name}={own}, which transformers "
+                    f"the model's generation_config.json sets {name}={brief(own)}, which transformers "
                     f"{transformers.__version__} has and this release of lm-eval-sparse does not know: take it out "
                     "there, or use --model hf"
                 )
@@ -505,21 +506,33 @@ def _check_configured(configuration: GenerationConfig, arguments: dict[str, Any]
             continue
         if value is None:
             continue
-        given, way = _origin(name, value, field, arguments)
         if field.strict and field.takes is not None and not field.takes.good(value):
-            raise UserError(f"{given} is not accepted: it has to be {field.takes.words}; {way}")
+            _refuse(model, name, arguments, f"is not accepted: it has to be {field.takes.words}")
         if (field.how == "refused" or field.only) and field.asks(value):
-            raise UserError(f"{given} is not accepted: {field.why}; {way}")
+            _refuse(model, name, arguments, f"is not accepted: {field.why}")
 
 
-def _origin(name: str, value: Any, field: Field | None, arguments: dict[str, Any]) -> tuple[str, str]:
-    """Where a value comes from, and how to be rid of it."""
+def _refuse(model: PreTrainedModel, name: str, arguments: dict[str, Any], why: str, cause: Any = None) -> NoReturn:
+    """Say of an argument, or else of a field of the model's configuration, why it is refused, and how to be rid of it.
+
+    What stands in the file is validated by transformers whatever is typed, so typing does not help against all of it.
+    """
     if name in arguments:
-        return f"--gen_kwargs {name}={value}", f"leave {name} out"
-    sets = f"{name}={value}, which the model's generation_config.json sets,"
-    if name in NEVER_TYPED:
-        return sets, "take it out there"
-    return sets, f"type --gen_kwargs {name}={None if field is None else field.off}, or take it out there"
+        raise UserError(f"--gen_kwargs {name}={brief(arguments[name])} {why}; leave {name} out") from cause
+    off = FIELDS[name].off
+    # Of these, lm-eval takes what is typed for itself.
+    helps = name not in (*NEVER_TYPED, "max_new_tokens") and _trial(model, {**arguments, name: off}) is None
+    value = brief(getattr(model.generation_config, name))
+    raise UserError(
+        f"{name}={value}, which the model's generation_config.json sets, {why}; "
+        f"{f'type --gen_kwargs {name}={off}, or ' if helps else ''}take it out there"
+    ) from cause
+
+
+def brief(value: Any) -> str:
+    """A value in one line of a message."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _warned: set[tuple[str, str]] = set()
@@ -538,20 +551,20 @@ def _check_trial(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Raise on what transformers itself refuses: its validation, and what it makes of scores, tried on a CPU."""
     if (error := _trial(model, arguments)) is None:
         return
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".:")
     refused = f"is not accepted: {reason}"
     if not isinstance(error, UserError):
         refused = f"is not accepted by transformers ({type(error).__name__}: {reason})"
-    configured = {n: v for n, v in vars(model.generation_config).items() if v is not None and n in FIELDS}
-    for name, value in {**configured, **arguments}.items():
-        field = FIELDS.get(name)
-        without = {n: v for n, v in arguments.items() if n != name}
-        if name not in arguments:
-            without[name] = field.off
-        if name != "do_sample" and _trial(model, without) is None:
-            given, way = _origin(name, value, field, arguments)
-            raise UserError(f"{given} {refused}; {way}") from error
-    typed = " ".join(f"{name}={value}" for name, value in arguments.items())
+    for name in arguments:
+        if name != "do_sample" and _trial(model, {n: v for n, v in arguments.items() if n != name}) is None:
+            _refuse(model, name, arguments, refused, error)
+    own = [name for name, value in vars(model.generation_config).items() if value is not None and name in FIELDS]
+    for name in sorted(own, key=lambda name: FIELDS[name].how != "mode"):
+        with _without(model, name):
+            passes = _trial(model, arguments) is None
+        if passes:
+            _refuse(model, name, {n: v for n, v in arguments.items() if n != name}, refused, error)
+    typed = " ".join(f"{name}={brief(value)}" for name, value in arguments.items())
     raise UserError(
         f"--gen_kwargs {typed}, beside the model's generation_config.json, {refused}; leave out what is not needed"
     ) from error
@@ -586,15 +599,18 @@ def _not_followed(mode: GenerationMode, config: Any) -> UserError:
 
 def changed(model: PreTrainedModel) -> str | None:
     """Why methods of transformers, which are not public, cannot be used, or None: another release may have others."""
-    with _plain(model):
+    with _without(model):
         error = _trial(model, {})
     return f"transformers has changed ({error})" if isinstance(error, AttributeError | TypeError) else None
 
 
 @contextmanager
-def _plain(model: PreTrainedModel) -> Iterator[None]:
-    """The model without a generation configuration of its own."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
+def _without(model: PreTrainedModel, name: str | None = None) -> Iterator[None]:
+    """The model without one field of its generation configuration, or without any."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig() if name is None else copy.copy(own)
+    if name is not None:
+        setattr(model.generation_config, name, None)
     try:
         yield
     finally:
