@@ -872,8 +872,8 @@ class SparseHFLM(HFLM):
             kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
         except (TypeError, ValueError, OverflowError) as error:
             raise UserError(
-                f"--gen_kwargs {given} is not understood ({first_line(error)}): max_gen_toks takes a whole number, such "
-                "as max_gen_toks=64, and temperature a number, such as temperature=0.7"
+                f"--gen_kwargs {given} is not understood ({first_line(error)}): max_gen_toks takes a whole number, "
+                "such as max_gen_toks=64, and temperature a number, such as temperature=0.7"
             ) from error
         if kwargs["max_gen_toks"] < 1:
             raise UserError(
