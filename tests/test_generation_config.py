@@ -41,7 +41,9 @@ class Pair:
 
     def __init__(self, family: str, **options: Any):
         tokenizer = tiny.tiny_tokenizer()
-        self.hf = HFLM(pretrained=tiny.family(family), tokenizer=tokenizer, device="cpu", batch_size=1)
+        model = tiny.family(family)
+        model.set_attn_implementation("eager")  # transformers 5.17 leaves Gemma's soft cap out of the others
+        self.hf = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=1)
         self.ours = SparseHFLM(
             pretrained=tiny.family(family), tokenizer=tokenizer, device="cpu", batch_size=2, method="dense", **options
         )
