@@ -47,7 +47,8 @@ from .runtime.cache import SparseCache
 from .runtime.decoding import Decoder, Row, rows_alike, undecodable
 from .runtime.interface import IMPLEMENTATION, calling, register
 from .runtime.memory import MemoryModel, out_of_memory
-from .sampling import Sampling, Stop, generation_arguments
+from .sampling import NEUTRAL, Sampling, Stop, generation_arguments
+from .sampling import check as check_generation
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +62,6 @@ FROM_PRETRAINED = (
     "proxies", "quantization_config", "state_dict", "token", "torch_dtype", "use_safetensors", "variant",
     "weights_only", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
     "llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload",
-)  # fmt: skip
-
-#: Generation arguments that would take the cache or the prefill out of our hands.
-REFUSED_GENERATION = (
-    "past_key_values", "cache_implementation", "cache_config", "assistant_model", "use_cache",
-    "prompt_lookup_num_tokens", "assistant_early_exit", "num_return_sequences", "return_dict_in_generate",
 )  # fmt: skip
 
 #: Answer tokens scored per forward pass: bounds the logits held at once.
@@ -390,14 +385,16 @@ class SparseHFLM(HFLM):
                 self.skipped[request.task_name] = reason
                 results[index] = MeasuredLoglikelihood(0.0, False, {})
                 continue
-            prompt, target, scored = self._tokenize_pair(*request.args)
+            prompt, target, scored = self._tokenize_pair(*request.args, task=request.task_name)
             key = (request.task_name, *prompt)
             context = contexts.setdefault(key, Context(prompt, task=request.task_name))
             context.targets.append(Target(index, target, scored, tuple(map(str, request.args))))
         self._score(list(contexts.values()), results, len(requests), disable_tqdm)
         return results
 
-    def _tokenize_pair(self, context: str, continuation: str) -> tuple[list[int], list[int], int]:
+    def _tokenize_pair(
+        self, context: str, continuation: str, task: str | None = None
+    ) -> tuple[list[int], list[int], int]:
         """Prompt tokens, tokens after it, and how many of those at the end are scored."""
         head, tail = self._encode_pair(context, continuation) if context else ([], [])
         if head:
@@ -408,7 +405,14 @@ class SparseHFLM(HFLM):
             tokens = self.tok_encode(context + continuation, add_special_tokens=False)
             whole = tokens if tokens[:1] == [self.prefix_token_id] else [self.prefix_token_id, *tokens]
             before, scored = 1, len(whole) - 1
-        if not 0 < scored <= self.max_length:
+        if not scored:
+            what = "is empty" if not continuation else f"{continuation!r} gives no token of its own"
+            raise UserError(
+                f"{f'task {task}: ' if task else ''}the continuation of a document {what}, so there is nothing to "
+                f"score (its context ends in {context[-60:]!r}): give the document an answer (doc_to_target, "
+                "doc_to_choice), or leave the task out"
+            )
+        if scored > self.max_length:
             raise UserError(
                 f"a continuation of {scored} tokens cannot be scored (the model takes 1 to {self.max_length}): "
                 f"{continuation[:60]!r}; leave this task out or raise max_length"
@@ -572,12 +576,7 @@ class SparseHFLM(HFLM):
             else:
                 queue.append((index, *request.args))
         for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
-            try:
-                normalized = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
-            except (TypeError, ValueError) as error:
-                given = " ".join(f"{name}={value}" for name, value in gen_kwargs.items())
-                raise UserError(f"--gen_kwargs {given} is not understood ({first_line(error)})") from error
-            self._check_generation(normalized)
+            self._check_generation(gen_kwargs)
         lengths = {context: len(self.tok_encode(context)) for _, context, _ in queue}
         self._check_prompt_lengths(queue, lengths)
         # The longest first: should memory run out, it does so at once, and storage made for them serves all others.
@@ -605,12 +604,22 @@ class SparseHFLM(HFLM):
         return results
 
     def _check_prompt_lengths(self, queue: list[tuple], lengths: dict[str, int]) -> None:
-        """Find prompts at which a sparsity is out of reach or a preset has no knobs, before any compute."""
+        """Find prompts at which a sparsity is out of reach, a preset has no knobs or no answer fits, before any run."""
+        found = []
+        for _, context, gen_kwargs in queue:
+            kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
+            room = self.max_length - kwargs["max_gen_toks"]
+            found.append(min(lengths[context], room))
+            if not lengths[context]:
+                self._prompt(context, room)
+            # A number of new tokens that the model's configuration gives comes before a length.
+            limit = None if self.model.generation_config.max_new_tokens is not None else kwargs.get("max_length")
+            if limit is not None and limit <= found[-1]:
+                raise UserError(
+                    f"--gen_kwargs max_length={limit} leaves a prompt of {found[-1]} tokens no room for an answer: it "
+                    f"counts prompt and answer; give more than {found[-1]}, or max_gen_toks= instead"
+                )
         if self.runtime.plan.phases:
-            found = []
-            for _, context, gen_kwargs in queue:
-                room = self.max_length - normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)["max_gen_toks"]
-                found.append(min(lengths[context], room))
             self.runtime.check_lengths(found)
 
     def _generate(self, items: list[tuple], lengths: dict[str, int]) -> Iterator[tuple[tuple, str, RowCounts]]:
@@ -618,8 +627,7 @@ class SparseHFLM(HFLM):
         kwargs = normalize_gen_kwargs(items[0][2], self.max_gen_toks)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
-        max_gen_toks = kwargs.pop("max_gen_toks")
-        room = self.max_length - max_gen_toks
+        room = self.max_length - kwargs["max_gen_toks"]
         sampling = Sampling.of(self.model, kwargs, self.device)
         decoder, reason = self._get_decoder()
         if isinstance(sampling, str):
@@ -627,26 +635,20 @@ class SparseHFLM(HFLM):
         if decoder is None:
             for item in items:
                 ids = self._prompt(item[1], room)
-                text, counts = self._generate_by_transformers(ids, kwargs, until, max_gen_toks, reason)
+                text, counts = self._generate_by_transformers(ids, kwargs, until, reason)
                 yield item, text, counts
             return
-        limit = kwargs.get("max_length")
-        longest = max(min(lengths[item[1]], room) for item in items)
-        if limit is not None and limit <= longest:
-            raise UserError(
-                f"--gen_kwargs max_length={limit} leaves a prompt of {longest} tokens no room for an answer: it counts "
-                f"prompt and answer; give more than {longest}, or max_gen_toks= instead"
-            )
         self._fitting = None
         waiting = items
         met: Counter[tuple[int, ...]] = Counter()  # a prompt that is sampled several times gets several answers
         while waiting:
-            some = self._some([min(lengths[item[1]], room) for item in waiting], max_gen_toks, decoder)
+            tokens = [min(lengths[item[1]], room) for item in waiting]
+            some = self._some(tokens, sampling.limit(tokens[-1]), decoder)
             batch = waiting[:some]
             prompts = [self._prompt(item[1], room) for item in batch]
             failed, before = None, met.copy()
             try:
-                answers = self._decode(decoder, prompts, sampling, until, max_gen_toks, limit, met)
+                answers = self._decode(decoder, prompts, sampling, until, met)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -706,12 +708,10 @@ class SparseHFLM(HFLM):
         prompts: list[Tensor],
         sampling: Sampling,
         until: list[str],
-        max_gen_toks: int,
-        max_length: int | None,
         met: Counter[tuple[int, ...]],
     ) -> list[tuple[str, RowCounts]]:
         """Prefill prompts one after the other, decode them side by side."""
-        limits = [max_gen_toks if max_length is None else max_length - ids.shape[1] for ids in prompts]
+        limits = [sampling.limit(ids.shape[1]) for ids in prompts]
         decoder.start([ids.shape[1] for ids in prompts], min(max(limits), max(RESERVE, decoder.grown)))
         rows: list[Row] = []
         lookback = Stop.lookback(self.tokenizer, until)
@@ -794,9 +794,11 @@ class SparseHFLM(HFLM):
         return None
 
     def _generate_by_transformers(
-        self, ids: Tensor, kwargs: dict[str, Any], until: list[str], max_gen_toks: int, reason: str | None
+        self, ids: Tensor, kwargs: dict[str, Any], until: list[str], reason: str | None
     ) -> tuple[str, RowCounts]:
         """Answer one prompt by `generate`: beams, and whatever else the decoder does not know."""
+        kwargs = dict(kwargs)
+        max_gen_toks = kwargs.pop("max_gen_toks")
         cache = self.runtime.new_cache(self.model.config, reserve=max_gen_toks)
         counts, length = RowCounts(), ids.shape[1]
         with self.runtime.running([counts], cache, length):
@@ -804,7 +806,7 @@ class SparseHFLM(HFLM):
                 context=ids,
                 attention_mask=torch.ones_like(ids),
                 stop=until,
-                **{"max_length": length + max_gen_toks, **kwargs},
+                **{"max_length": length + max_gen_toks, **kwargs, **NEUTRAL},
                 past_key_values=cache,
             )
         tokens = output[0, length:].tolist()
@@ -833,7 +835,16 @@ class SparseHFLM(HFLM):
                 **generation_arguments(generation_kwargs),
             )
 
-    def _check_generation(self, kwargs: dict[str, Any]) -> None:
+    def _check_generation(self, gen_kwargs: dict[str, Any]) -> None:
+        """Raise `UserError` on generation arguments that cannot be followed, before any prompt runs."""
+        given = " ".join(f"{name}={value}" for name, value in gen_kwargs.items())
+        try:
+            kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"--gen_kwargs {given} is not understood ({first_line(error)}): max_gen_toks takes a whole number, "
+                "such as max_gen_toks=64, and temperature a number, such as temperature=0.7"
+            ) from error
         if kwargs["max_gen_toks"] < 1:
             raise UserError(
                 f"max_gen_toks={kwargs['max_gen_toks']} is no number of tokens to generate: type one of at least 1, "
@@ -844,17 +855,17 @@ class SparseHFLM(HFLM):
                 f"max_gen_toks={kwargs['max_gen_toks']} leaves no room for a prompt: the model takes {self.max_length} "
                 "tokens in all; type a smaller --gen_kwargs max_gen_toks="
             )
-        refused = [name for name in REFUSED_GENERATION if name in kwargs]
+        check_generation(self.model, kwargs)
+        chunk, typed = self.model.generation_config.prefill_chunk_size, "prefill_chunk_size" in kwargs
+        chunk = kwargs["prefill_chunk_size"] if typed else chunk
         whole = [a.method.name for phase, a in self.runtime.plan.phases.items() if phase != "decode"]
-        if whole and kwargs.get("prefill_chunk_size") is not None:
+        if whole and chunk is not None:
+            source, way = "--gen_kwargs ", "leave prefill_chunk_size out"
+            if not typed:
+                source, way = "the model's generation_config.json sets ", "type --gen_kwargs prefill_chunk_size=None"
             raise UserError(
-                f"--gen_kwargs prefill_chunk_size={kwargs['prefill_chunk_size']}: {' and '.join(whole)} looks at the "
-                "whole prompt at once; leave prefill_chunk_size out, or use method=dense"
-            )
-        if refused:
-            raise UserError(
-                f"--gen_kwargs {refused[0]}={kwargs[refused[0]]} is not accepted: sparse-hf generates one text per "
-                f"prompt with its own KV cache; leave {refused[0]} out"
+                f"{source}prefill_chunk_size={chunk}: {' and '.join(whole)} looks at the whole prompt at once; {way}, "
+                "or use method=dense"
             )
 
     def _finish(self, tokens: list[int], until: list[str]) -> str:
