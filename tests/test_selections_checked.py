@@ -484,10 +484,10 @@ def test_flags_of_layouts_are_read_with_the_counts(rng: random.Random, model: An
     """As on a GPU: nothing is looked at before the counts of the batch are fetched."""
     spoil, words = LAYOUTS[rng.choice([kind for kind in LAYOUTS if "head 1" in LAYOUTS[kind][1]])]
     bad(monkeypatch, Prefill, spoil)
+    lm = sparse(model, method="bad_prefill", backend="gather")
     monkeypatch.setattr(selections, "choose", lambda backend, device: "triton")
     later: list[Any] = []
     monkeypatch.setattr(attention.RowCounts, "later", lambda self, count, *numbers: later.append((count, numbers)))
-    lm = sparse(model, method="bad_prefill", backend="gather")
     score(lm, [(tiny.words(3, 50), " apple")])
     monkeypatch.undo()
     faulty = [call for call in later if call[0].__qualname__.startswith("count_sparse")]

@@ -277,7 +277,8 @@ class Probe:
         rows = slice(0, 1) if self.decodes else slice(None)
         query, key, value, out = query[rows], key[rows], value[rows], out[rows]
         steps = query.shape[2]
-        mask = self._shown.get(sight) if given is None else given
+        # A decoder's steps are masked by positions alone: transformers' mask would be one for its own cache.
+        mask = None if self.decodes else self._shown.get(sight) if given is None else given
         if seen.keys is not None and (self.decodes or (mask is not None and key.shape[2] < mask.shape[-1])):
             # Our caches hand over the new keys and values only: what came before is what the prompt was given.
             key, value = (torch.cat([old, new], 2) for old, new in ((seen.keys, key), (seen.values, value)))
