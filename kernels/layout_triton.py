@@ -181,8 +181,8 @@ def _walk_kernel(
             near = seen_by_all + tl.arange(0, BLOCK_Q)
             exists = near < number
             column = tl.minimum(tl.maximum(tl.load(own + near, mask=exists, other=0), 0), length - 1)
-            place = _below(listed, tiles, column // BLOCK_K, TILE_STEPS)
-            found = tl.load(listed + place, mask=exists & (place < tiles), other=-1) == column // BLOCK_K
+            among = _below(listed, tiles, column // BLOCK_K, TILE_STEPS)
+            found = tl.load(listed + among, mask=exists & (among < tiles), other=-1) == column // BLOCK_K
             near_pairs = tl.sum(tl.where(exists & ~found, last - column, 0), 0)
         else:
             near_pairs = tl.sum(seen, 0)

@@ -496,7 +496,8 @@ def test_full_budget_equals_dense(name: str) -> None:
     found = score(full, PAIRS)
     assert_same_scores(found, scores)
     assert {stats_of(answer)["sparsity"] for answer in found} == {0}
-    assert full.report()["phases"]["prefill"]["calls"]["sparse"] > 0
+    prefill = full.report()["phases"]["prefill"]
+    assert prefill["backends"]["gather"] > 0 == prefill["calls"]["sparse"] < prefill["calls"]["fallback"]
 
 
 @pytest.mark.parametrize("backend", ["naive", "gather"])
