@@ -157,8 +157,21 @@ def run_lm_eval(argv: Sequence[str]) -> None:
     sys.argv = [PROGRAM, *arguments]
     try:
         cli_evaluate()
+    except ValueError as error:
+        if isinstance(error, UserError) or not _from_settings(error):
+            raise
+        text = " ".join(str(error).split())
+        raise UserError(f"{text}; type '{PROGRAM} {arguments[0]} --help'") from error
     finally:
         sys.argv = before
+
+
+def _from_settings(error: ValueError) -> bool:
+    """Did lm-eval raise this while it read what was typed? Then its words are for the user, and a traceback is not."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_globals.get("__name__") == "lm_eval.config.evaluate_config"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from . import __version__, embedded, gguf_check
+from . import __version__, adapters, embedded, gguf_check
 from .config import OWN_ARGS, SparseConfig, argument_names, knob_names, parse, split
 from .encoding import SharedEncoder
 from .errors import UserError, install_excepthook, nearest
@@ -137,6 +137,7 @@ class SparseHFLM(HFLM):
         self.lm_eval_warns = False
         ours, rest = split(kwargs)
         refuse_attention_choice(rest)
+        adapters.check_given(rest, in_memory=pretrained is not None and not isinstance(pretrained, str))
         self.sparse: SparseConfig = parse(ours)
         self.runtime = Runtime(self.sparse.plan)
         #: Decodes answers; None until the first one, or where the model cannot be decoded by it (`_no_decoder`).
@@ -264,7 +265,8 @@ class SparseHFLM(HFLM):
             kwargs["attn_implementation"] = IMPLEMENTATION
         with self._loading():
             try:
-                super()._create_model(pretrained, **kwargs)
+                with adapters.loading(self, kwargs):
+                    super()._create_model(pretrained, **kwargs)
             except (ValueError, KeyError) as error:
                 # Models older than the interface look the name up in a table of their own.
                 refused = isinstance(error, KeyError) and error.args == (IMPLEMENTATION,)

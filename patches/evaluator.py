@@ -1,11 +1,11 @@
 """lm-eval's evaluator: measured sparsity in every logged sample and under the table, and there also the leaves that
-did not run; Hub mistakes found beforehand.
+did not run; what cannot be saved or pushed found beforehand.
 
 Works around: a model type can add figures to the results as a whole (`get_model_info`) but not to a logged
 sample of a task that it does not own, nor to the table that is printed, and a task cannot say there that it dropped
-out; and `simple_evaluate` builds the model before anything about the Hub is checked. Delete the first part when lm-eval
-lets a response carry metadata into logged samples, the second when model types and tasks can print, the third when its
-tracker checks before the run.
+out; and `simple_evaluate` builds the model before anything about files or the Hub is checked. Delete the first part
+when lm-eval lets a response carry metadata into logged samples, the second when model types and tasks can print, the
+third when its tracker checks before the run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 
@@ -140,6 +141,11 @@ def _with_preflight(simple_evaluate: Any) -> Any:
 
             check_metadata(options["metadata"])
         if options["model"] == "sparse-hf" or is_ours(options["model"]):
+            if not options["tasks"]:
+                from lm_eval_sparse.errors import UserError
+
+                raise UserError("no task was given: type --tasks NAME; lm_eval ls tasks shows the names")
+            from lm_eval_sparse import outputs
             from lm_eval_sparse.patches import hub_tracker
 
             hub_tracker.preflight(
@@ -147,7 +153,12 @@ def _with_preflight(simple_evaluate: Any) -> Any:
                 log_samples=options["log_samples"],
                 limit=options["limit"],
                 predict_only=options["predict_only"],
+                model_args=options["model_args"] if isinstance(options["model"], str) else None,
             )
+            if options["use_cache"]:
+                # lm-eval appends this for the first process, and the others' names are as long.
+                cache = Path(f"{options['use_cache']}_rank0.db")
+                outputs.check_writable(f"--use_cache {options['use_cache']}", cache.parent, [cache.name])
             tracker = options["evaluation_tracker"]
             full = _wants_full_stats(options["model"], options["model_args"])
             if full and tracker is not None and not getattr(tracker, "output_path", None):

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from lm_eval_sparse import embedded, hub
+from lm_eval_sparse import embedded, hub, outputs
 from lm_eval_sparse.errors import UserError, nearest
 
 MODEL = "sparse-hf"
@@ -72,17 +72,22 @@ class _Run:
 # -- before the run
 
 
-def preflight(tracker: Any, *, log_samples: bool, limit: float | None, predict_only: bool) -> None:
-    """Mark `tracker` as that of a `sparse-hf` run; raise `UserError` when the push it asks for cannot work.
+def preflight(
+    tracker: Any, *, log_samples: bool, limit: float | None, predict_only: bool, model_args: Any = None
+) -> None:
+    """Mark `tracker` as that of a `sparse-hf` run; raise `UserError` when it cannot save or push what it is to.
 
-    Called before the model is built. Writes nothing, neither here nor on the Hub, and asks the Hub nothing when
-    nothing is to be pushed. `limit` is no reason to refuse: the card says that the run was limited.
+    Called before the model is built. Leaves nothing behind, neither here nor on the Hub, and asks the Hub nothing when
+    nothing is to be pushed. `limit` is no reason to refuse: the card says that the run was limited. `model_args` name
+    the model, under whose name files are saved.
     """
     module = importlib.import_module(MODULE)
     if not isinstance(tracker, module.EvaluationTracker):
         return
     apply(module)
     run = tracker._lm_eval_sparse = _Run()
+    if tracker.output_path and os.environ.get("RANK", "0") == "0":  # the process that saves
+        _check_output(Path(tracker.output_path), model_args)
     if not (tracker.push_results_to_hub or tracker.push_samples_to_hub):
         return
     for name in FLAGS:
@@ -96,7 +101,6 @@ def preflight(tracker: Any, *, log_samples: bool, limit: float | None, predict_o
         raise UserError(
             "--hf_hub_log_args pushes the files that are saved under --output_path; add --output_path FOLDER"
         )
-    _check_writable(Path(tracker.output_path))
     if tracker.push_samples_to_hub and not (log_samples or predict_only):
         raise UserError(
             "push_samples_to_hub=True needs the samples: add --log_samples, or leave push_samples_to_hub out"
@@ -120,14 +124,14 @@ def preflight(tracker: Any, *, log_samples: bool, limit: float | None, predict_o
         hub.check_target(tracker.api, identity, target)
 
 
-def _check_writable(output: Path) -> None:
+def _check_output(output: Path, model_args: Any) -> None:
     """lm-eval finds out when it saves, and then only logs it: the scores of the whole run would be lost."""
-    folder = output.parent if output.suffix == ".json" else output
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"--output_path {output}: {existing} is a file; give a folder or a name that ends in .json")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output_path {output}: {existing} is not writable; give another folder")
+    date = "2026-01-01T00-00-00.000000"
+    if output.suffix == ".json":
+        folder, name = output.parent, f"{output.stem}_{date}.json"
+    else:
+        folder, name = output / _sanitized(public_name(model_args)[0]), f"results_{date}.json"
+    outputs.check_writable(f"--output_path {output}", folder, [name])
 
 
 # -- lm-eval's classes

@@ -17,6 +17,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import peft
 import pytest
 import tiny
 import torch
@@ -24,6 +25,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from test_adapters import lora
 
 from lm_eval_sparse import cli, embedded, patches
 from lm_eval_sparse.errors import UserError
@@ -353,6 +355,107 @@ def test_gguf_that_is_not_there(tmp_path: Path, complaint: Callable[..., str]) -
 
 def test_gguf_without_a_folder(complaint: Callable[..., str]) -> None:
     assert_says(complaint("gguf_file=model.gguf"), "gguf_file=model.gguf", "pretrained=")
+
+
+# --- what is added to the model --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["peft", "delta"])
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "~/no-such-folder-here", "a/b/c"])
+def test_addition_that_does_not_exist(name: str, path: str, llama: str, complaint: Callable[..., str]) -> None:
+    message = complaint(f"pretrained={llama},{name}={path}")
+    assert_says(message, f"{name}={path!r}", "no such folder", f"leave {name} out")
+
+
+@pytest.mark.parametrize("name", ["peft", "delta"])
+@pytest.mark.parametrize("path", ["nowhere", "models/nowhere", "two words"])
+def test_addition_that_could_be_a_repository(name: str, path: str, llama: str, complaint: Callable[..., str]) -> None:
+    message = complaint(f"pretrained={llama},{name}={path}")
+    assert_says(message, f"{name}={path!r} could not be loaded", "such a Hub repository")
+
+
+@pytest.mark.parametrize(("name", "file"), [("peft", "adapter_config.json"), ("delta", "config.json")])
+def test_addition_of_another_kind(
+    name: str, file: str, llama: str, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    """Nothing, a folder that is none, a file; each seen before the model is."""
+    assert_says(complaint(f"pretrained={llama},{name}="), f"{name}= is empty", f"leave {name} out")
+    (tmp_path / "folder").mkdir()
+    assert_says(complaint(f"pretrained=no-model,{name}={tmp_path / 'folder'}"), str(tmp_path), f"without {file}")
+    (tmp_path / "weights").write_bytes(b"")
+    assert_says(complaint(f"{name}={tmp_path / 'weights'}"), str(tmp_path), "is a file")
+    (tmp_path / "folder" / file).write_text("{")
+    message = complaint(f"pretrained={llama},{name}={tmp_path / 'folder'}")
+    assert_says(message, f"{name}=", str(tmp_path / "folder"), "could not be loaded")
+    (tmp_path / "folder" / file).write_text('{"peft_type": "XYZZY", "model_type": "xyzzy"}')
+    assert_says(complaint(f"pretrained={llama},{name}={tmp_path / 'folder'}"), f"{name}=", "could not be loaded")
+
+
+def test_adapter_without_weights(llama: str, tmp_path: Path, complaint: Callable[..., str]) -> None:
+    folder = lora(Path(llama), tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    assert_says(complaint(f"pretrained={llama},peft={folder}"), f"peft={str(folder)!r}", "does not fit")
+    (folder / "adapter_model.safetensors").unlink()
+    assert_says(complaint(f"pretrained={llama},peft={folder}"), f"peft={str(folder)!r}", "made for this model")
+
+
+#: What differs in the model that the adapter or the delta was made for -> what the complaint must say.
+OTHERS: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "wider": ("llama", {"hidden_size": 128}, "size mismatch", ".weight is ["),
+    "more layers": ("llama", {"num_hidden_layers": 3}, "layers.2", "has model.layers.2"),
+    "fewer layers": ("llama", {"num_hidden_layers": 1}, "layers.1", "lacks model.layers.1"),
+    "another class": ("phi3", {}, "q", "qkv_proj"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_adapter_made_for_another_model(other: str, llama: str, tmp_path: Path, complaint: Callable[..., str]) -> None:
+    """peft raises at other shapes and names; layers that the model has not are dropped, missing ones left random."""
+    name, options, words, _ = OTHERS[other]
+    base = tiny.tiny(name, tmp_path / "other", **options)
+    targets = ["qkv_proj"] if name == "phi3" else ["q_proj", "v_proj"]
+    folder = lora(base, tmp_path / "adapter", target_modules=targets)
+    message = complaint(f"pretrained={llama},peft={folder}")
+    assert_says(message, f"peft={str(folder)!r}", f"made for {str(base)!r}", "does not fit", words, "made for this")
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_delta_of_another_model(
+    other: str, llama: str, tmp_path: Path, complaint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, options, _, words = OTHERS[other]
+    folder = tiny.tiny(name, tmp_path / "other", **options)
+    (folder / "model.safetensors").unlink()  # the configuration is enough to know
+    message = complaint(f"pretrained={llama},delta={folder}")
+    assert_says(message, f"delta={str(folder)!r}", "does not fit", words, "made for this model")
+
+
+def test_adapter_that_changes_the_prompt(llama: str, tmp_path: Path, complaint: Callable[..., str]) -> None:
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    peft.get_peft_model(tiny.family("llama"), config).save_pretrained(tmp_path / "prompt")
+    message = complaint(f"pretrained={llama},peft={tmp_path / 'prompt'}")
+    assert_says(message, "PROMPT_TUNING", "such as LoRA", "--model hf")
+
+
+def test_two_additions(llama: str, complaint: Callable[..., str]) -> None:
+    assert_says(complaint(f"pretrained={llama},peft=a,delta=b"), "peft=a and delta=b", "leave one out")
+
+
+@pytest.mark.parametrize("name", ["peft", "delta"])
+def test_addition_to_a_model_in_memory(name: str, llama: str) -> None:
+    """lm-eval would ignore it with a warning."""
+    with pytest.raises(UserError, match=f"{name}=.* model in memory"):
+        SparseHFLM(pretrained=tiny.family("llama"), tokenizer=tiny.tiny_tokenizer(), **{name: llama})
+
+
+def test_a_model_that_does_not_load_is_not_the_fault_of_its_adapter(
+    tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    base = tiny.tiny_llama(tmp_path / "base")
+    folder = lora(base, tmp_path / "adapter")
+    (base / "model.safetensors").unlink()
+    assert_says(complaint(f"pretrained={base},peft={folder}"), f"pretrained={str(base)!r} could not be loaded")
 
 
 # --- models without the attention we need ----------------------------------------------------------------------------

@@ -117,3 +117,71 @@ def test_documented_table_of_methods_is_the_generated_one() -> None:
 
     page = (Path(__file__).resolve().parent.parent / "docs" / "methods.md").read_text()
     assert table() in page
+
+
+#: A sub-command of ours without what it needs, or with what it does not know -> what the complaint must name.
+INCOMPLETE = {
+    "plot": "RESULTS, --output",
+    "plot results": "--output",
+    "plot results --output": "--output: expected one argument",
+    "plot results --output a.png --colour red": "--colour red",
+    "show": "TASK, --index",
+    "show frontier_niah_4k": "--index",
+    "show frontier_niah_4k --index 0 --colour red": "--colour red",
+    "check-task": "PATH",
+    "check-task folder --colour red": "--colour red",
+    "new-task": "NAME",
+    "new-task name --colour red": "--colour red",
+    "methods all": "all",
+}
+
+
+def test_every_command_of_ours_is_among_them() -> None:
+    assert {line.split()[0] for line in INCOMPLETE} == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("line", INCOMPLETE)
+def test_what_is_missing_or_unknown_is_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line.split()) == 1
+    printed = capsys.readouterr()
+    (said,) = printed.err.splitlines()
+    assert printed.out == ""
+    assert said.startswith("lm-eval-sparse: error: ")
+    assert INCOMPLETE[line] in said and f"type 'lm-eval-sparse {line.split()[0]} --help'" in said
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("run --model sparse-hf --tasks nowhere --log_samples", "Specify --output_path"),
+        ("run --model sparse-hf --tasks nowhere", "Tasks not found: nowhere"),
+        ("run --model sparse-hf --tasks nowhere --fewshot_as_multiturn True", "apply_chat_template"),
+    ],
+)
+def test_settings_that_lm_eval_refuses_are_one_line(
+    line: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval raises a ValueError that nothing catches."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    known = tasks.TaskManager.__init__
+    monkeypatch.setattr(
+        tasks.TaskManager, "__init__", lambda self, *a, **k: known(self, *a, **{**k, "include_defaults": False})
+    )
+    assert cli.main(line.split()) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    (said,) = (text for text in shown.splitlines() if text.startswith("lm-eval-sparse: error: "))
+    assert words in said
+
+
+@pytest.mark.parametrize("output, words", [("folder.png", "is a folder"), ("file/a.png", "file is a file")])
+def test_a_picture_that_cannot_be_written(
+    output: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    assert cli.main(["plot", "results", "--output", output]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"--output {output}" in said and words in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]

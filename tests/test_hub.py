@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import constants
-from loopback_hub import LoopbackHub, Token
+from loopback_hub import LoopbackHub, Repo, Token
 
 from lm_eval_sparse import cli, embedded, hub
 from lm_eval_sparse.errors import UserError
@@ -328,6 +328,29 @@ def test_an_existing_repository_that_the_token_may_only_read(server: LoopbackHub
     assert len(server.writes()) == before
 
 
+@pytest.mark.parametrize("public", [True, False])
+def test_a_repository_of_somebody_else(server: LoopbackHub, evaluate: Callable, public: bool) -> None:
+    """One that is there: seen and not written to, or not even seen."""
+    name = "nobody/lm-eval-results" + ("" if public else "-private")
+    server.repos[("dataset", name)] = Repo(name, "dataset", private=not public)
+    with pytest.raises(UserError, match=f"the token may not write to {name} .403"):
+        evaluate(hub_results_org="nobody", public_repo=public)
+    assert not server.writes()
+
+
+@pytest.mark.parametrize("status", [401, 403, 500, 503])
+@pytest.mark.parametrize("call", ["whoami", "datasets"])
+def test_a_hub_that_does_not_say_who_may_write(
+    server: LoopbackHub, evaluate: Callable, tmp_path: Path, status: int, call: str
+) -> None:
+    server.fail = lambda method, path: status if call in path else None
+    with pytest.raises(UserError) as refusal:
+        evaluate(hub_results_org="tester")
+    words = "rejects the token" if (status, call) == (401, "whoami") else str(status)
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not server.writes() and not list(tmp_path.iterdir())
+
+
 def test_output_path_below_a_file(server: LoopbackHub, evaluate: Callable, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
@@ -614,6 +637,18 @@ def test_command_line_refuses_before_compute(
     shown = capsys.readouterr().err
     assert status == 1 and words in shown.splitlines()[-1] and "Traceback" not in shown
     assert not server.writes() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("org", ["", ",hub_results_org=tester"])
+def test_command_line_without_a_hub(
+    run_here: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, org: str
+) -> None:
+    """lm-eval itself asks whose token it is when no organisation is given."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    status = run_here(tmp_path / "out", "--hf_hub_log_args", f"push_results_to_hub=True{org}")
+    shown = capsys.readouterr().err
+    assert status == 1 and "cannot be reached" in shown.splitlines()[-1] and "Traceback" not in shown
+    assert not (tmp_path / "out").exists()
 
 
 def test_command_line_says_that_an_upload_failed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
@@ -13,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..cli import PROGRAM, Parser
 from ..errors import UserError
+from ..outputs import check_writable
 from .results import Record, find, load, records
 
 SUFFIXES = (".png", ".html")
@@ -154,16 +155,22 @@ def _umask() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`lm-eval-sparse plot RESULTS... --output FILE [--task NAME]`: the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="lm-eval-sparse plot", description="Draw score against measured sparsity from result files of lm-eval."
+    parser = Parser(
+        prog=f"{PROGRAM} plot", description="Draw score against measured sparsity from result files of lm-eval."
     )
-    parser.add_argument("results", nargs="+", help="result files, or folders that hold results_*.json")
+    parser.add_argument(
+        "results", nargs="+", metavar="RESULTS", help="result files, or folders that hold results_*.json"
+    )
     parser.add_argument("--output", required=True, action="append", help="FILE.png or FILE.html; may be repeated")
     parser.add_argument("--task", action="append", help="only this task; may be repeated")
     options = parser.parse_args(argv)
     for name in options.output:
         if Path(name).suffix not in SUFFIXES:
             raise UserError(f"--output {name}: give a name that ends in {' or '.join(SUFFIXES)}")
+        output = Path(name)
+        check_writable(f"--output {name}", output.parent, [output.name])
+        if output.is_dir():
+            raise UserError(f"--output {name} is a folder; give the name of a file")
     rows = [row for path in find(options.results) for row in records(load(path))]
     if options.task:
         present = sorted({row.task for row in rows})
