@@ -42,7 +42,7 @@ from .methods import METHODS, PHASE_ARGUMENTS, presets
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime.accounting import PHASES, Ledger, RowCounts
 from .runtime.attention import COVERED, IMPLEMENTATION, NO_PADDING, Runtime, register
-from .runtime.cache import SparseCache
+from .runtime.cache import SparseCache, cache_argument, generation_argument
 from .runtime.decoding import Decoder, Row, rows_alike, undecodable
 from .runtime.memory import MemoryModel, out_of_memory
 from .sampling import Sampling, Stop, generation_arguments
@@ -63,7 +63,7 @@ FROM_PRETRAINED = (
 
 #: Generation arguments that would take the cache or the prefill out of our hands.
 REFUSED_GENERATION = (
-    "past_key_values", "cache_implementation", "cache_config", "assistant_model", "use_cache",
+    "past_key_values", "cache", "cache_implementation", "cache_config", "assistant_model", "use_cache",
     "prompt_lookup_num_tokens", "assistant_early_exit", "num_return_sequences", "return_dict_in_generate",
 )  # fmt: skip
 
@@ -375,6 +375,7 @@ class SparseHFLM(HFLM):
             step: this is a step of the decoder, which must not wait for the device.
         """
         options: dict[str, Any] = {"position_ids": positions} if positions is not None else {}
+        options[cache_argument(self.model)] = cache
         if step:
             # Models that get no mask look for padding themselves.
             if len(ids) not in self._no_padding:
@@ -389,7 +390,7 @@ class SparseHFLM(HFLM):
         ):
             known = NO_PADDING.set(step)
             try:
-                logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options).logits
+                logits = self.model(input_ids=ids, use_cache=cache is not None, **options).logits
             finally:
                 NO_PADDING.reset(known)
         return logits if keep is None else logits[:, -keep:]
@@ -840,7 +841,7 @@ class SparseHFLM(HFLM):
                 attention_mask=torch.ones_like(ids),
                 stop=until,
                 **{"max_length": length + max_gen_toks, **kwargs},
-                past_key_values=cache,
+                **{generation_argument(): cache},
             )
         tokens = output[0, length:].tolist()
         phase = counts.phases["decode"]
