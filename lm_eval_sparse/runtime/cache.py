@@ -28,7 +28,6 @@ from ..kernels.compaction import compact
 from ..kernels.estimators import PageBounds, update_bounds
 from ..kernels.ragged import RaggedKV
 
-
 #: Model -> what its `forward` calls the cache.
 _names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
