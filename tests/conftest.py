@@ -1,4 +1,7 @@
-"""Skips tests marked `gpu` where torch sees no CUDA device; there Triton kernels run under Triton's interpreter."""
+"""Skips tests marked `gpu` where torch sees no CUDA device; there Triton kernels run under Triton's interpreter.
+
+Tests marked `oldest` are skipped unless `--oldest` is given, whatever `-m` says.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,15 @@ if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") i
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--oldest", action="store_true", help="also run tests with the oldest supported versions")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--oldest"):
+        for item in items:
+            if item.get_closest_marker("oldest"):
+                item.add_marker(pytest.mark.skip(reason="makes an environment, in minutes: type pytest --oldest"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
