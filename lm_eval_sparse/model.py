@@ -43,7 +43,7 @@ from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredTex
 from .runtime import probe
 from .runtime.accounting import PHASES, Ledger, RowCounts
 from .runtime.attention import COVERED, Runtime
-from .runtime.cache import SparseCache
+from .runtime.cache import SparseCache, cache_argument, generation_argument
 from .runtime.decoding import Decoder, Row, rows_alike, undecodable
 from .runtime.interface import IMPLEMENTATION, calling, register
 from .runtime.memory import MemoryModel, out_of_memory
@@ -341,7 +341,7 @@ class SparseHFLM(HFLM):
             step: this is a step of the decoder, which must not wait for the device.
         """
         takes = inspect.signature(self.model.forward).parameters
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {cache_argument(self.model): cache}
         if positions is not None and "position_ids" in takes:  # other models count what the cache holds
             options["position_ids"] = positions
         if step:
@@ -359,7 +359,7 @@ class SparseHFLM(HFLM):
             ),
             calling(self.runtime, unpadded=step),
         ):
-            logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options).logits
+            logits = self.model(input_ids=ids, use_cache=cache is not None, **options).logits
         return logits if keep is None else logits[:, -keep:]
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
@@ -809,7 +809,7 @@ class SparseHFLM(HFLM):
                 attention_mask=torch.ones_like(ids),
                 stop=until,
                 **{"max_length": length + max_gen_toks, **kwargs, **NEUTRAL},
-                past_key_values=cache,
+                **{generation_argument(): cache},
             )
         tokens = output[0, length:].tolist()
         phase = counts.phases["decode"]

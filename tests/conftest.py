@@ -22,7 +22,10 @@ if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") i
 
 
 #: Markers of tests that take minutes: they run when they are asked for.
-ON_REQUEST = {"families": "every causal family of transformers"}
+ON_REQUEST = {
+    "families": "every causal family of transformers",
+    "oldest": "the oldest supported versions, which makes an environment",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

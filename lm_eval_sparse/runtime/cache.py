@@ -11,18 +11,44 @@ that positions and masks of the model do not change.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..kernels.append import append
 from ..kernels.compaction import compact
 from ..kernels.estimators import PageBounds, update_bounds
 from ..kernels.ragged import RaggedKV
+
+#: Model -> what its `forward` calls the cache.
+_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What the model's `forward` calls its cache: `cache` from transformers 5.24 on, `past_key_values` before.
+
+    Modelling code that comes with a model may be of another age than transformers. A wrapper that takes any argument
+    passes it on to a model of the installed transformers.
+    """
+    if model not in _names:
+        known = inspect.signature(model.forward).parameters
+        _names[model] = next((name for name in ("cache", "past_key_values") if name in known), generation_argument())
+    return _names[model]
+
+
+@cache
+def generation_argument() -> str:
+    """What `generate` of the installed transformers calls the cache; it passes it on under the model's own name."""
+    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def autocast(states: Tensor) -> Tensor:
