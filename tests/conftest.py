@@ -5,8 +5,11 @@ Without one Triton kernels run under its interpreter.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +22,15 @@ if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") i
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hub_without_waiting() -> None:
+    """There is no Hub here: what asks it nevertheless tries again at once, not after half a minute."""
+    with contextlib.suppress(ImportError):
+        import huggingface_hub.utils._http as http
+
+        http.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
 
 
 #: Markers of tests that take minutes: they run when they are asked for.

@@ -33,6 +33,7 @@ from lm_eval_sparse.runtime import accounting
 from lm_eval_sparse.runtime.accounting import Ledger, RowCounts
 from lm_eval_sparse.runtime.attention import COVERED, Runtime
 from lm_eval_sparse.runtime.decoding import Decoder, Row
+from lm_eval_sparse.runtime.masks import FULL
 
 patches.install()
 
@@ -77,13 +78,14 @@ def drive(
     )
     torch.manual_seed(length)
     counts, cache, module = RowCounts(), runtime.new_cache(config, reserve=8), SimpleNamespace(layer_idx=0)
+    runtime.see({0: FULL})
     with runtime.running([counts], cache, prompt_tokens or length):
         for new in (length, *steps):
             query, key = torch.randn(heads, new, 4), torch.randn(kv_heads, new, 4)
             if prompt is not None and new == length:
                 query, key = prompt
             keys, values = cache.update(key[None].clone(), torch.randn(1, kv_heads, new, 4), 0)
-            runtime.attend(module, query[None], keys, values, None, scale=0.5, softcap=None, window=None)
+            runtime.attend(module, query[None], keys, values, None, scale=0.5, softcap=None)
     return counts
 
 

@@ -468,7 +468,7 @@ KINDS: dict[str, str] = {
     "ernie": "causal",
     "t5": "encoder-decoder",
     "bart": "encoder-decoder",
-    **dict.fromkeys(("mamba", "rwkv", "bloom", "mpt", "falcon_alibi", "gpt_neo", "gpt_oss", "llama4", "minimax"), ""),
+    **dict.fromkeys(("mamba", "rwkv", "bloom", "mpt", "falcon_alibi", "gpt_neo", "gpt_oss", "minimax"), ""),
 }
 
 

@@ -64,6 +64,9 @@ def test_a_capture_after_all_graphs_were_dropped(method: str, monkeypatch: pytes
 def test_three_hundred_answers_of_a_real_model() -> None:
     import lm_eval
 
+    from lm_eval_sparse import patches
+
+    patches.install()  # where packages lie on PYTHONPATH Python reads no start-up files
     results = lm_eval.simple_evaluate(
         model="sparse-hf",
         model_args={"pretrained": MODEL, "dtype": "bfloat16", "method": "quest", "sparsity": 0.95},

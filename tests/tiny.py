@@ -120,12 +120,6 @@ UNSUPPORTED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "AutoModelForCausalLM",
         {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 24},
     ),
-    "llama4": (
-        "Llama4TextConfig",
-        "AutoModelForCausalLM",
-        {"head_dim": 16, "num_hidden_layers": 4, "intermediate_size_mlp": 96, "num_local_experts": 2,
-         "attention_chunk_size": 16, "no_rope_layers": [1, 1, 1, 0]},
-    ),
     "minimax": ("MiniMaxConfig", "AutoModelForCausalLM", {"head_dim": 16, "num_local_experts": 2}),
 }  # fmt: skip
 
