@@ -11,30 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.masking_utils import causal_mask_function
 
 from ..errors import UserError
 from ..kernels.dense import dense_attention
-from ..kernels.layout import BlockLayout
-from ..kernels.paged_decode import PageSelection
-from ..methods import DecodeContext, DecodeMethod, EvictionMethod, EvictionSelection, PrefillMethod, Selection
 from .accounting import RowCounts
 from .attention import Assignment, Plan, Runtime
 from .cache import PreallocatedLayer
 from .interface import CALL, IMPLEMENTATION, made_mask, own_function, run_mask
 from .masks import Sight, sight_of
+from .trial import METHODS, Trial
 
 #: Tokens of the trial prompt: several pages and blocks, the last ones partial.
-PROMPT = 53
+PROMPT = 37
 #: Tokens that follow it: given answers are scored several at once.
 STEPS = 2
-#: Keys of a page and of a block in trials.
-BLOCK = 16
 #: How far a layer's output may be off, relative to that of its values' magnitudes, by the dtype that computes it. Some
 #: four roundings of scores, weights and sums; a wrong mask, scale or key is off by tenths.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -59,41 +56,6 @@ class Seen:
     calls: int = 0
     keys: Tensor | None = None
     values: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Trial:
-    """What the methods on trial have chosen.
-
-    Attributes:
-        layer: the layer that runs.
-        shown: `(1, q_len, kv_len)` bool, keys that the running call of the prefill may read; None for all.
-        kept: layer -> `(H_kv, prompt)` bool, what stays after the prefill.
-        pages: `(H_kv, q_len)` the page that each new token is in; the first one is read beside it. None for all.
-    """
-
-    layer: int = 0
-    shown: Tensor | None = None
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    pages: Tensor | None = None
-
-    def later(self, lender: int, length: int) -> Tensor | None:
-        """`(H_kv, 1 or q_len, length)` bool: keys that the running call behind the prefill may read; None for all.
-
-        Args:
-            lender: the layer whose cache the call reads.
-            length: tokens so far.
-        """
-        kept, pages = self.kept.get(lender), self.pages
-        if kept is None and pages is None:
-            return None
-        if kept is None:
-            kept = torch.ones(len(pages), 0, dtype=torch.bool, device=pages.device)
-        kept = torch.cat([kept, kept.new_ones(len(kept), length - kept.shape[1])], 1)[:, None]
-        if pages is None:
-            return kept
-        page = (kept.cumsum(-1) - 1) // BLOCK
-        return kept & ((page == 0) | (page == pages[..., None]))
 
 
 class Probe:
@@ -138,8 +100,6 @@ class Probe:
 
     def mask(self, *, mask_function: Any, **kwargs: Any) -> Tensor | None:
         """See `interface.mask`; what transformers would make is kept to compare with."""
-        from transformers.masking_utils import causal_mask_function
-
         device = torch.device(kwargs.get("device", "cpu"))
         sight = sight_of(mask_function, self.runtime.longest, device, mask_function is causal_mask_function)
         made = None
@@ -369,11 +329,7 @@ def check(model: PreTrainedModel, forward: Forward, runtime: Runtime, steps: int
             raise CheckError("it has no attention layer that goes through transformers' attention interface")
         runtime.see(look.sights)
         dense, _ = trial_pass(model, forward, runtime, Probe(runtime), ids, steps)
-        # Under autocast the logits tell what was computed in.
-        dtype = min((model.dtype, dense.dtype), key=lambda kind: torch.finfo(kind).bits)
-        with Probe(runtime, looks=True, jitter=torch.finfo(dtype).eps).watching():
-            noise = distance(forward(ids, cache=None), looked)
-        _check_logits(model, forward, ids, dense, max(LOGITS.get(dtype, 5e-2), NOISE * noise))
+        _check_logits(model, forward, runtime, ids, looked, dense)
         if plan.phases:
             _check_phases(model, forward, runtime, plan, ids, steps)
     finally:
@@ -412,26 +368,51 @@ def distance(found: Tensor, right: Tensor) -> float:
     return float((found.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30))
 
 
-def _check_logits(model: PreTrainedModel, forward: Forward, ids: Tensor, dense: Tensor, limit: float) -> None:
-    """Compare logits with those of the model as transformers runs it: code around attention may ask for its name.
+def _check_logits(
+    model: PreTrainedModel, forward: Forward, runtime: Runtime, ids: Tensor, looked: Tensor, dense: Tensor
+) -> None:
+    """Raise where logits are further off the model's own than rounding takes them.
 
-    Those of one of its implementations will do: `sdpa` leaves out what it cannot compute in some releases.
+    Args:
+        looked: logits with transformers' attention in higher precision, without a cache.
+        dense: ours.
+    """
+    off, dtype = own_distance(model, forward, ids, dense), precision(model, dense)
+    limit = LOGITS.get(dtype, 5e-2)
+    if off <= limit:
+        return
+    # In a deep model rounding may add up to more: how far does it take these logits?
+    with Probe(runtime, looks=True, jitter=torch.finfo(dtype).eps).watching():
+        limit = max(limit, NOISE * distance(forward(ids, cache=None), looked))
+    if not off <= limit:
+        raise CheckError(
+            f"its logits come out {off:.2g} off those with transformers' own attention and no cache (relative), "
+            f"and {limit:.2g} is what rounding may do"
+        )
+
+
+def precision(model: PreTrainedModel, logits: Tensor) -> torch.dtype:
+    """What a model computes in; under autocast its logits tell."""
+    return min((model.dtype, logits.dtype), key=lambda kind: torch.finfo(kind).bits)
+
+
+def own_distance(model: PreTrainedModel, forward: Forward, ids: Tensor, logits: Tensor) -> float:
+    """How far logits are off those of the model as transformers runs it: code around attention may ask for its name.
+
+    The nearest of its implementations counts: `sdpa` leaves out what it cannot compute in some releases.
     """
     offs, error = [], None
     for name in ("sdpa", "eager") if getattr(model, "_supports_sdpa", True) else ("eager",):
         try:
-            offs.append(distance(dense, own_logits(model, forward, ids, name)))
+            offs.append(distance(logits, own_logits(model, forward, ids, name)))
         except Exception as raised:  # modelling code of any age
             error = raised
             continue
-        if offs[-1] <= limit:
-            return
+        if offs[-1] <= LOGITS.get(precision(model, logits), 5e-2):
+            break
     if not offs:
         raise CheckError(f"it does not run with transformers' own attention ({type(error).__name__}: {error})")
-    raise CheckError(
-        f"its logits come out {min(offs):.2g} off those with transformers' own attention and no cache (relative), "
-        f"and {limit:.2g} is what rounding may do"
-    )
+    return min(offs)
 
 
 def own_logits(model: PreTrainedModel, forward: Forward, ids: Tensor, name: str) -> Tensor:
@@ -461,8 +442,7 @@ def _check_phases(
         if later and index in runtime.uncached:
             raise CheckError(f"{later} cannot be applied to it: {runtime.uncached[index]}")
     probe = Probe(runtime)
-    methods = {"prefill": TrialPrefill, "eviction": TrialEviction, "decode": TrialDecode}
-    filled = {phase: Assignment(methods[phase](trial=probe.trial), None) for phase in names}
+    filled = {phase: Assignment(METHODS[phase](trial=probe.trial), None) for phase in names}
     runtime.plan = Plan(**filled, backend="gather")
     _, counts = trial_pass(model, forward, runtime, probe, ids, steps)
     for phase, name in names.items():
@@ -470,59 +450,3 @@ def _check_phases(
         if not found.calls["sparse"] or set(found.calls) - {"sparse"}:
             reasons = "; ".join(found.reasons) or ", ".join(f"{n} {kind}" for kind, n in found.calls.items())
             raise CheckError(f"{name} would not run in its {phase} phase ({reasons or 'no call'})")
-
-
-# --- selections that are known ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrialPrefill(PrefillMethod):
-    """The first block of keys, and a query block's own."""
-
-    name = "prefill on trial"
-    trial: Any = None
-
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> Selection:
-        heads, length, _ = query.shape
-        blocks = torch.arange(-(-length // BLOCK), device=query.device)
-        wanted = ((blocks[None] == 0) | (blocks[None] == blocks[:, None])).expand(heads, -1, -1)
-        own = torch.arange(length, device=query.device) // BLOCK
-        self.trial.shown = wanted[:1, own][..., own]
-        return Selection(BlockLayout.from_mask(wanted, length, BLOCK, BLOCK), 0, 0)
-
-
-@dataclass(frozen=True)
-class TrialEviction(EvictionMethod):
-    """Two tokens of three, other ones in each KV head, and the last one."""
-
-    name = "eviction on trial"
-    trial: Any = None
-
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> EvictionSelection:
-        heads, length, _ = key.shape
-        ids, own = torch.arange(length, device=key.device), torch.arange(heads, device=key.device)
-        kept = ((ids + own[:, None]) % 3 != 0) | (ids == length - 1)
-        counts = kept.sum(1)
-        indices = torch.where(kept, ids, length).sort(1).values[:, : int(counts.max())]
-        self.trial.kept[self.trial.layer] = kept
-        return EvictionSelection(indices.clamp(max=length - 1), counts, int(counts.sum()), 0, 0)
-
-
-@dataclass(frozen=True)
-class TrialDecode(DecodeMethod):
-    """The first page, and the one being written."""
-
-    name = "decode on trial"
-    page_size: int = BLOCK
-    trial: Any = None
-
-    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> PageSelection:
-        steps = query.shape[2]
-        last = (context.kv.visible(steps) - 1).clamp(min=0) // BLOCK
-        pages = torch.stack([torch.zeros_like(last), last], -1)[:, None].int()
-        self.trial.pages = last[: context.kv_heads]
-        return PageSelection(pages.contiguous(), (1 + (last > 0).int())[:, None].contiguous().int(), BLOCK)
