@@ -6,8 +6,8 @@ drawing is our own: every prompt has its own source of random numbers, so that a
 neighbours either.
 
 `FIELDS` says of every field of transformers' generation configuration what becomes of it here. `check` refuses what
-cannot be followed as `hf` follows it, before the first prompt runs. The table and what reads it stand in one file, which
-makes it a long one.
+cannot be followed as `hf` follows it, before the first prompt runs. The table and what reads it stand in one file, a
+long one for that.
 """
 
 from __future__ import annotations
