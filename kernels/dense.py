@@ -58,32 +58,34 @@ def dense_attention(
             visible = visible & (keys[None, :] > positions[:, None] - window)
         if starts is not None:
             visible = visible & (keys[None, None, None, :] >= starts[:, None, None, None])
-        pieces.append(_masked(part, key[:, :, low:high], value[:, :, low:high], visible, scale, softcap))
+        some = key[:, :, low:high], value[:, :, low:high]
+        pieces.append(masked_attention(part, *some, visible, scale=scale, softcap=softcap))
     return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
 
 
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """Attention of `(B, H, q_len, D)` queries to the keys that a mask `(B or 1, 1, q_len, kv_len)` bool shows them.
+    """Attention of `(B, H, q_len, D)` queries to the keys that a mask shows them.
+
+    Args:
+        mask: `(q_len, kv_len)` or `(B or 1, 1, q_len, kv_len)` bool. Under one of four dimensions queries that see no
+            key give zeros.
+        scale: factor on the scores; softcap: `c` of `c * tanh(score / c)`, or None.
 
     Returns:
-        `(B, H, q_len, D_v)`. Queries that see no key give zeros.
+        `(B, H, q_len, D_v)`.
     """
-    return _masked(query, key, value, mask, scale, softcap)
-
-
-def _masked(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
     gqa = query.shape[1] != key.shape[1]
     if softcap is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=gqa)
-        return torch.nan_to_num(out) if visible.dim() == 4 else out
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        return torch.nan_to_num(out) if mask.dim() == 4 else out
     batch, heads, q_len, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, q_len, dim)
     # In half precision the product itself would round the scores before the softmax.
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     scores = torch.einsum("bgrqd,bgkd->bgrqk", grouped.to(work), key.to(work)) * scale
     scores = softcap * torch.tanh(scores / softcap)
-    mask = visible[:, :, None] if visible.dim() == 4 else visible
+    mask = mask[:, :, None] if mask.dim() == 4 else mask
     weights = torch.nan_to_num(scores.masked_fill(~mask, float("-inf")).softmax(-1)).to(value.dtype)
     return torch.einsum("bgrqk,bgkd->bgrqd", weights, value).reshape(batch, heads, q_len, value.shape[-1])

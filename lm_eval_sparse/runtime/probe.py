@@ -196,8 +196,8 @@ class Probe:
         """Note whether what attention is given is what our cache holds, or a layer before it lent."""
         runtime, layers = self.runtime, self.runtime.cache.layers
         runtime.uncached.pop(index, None)
-        if self.layers[index].calls > 1:
-            runtime.uncached[index] = f"attention runs {self.layers[index].calls} times in layer {index}"
+        if (calls := self.layers[index].calls) > 1:
+            runtime.uncached[index] = f"attention runs {calls} times in layer {index}"
             return
         own = layers[index] if index < len(layers) else None
         if not isinstance(own, PreallocatedLayer) or not own.is_initialized:
