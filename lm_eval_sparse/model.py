@@ -47,6 +47,7 @@ from .runtime.cache import SparseCache, cache_argument, generation_argument
 from .runtime.decoding import Decoder, Row, rows_alike, undecodable
 from .runtime.interface import IMPLEMENTATION, calling, register
 from .runtime.memory import MemoryModel, out_of_memory
+from .runtime.positions import Stretch, stretches
 from .sampling import NEUTRAL, Sampling, Stop, generation_arguments
 from .sampling import check as check_generation
 
@@ -92,6 +93,10 @@ class Context:
     targets: list[Target] = field(default_factory=list)
     task: str | None = None
     counts: RowCounts = field(default_factory=RowCounts)
+
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the prompt, and of prompt and longest answer that a model reads."""
+        return len(self.prompt), len(self.prompt) + max(len(target.tokens) for target in self.targets) - 1
 
     def sequences(self) -> list[list[int]]:
         """The token sequences to run, longest first: a sequence that another one begins with needs no run."""
@@ -359,7 +364,14 @@ class SparseHFLM(HFLM):
             ),
             calling(self.runtime, unpadded=step),
         ):
+            self.runtime.calls = 0
             logits = self.model(input_ids=ids, use_cache=cache is not None, **options).logits
+        wanted = self.runtime.calls_of_a_pass
+        if wanted not in (None, self.runtime.calls) and self.runtime.probe is None:
+            raise UserError(
+                f"{self._kind()} called attention {self.runtime.calls} times for {ids.shape[1]} tokens, and "
+                f"{wanted} times when it was checked at start-up: use --model hf for this model"
+            )
         return logits if keep is None else logits[:, -keep:]
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
@@ -461,17 +473,26 @@ class SparseHFLM(HFLM):
         contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
         self.runtime.check_lengths(len(context.prompt) for context in contexts)
         fresh: dict[str, Ledger] = defaultdict(self._new_ledger)
-        run = self._score_whole if self._is_recurrent else self._score_context
         later = [a.method.name for phase, a in self.runtime.plan.phases.items() if phase != "prefill"]
         if later and contexts and self._is_recurrent:
             raise UserError(
                 f"{self._kind()} keeps a recurrent state, so answers are scored in one pass with their context and "
                 f"{' and '.join(later)} cannot be applied: use generated tasks, or a prefill method"
             )
+        whole = [self._is_recurrent or self._stretched(*context.lengths()) is not None for context in contexts]
+        if later and any(whole):
+            prompt, length = contexts[whole.index(True)].lengths()
+            stretch = self._stretched(prompt, length)
+            raise UserError(
+                f"{self._kind()} has positions of kind {stretch.kind!r}, which change beyond {stretch.bound} tokens: a "
+                f"prompt of {prompt} tokens with its answer ({length} in all) is scored in one pass, and "
+                f"{' and '.join(later)} cannot be applied: use prompts of another length, or a prefill method"
+            )
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=total, disable=quiet, desc="Running loglikelihood requests") as bar:
-            for context in contexts:
-                answers = run(context)
+            for context, in_one in zip(contexts, whole, strict=True):
+                self._fresh_positions()
+                answers = (self._score_whole if in_one else self._score_context)(context)
                 stats = self._stats(context.counts)
                 fresh[context.task or ""].add(context.counts)
                 for target, (logprob, greedy) in zip(context.targets, answers, strict=True):
@@ -518,6 +539,20 @@ class SparseHFLM(HFLM):
             note(self._log_softmax(logits[0]), tokens[begin + 1 : end + 1])
         return torch.cat(pieces).double(), torch.cat(greedy)
 
+    @cached_property
+    def _stretches(self) -> list[Stretch]:
+        """The model's rotary embeddings that depend on the length of the text."""
+        return stretches(self.model)
+
+    def _stretched(self, prompt: int, total: int) -> Stretch | None:
+        """What stretches between a prompt and the `total` tokens of prompt and answer, if anything."""
+        return next((stretch for stretch in self._stretches if stretch.within(prompt, total)), None)
+
+    def _fresh_positions(self) -> None:
+        """Let positions mean what they mean for a text alone."""
+        for stretch in self._stretches:
+            stretch.reset()
+
     @property
     def _is_recurrent(self) -> bool:
         """Whether the model carries a state that cannot be rolled back to the end of the context."""
@@ -528,6 +563,7 @@ class SparseHFLM(HFLM):
         scored: dict[tuple, Tensor] = {}
         hits: dict[tuple, Tensor] = {}
         for tokens in context.sequences():
+            self._fresh_positions()
             with self.runtime.running([context.counts]):
                 ids = torch.tensor([[*context.prompt, *tokens[:-1]]], device=self.device)
                 logprobs = self._log_softmax(self._forward(ids, cache=None, keep=len(tokens))[0])
@@ -552,6 +588,7 @@ class SparseHFLM(HFLM):
             )
             with self.runtime.running([counts]):
                 for head, tail in map(make_disjoint_window, windows):
+                    self._fresh_positions()
                     ids = torch.tensor([[*head, *tail][:-1]], device=self.device)
                     logits = self._forward(ids, cache=None, keep=len(tail))[0]
                     wanted = torch.tensor(tail, device=self.device)
@@ -605,6 +642,12 @@ class SparseHFLM(HFLM):
         self._after_requests(fresh)
         return results
 
+    def _whole_lengths(self, context: str, gen_kwargs: dict[str, Any], lengths: dict[str, int]) -> tuple[int, int]:
+        """Tokens of a prompt, and of prompt and longest answer."""
+        answer = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)["max_gen_toks"]
+        prompt = min(lengths[context], self.max_length - answer)
+        return prompt, prompt + answer
+
     def _check_prompt_lengths(self, queue: list[tuple], lengths: dict[str, int]) -> None:
         """Find prompts at which a sparsity is out of reach, a preset has no knobs or no answer fits, before any run."""
         found = []
@@ -623,6 +666,15 @@ class SparseHFLM(HFLM):
                 )
         if self.runtime.plan.phases:
             self.runtime.check_lengths(found)
+            for _, context, gen_kwargs in queue:
+                prompt, whole = self._whole_lengths(context, gen_kwargs, lengths)
+                stretch = self._stretched(prompt, whole)
+                if stretch is not None and stretch.kind == "longrope":
+                    raise UserError(
+                        f"{self._kind()} has other positions beyond {stretch.bound} tokens: an answer of up to "
+                        f"{whole - prompt} to a prompt of {prompt} may cross that, where what was kept of the prompt "
+                        "is worth nothing; use prompts of another length, fewer max_gen_toks, or method=dense"
+                    )
 
     def _generate(self, items: list[tuple], lengths: dict[str, int]) -> Iterator[tuple[tuple, str, RowCounts]]:
         """Answer requests `(index, context, generation arguments)` that share their arguments, the longest first."""
@@ -634,11 +686,15 @@ class SparseHFLM(HFLM):
         decoder, reason = self._get_decoder()
         if isinstance(sampling, str):
             decoder, reason = None, sampling
-        if decoder is None:
-            for item in items:
-                ids = self._prompt(item[1], room)
-                text, counts = self._generate_by_transformers(ids, kwargs, until, reason)
-                yield item, text, counts
+        by_it: list[tuple] = items
+        if decoder is not None:
+            by_it = [i for i in items if self._stretched(*self._whole_lengths(i[1], i[2], lengths)) is not None]
+            items, reason = [item for item in items if item not in by_it], "positions that change within the answer"
+        for item in by_it:
+            ids = self._prompt(item[1], room)
+            text, counts = self._generate_by_transformers(ids, kwargs, until, reason)
+            yield item, text, counts
+        if decoder is None or not items:
             return
         self._fitting = None
         waiting = items
@@ -723,6 +779,7 @@ class SparseHFLM(HFLM):
             chooser = sampling.row(ids, met)
             row = Row(length, RowCounts(), Stop(self.tokenizer, lookback, ends, limit), chooser)
             cache = decoder.new_cache(length)
+            self._fresh_positions()
             with self.runtime.running([row.counts], cache, length):
                 logits = self._prefill(ids, cache, sampling.chunk)[0, -1]
             decoder.adopt(row, cache)
@@ -768,10 +825,8 @@ class SparseHFLM(HFLM):
         if self.device.type == "cpu" and self.model.dtype in (torch.bfloat16, torch.float16):
             multiple = rows_alike(self.model)
         decoder = Decoder(call, self.model.config, self.runtime, self.device, multiple, no_graph=mixed)
-        kinds = [getattr(module, "rope_type", None) for module in self.model.modules()]
-        for kind in (name for found in kinds for name in (found.values() if isinstance(found, dict) else [found])):
-            if kind in ("dynamic", "longrope"):  # they stretch the positions of all rows by the longest one
-                decoder.alone = f"positions of kind {kind!r} depend on the neighbours"
+        for stretch in self._stretches:  # they stretch the positions of all rows by the longest one
+            decoder.alone = f"positions of kind {stretch.kind!r} depend on the neighbours"
         ids, watch = self._trial, probe.Probe(self.runtime)
         plan, self.runtime.plan = self.runtime.plan, type(self.runtime.plan)()
         try:
@@ -784,7 +839,12 @@ class SparseHFLM(HFLM):
                 decoder.adopt(row, cache)
                 row.take(int(ids[0, -1]))
                 watch.decodes = True
-                decoder.try_one(row)
+                found = decoder.try_one(row)
+                if not torch.equal(found, decoder.try_one(row, claims=self.runtime.longest - 1)):
+                    return "what the model computes depends on how long its cache says to be"
+            wanted = self._forward(ids, cache=None, keep=1)[0, -1]
+            if not probe.alike(self.model, self._forward, self.runtime, ids, found, wanted):
+                return f"decoded logits are {probe.distance(found, wanted):.2g} off those of a pass without a cache"
         except Exception as error:  # modelling code of any age
             if out_of_memory(error):
                 raise
@@ -803,6 +863,7 @@ class SparseHFLM(HFLM):
         max_gen_toks = kwargs.pop("max_gen_toks")
         cache = self.runtime.new_cache(self.model.config, reserve=max_gen_toks)
         counts, length = RowCounts(), ids.shape[1]
+        self._fresh_positions()
         with self.runtime.running([counts], cache, length):
             output = self._model_generate(
                 context=ids,

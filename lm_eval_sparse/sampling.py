@@ -248,6 +248,15 @@ ELSEWHERE = {"seed": "lm-eval's --seed", "stop": "until=", "stop_sequences": "un
 REPLACED = ("generate", "_sample", "_get_stopping_criteria", "_prepare_generated_length", "_validate_generated_length")
 
 
+#: Methods by which a model makes its inputs of what was generated: those of transformers' own models are known.
+PREPARES = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prepare_cache_for_generation")
+
+
+def module_of(method: Any) -> str:
+    """The module that a method was written in."""
+    return getattr(getattr(method, "__func__", method), "__module__", None) or ""
+
+
 # --- when an answer is whole --------------------------------------------------------------------------------------
 
 
@@ -306,6 +315,8 @@ class Sampling:
         if (reason := changed(base)) is not None:
             return reason
         own = [name for name in REPLACED if getattr(getattr(base, name, None), "__func__", None) is not mixin(name)]
+        # What transformers' own modelling code prepares was compared with what is decoded here, family by family.
+        own += [name for name in PREPARES if not module_of(getattr(base, name, None)).startswith("transformers.")]
         if own:
             return f"the model brings its own {own[0]}"
         found, left = cls._merged(base, arguments, device)

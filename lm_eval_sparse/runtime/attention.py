@@ -22,13 +22,22 @@ from ..kernels.block_sparse_prefill import block_sparse_prefill_rows
 from ..kernels.dense import dense_attention, masked_attention
 from ..kernels.layout import causal_pairs
 from ..kernels.paged_decode import BACKENDS as DECODE_BACKENDS
-from ..kernels.paged_decode import paged_decode
+from ..kernels.paged_decode import PageSelection, paged_decode
 from ..kernels.ragged import RaggedKV
-from ..methods import PROMISED_LENGTH, DecodeContext, DecodeMethod, Method, Selection, check_page_size, presets
+from ..methods import (
+    PROMISED_LENGTH,
+    DecodeContext,
+    DecodeMethod,
+    EvictionSelection,
+    Method,
+    Selection,
+    check_page_size,
+    presets,
+)
 from .accounting import PhaseCounts, RowCounts, settle
 from .cache import PreallocatedLayer, SparseCache, Storage
-from .masks import Sight
-from .selections import COVERS, Walked, check_kept, check_pages, refuse, refuse_pages
+from .masks import Sight, sight_of, structure
+from .selections import COVERS, Walked, check_figures, check_kept, check_pages, chosen, misfit, refuse, refuse_pages
 
 #: Why a decode method read everything although it could have read less.
 COVERED = COVERS["decode"]
@@ -120,6 +129,15 @@ class Runtime:
         self.sights: dict[int, Sight] = {}
         #: Whether there are layers that need a mask made for them: they see neither all nor a window.
         self.masked = False
+        #: What the masks show that the model asked for at start-up, and what is known of mask functions since.
+        self.mask_sights: set[Sight] = set()
+        self._familiar: dict[Any, bool] = {}
+        #: layer index -> the factor on its scores and its softcap; layers given the very memory that our cache holds.
+        self.scales: dict[int, tuple[float, float | None]] = {}
+        self.by_memory: set[int] = set()
+        #: Attention calls of the running forward pass, and of each one once that is known.
+        self.calls = 0
+        self.calls_of_a_pass: int | None = None
         #: layer index -> why its keys and values are not those that our cache holds, if so.
         self.uncached: dict[int, str] = {}
         #: layer index -> the layer whose keys and values it borrows.
@@ -176,6 +194,15 @@ class Runtime:
         self.sights = sights
         self.masked = any(sight.kind in ("chunk", "other") for sight in sights.values())
 
+    def familiar(self, mask_function: Any, plain: bool, device: torch.device | str) -> bool:
+        """Whether the model asked for a mask that shows the same at start-up."""
+        key = True if plain else structure(mask_function)
+        if key not in self._familiar or key is None:
+            # Numbers can be looked at on the host; tensors lie where they lie.
+            place = torch.device("cpu" if key is not None else device)
+            self._familiar[key] = sight_of(mask_function, self.longest, place, plain) in self.mask_sights
+        return self._familiar[key]
+
     def takes_mask(self, index: int) -> bool:
         """Whether this layer is handed a mask that transformers has made."""
         sight = self.sights[index]
@@ -205,12 +232,17 @@ class Runtime:
     ) -> Tensor:
         """Attention of `(B, H, q_len, D)` queries; returns `(B, H, q_len, D_v)`."""
         index = module.layer_idx
+        self.calls += 1
         window = self._window(module, mask)
+        if self.scales.setdefault(index, (scale, softcap)) != (scale, softcap):
+            raise changed(module, f"scales its scores by {scale:g} (softcap {softcap}), not as")
         reason = self.ineligible(index, key, value)
         self.layers[index] = reason
         if index not in self.sizes:
             self.sizes[index] = key.shape[1] * (key.shape[-1] + value.shape[-1]) * key.element_size(), window
         if self.decoder is not None:
+            if index in self.by_memory and not self.decoder.gave(index, key, value):
+                raise changed(module, "is given other keys and values than its cache holds, unlike")
             return self.decoder.attend(
                 index, query, key, value, scale=scale, softcap=softcap, window=window, eligible=reason is None
             )
@@ -220,6 +252,8 @@ class Runtime:
         batch, q_len, kv_len = len(query), query.shape[2], key.shape[2]
         options = {"scale": scale, "softcap": softcap, "window": window}
         layer = self._cache_layer(index) if reason is None else None
+        if layer is not None and index in self.by_memory and not layer.gave(key, value):
+            raise changed(module, "is given other keys and values than its cache holds, unlike")
         # A lender has evicted its prompt when a borrower's prefill begins.
         evicted = layer is not None and layer.ragged is not None and layer.get_seq_length() > self.prompt
         if layer is not None and (evicted or (q_len != kv_len and kv_len > self.prompt)):
@@ -243,7 +277,7 @@ class Runtime:
                 if start:
                     out[row, :, :start] = 0
                 if fits[row]:
-                    sparse.append(self._select(q, k, v, place, row, scale, softcap))
+                    sparse.append(self._select(index, q, k, v, place, row, scale, softcap))
                 else:
                     self._count_dense("prefill", index, q[None], k[None], v[None], [0], reason, row=row, batch=batch)
                     place.copy_(dense_attention(q[None], k[None], v[None], **options)[0])
@@ -305,6 +339,7 @@ class Runtime:
 
     def _select(
         self,
+        index: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -314,7 +349,13 @@ class Runtime:
         softcap: float | None,
     ) -> SparseRow:
         method, sparsity = self.plan.prefill.at(query.shape[1])
-        selection = method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity)
+        selection = chosen(
+            method,
+            index,
+            Selection,
+            (query, key),
+            lambda: method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity),
+        )
         return SparseRow(row, query, key, value, out, selection)
 
     def _run_sparse(
@@ -395,7 +436,13 @@ class Runtime:
                 counts.reasons[reason] += 1
                 counts.add(index, heads, "fallback", None, **everything)
             return None
-        selection = method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity)
+        selection = chosen(
+            method,
+            index,
+            EvictionSelection,
+            (query, key),
+            lambda: method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity),
+        )
         debug = self.plan.debug or counts is None
         selection, faults, words = check_kept(method.name, index, selection, kv_heads, length, debug)
         if counts is not None:
@@ -408,6 +455,7 @@ class Runtime:
             def count(kept: np.ndarray, faults: np.ndarray | None, flops: float, read: float, *knobs: Any) -> None:
                 if faults is not None:
                     refuse(method.name, index, faults, words, "KV head")
+                check_figures(method.name, index, length, estimator_flops=flops, estimator_bytes=read)
                 kept = np.repeat(kept, heads // kv_heads)
                 costs = {"bytes_read": read / heads, "flops_estimator": flops / heads}
                 counts.add(index, heads, kind, "compact", selected=kept, executed=kept, **costs, **dense)
@@ -475,7 +523,13 @@ class Runtime:
             part = slice(rows.start * kv_heads, rows.stop * kv_heads)
             method, sparsity = methods[rows.start]
             context = DecodeContext(kv.part(part), tokens[rows.start : rows.stop], layer.bounds.part(part), kv_heads)
-            selection = method.select(grouped[part], context, sparsity=sparsity)
+            selection = chosen(
+                method,
+                index,
+                PageSelection,
+                (grouped, context.kv.keys, context.kv.values),
+                lambda c=context, q=grouped[part], m=method, s=sparsity: m.select(q, c, sparsity=s),
+            )
             check_pages(method, index, selection, grouped[part], context.kv, backend, self.plan.debug)
             read = torch.empty(selection.counts.shape, dtype=torch.int32, device=query.device)
             out[part], used = paged_decode(
@@ -572,6 +626,14 @@ class Runtime:
         counts.later(count, held.clone(), read)
 
 
+def changed(module: torch.nn.Module, what: str) -> UserError:
+    """What a module is refused with that does something else than when the model was checked."""
+    return UserError(
+        f"{type(module).__name__} of layer {module.layer_idx} {what} when the model was checked at start-up: use "
+        "--model hf for this model"
+    )
+
+
 class StepAttention(Protocol):
     """What attends when answers are decoded token by token: it owns the cache and counts for itself."""
 
@@ -588,6 +650,10 @@ class StepAttention(Protocol):
         eligible: bool,
     ) -> Tensor:
         """Append `key` and `value (B, H_kv, 1, D)` to layer `index` and attend; returns `(B, H, 1, D_v)`."""
+        ...
+
+    def gave(self, index: int, key: Tensor, value: Tensor) -> bool:
+        """Whether these are the keys and values that the cache layer has handed to the model."""
         ...
 
 
@@ -704,6 +770,11 @@ def count_sparse(counts: RowCounts, method: str, index: int, row: SparseRow, wal
     def count(selected: Any, executed: Any, keys: Any, faults: Any, flops: float, read: float, *knobs: Any) -> None:
         if faults is not None:
             refuse(method, index, faults, words)
+        check_figures(
+            method, index, causal_pairs(length), selected=selected, estimator_flops=flops, estimator_bytes=read
+        )
+        if np.shape(selected) != np.shape(executed):
+            raise misfit(method, index, f"count_selected gives {np.shape(selected)}, expected {np.shape(executed)}")
         covered = bool((executed == causal_pairs(length)).all())
         if covered:
             phase.reasons[COVERS["prefill"]] += 1

@@ -60,6 +60,11 @@ def autocast(states: Tensor) -> Tensor:
     return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
 
 
+def same_memory(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> bool:
+    """Whether keys and values are the same tensors; their numbers are not looked at."""
+    return all(a.data_ptr() == b.data_ptr() and a.shape == b.shape for a, b in zip(left, right, strict=True))
+
+
 class Storage(Protocol):
     """Where a layer takes room for keys and values from, when not from torch itself."""
 
@@ -143,6 +148,8 @@ class PreallocatedLayer(DynamicLayer):
         self.bounds: PageBounds | None = None
         #: Keys of a page when bounds are kept; whoever gave the storage makes them there.
         self.page_size = 0
+        #: The keys and values that the model was given last.
+        self.given: tuple[Tensor, Tensor] | None = None
         self.hands_over = storage is not None
         #: Padding tokens at the beginning of each row; known from the end of the prefill on.
         self.pads: list[int] = []
@@ -162,7 +169,14 @@ class PreallocatedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `(B, H_kv, new, D)` and return all of both; after eviction the new ones only."""
-        key_states, value_states = autocast(key_states), autocast(value_states)
+        self.given = self._updated(autocast(key_states), autocast(value_states))
+        return self.given
+
+    def gave(self, key: Tensor, value: Tensor) -> bool:
+        """Whether these lie where what the model was given last lies; True once that has been evicted."""
+        return self.given is None or same_memory(self.given, (key, value))
+
+    def _updated(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.ragged is not None:
@@ -239,7 +253,7 @@ class PreallocatedLayer(DynamicLayer):
         self._logical = total
         kv = RaggedKV(keys, values, starts, counts.int(), longest, heads)
         self.ragged = RaggedStorage(kv, self.reserve, held)
-        self._flat = None
+        self._flat = self.given = None
         self.keys, self.values = self.keys[..., :0, :].clone(), self.values[..., :0, :].clone()
 
     def keep_bounds(self, page_size: int) -> None:

@@ -27,14 +27,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ..kernels.append import append
 from ..kernels.estimators import PageBounds, update_bounds
-from ..kernels.paged_decode import paged_decode
+from ..kernels.paged_decode import PageSelection, paged_decode
 from ..kernels.ragged import RaggedKV
 from ..methods import DecodeContext, DecodeMethod
 from .accounting import RowCounts
 from .attention import DecodeShape, Runtime, count_steps, decode_backend
-from .cache import PreallocatedLayer, SparseCache
+from .cache import PreallocatedLayer, SparseCache, autocast, same_memory
 from .memory import out_of_memory
-from .selections import DEBUGGED, check_pages, refuse_pages
+from .selections import DEBUGGED, check_pages, chosen, refuse_pages
 
 logger = logging.getLogger(__name__)
 
@@ -199,11 +199,16 @@ class DecodeLayer:
 class PassingLayer(DynamicLayer):
     """What the model takes for a cache layer: it hands new keys and values through, attention stores them."""
 
+    #: Tokens that it says to hold. The model is told positions: only whether there is a past may depend on this.
+    claims = 1
+    given: tuple[Tensor, Tensor]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
+        self.given = autocast(key_states), autocast(value_states)
+        return self.given
 
     def get_seq_length(self) -> int:
-        return 1  # the model is told positions; only whether there is a past may depend on this
+        return self.claims
 
 
 def undecodable(config: Any, runtime: Runtime) -> str | None:
@@ -506,7 +511,11 @@ class Decoder:
         else:
             # Nothing comes between these two: they run into each other.
             context = DecodeContext(kv, self.tokens_held[:rows], bounds, layer.heads, new, overlap=True)
-            selection = method.select(grouped, context, sparsity=self.sparsity)
+            # A method that appends writes into the cache, as it says.
+            inputs = (grouped,) if method.appends else (grouped, kv.keys, kv.values)
+            selection = chosen(
+                method, index, PageSelection, inputs, lambda: method.select(grouped, context, sparsity=self.sparsity)
+            )
             check_pages(method, index, selection, grouped, kv, backend, self.runtime.plan.debug)
             lists, layer.width = selection.counts.shape[1], selection.pages.shape[-1]
             layer.reads = layer.room[: len(self.ids) * layer.heads * lists].view(-1, lists, 1)
@@ -570,16 +579,28 @@ class Decoder:
             self.method, self.sparsity = chosen
             yield [row for row, mine in zip(self._batch, own, strict=True) if mine == (self.method, self.sparsity)]
 
+    def gave(self, index: int, key: Tensor, value: Tensor) -> bool:
+        """See `attention.StepAttention`."""
+        return same_memory(self._cache.layers[index].given, (key, value))
+
     @torch.no_grad()
-    def try_one(self, row: Row) -> Tensor:
-        """Logits `(V,)` after one step of a single row, which leaves no trace."""
+    def try_one(self, row: Row, claims: int = 1) -> Tensor:
+        """Logits `(V,)` after one step of a single row, which leaves no trace.
+
+        Args:
+            claims: tokens that the cache says to hold.
+        """
         self.method, self._batch = None, [row]
         self._prepare()
         self.runtime.decoder = self
+        for layer in self._cache.layers:
+            layer.claims = claims
         try:
             return self._tried([row])[0]
         finally:
             self.runtime.decoder = None
+            for layer in self._cache.layers:
+                layer.claims = 1
 
     def _goes_together(self, rows: list[Row]) -> bool:
         """Whether the first and the last of these rows get the same logits, to the bit, as they get alone.

@@ -128,13 +128,18 @@ def mask(*, mask_function: Any = causal_mask_function, attention_mask: Tensor | 
 
 def run_mask(call: Call | None, *, mask_function: Any, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
     """As `mask`, outside of the check at start-up."""
-    ready = call is not None and call.runtime.masked
-    if ready and mask_function is not causal_mask_function:
+    plain = mask_function is causal_mask_function
+    if call is not None and call.runtime.masked and not plain:
         return made_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
     if not kwargs.get("allow_is_causal_skip", True):
         raise UserError(
-            "it asks for an attention mask that is not plainly causal (an encoder, image tokens that see each "
-            "other, or packed sequences)"
+            "the model asks for an attention mask that is not plainly causal (an encoder, image tokens that see each "
+            "other, or packed sequences): use --model hf for this model"
+        )
+    if call is not None and not call.runtime.familiar(mask_function, plain, kwargs.get("device", "cpu")):
+        raise UserError(
+            "the model asks for an attention mask that it did not ask for when it was checked at start-up, so which "
+            "layer sees what is not known: use --model hf for this model"
         )
     if attention_mask is None or (call is not None and call.unpadded) or bool(attention_mask.all()):
         return None

@@ -7,7 +7,7 @@ positions far away.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,21 @@ def sight_of(mask_function: MaskFunction, longest: int, device: torch.device, pl
     if size and all(first == query // size * size for query, first in lowest.items()):
         return Sight("chunk", size)
     return OTHER
+
+
+def structure(function: object) -> Hashable | None:
+    """What two mask functions share that show the same: their code and the numbers in it; None where tensors decide."""
+    if function is None or isinstance(function, int | float | str):
+        return function if function is not None else ("nothing",)
+    if isinstance(function, tuple):
+        parts = tuple(structure(part) for part in function)
+        return None if None in parts else parts
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return None
+    held = (*(cell.cell_contents for cell in function.__closure__ or ()), function.__defaults__)
+    parts = structure(held)
+    return None if parts is None else (code, parts)
 
 
 def _seen(mask_function: MaskFunction, query: int, keys: Tensor, device: torch.device) -> Tensor:

@@ -41,6 +41,8 @@ EXACT = 1e-3
 #: so many times what rounding alone does to them.
 LOGITS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 NOISE = 10.0
+#: Logits that have nothing to do with each other are 1.4 off.
+MOST = 0.8
 
 Forward = Callable[..., Tensor]
 
@@ -102,6 +104,8 @@ class Probe:
         """See `interface.mask`; what transformers would make is kept to compare with."""
         device = torch.device(kwargs.get("device", "cpu"))
         sight = sight_of(mask_function, self.runtime.longest, device, mask_function is causal_mask_function)
+        if self.looks:
+            self.runtime.mask_sights.add(sight)
         made = None
         if not self.decodes:
             made = made_mask(mask_function=mask_function, **kwargs)
@@ -196,6 +200,7 @@ class Probe:
         """Note whether what attention is given is what our cache holds, or a layer before it lent."""
         runtime, layers = self.runtime, self.runtime.cache.layers
         runtime.uncached.pop(index, None)
+        runtime.by_memory.discard(index)
         if (calls := self.layers[index].calls) > 1:
             runtime.uncached[index] = f"attention runs {calls} times in layer {index}"
             return
@@ -213,6 +218,8 @@ class Probe:
                 f"attention in layer {index} is given other keys and values ({shape(key)} and {shape(value)}) than its "
                 f"cache holds ({shape(own.keys)} and {shape(own.values)})"
             )
+        elif own.gave(key, value):
+            runtime.by_memory.add(index)
 
     def _lender(self, index: int, key: Tensor, value: Tensor) -> int | None:
         """The layer before this one that was given the same keys and values, if any."""
@@ -321,17 +328,26 @@ def check(model: PreTrainedModel, forward: Forward, runtime: Runtime, steps: int
     ids = trial_ids(model, PROMPT + steps)
     plan = runtime.plan
     try:
-        runtime.plan = Plan()
+        runtime.plan, runtime.calls_of_a_pass = Plan(), None
         look = Probe(runtime, looks=True)
         with look.watching():
-            looked = forward(ids, cache=None)
+            forward(ids, cache=None)
         if not look.layers:
             raise CheckError("it has no attention layer that goes through transformers' attention interface")
         runtime.see(look.sights)
+        calls = sum(seen.calls for seen in look.layers.values())
         dense, _ = trial_pass(model, forward, runtime, Probe(runtime), ids, steps)
-        _check_logits(model, forward, runtime, ids, looked, dense)
+        off = own_distance(model, forward, ids, dense)
+        if not off <= LOGITS.get(precision(model, dense), 5e-2) and not off <= (
+            limit := rounding(model, forward, runtime, ids, dense)
+        ):
+            raise CheckError(
+                f"its logits come out {off:.2g} off those with transformers' own attention and no cache (relative), "
+                f"and {limit:.2g} is what rounding may do"
+            )
         if plan.phases:
             _check_phases(model, forward, runtime, plan, ids, steps)
+        runtime.calls_of_a_pass = calls
     finally:
         runtime.plan = plan
     return ids[:, : PROMPT + 1]
@@ -368,27 +384,21 @@ def distance(found: Tensor, right: Tensor) -> float:
     return float((found.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30))
 
 
-def _check_logits(
-    model: PreTrainedModel, forward: Forward, runtime: Runtime, ids: Tensor, looked: Tensor, dense: Tensor
-) -> None:
-    """Raise where logits are further off the model's own than rounding takes them.
+def alike(
+    model: PreTrainedModel, forward: Forward, runtime: Runtime, ids: Tensor, found: Tensor, right: Tensor
+) -> bool:
+    """Whether logits of the same tokens are as near to each other as rounding leaves them."""
+    off = distance(found, right)
+    return off <= LOGITS.get(precision(model, right), 5e-2) or off <= rounding(model, forward, runtime, ids, right)
 
-    Args:
-        looked: logits with transformers' attention in higher precision, without a cache.
-        dense: ours.
-    """
-    off, dtype = own_distance(model, forward, ids, dense), precision(model, dense)
-    limit = LOGITS.get(dtype, 5e-2)
-    if off <= limit:
-        return
-    # In a deep model rounding may add up to more: how far does it take these logits?
-    with Probe(runtime, looks=True, jitter=torch.finfo(dtype).eps).watching():
-        limit = max(limit, NOISE * distance(forward(ids, cache=None), looked))
-    if not off <= limit:
-        raise CheckError(
-            f"its logits come out {off:.2g} off those with transformers' own attention and no cache (relative), "
-            f"and {limit:.2g} is what rounding may do"
-        )
+
+def rounding(model: PreTrainedModel, forward: Forward, runtime: Runtime, ids: Tensor, logits: Tensor) -> float:
+    """How far rounding may take logits in this model: in a deep one it may add up."""
+    dtype, found = precision(model, logits), []
+    for jitter in (0.0, torch.finfo(dtype).eps):
+        with Probe(runtime, looks=True, jitter=jitter).watching():
+            found.append(forward(ids, cache=None))
+    return max(LOGITS.get(dtype, 5e-2), min(MOST, NOISE * distance(*found)))
 
 
 def precision(model: PreTrainedModel, logits: Tensor) -> torch.dtype:

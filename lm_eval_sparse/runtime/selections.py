@@ -7,7 +7,7 @@ counts refuses the run. With `debug=1` that is waited for at once, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -49,6 +49,35 @@ def refuse(method: str, layer: int, faults: Iterable[int], words: Words, whose: 
 def misfit(method: str, layer: int, error: ValueError | str) -> UserError:
     """What a selection that does not even fit the call is refused with."""
     return UserError(f"method {method}, layer {layer}: {error}")
+
+
+def chosen(method: Any, layer: int, kind: type, inputs: Sequence[Tensor], select: Callable[[], Any]) -> Any:
+    """What `select` returns, when it is of the right kind and has left its inputs as they were.
+
+    Raises:
+        UserError: it is not, or has not.
+    """
+    before = [states._version for states in inputs]
+    found = select()
+    if not isinstance(found, kind):
+        raise misfit(method.name, layer, f"select returned {type(found).__name__}; expected {kind.__name__}")
+    if [states._version for states in inputs] != before:
+        raise misfit(method.name, layer, "select wrote into the queries, keys or values that it was given")
+    return found
+
+
+def check_figures(method: str, layer: int, most: float, **figures: Any) -> None:
+    """Raise `UserError` for figures of a selection, numbers or arrays of them, that are none.
+
+    Args:
+        most: no `selected` may exceed it; the others are only finite and not negative.
+    """
+    for name, value in figures.items():
+        numbers = np.asarray(value, dtype=float)
+        if not (np.isfinite(numbers).all() and (numbers >= 0).all()):
+            raise misfit(method, layer, f"{name} is {value}; expected finite numbers of at least 0")
+        if name == "selected" and (numbers > most).any():
+            raise misfit(method, layer, f"{numbers.max():g} pairs are selected of {most:g}")
 
 
 class Walked:
