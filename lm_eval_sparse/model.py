@@ -480,18 +480,17 @@ class SparseHFLM(HFLM):
                 f"{' and '.join(later)} cannot be applied: use generated tasks, or a prefill method"
             )
         whole = [self._is_recurrent or self._stretched(*context.lengths()) is not None for context in contexts]
+        self._refuse_dynamic(max((context.lengths()[1] for context in contexts), default=0))
         if later and any(whole):
             prompt, length = contexts[whole.index(True)].lengths()
-            stretch = self._stretched(prompt, length)
             raise UserError(
-                f"{self._kind()} has positions of kind {stretch.kind!r}, which change beyond {stretch.bound} tokens: a "
-                f"prompt of {prompt} tokens with its answer ({length} in all) is scored in one pass, and "
-                f"{' and '.join(later)} cannot be applied: use prompts of another length, or a prefill method"
+                f"{self._kind()} has {self._stretched(prompt, length)}: a prompt of {prompt} tokens with its answer "
+                f"({length} in all) is scored in one pass, and {' and '.join(later)} cannot be applied: use prompts of "
+                "another length, or a prefill method"
             )
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=total, disable=quiet, desc="Running loglikelihood requests") as bar:
             for context, in_one in zip(contexts, whole, strict=True):
-                self._fresh_positions()
                 answers = (self._score_whole if in_one else self._score_context)(context)
                 stats = self._stats(context.counts)
                 fresh[context.task or ""].add(context.counts)
@@ -548,10 +547,14 @@ class SparseHFLM(HFLM):
         """What stretches between a prompt and the `total` tokens of prompt and answer, if anything."""
         return next((stretch for stretch in self._stretches if stretch.within(prompt, total)), None)
 
-    def _fresh_positions(self) -> None:
-        """Let positions mean what they mean for a text alone."""
+    def _refuse_dynamic(self, longest: int) -> None:
+        """Raise `UserError` for a text of so many tokens whose positions would depend on what ran before it."""
         for stretch in self._stretches:
-            stretch.reset()
+            if stretch.kind == "dynamic" and longest > stretch.bound:
+                raise UserError(
+                    f"{self._kind()} has {stretch}, and stay those of the longest text that ran: a text of {longest} "
+                    f"tokens has no answer of its own; use texts of at most {stretch.bound} tokens, prompt and answer"
+                )
 
     @property
     def _is_recurrent(self) -> bool:
@@ -563,7 +566,6 @@ class SparseHFLM(HFLM):
         scored: dict[tuple, Tensor] = {}
         hits: dict[tuple, Tensor] = {}
         for tokens in context.sequences():
-            self._fresh_positions()
             with self.runtime.running([context.counts]):
                 ids = torch.tensor([[*context.prompt, *tokens[:-1]]], device=self.device)
                 logprobs = self._log_softmax(self._forward(ids, cache=None, keep=len(tokens))[0])
@@ -588,8 +590,8 @@ class SparseHFLM(HFLM):
             )
             with self.runtime.running([counts]):
                 for head, tail in map(make_disjoint_window, windows):
-                    self._fresh_positions()
                     ids = torch.tensor([[*head, *tail][:-1]], device=self.device)
+                    self._refuse_dynamic(ids.shape[1])
                     logits = self._forward(ids, cache=None, keep=len(tail))[0]
                     wanted = torch.tensor(tail, device=self.device)
                     for begin in range(0, len(tail), SCORE_CHUNK):
@@ -666,15 +668,15 @@ class SparseHFLM(HFLM):
                 )
         if self.runtime.plan.phases:
             self.runtime.check_lengths(found)
-            for _, context, gen_kwargs in queue:
-                prompt, whole = self._whole_lengths(context, gen_kwargs, lengths)
-                stretch = self._stretched(prompt, whole)
-                if stretch is not None and stretch.kind == "longrope":
-                    raise UserError(
-                        f"{self._kind()} has other positions beyond {stretch.bound} tokens: an answer of up to "
-                        f"{whole - prompt} to a prompt of {prompt} may cross that, where what was kept of the prompt "
-                        "is worth nothing; use prompts of another length, fewer max_gen_toks, or method=dense"
-                    )
+        for _, context, gen_kwargs in queue if self._stretches else ():
+            prompt, whole = self._whole_lengths(context, gen_kwargs, lengths)
+            self._refuse_dynamic(whole)
+            if self.runtime.plan.phases and (stretch := self._stretched(prompt, whole)) is not None:
+                raise UserError(
+                    f"{self._kind()} has {stretch}: an answer of up to {whole - prompt} tokens to a prompt of {prompt} "
+                    "may go there, where what was kept of the prompt is worth nothing; use prompts of another length, "
+                    "fewer max_gen_toks, or method=dense"
+                )
 
     def _generate(self, items: list[tuple], lengths: dict[str, int]) -> Iterator[tuple[tuple, str, RowCounts]]:
         """Answer requests `(index, context, generation arguments)` that share their arguments, the longest first."""
@@ -779,7 +781,6 @@ class SparseHFLM(HFLM):
             chooser = sampling.row(ids, met)
             row = Row(length, RowCounts(), Stop(self.tokenizer, lookback, ends, limit), chooser)
             cache = decoder.new_cache(length)
-            self._fresh_positions()
             with self.runtime.running([row.counts], cache, length):
                 logits = self._prefill(ids, cache, sampling.chunk)[0, -1]
             decoder.adopt(row, cache)
@@ -863,7 +864,6 @@ class SparseHFLM(HFLM):
         max_gen_toks = kwargs.pop("max_gen_toks")
         cache = self.runtime.new_cache(self.model.config, reserve=max_gen_toks)
         counts, length = RowCounts(), ids.shape[1]
-        self._fresh_positions()
         with self.runtime.running([counts], cache, length):
             output = self._model_generate(
                 context=ids,

@@ -608,3 +608,68 @@ def test_debug_takes_no_graphs(model: Any) -> None:
     lm = sparse(model, method="quest", debug=True)
     decoder, _ = lm._get_decoder()
     assert decoder is not None and decoder.no_graph == DEBUGGED
+
+
+# --- what a method returns beside its lists --------------------------------------------------------------------
+
+
+def odd(monkeypatch: Any, cls: Any, change: Callable[[Any, tuple[Any, ...]], Any]) -> None:
+    """Let a method return what `change` makes of its selection and inputs."""
+    bad(monkeypatch, cls, lambda selection: None)
+    select = cls.select
+    monkeypatch.setattr(cls, "select", lambda self, *args, **kwargs: change(select(self, *args, **kwargs), args))
+
+
+@pytest.mark.parametrize("run", [score, generate])
+@pytest.mark.parametrize("cls", [Prefill, Eviction, Decode])
+@pytest.mark.parametrize("returned", [None, [], "selection"])
+def test_what_is_no_selection(model: Any, monkeypatch: Any, cls: Any, returned: Any, run: Any) -> None:
+    odd(monkeypatch, cls, lambda selection, inputs: returned)
+    lm, prompt = sparse(model, method=cls.name, backend="gather"), tiny.words(3, 60)
+    found = line_of(lambda: run(lm, [(prompt, " river stone")] if run is score else [prompt]))
+    assert found.startswith(f"method {cls.name}, layer 0: select returned {type(returned).__name__}")
+
+
+@pytest.mark.parametrize("cls", [Prefill, Eviction, Decode])
+def test_a_method_that_fails(model: Any, monkeypatch: Any, cls: Any) -> None:
+    odd(monkeypatch, cls, lambda selection, inputs: 1 // 0)
+    lm = sparse(model, method=cls.name, backend="gather")
+    found = line_of(lambda: score(lm, [(tiny.words(3, 60), " river stone")]))
+    assert found.startswith(f"method {cls.name}, layer 0: select failed (ZeroDivisionError")
+    with pytest.raises(ZeroDivisionError):
+        score(sparse(model, method=cls.name, backend="gather", debug=True), [(tiny.words(3, 60), " river stone")])
+
+
+@pytest.mark.parametrize("cls", [Prefill, Eviction, Decode])
+@pytest.mark.parametrize("run", [score, generate])
+def test_a_method_that_writes_into_what_it_is_given(model: Any, monkeypatch: Any, cls: Any, run: Any) -> None:
+    def write(selection: Any, inputs: tuple[Any, ...]) -> Any:
+        (inputs[1].kv.keys if cls is Decode else inputs[1]).mul_(0.5)
+        return selection
+
+    odd(monkeypatch, cls, write)
+    lm, prompt = sparse(model, method=cls.name, backend="gather"), tiny.words(3, 60)
+    found = line_of(lambda: run(lm, [(prompt, " river stone")] if run is score else [prompt]))
+    assert found.startswith(f"method {cls.name}, layer 0: select wrote into")
+
+
+FIGURES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "operations that are no number": (Prefill, {"estimator_flops": float("nan")}, "estimator_flops is nan"),
+    "bytes below 0": (Prefill, {"estimator_bytes": -1e9}, "estimator_bytes is"),
+    "operations without end": (Eviction, {"estimator_flops": float("inf")}, "estimator_flops is inf"),
+    "bytes of nothing": (Eviction, {"estimator_bytes": -1}, "estimator_bytes is -1"),
+    "pairs below 0": (Prefill, {"count_selected": lambda: torch.full((4,), -5)}, "selected is"),
+    "pairs beyond all": (Prefill, {"count_selected": lambda: torch.full((4,), 10**9)}, "pairs are selected of"),
+    "pairs of one head": (Prefill, {"count_selected": lambda: torch.ones(1)}, "count_selected gives (1,)"),
+    "a total that is a fraction": (Eviction, {"total": 46.0}, "total is a float"),
+    "a total on a device": (Eviction, {"total": torch.tensor(46)}, "total is a Tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_figures_that_are_none(model: Any, monkeypatch: Any, kind: str) -> None:
+    cls, changed, words = FIGURES[kind]
+    odd(monkeypatch, cls, lambda selection, inputs: replace(selection, **changed))
+    lm = sparse(model, method=cls.name, backend="gather")
+    found = line_of(lambda: score(lm, [(tiny.words(3, 60), " river stone")]))
+    assert found.startswith(f"method {cls.name}, layer 0: ") and words in found

@@ -104,6 +104,8 @@ class EvictionSelection:
             )
         if self.indices.dtype != torch.int64 or self.counts.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"indices are {self.indices.dtype}, counts {self.counts.dtype}; expected torch.int64")
+        if not isinstance(self.total, int) or isinstance(self.total, bool):
+            raise ValueError(f"total is a {type(self.total).__name__}; expected an int, which the host knows")
         if not kv_heads <= self.total <= kv_heads * min(length, shape[1]):
             raise ValueError(f"total is {self.total}, expected {kv_heads} to {kv_heads * min(length, shape[1])} tokens")
 

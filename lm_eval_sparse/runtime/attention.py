@@ -354,6 +354,7 @@ class Runtime:
             index,
             Selection,
             (query, key),
+            self.plan.debug,
             lambda: method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity),
         )
         return SparseRow(row, query, key, value, out, selection)
@@ -441,6 +442,7 @@ class Runtime:
             index,
             EvictionSelection,
             (query, key),
+            self.plan.debug,
             lambda: method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity),
         )
         debug = self.plan.debug or counts is None
@@ -528,6 +530,7 @@ class Runtime:
                 index,
                 PageSelection,
                 (grouped, context.kv.keys, context.kv.values),
+                self.plan.debug,
                 lambda c=context, q=grouped[part], m=method, s=sparsity: m.select(q, c, sparsity=s),
             )
             check_pages(method, index, selection, grouped[part], context.kv, backend, self.plan.debug)

@@ -513,10 +513,11 @@ class Decoder:
             context = DecodeContext(kv, self.tokens_held[:rows], bounds, layer.heads, new, overlap=True)
             # A method that appends writes into the cache, as it says.
             inputs = (grouped,) if method.appends else (grouped, kv.keys, kv.values)
+            debug, sparsity = self.runtime.plan.debug, self.sparsity
             selection = chosen(
-                method, index, PageSelection, inputs, lambda: method.select(grouped, context, sparsity=self.sparsity)
+                method, index, PageSelection, inputs, debug, lambda: method.select(grouped, context, sparsity=sparsity)
             )
-            check_pages(method, index, selection, grouped, kv, backend, self.runtime.plan.debug)
+            check_pages(method, index, selection, grouped, kv, backend, debug)
             lists, layer.width = selection.counts.shape[1], selection.pages.shape[-1]
             layer.reads = layer.room[: len(self.ids) * layer.heads * lists].view(-1, lists, 1)
             out, used = paged_decode(grouped, kv, selection, keys_read=layer.reads[:sequences], **options)
@@ -573,10 +574,10 @@ class Decoder:
         """The rows of the batch by their decode method and sparsity, which are those of the decoder meanwhile."""
         plan = self.runtime.plan.decode
         own = [(None, None) if plan is None else plan.at(row.prompt) for row in self._batch]
-        for chosen in dict.fromkeys(own):
-            if chosen != (self.method, self.sparsity):  # budgets are constants of what was captured
+        for wanted in dict.fromkeys(own):
+            if wanted != (self.method, self.sparsity):  # budgets are constants of what was captured
                 self._forget_graphs()
-            self.method, self.sparsity = chosen
+            self.method, self.sparsity = wanted
             yield [row for row, mine in zip(self._batch, own, strict=True) if mine == (self.method, self.sparsity)]
 
     def gave(self, index: int, key: Tensor, value: Tensor) -> bool:

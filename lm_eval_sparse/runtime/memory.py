@@ -7,12 +7,14 @@ what no decoding ever needs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from transformers import PreTrainedModel
 
-from .attention import Plan, Runtime
+if TYPE_CHECKING:
+    from .attention import Plan, Runtime
 
 #: Share of the free memory that may be planned with: the rest is for what is not modelled, and fragmentation.
 SHARE = 0.8

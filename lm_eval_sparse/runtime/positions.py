@@ -1,7 +1,8 @@
 """Positions whose meaning depends on how long a text is: rotary embeddings that stretch.
 
-`dynamic` ones are computed anew for every length beyond the original one, `longrope` ones change once at it. What was
-cached before such a change stays as it was: an answer scored with a cache is then not the one scored without.
+`longrope` ones change once, at the original length. What was cached before stays as it was: an answer scored with a
+cache is then not the one scored without. `dynamic` ones are computed anew for every length beyond the original one, and
+stay those of the longest text that ran: an answer then depends on what was asked before, and none is the right one.
 """
 
 from __future__ import annotations
@@ -29,18 +30,10 @@ class Stretch:
 
     def within(self, prompt: int, total: int) -> bool:
         """Whether the tokens behind a prompt find the positions of the prompt changed."""
-        return total > self.bound and (self.kind == "dynamic" or prompt <= self.bound)
+        return prompt <= self.bound < total
 
-    def reset(self) -> None:
-        """Forget the texts before: `dynamic` frequencies stay those of the longest one until a short one comes."""
-        if self.kind != "dynamic":
-            return
-        for name in (f"{self.prefix}max_seq_len_cached", "max_seq_len_cached"):
-            if hasattr(self.module, name):
-                setattr(self.module, name, self.bound)
-        frequencies = getattr(self.module, f"{self.prefix}inv_freq")
-        own = getattr(self.module, f"{self.prefix}original_inv_freq").to(frequencies.device)
-        self.module.register_buffer(f"{self.prefix}inv_freq", own, persistent=False)
+    def __str__(self) -> str:
+        return f"positions of kind {self.kind!r}, which change beyond {self.bound} tokens"
 
 
 def stretches(model: nn.Module) -> list[Stretch]:

@@ -22,6 +22,7 @@ from ..kernels.layout import BlockLayout, check_shapes
 from ..kernels.paged_decode import PageSelection
 from ..kernels.ragged import RaggedKV
 from ..methods import EvictionSelection
+from .memory import out_of_memory
 
 #: Why a method that ran was none the less dense, by phase: what it selected leaves nothing out.
 COVERS = {
@@ -51,14 +52,27 @@ def misfit(method: str, layer: int, error: ValueError | str) -> UserError:
     return UserError(f"method {method}, layer {layer}: {error}")
 
 
-def chosen(method: Any, layer: int, kind: type, inputs: Sequence[Tensor], select: Callable[[], Any]) -> Any:
+def chosen(
+    method: Any, layer: int, kind: type, inputs: Sequence[Tensor], debug: bool, select: Callable[[], Any]
+) -> Any:
     """What `select` returns, when it is of the right kind and has left its inputs as they were.
 
+    Args:
+        debug: let what goes wrong inside the method through as it is.
+
     Raises:
-        UserError: it is not, or has not.
+        UserError: it is not, or has not, or it failed.
     """
     before = [states._version for states in inputs]
-    found = select()
+    try:
+        found = select()
+    except Exception as error:  # methods are written by anybody
+        if debug or isinstance(error, UserError) or out_of_memory(error):
+            raise
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise misfit(
+            method.name, layer, f"select failed ({type(error).__name__}: {line}); type debug=True to see where"
+        ) from error
     if not isinstance(found, kind):
         raise misfit(method.name, layer, f"select returned {type(found).__name__}; expected {kind.__name__}")
     if [states._version for states in inputs] != before:
