@@ -300,22 +300,16 @@ class SparseHFLM(HFLM):
         try:
             self._trial = probe.check(self.model, self._forward, self.runtime, steps)
         except probe.CheckError as error:
-            raise UserError(f"{kind} cannot be evaluated as asked: {error}; {self._instead()}") from error
+            raise UserError(f"{kind} cannot be evaluated as asked: {error}; {error.instead}") from error
+        except UserError as error:  # which says what to type
+            raise UserError(f"{kind} cannot be evaluated: {error}") from error
         except Exception as error:  # modelling code of any age, with requirements of any kind
             if out_of_memory(error):
                 raise
-            reason = first_line(error)
-            reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
             raise UserError(
-                f"{kind} does not run with sparse attention ({reason}); sparse-hf evaluates decoder-only causal models "
-                "that use transformers' attention interface: use --model hf for this one"
+                f"{kind} does not run here ({type(error).__name__}: {first_line(error)}); sparse-hf evaluates "
+                "decoder-only causal models that use transformers' attention interface: use --model hf for this one"
             ) from error
-
-    def _instead(self) -> str:
-        """What to type where a model cannot be evaluated under the methods that were asked for."""
-        if self.runtime.plan.phases:
-            return "type method=dense, a method of another phase (lm-eval-sparse methods), or --model hf"
-        return "use --model hf for this model"
 
     def _check_preset(self) -> None:
         """Raise when no prompt that the model can read is long enough for the preset."""

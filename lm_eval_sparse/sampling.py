@@ -444,6 +444,25 @@ def check(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
         _check_trial(model, arguments)
 
 
+def check_early(arguments: dict[str, Any]) -> None:
+    """Raise `UserError` for what is wrong with typed generation arguments whatever the model is."""
+    for name in arguments.keys() & ELSEWHERE.keys():
+        _refuse_elsewhere(name, arguments[name])
+    tokens = arguments.get("max_gen_toks", 1)
+    if not _whole(int(tokens) if isinstance(tokens, str) and tokens.isdecimal() else tokens, 1):
+        raise UserError(
+            f"--gen_kwargs max_gen_toks={brief(tokens)} is not accepted: give a whole number of at least 1, such as "
+            "max_gen_toks=64"
+        )
+    _check_typed(arguments)
+
+
+def _refuse_elsewhere(name: str, value: Any) -> NoReturn:
+    raise UserError(
+        f"--gen_kwargs {name}={brief(value)} is no argument of transformers' generate: type {ELSEWHERE[name]} instead"
+    )
+
+
 def _check_names(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     known = vars(GenerationConfig())
     for name, value in arguments.items():
@@ -456,7 +475,7 @@ def _check_names(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
                 f"know what it changes; leave {name} out, or use --model hf"
             )
         if name in ELSEWHERE:
-            raise UserError(f"{given} is no argument of transformers' generate: type {ELSEWHERE[name]} instead")
+            _refuse_elsewhere(name, value)
         if name in ARGUMENTS:
             raise UserError(f"{given} is not accepted: {ARGUMENTS[name]}; leave {name} out")
         try:

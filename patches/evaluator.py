@@ -145,6 +145,13 @@ def _with_preflight(simple_evaluate: Any) -> Any:
                 from lm_eval_sparse.errors import UserError
 
                 raise UserError("no task was given: type --tasks NAME; lm_eval ls tasks shows the names")
+            if options["gen_kwargs"]:
+                from lm_eval.utils import simple_parse_args_string
+
+                from lm_eval_sparse import sampling
+
+                typed = options["gen_kwargs"]
+                sampling.check_early(simple_parse_args_string(typed) if isinstance(typed, str) else typed)
             from lm_eval_sparse import outputs
             from lm_eval_sparse.patches import hub_tracker
 

@@ -285,10 +285,11 @@ def _reason(state: str) -> str:
         ": sparse-hf",
     ):
         text = text.split(before)[0]
-    text = re.sub(r"^(the given model|pretrained='\S*')( \(\S+\))? (cannot be evaluated as asked: )?", "", text)
+    text = re.sub(r"^(the given model|pretrained='\S*')( \(\S+\))? (cannot be evaluated( as asked)?: )?", "", text)
     text = re.sub(r"all_\w+ cannot be applied to it: ", "", text)
-    text = re.sub(r"does not run with sparse attention \((.*?)\)?$", r"\1", text)
-    text = re.sub(r"^\w+ (of layer \d+ is handed|uses '\w+' in its attention)", r"its attention \1", text)
+    text = re.sub(r"does not run here \((.*?)\)?$", r"\1", text)
+    text = re.sub(r"^\w+ (of layer \d+ is handed)", r"its attention \1", text)
+    text = re.sub(r"^\w+ uses ('\w+'.*) in its attention, which.*", r"its attention is given \1", text)
     text = re.sub(r"\b(in|of|to) layer -?\d+\b", r"\1 some layer", re.sub(r"^layer \d+", "a layer", text))
     text = re.sub(r" \((\w|-)+\)$", "", text)
     return (kind + ": " if kind == "WRONG" else "") + text

@@ -175,12 +175,12 @@ SPREAD = {
     "gpt2": ("dense prefill eviction decode", ""),
     "camembert": ("dense prefill eviction decode", ""),  # positions that do not begin at 0
     "jamba": ("dense prefill eviction decode", ""),  # a recurrent state: generated tasks only
-    "mistral": ("dense", "no layer with full causal attention (sliding window of 32 tokens)"),
+    "mistral": ("dense", "no method can be applied to any of its layers (sliding window of 32 tokens)"),
     "glm4_moe_lite": ("dense prefill", "is given other keys and values"),  # latent attention
     "jetmoe": ("dense prefill", "is given other keys and values"),  # they are repeated behind the cache
     "diffllama": ("dense prefill", "runs 2 times in layer 0"),
     "falcon_h1": ("dense prefill", "keeps more than keys and values"),  # a recurrent state beside them
-    "gpt_oss": ("", "'s_aux'"),
+    "gpt_oss": ("", "'s_aux' (attention sinks)"),
     "deepseek_v32": ("", "'indices'"),
     "inkling_text": ("", "'position_bias'"),
     "doge": ("", "a mask that transformers' mask functions did not make"),

@@ -35,6 +35,13 @@ KNOWN = frozenset({
 })  # fmt: skip
 
 
+#: What some of those are that are refused.
+MEANT = {
+    "s_aux": "attention sinks", "sinks": "attention sinks", "position_bias": "a bias by position",
+    "indices": "keys that the model chooses itself", "block_indices": "keys that the model chooses itself",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Call:
     """What is known of the forward pass that runs: whose it is, and whether it is known to hold no padding."""
@@ -100,8 +107,9 @@ def refuse_arguments(module: torch.nn.Module, arguments: dict[str, Any]) -> None
     """Raise `UserError` for arguments of an attention call that change what it computes and that nobody here knows."""
     for name, value in arguments.items():
         if value is not None and name not in KNOWN:
+            what = f"{name!r} ({MEANT[name]})" if name in MEANT else repr(name)
             raise UserError(
-                f"{type(module).__name__} uses {name!r} in its attention, which sparse-hf does not support: "
+                f"{type(module).__name__} uses {what} in its attention, which sparse-hf does not support: "
                 "use --model hf for this model"
             )
     causal = arguments.get("is_causal")

@@ -44,11 +44,22 @@ NOISE = 10.0
 #: Logits that have nothing to do with each other are 1.4 off.
 MOST = 0.8
 
+#: What to type where the phases that were asked for are the trouble.
+DENSE, PREFILL = "type method=dense, or --model hf", "type method=dense, a prefill method, or --model hf"
+
 Forward = Callable[..., Tensor]
 
 
 class CheckError(UserError):
-    """A layer that does not come out as it is, or cannot be compared."""
+    """A layer that does not come out as it is, or cannot be compared.
+
+    Attributes:
+        instead: what to type.
+    """
+
+    def __init__(self, message: str, instead: str = "use --model hf for this model"):
+        super().__init__(message)
+        self.instead = instead
 
 
 @dataclass
@@ -446,11 +457,11 @@ def _check_phases(
     names = {phase: assignment.method.name for phase, assignment in plan.phases.items()}
     if not eligible:
         reasons = ", ".join(sorted({reason for reason in runtime.layers.values() if reason}))
-        raise CheckError(f"it has no layer with full causal attention ({reasons}): no method can be applied")
+        raise CheckError(f"no method can be applied to any of its layers ({reasons})", DENSE)
     later = " and ".join(name for phase, name in names.items() if phase != "prefill")
     for index in eligible:
         if later and index in runtime.uncached:
-            raise CheckError(f"{later} cannot be applied to it: {runtime.uncached[index]}")
+            raise CheckError(f"{later} cannot be applied to it: {runtime.uncached[index]}", PREFILL)
     probe = Probe(runtime)
     filled = {phase: Assignment(METHODS[phase](trial=probe.trial), None) for phase in names}
     runtime.plan = Plan(**filled, backend="gather")
@@ -459,4 +470,4 @@ def _check_phases(
         found = counts.phase(phase)
         if not found.calls["sparse"] or set(found.calls) - {"sparse"}:
             reasons = "; ".join(found.reasons) or ", ".join(f"{n} {kind}" for kind, n in found.calls.items())
-            raise CheckError(f"{name} would not run in its {phase} phase ({reasons or 'no call'})")
+            raise CheckError(f"{name} would not run in its {phase} phase ({reasons or 'no call'})", DENSE)
