@@ -682,14 +682,14 @@ class SparseHFLM(HFLM):
         decoder, reason = self._get_decoder()
         if isinstance(sampling, str):
             decoder, reason = None, sampling
-        by_it: list[tuple] = items
-        if decoder is not None:
-            by_it = [i for i in items if self._stretched(*self._whole_lengths(i[1], i[2], lengths)) is not None]
-            items, reason = [item for item in items if item not in by_it], "positions that change within the answer"
-        for item in by_it:
-            ids = self._prompt(item[1], room)
-            text, counts = self._generate_by_transformers(ids, kwargs, until, reason)
+        bent = [item for item in items if self._stretched(*self._whole_lengths(item[1], item[2], lengths)) is not None]
+        for item in items if decoder is None else bent:
+            ids, why = self._prompt(item[1], room), reason
+            if item in bent:  # what the model then does with its cache is for it to say
+                why = f"the model has {self._stretches[0]}"
+            text, counts = self._generate_by_transformers(ids, kwargs, until, why, own_cache=item not in bent)
             yield item, text, counts
+        items = [item for item in items if item not in bent]
         if decoder is None or not items:
             return
         self._fitting = None
@@ -851,12 +851,16 @@ class SparseHFLM(HFLM):
         return None
 
     def _generate_by_transformers(
-        self, ids: Tensor, kwargs: dict[str, Any], until: list[str], reason: str | None
+        self, ids: Tensor, kwargs: dict[str, Any], until: list[str], reason: str | None, own_cache: bool = True
     ) -> tuple[str, RowCounts]:
-        """Answer one prompt by `generate`: beams, and whatever else the decoder does not know."""
+        """Answer one prompt by `generate`: beams, and whatever else the decoder does not know.
+
+        Args:
+            own_cache: whether in our cache; without it no method can evict or decode.
+        """
         kwargs = dict(kwargs)
         max_gen_toks = kwargs.pop("max_gen_toks")
-        cache = self.runtime.new_cache(self.model.config, reserve=max_gen_toks)
+        cache = self.runtime.new_cache(self.model.config, reserve=max_gen_toks) if own_cache else None
         counts, length = RowCounts(), ids.shape[1]
         with self.runtime.running([counts], cache, length):
             output = self._model_generate(
@@ -864,7 +868,7 @@ class SparseHFLM(HFLM):
                 attention_mask=torch.ones_like(ids),
                 stop=until,
                 **{"max_length": length + max_gen_toks, **kwargs, **NEUTRAL},
-                **{generation_argument(): cache},
+                **({} if cache is None else {generation_argument(): cache}),
             )
         tokens = output[0, length:].tolist()
         phase = counts.phases["decode"]
