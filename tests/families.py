@@ -320,8 +320,8 @@ def _shrunk(cls: type[PreTrainedConfig], own: dict[str, Any]) -> dict[str, Any]:
     if "kv_lora_rank" in fields:  # latent attention has a key of its own for every head
         options["num_key_value_heads"] = options.get("num_attention_heads", 4)
         if {"qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"} <= fields:
-            usual = cls()
-            if usual.qk_nope_head_dim + usual.qk_rope_head_dim != usual.v_head_dim:
+            usual = {field.name: field.default for field in dataclasses.fields(cls)}
+            if usual["qk_nope_head_dim"] + usual["qk_rope_head_dim"] != usual["v_head_dim"]:
                 options["qk_nope_head_dim"] = 16  # keys are wider than values, as published
     if cls.sub_configs:
         default = cls()
