@@ -181,7 +181,7 @@ class Clock:
     """
 
     calls: list[tuple[float, int, bool]] = field(default_factory=list)
-    taken: list[tuple[float, int]] = field(default_factory=list)
+    taken: list[tuple[float, Any]] = field(default_factory=list)
 
     def figures(self) -> Row:
         """`prefill_s`, `start_s` (own loop only), `tokens` and `decode_s`, as far as they are known."""
@@ -200,9 +200,9 @@ class Clock:
 
     def _of_tokens(self) -> Row:
         """Our loop: all prompts, then one token for each row that has not ended, and again."""
-        rows: dict[int, int] = {}
+        rows: dict[Any, int] = {}
         prefill, last_first = 0.0, 0.0
-        later: list[tuple[float, int]] = []
+        later: list[tuple[float, Any]] = []
         for when, row in self.taken:
             rows[row] = rows.get(row, 0) + 1
             if rows[row] == 1:
@@ -214,7 +214,7 @@ class Clock:
         if not later:
             return found
         # The first step ends where a row gets its second token of a step.
-        seen: set[int] = set()
+        seen: set[Any] = set()
         first = next((i for i, (_, row) in enumerate(later) if row in seen or seen.add(row)), len(later))
         found["tokens"], found["decode_s"] = len(later) - first, later[-1][0] - later[first - 1][0]
         if found["tokens"]:
@@ -233,7 +233,7 @@ def noted(model: torch.nn.Module, limit: float) -> Iterator[Clock]:
 
     def noted_take(row: Any, token: int) -> None:
         take(row, token)
-        clock.taken.append((time.perf_counter(), id(row)))
+        clock.taken.append((time.perf_counter(), row))  # kept: an id would come again
 
     def up(*_: Any) -> None:
         raise TimeUp
