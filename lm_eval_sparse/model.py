@@ -682,7 +682,9 @@ class SparseHFLM(HFLM):
         decoder, reason = self._get_decoder()
         if isinstance(sampling, str):
             decoder, reason = None, sampling
-        bent = [item for item in items if self._stretched(*self._whole_lengths(item[1], item[2], lengths)) is not None]
+        bent: list[tuple] = []
+        if self._stretches:
+            bent = [i for i in items if self._stretched(*self._whole_lengths(i[1], i[2], lengths)) is not None]
         for item in items if decoder is None else bent:
             ids, why = self._prompt(item[1], room), reason
             if item in bent:  # what the model then does with its cache is for it to say

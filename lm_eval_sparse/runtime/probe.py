@@ -4,7 +4,8 @@ A few tokens run through the model several times. Each attention call is compare
 that layer on the same queries, keys and values and under the mask that transformers makes, so that what is left to
 differ is the rounding of one layer: whole-model logits cannot tell rounding from a wrong attention. What a layer sees
 beyond these tokens is read from its mask function. Every phase that a method is to fill runs on trial, too, with
-selections that are known. Whatever cannot be compared is refused: this check fails closed.
+selections that are known. Whatever cannot be compared is refused: this check fails closed. What is seen
+and what is concluded from it stand in one file, since each is read beside the other.
 """
 
 from __future__ import annotations
