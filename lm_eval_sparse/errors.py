@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable
+
+from .masking import mask, values_in
+
+#: Characters of a message: more is no line that anyone reads.
+_LONGEST = 3000
 
 
 class UserError(ValueError):
     """Something the user typed cannot work.
 
-    The message is one line that says what was given, what is accepted, and what to type instead.
-    It is a `ValueError`, so Python callers of `simple_evaluate` catch it as usual.
+    The message is one line that says what was given, what is accepted, and what to type instead; secrets in it are
+    masked. It is a `ValueError`, so Python callers of `simple_evaluate` catch it as usual.
     """
+
+    def __init__(self, message: object = ""):
+        super().__init__(one_line(str(message)))
+
+
+def one_line(text: str) -> str:
+    """`text` as a terminal may be given it in one line: no control characters, no secrets, not endless."""
+    text = mask(plain(re.sub(r"\s*[\r\n]+\s*", " ", text.strip())), values_in())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def plain(text: str) -> str:
+    """`text` with control characters written out: a terminal would obey them. Line ends and tabs stay."""
+    if text.isprintable():
+        return text
+    kept = " \n\t\u00a0\u3000"
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:

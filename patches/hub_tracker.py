@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from lm_eval_sparse import embedded, hub, outputs
+from lm_eval_sparse import embedded, hub, paths
 from lm_eval_sparse.errors import UserError, nearest
 
 MODEL = "sparse-hf"
@@ -131,7 +131,7 @@ def _check_output(output: Path, model_args: Any) -> None:
         folder, name = output.parent, f"{output.stem}_{date}.json"
     else:
         folder, name = output / _sanitized(public_name(model_args)[0]), f"results_{date}.json"
-    outputs.check_writable(f"--output_path {output}", folder, [name])
+    paths.check_writable(f"--output_path {output}", folder, [name])
 
 
 # -- lm-eval's classes

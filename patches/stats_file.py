@@ -33,7 +33,7 @@ def apply(module: ModuleType) -> None:
         original(self, results={name: value for name, value in results.items() if name != KEY}, samples=samples)
         if not self.output_path:
             return None
-        from lm_eval_sparse.analysis.curve import write
+        from lm_eval_sparse.files import write_whole
         from lm_eval_sparse.patches.hub_tracker import saved_results
 
         file = saved_results(self)
@@ -41,7 +41,7 @@ def apply(module: ModuleType) -> None:
             logger.error("the results could not be saved, so the figures per layer and head were not either")
             return None
         name = f"sparse_stats_{file.stem.removeprefix('results_')}.json"
-        write(file.with_name(name), json.dumps(stats, indent=1).encode())
+        write_whole(file.with_name(name), json.dumps(stats, indent=1).encode())
         return None
 
     save_results_aggregated._lm_eval_sparse_stats = True  # type: ignore[attr-defined]

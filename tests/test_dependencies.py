@@ -96,7 +96,7 @@ def test_versions_that_must_stay_allowed() -> None:
 
 #: Run with the oldest versions: what touches transformers, lm-eval, the Hub, Triton and the command line, in minutes.
 FAST = (
-    "test_transformers_versions.py", "test_adapters.py", "test_outputs.py", "test_cli.py", "test_encoding.py",
+    "test_transformers_versions.py", "test_adapters.py", "test_paths.py", "test_cli.py", "test_encoding.py",
     "test_gguf_check.py", "test_hub.py", "test_operators.py", "test_sparse_arguments.py", "test_pattern_triton.py",
 )  # fmt: skip
 

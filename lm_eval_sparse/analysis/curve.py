@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Any
 
 from ..cli import PROGRAM, Parser
 from ..errors import UserError
-from ..outputs import check_writable
+from ..files import write_whole
+from ..paths import check_writable
 from .results import Record, find, load, records
 
 SUFFIXES = (".png", ".html")
@@ -133,26 +132,6 @@ phases where several methods are combined).</p>
 """
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """`lm-eval-sparse plot RESULTS... --output FILE [--task NAME]`: the exit status."""
     parser = Parser(
@@ -182,6 +161,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture = draw(rows)
     for name in options.output:
         content = picture if name.endswith(".png") else page(rows, picture).encode()
-        write(Path(name), content)
+        write_whole(Path(name), content)
         print(f"wrote {name}")
     return 0

@@ -16,7 +16,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval_sparse import embedded, patches
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.model import SparseHFLM
-from lm_eval_sparse.outputs import check_writable
+from lm_eval_sparse.paths import check_writable
 
 patches.install()
 

@@ -1,0 +1,113 @@
+"""Secrets are masked wherever we save, print or push: by the name they are given under, by value, and by their shape.
+
+The names and shapes are tables, the only ones. Nothing here knows what a text is for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from difflib import SequenceMatcher
+from typing import Any
+
+MASK = "***"
+
+#: Names of arguments whose value is a secret; a name that ends in one of them behind an underscore is one, too.
+NAMES = (
+    "token", "auth", "authorization", "password", "passwd", "secret", "credential", "credentials", "apikey", "api_key",
+    "access_key", "secret_key", "private_key", "bearer", "cookie",
+)  # fmt: skip
+
+#: Names that end like those and are none: special tokens, and how the Hub is asked.
+INNOCENT = re.compile(
+    r"(?:.*_)?(?:bos|eos|pad|unk|sep|cls|mask|prefix|image|audio|video|stop|end|start|begin|first|last|next|new|eot|eom|sos)_token"
+)
+
+#: What gives a secret away wherever it stands: the prefix of a token of the Hub and others, a password in a URL.
+SHAPES = (
+    # Letters and digits of a random token: some capital or digit soon, or too long for a word.
+    re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_(?:(?=[A-Za-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[A-Za-z0-9]{16,})"),
+    re.compile(r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}"),
+    re.compile(r"(?<![A-Za-z0-9])(?:gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{16,}"),
+    re.compile(r"(?<![A-Za-z0-9])AKIA[A-Z0-9]{16}(?![A-Za-z0-9])"),
+    re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}"),
+    re.compile(r"(?<=[?&]token=)[^&\s]{4,}"),
+    re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"),
+)
+
+#: Variables of the environment that hold secrets.
+VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY")
+
+#: Shorter values are not looked for in texts: they would be found in words.
+SHORTEST = 6
+
+
+def is_secret(name: object) -> bool:
+    """Whether what is given under `name` is a secret."""
+    word = str(name).lower().replace("-", "_").rpartition(".")[2]
+    if INNOCENT.fullmatch(word):
+        return False
+    return any(word == known or word.endswith(f"_{known}") for known in NAMES)
+
+
+def is_nearly_secret(name: object) -> bool:
+    """Whether `name` is a secret's, or a slip of one's (`tokn`)."""
+    word = str(name).lower().replace("-", "_")
+    return is_secret(name) or any(SequenceMatcher(None, word, known).ratio() >= 0.8 for known in NAMES)
+
+
+def shown(name: object, value: Any) -> Any:
+    """`value` as a message may repeat it: masked when `name` is a secret's or nearly one's."""
+    return MASK if is_nearly_secret(name) and _holds(value) else value
+
+
+def mask(text: str, values: Iterable[str] = ()) -> str:
+    """`text` without any of `values` and without what has the shape of a secret."""
+    for value in sorted(values, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(value, MASK)
+    for shape in SHAPES:
+        text = shape.sub(MASK, text)
+    return text
+
+
+def masked(value: Any, values: Iterable[str] = ()) -> Any:
+    """A copy of `value`, in whose mappings what stands under a secret's name is masked, and in all texts what `mask`
+    masks. Other objects are left as they are."""
+    values = tuple(values)
+    if isinstance(value, str):
+        return mask(value, values)
+    if isinstance(value, Mapping):
+        return {
+            masked(key, values): MASK if is_secret(key) and _holds(item) else masked(item, values)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(masked(item, values) for item in value)
+    return value
+
+
+def values_in(*places: Any) -> frozenset[str]:
+    """The secrets that are given under their names in mappings, or in lm-eval's `name=value,…`, and by variables."""
+    found = {os.environ.get(name, "") for name in VARIABLES}
+    waiting = list(places)
+    while waiting:
+        place = waiting.pop()
+        if isinstance(place, str):
+            place = dict(pair.partition("=")[::2] for pair in place.split(","))
+        if isinstance(place, Mapping):
+            found |= {str(item) for name, item in place.items() if is_secret(str(name).strip()) and _holds(item)}
+            waiting += [item for item in place.values() if isinstance(item, Mapping | list | tuple)]
+        elif isinstance(place, list | tuple):
+            waiting += [item for item in place if isinstance(item, Mapping | list | tuple)]
+    return frozenset(value for value in found if len(value) >= SHORTEST)
+
+
+def left_in(text: str, values: Iterable[str] = ()) -> bool:
+    """Whether a secret stands in `text`."""
+    return any(value in text for value in values) or any(shape.search(text) for shape in SHAPES)
+
+
+def _holds(value: Any) -> bool:
+    """Whether a value can be a secret: not None, an empty text, or the True that means the stored login."""
+    return value is not None and not isinstance(value, bool) and value != ""
