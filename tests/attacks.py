@@ -10,6 +10,7 @@ by its path with that version first on PYTHONPATH.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import faulthandler
 import io
@@ -17,6 +18,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -34,11 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 for _name, _value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(_name, _value)
 
-from attack_rows import EITHER, LEGAL, REFUSED, Row, table  # noqa: E402
+from attack_rows import LEGAL, REFUSED, REPORTED, Row, table  # noqa: E402
 
 PREFIX = "lm-eval-sparse: error: "
 #: Seconds a row may take.
-LIMIT = 60.0
+LIMIT = 20.0
+#: Bytes the runner may take: a file without end shows as a MemoryError then.
+MEMORY = 6 << 30
 #: How a row went; the first three are right where the verdict says so.
 OUTCOMES = (
     "refused", "legal", "traceback", "badly refused", "accepted", "refused wrongly", "written", "leaked", "hang"
@@ -108,6 +112,8 @@ class Streams:
                              write_through=True)
             for file in self.files
         ]  # fmt: skip
+        for stream in (*self.texts, *self.files):
+            atexit.register(stream.close)
 
     @contextlib.contextmanager
     def catch(self) -> Iterator[None]:
@@ -207,14 +213,14 @@ def _alone(frontier: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _timed(seconds: float) -> Iterator[None]:
-    """Raise `Hang` after so long; what does not even see that ends the process a minute later."""
+    """Raise `Hang` after so long; what does not even see that ends the process later."""
 
     def ring(*_: Any) -> None:
         raise Hang
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again and again: something may swallow one
-    faulthandler.dump_traceback_later(seconds + 60, exit=True, file=sys.__stderr__)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 15.0)  # again, should something swallow the first
+    faulthandler.dump_traceback_later(seconds + 100, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
@@ -249,7 +255,7 @@ def run(row: Row, shared: Shared, folder: Path, real: bool = False, limit: float
     variables |= {name: value if value is None else shared.filled(value, **places) for name, value in row.env.items()}
     before = _files(work, cache)
     began = time.perf_counter()
-    ran = (_real if real else _in_process)(argv, variables, work, limit, "frontier" in " ".join(argv))
+    ran = (_real if real or row.alone else _in_process)(argv, variables, work, limit, "frontier" in " ".join(argv))
     seconds = time.perf_counter() - began
     written = [path for path, what in _files(work, cache).items() if before.get(path) != what]
     return _judged(row, ran, work, cache, written, seconds)
@@ -332,7 +338,7 @@ def _judged(row: Row, ran: Ran, work: Path, cache: Path, written: list[str], sec
         return outcome("traceback", False, f"printed: {found[0]}")
     if ran.status:
         return _refused(row, ran, lines, work, written, outcome)
-    if row.verdict == REFUSED:
+    if row.verdict in (REFUSED, REPORTED):
         return outcome("accepted", False, "exit status 0")
     if lines:
         return outcome("accepted", False, "exit status 0 with a line of complaint")
@@ -342,6 +348,11 @@ def _judged(row: Row, ran: Ran, work: Path, cache: Path, written: list[str], sec
 
 
 def _refused(row: Row, ran: Ran, lines: list[str], work: Path, written: list[str], outcome: Any) -> Outcome:
+    kept = {str(path) for path in work.glob(row.keeps)} if row.keeps else set()
+    if left := [path for path in written if path not in kept]:
+        return outcome("written", False, f"new: {', '.join(Path(path).name for path in left[:4])}")
+    if row.verdict == REPORTED and not lines and "FAILED" in ran.out:
+        return outcome("refused", True)
     if len(lines) != 1:
         return outcome("badly refused", False, f"{len(lines)} lines of ours on stderr, exit status {ran.status}")
     if bad := [character for character in lines[0] if not character.isprintable()]:
@@ -352,9 +363,6 @@ def _refused(row: Row, ran: Ran, lines: list[str], work: Path, written: list[str
         return outcome("badly refused", False, f"a message of {len(lines[0])} characters")
     if row.says.lower() not in lines[0].lower():
         return outcome("badly refused", False, f"the message does not say {row.says!r}")
-    kept = {str(path) for path in work.glob(row.keeps)} if row.keeps else set()
-    if left := [path for path in written if path not in kept]:
-        return outcome("written", False, f"new: {', '.join(Path(path).name for path in left[:4])}")
     if row.verdict == LEGAL:
         return outcome("refused wrongly", False, "refused")
     return outcome("refused", True)
@@ -387,7 +395,9 @@ def report(outcomes: list[Outcome]) -> str:
     for area in [*dict.fromkeys(outcome.row.area for outcome in outcomes), None]:
         some = [outcome for outcome in outcomes if area in (None, outcome.row.area)]
         kinds = Counter(outcome.kind for outcome in some)
-        rows.append([area or "all", str(len(some)), str(sum(o.right for o in some)), *(str(kinds[k]) for k in OUTCOMES)])
+        rows.append(
+            [area or "all", str(len(some)), str(sum(o.right for o in some)), *(str(kinds[k]) for k in OUTCOMES)]
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -405,6 +415,7 @@ def main() -> int:
     rows = [row for row in table() if not options.area or row.area in options.area]
     rows = [row for row in rows if (options.slow or not row.slow) and (options.name or "") in row.name]
     rows = rows[::20] if options.real else rows
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     import lm_eval_sparse
 
     print(f"{len(rows)} rows against {Path(lm_eval_sparse.__file__).parent}", flush=True)
@@ -425,8 +436,6 @@ def main() -> int:
     print(report(outcomes))
     return min(sum(not outcome.right for outcome in outcomes), 100)
 
-
-__all__ = ["EITHER", "LEGAL", "REFUSED", "Outcome", "Shared", "report", "run", "table"]
 
 if __name__ == "__main__":
     sys.exit(main())

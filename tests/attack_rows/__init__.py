@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 #: `refused`: exit status above 0, one line of ours on stderr, no traceback, nothing new on disk.
 #: `legal`: exit status 0, and what was asked for is there. `either`: one of the two; where both would be right.
-Verdict = Literal["refused", "legal", "either"]
+#: `reported`: exit status above 0, no traceback, and a report on stdout that says FAILED, or as `refused`.
+Verdict = Literal["refused", "legal", "either", "reported"]
 REFUSED: Verdict = "refused"
 LEGAL: Verdict = "legal"
 EITHER: Verdict = "either"
+REPORTED: Verdict = "reported"
 
 #: What `<name>` stands for in the arguments, the environment and the files of a row.
 WORDS = {
@@ -53,6 +55,7 @@ class Row:
         keeps: what a refused row may leave in the working folder: a glob.
         doubt: why the verdict is a matter of opinion, if it is.
         slow: takes more than about a second: runs on request.
+        alone: would end this process, so it always runs as one of its own.
     """
 
     area: str
@@ -68,6 +71,7 @@ class Row:
     keeps: str = ""
     doubt: str = ""
     slow: bool = False
+    alone: bool = False
 
     @property
     def id(self) -> str:
