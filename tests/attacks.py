@@ -428,8 +428,8 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
             outcomes.append(outcome)
             if not outcome.right or options.verbose:
-                print(f"{outcome.kind:>15}  {row.id}  [{outcome.seconds:.1f} s] {outcome.why} | {outcome.message[:300]}",
-                      flush=True)  # fmt: skip
+                told = f"{row.id}  [{outcome.seconds:.1f} s] {outcome.why} | {outcome.message[:300]}"
+                print(f"{outcome.kind:>15}  {told}", flush=True)
             if options.log:
                 with options.log.open("a") as log:
                     log.write(json.dumps(outcome.record(), ensure_ascii=False) + "\n")

@@ -36,6 +36,8 @@ def _hub_without_waiting() -> None:
 #: Markers of tests that take minutes: they run when they are asked for.
 ON_REQUEST = {
     "families": "every causal family of transformers",
+    "attacks": "the whole table of bad command lines",
+    "fuzz": "damaged input, many more of it",
     "oldest": "the oldest supported versions, which makes an environment",
 }
 

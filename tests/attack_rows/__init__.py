@@ -113,3 +113,21 @@ def table() -> list[Row]:
     twice = {name for name in names if names.count(name) > 1}
     assert not twice, f"rows of one name: {sorted(twice)}"
     return found
+
+
+#: Of the rows of one kind the first runs always, and of the others every so many-th.
+EVERY = 5
+
+
+def daily(found: list[Row]) -> list[Row]:
+    """The rows that run without being asked for: some of each kind, none that takes long."""
+    kinds: dict[tuple[str, str, str], int] = {}
+    chosen = []
+    for row in found:
+        if row.slow or row.alone:
+            continue
+        kind = (row.area, row.verdict, row.says)
+        if kinds.setdefault(kind, 0) % EVERY == 0:
+            chosen.append(row)
+        kinds[kind] += 1
+    return chosen

@@ -17,6 +17,7 @@ from . import DEEP, EITHER, LEGAL, REFUSED, Row, Verdict, evaluate
 AREA = "folders"
 _RUN = evaluate("pretrained=./model", "--limit", "1")
 _GENERATE = evaluate("pretrained=./model", "--limit", "1", task="tiny_generate")
+_INDEX = "model.safetensors.index.json"
 Change = Callable[[Path], Any]
 
 
@@ -46,6 +47,14 @@ def _config(**fields: Any) -> Change:
 
 def _write(file: str, content: str | bytes) -> Change:
     return lambda folder: (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def _replaced(file: str, old: str, new: str) -> Change:
+    return lambda folder: _write(file, (folder / file).read_text().replace(old, new))(folder)
+
+
+def _both(first: Change, then: Change) -> Change:
+    return lambda folder: (first(folder), then(folder))
 
 
 def _gone(file: str) -> Change:
@@ -101,7 +110,7 @@ def _index(where: str) -> Change:
     def change(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
         index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": where, "model.norm.weight": where}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / _INDEX).write_text(json.dumps(index))
 
     return change
 
@@ -148,8 +157,7 @@ REFUSED_MODELS: dict[str, Change] = {
     "model_type of an image model": _config(model_type="vit", architectures=["ViTModel"]),
     "hidden_size huge": _config(hidden_size=10**12),
     "hidden_size a text": _config(hidden_size="64"),
-    "hidden_size 1e400": lambda folder: _write(
-        "config.json", (folder / "config.json").read_text().replace('"hidden_size": 64', '"hidden_size": 1e400'))(folder),
+    "hidden_size 1e400": _replaced("config.json", '"hidden_size": 64', '"hidden_size": 1e400'),
     "num_hidden_layers more than there are": _config(num_hidden_layers=4),
     "num_attention_heads 0": _config(num_attention_heads=0),
     "num_attention_heads null": _config(num_attention_heads=None),
@@ -178,15 +186,14 @@ REFUSED_MODELS: dict[str, Change] = {
     "weights of NaN": _nan,
     "a pickle": _pickled,
     "a pickle in torch's own format": _torch_saved,
-    "pytorch_model.bin torn": lambda folder: (_gone("model.safetensors")(folder),
-                                              _write("pytorch_model.bin", b"PK\x03\x04" + b"\0" * 100)(folder)),
+    "pytorch_model.bin torn": _both(_gone("model.safetensors"),
+                                    _write("pytorch_model.bin", b"PK\x03\x04" + b"\0" * 100)),
     "an index that leads outside": _index("../outside.safetensors"),
     "an index that leads to the root": _index("/etc/passwd"),
     "an index of nothing": _index("nosuch.safetensors"),
-    "an index that is torn": lambda folder: (_index("x")(folder), _write("model.safetensors.index.json", "{")(folder)),
-    "an index without a map": lambda folder: (_index("x")(folder), _write("model.safetensors.index.json", "{}")(folder)),
-    "an index of numbers": lambda folder: (
-        _index("x")(folder), _write("model.safetensors.index.json", '{"weight_map": {"a": 5}}')(folder)),
+    "an index that is torn": _both(_index("x"), _write(_INDEX, "{")),
+    "an index without a map": _both(_index("x"), _write(_INDEX, "{}")),
+    "an index of numbers": _both(_index("x"), _write(_INDEX, '{"weight_map": {"a": 5}}')),
     "tokenizer.json empty": _write("tokenizer.json", ""),
     "tokenizer.json torn": _cut("tokenizer.json", 0.5),
     "tokenizer.json a list": _write("tokenizer.json", "[]"),

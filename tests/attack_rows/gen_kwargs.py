@@ -76,7 +76,8 @@ WHOLE = (
 LEGAL_TEXTS = (
     "temperature=0", "do_sample=True,temperature=1.0", "num_beams=2", "max_gen_toks=4", "repetition_penalty=1.2",
     "do_sample=True,temperature=0.7,top_k=5,top_p=0.9", '{"temperature": 0}', '{"until": ["x", "\\n"]}', "until=x",
-    "max_gen_toks=3,min_new_tokens=2", ",,", "no_repeat_ngram_size=2", "do_sample=False", "top_k=1,do_sample=True,temperature=1",
+    "max_gen_toks=3,min_new_tokens=2", ",,", "no_repeat_ngram_size=2", "do_sample=False",
+    "top_k=1,do_sample=True,temperature=1",
 )  # fmt: skip
 
 EITHER_TEXTS = (

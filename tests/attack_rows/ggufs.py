@@ -96,15 +96,18 @@ FILES: dict[str, bytes] = {
 }  # fmt: skip
 
 
+_RUN = evaluate("pretrained=.,gguf_file=m.gguf")
+
+
 def _row(name: str, content: bytes, verdict: Verdict = REFUSED) -> Row:
-    return Row(AREA, name, evaluate("pretrained=.,gguf_file=m.gguf"), verdict, files={"m.gguf": content})
+    return Row(AREA, name, _RUN, verdict, files={"m.gguf": content})
 
 
 ROWS: list[Row] = [
     *(_row(name, content) for name, content in FILES.items()),
-    Row(AREA, "a pipe", evaluate("pretrained=.,gguf_file=m.gguf"), make=lambda work, words: os.mkfifo(work / "m.gguf")),
-    Row(AREA, "a folder", evaluate("pretrained=.,gguf_file=m.gguf"), make=lambda work, words: (work / "m.gguf").mkdir()),
-    Row(AREA, "a device", evaluate("pretrained=.,gguf_file=m.gguf"),
+    Row(AREA, "a pipe", _RUN, make=lambda work, words: os.mkfifo(work / "m.gguf")),
+    Row(AREA, "a folder", _RUN, make=lambda work, words: (work / "m.gguf").mkdir()),
+    Row(AREA, "a device", _RUN,
         make=lambda work, words: (work / "m.gguf").symlink_to("/dev/zero")),
     Row(AREA, "beside a whole model", evaluate("pretrained=<llama>,gguf_file=<work>/m.gguf"), files={"m.gguf": file()},
         slow=True, doubt="without sizes in the header transformers builds a model of seven billion weights"),

@@ -83,7 +83,8 @@ EITHER_ADDED = (
     "dtype=torch.float32", "dtype=FLOAT32", "dtype= float32", "dtype=float64", "max_length=128.0",
     "max_length=100000000", "batch_size=2", "device_map=cpu", "device_map=auto", "device_map={}", "parallelize=True",
     "use_fast_tokenizer=False", "num_hidden_layers=1", "revision=nosuch", "revision=", "token=True",
-    "dtype=float32,dtype=bfloat16", "method=dense,method=quest", "max_position_embeddings=0", "tie_word_embeddings=True",
+    "dtype=float32,dtype=bfloat16", "method=dense,method=quest", "max_position_embeddings=0",
+    "tie_word_embeddings=True",
     "quantization_config={}", "architectures=5", "load_in_4bit=False", "quantization_config=None", "device=cpu",
     "chat_template_args={}", "chat_template_args={'a': 1}", "max_length=١٢٨٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠", "enable_thinking=False",
 )  # fmt: skip
@@ -98,9 +99,11 @@ WHOLE = (
     f"pretrained={LONG}", f"pretrained=/{LONG}", f"pretrained=./{NAME}", "pretrained=~nosuchuser/x",
     f"pretrained={'/x' * 5000}", f"pretrained=<llama>,dtype={LONG}", f"pretrained=<llama>,tokenizer={LONG}",
     f"pretrained=<llama>,peft=/{LONG}", f"pretrained=<llama>,{LONG}=5", f"pretrained=<llama>,gguf_file={LONG}",
-    f"pretrained=<llama>,max_length={'9' * 5000}", f"pretrained=<llama>,dtype={'(' * 5000}", f"pretrained={'-' * 9000}5",
+    f"pretrained=<llama>,max_length={'9' * 5000}", f"pretrained=<llama>,dtype={'(' * 5000}",
+    f"pretrained={'-' * 9000}5",
     f"method={LONG}", "pretrained=<llama>,dtype=float\n17", "pretrained=<llama>,tokenizer=a\nb",
-    "pretrained=<llama>,xyz\n=5", "pretrained=<llama>,method=den\nse", "pretrained=/no\nTraceback (most recent call last)",
+    "pretrained=<llama>,xyz\n=5", "pretrained=<llama>,method=den\nse",
+    "pretrained=/no\nTraceback (most recent call last)",
     "pretrained=<llama>,dtype=\x1b[2J\x1b]0;x\x07", "pretrained=\x1b[31mred", "pretrained=<llama>\r\n",
     "pretrained=/dev/null", "pretrained=/dev/zero", "pretrained=/etc/passwd", "pretrained=/proc/self/mem",
     "pretrained=.", "pretrained=..", "pretrained=/", "pretrained=5", "pretrained=None5", "pretrained=[1]",
@@ -108,7 +111,8 @@ WHOLE = (
     "{", "[]", "5", "null", '"x"', "{}}", '{"pretrained": "<llama>", "dtype": 5}', '{"pretrained": ["<llama>"]}',
     '{"pretrained": 5}', '{"pretrained": "<llama>", "method": {"a": 1}}', '{"pretrained": "<llama>", "": 1}',
     '{"pretrained": "<llama>", "max_length": [1]}', '{"pretrained": "<llama>", "dtype": {"a": {"b": []}}}',
-    DEEP, '{"a":' * 50_000, f"pretrained=<llama>,dtype={'[' * 3000}", "pretrained=<llama>,tokenizer=<llama>/config.json",
+    DEEP, '{"a":' * 50_000, f"pretrained=<llama>,dtype={'[' * 3000}",
+    "pretrained=<llama>,tokenizer=<llama>/config.json",
 )  # fmt: skip
 
 WHOLE_LEGAL = (

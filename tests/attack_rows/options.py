@@ -59,8 +59,8 @@ _YAML = "task: broken\ndataset_path: json\n"
 #: What --tasks does not take.
 TASKS = (
     "nosuch", "", ",", "nosuch_*", "tiny_choice,nosuch", "<tasks>/nosuch.yaml", "/", "~nosuchuser/x", f"./{NAME}",
-    "tiny_choise", "TINY_CHOICE", "tiny choice", "[", "tiny_[", LONG, "größe", "a\nb", "\x1b[2J", "<tasks>/docs.json", "..",
-    "frontier_niah_5k", "frontier_", "../*",
+    "tiny_choise", "TINY_CHOICE", "tiny choice", "[", "tiny_[", LONG, "größe", "a\nb", "\x1b[2J", "<tasks>/docs.json",
+    "..", "frontier_niah_5k", "frontier_", "../*",
 )  # fmt: skip
 
 #: Files of --include_path that are no tasks: a run of one of them is refused in one line.
@@ -125,7 +125,7 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "validate an unknown task": ("validate", "--tasks", "nosuch", "--include_path", "<tasks>"),
     "validate nothing": ("validate",),
     "ls of nothing known": ("ls", "nosuch"),
-    "a word too many": _run("--tasks", "tiny_choice", "--limit", "1", "--batch_size", "1", "--device", "cpu", "--", "x"),
+    "a word too many": _run("--tasks", "tiny_choice", "--limit", "1", "--device", "cpu", "--", "x"),
     "log_samples without a folder": ("run", "--model", "sparse-hf", "--model_args", _M, "--tasks", "tiny_choice",
                                      "--include_path", "<tasks>", "--log_samples"),
     "limit and samples": evaluate(_M, "--limit", "1", "--samples", '{"tiny_choice": [0]}'),
@@ -140,15 +140,9 @@ WHOLE: dict[str, tuple[str, ...]] = {
 
 #: Where results cannot go.
 OUTPUTS = (
-    "/dev/null",
-    f"./{NAME}",
-    "/proc/nosuch",
-    "<llama>/config.json/x",
-    "<tasks>/tiny_choice.yaml",
-    "~nosuchuser/x",
-    f"/{'x/' * 4000}",
-    "/dev/full",
-)
+    "/dev/null", f"./{NAME}", "/proc/nosuch", "<llama>/config.json/x", "<tasks>/tiny_choice.yaml", "~nosuchuser/x",
+    f"/{'x/' * 4000}", "/dev/full",
+)  # fmt: skip
 
 LEGAL_OPTIONS: dict[str, tuple[str, ...]] = {
     "limit 0.5": ("--limit", "0.5"),

@@ -140,7 +140,8 @@ DRAWN: dict[str, str | bytes] = {
 
 #: Whether these are refused or drawn is a matter of taste.
 _EITHER = (
-    "config: null", "no config", "a byte order mark", "sparsity: null", "sample_len: null", "score: 1e308", "score: -1e308",
+    "config: null", "no config", "a byte order mark", "sparsity: null", "sample_len: null", "score: 1e308",
+    "score: -1e308",
     "no higher_is_better", "a task of 10,000 characters",
 )  # fmt: skip
 _TASTE = (
@@ -204,7 +205,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 ROWS: list[Row] = [
-    *(_plot(name, content, EITHER if name in _TASTE or name in _EITHER else REFUSED) for name, content in FILES.items()),
+    *(_plot(name, content, EITHER if name in (*_TASTE, *_EITHER) else REFUSED) for name, content in FILES.items()),
     *(_plot(name, content, EITHER if name in _EITHER else LEGAL) for name, content in DRAWN.items()),
     *(Row(AREA, name, argv) for name, argv in ARGUMENTS.items()),
     Row(AREA, "output is a folder", ("plot", "<results>", "--output", PICTURE), make=_folder),
