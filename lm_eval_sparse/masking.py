@@ -64,27 +64,41 @@ def shown(name: object, value: Any) -> Any:
 
 def mask(text: str, values: Iterable[str] = ()) -> str:
     """`text` without any of `values` and without what has the shape of a secret."""
-    for value in sorted(values, key=len, reverse=True):  # one may be a part of another
-        text = text.replace(value, MASK)
+    text = _without(text, sorted(values, key=len, reverse=True))  # one may be a part of another
     for shape in SHAPES:
         text = shape.sub(MASK, text)
     return text
 
 
-def masked(value: Any, values: Iterable[str] = ()) -> Any:
+def masked(value: Any, values: Iterable[str] = (), shapes: bool = True) -> Any:
     """A copy of `value`, in whose mappings what stands under a secret's name is masked, and in all texts what `mask`
-    masks. Other objects are left as they are."""
-    values = tuple(values)
-    if isinstance(value, str):
-        return mask(value, values)
-    if isinstance(value, Mapping):
-        return {
-            masked(key, values): MASK if is_secret(key) and _holds(item) else masked(item, values)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple) and type(value) in (list, tuple):
-        return type(value)(masked(item, values) for item in value)
-    return value
+    masks. Other objects, and texts in which nothing is masked, are left as they are.
+
+    Args:
+        shapes: False: only `values` are masked, not what is named or shaped like a secret.
+    """
+    values = tuple(sorted(values, key=len, reverse=True))
+
+    def walk(item: Any) -> Any:
+        if isinstance(item, str):
+            found = mask(item, values) if shapes else _without(item, values)
+            return item if found == item else found
+        if isinstance(item, Mapping):
+            return {
+                walk(key): MASK if shapes and is_secret(key) and _holds(inner) else walk(inner)
+                for key, inner in item.items()
+            }
+        if type(item) in (list, tuple):
+            return type(item)(walk(inner) for inner in item)
+        return item
+
+    return walk(value)
+
+
+def _without(text: str, values: Iterable[str]) -> str:
+    for value in values:
+        text = text.replace(value, MASK)
+    return text
 
 
 def values_in(*places: Any) -> frozenset[str]:
@@ -109,5 +123,6 @@ def left_in(text: str, values: Iterable[str] = ()) -> bool:
 
 
 def _holds(value: Any) -> bool:
-    """Whether a value can be a secret: not None, an empty text, or the True that means the stored login."""
-    return value is not None and not isinstance(value, bool) and value != ""
+    """Whether a value can be a secret: not None, an empty text, or the True that means the stored login; nor a mapping,
+    which is what a task or a model of such a name has."""
+    return value is not None and not isinstance(value, bool | Mapping) and value != ""

@@ -14,11 +14,9 @@ import platform
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,15 +27,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.models.utils_hf import clear_torch_cache, stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from . import __version__, adapters, embedded, gguf_check
+from . import __version__, adapters, arguments, embedded
 from .config import OWN_ARGS, SparseConfig, argument_names, knob_names, parse, split
 from .encoding import SharedEncoder
-from .errors import UserError, install_excepthook, nearest
+from .errors import UserError, install_excepthook
 from .kernels.backends import triton_unavailable
+from .loading import Whole, check_loaded, check_path, check_pretrained, explained, first_line
 from .methods import METHODS, PHASE_ARGUMENTS, presets
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime import probe
@@ -55,15 +53,6 @@ logger = logging.getLogger(__name__)
 
 register()
 install_excepthook()
-
-#: Arguments of `from_pretrained` that HFLM does not name itself but passes on.
-FROM_PRETRAINED = (
-    "cache_dir", "device_map", "distributed_config", "force_download", "ignore_mismatched_sizes", "key_mapping",
-    "load_in_4bit", "load_in_8bit", "local_files_only", "low_cpu_mem_usage", "max_memory", "offload_buffers",
-    "proxies", "quantization_config", "state_dict", "token", "torch_dtype", "use_safetensors", "variant",
-    "weights_only", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
-    "llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload",
-)  # fmt: skip
 
 #: Answer tokens scored per forward pass: bounds the logits held at once.
 SCORE_CHUNK = 1024
@@ -141,7 +130,9 @@ class SparseHFLM(HFLM):
     def __init__(self, pretrained: str | transformers.PreTrainedModel | None = None, **kwargs: Any) -> None:
         self.lm_eval_warns = False
         ours, rest = split(kwargs)
+        check_pretrained(pretrained)
         refuse_attention_choice(rest)
+        arguments.check_all(rest)
         adapters.check_given(rest, in_memory=pretrained is not None and not isinstance(pretrained, str))
         self.sparse: SparseConfig = parse(ours)
         self.runtime = Runtime(self.sparse.plan)
@@ -187,6 +178,7 @@ class SparseHFLM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if not isinstance(pretrained, str):
             self.model.set_attn_implementation(IMPLEMENTATION)
+        check_loaded(self.model, self.max_length, self.custom_prefix_token_id)
         self.runtime.attach(self.model)
         self._check_attention()
         self._check_preset()
@@ -216,25 +208,12 @@ class SparseHFLM(HFLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        with self._loading():
+        with explained(self.model_label):
             super()._get_config(pretrained, **kwargs)
 
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
-        with self._loading():
+        with explained(self.model_label):
             super()._create_tokenizer(*args, **kwargs)
-
-    @contextmanager
-    def _loading(self) -> Iterator[None]:
-        """Turn what goes wrong while files are looked for and read into one line."""
-        try:
-            yield
-        except UserError:
-            raise
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"pretrained={self.model_label!r} could not be loaded ({first_line(error)}); give a folder with a "
-                "transformers model or the name of a Hub repository, or leave pretrained out for the embedded model"
-            ) from error
 
     def _get_backend(self, config: Any, backend: str = "default", trust_remote_code: bool | None = False) -> None:
         super()._get_backend(config, backend="default", trust_remote_code=trust_remote_code)
@@ -268,7 +247,8 @@ class SparseHFLM(HFLM):
             }
         else:
             kwargs["attn_implementation"] = IMPLEMENTATION
-        with self._loading():
+        with explained(self.model_label):
+            automatic, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Whole(self.AUTO_MODEL_CLASS)
             try:
                 with adapters.loading(self, kwargs):
                     super()._create_model(pretrained, **kwargs)
@@ -278,6 +258,8 @@ class SparseHFLM(HFLM):
                 if isinstance(error, UserError) or not (refused or "attention" in str(error).lower()):
                     raise
                 raise UserError(self._no_interface()) from error
+            finally:
+                self.AUTO_MODEL_CLASS = automatic
 
     def _no_interface(self) -> str:
         return (
@@ -1192,7 +1174,7 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
     loaded when an argument is not known otherwise.
     """
     known = {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
-    known |= {*FROM_PRETRAINED}
+    known |= {*arguments.ARGUMENTS}
     unknown = [name for name in model_args if name not in known]
     if unknown and source is not None:
         pretrained, args = source
@@ -1201,7 +1183,7 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
         }
         try:
             config = transformers.AutoConfig.from_pretrained(pretrained, **options)
-        except (OSError, ValueError):
+        except Exception:  # a damaged configuration: what is wrong with it is said when the model is loaded
             config = None
         if config is not None:
             fields = {*config.to_dict(), *config.get_text_config(decoder=True).to_dict()}
@@ -1213,11 +1195,8 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
                 f"{name} stands alone among the model arguments: type method={name}, and join methods of several "
                 "phases by a plus sign, as in method=flexprefill+snapkv+quest"
             )
-        everything = {*known, *argument_names()}
-        raise UserError(
-            f"model argument {name}={model_args[name]!r} is unknown{nearest(name, everything)} (accepted: "
-            f"{', '.join((*OWN_ARGS, *knob_names()))}, and the arguments of --model hf)"
-        )
+        everything, own = {*known, *argument_names()}, ", ".join((*OWN_ARGS, *knob_names()))
+        raise arguments.unknown(name, model_args[name], everything, own)
 
 
 def check_device(model_args: dict[str, Any]) -> None:
@@ -1231,7 +1210,11 @@ def check_device(model_args: dict[str, Any]) -> None:
 
 def check_backend(backend: str, device: str) -> None:
     """Raise `UserError` before a model is loaded for kernels that cannot run on its device."""
-    kinds = {"triton": "a CUDA device", "hopper": "a CUDA device of the Hopper generation (H100, H200)"}
+    kinds = {
+        "triton": "a CUDA device",
+        "hopper": "a CUDA device of the Hopper generation (H100, H200)",
+        "fa4": "a CUDA device of the Hopper or Blackwell generation (H100, H200, B200)",
+    }
     if backend in kinds and triton_unavailable(device.split(":")[0]) is not None:
         raise UserError(
             f"backend={backend} needs {kinds[backend]}, and this run is on {device}: leave it out, or type "
@@ -1257,29 +1240,6 @@ def check_batch_size(model_args: dict[str, Any]) -> None:
             raise UserError(f"{name}={given} is not accepted: give {accepted}, such as --{name} 8")
 
 
-def check_path(pretrained: str, gguf_file: str | None) -> str:
-    """Return `pretrained` with `~` expanded; raise when it is a local path that does not exist or a broken GGUF."""
-    if not pretrained.strip():
-        raise UserError(
-            "pretrained= is empty: give a folder or a Hub name, or leave pretrained out for the embedded model"
-        )
-    path = Path(pretrained).expanduser()
-    looks_local = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1 or "\\" in pretrained
-    if looks_local and not path.exists():
-        raise UserError(
-            f"pretrained={pretrained!r}: there is no such folder; give the path of a folder with a transformers "
-            "model, the name of a Hub repository (org/name), or leave pretrained out for the embedded model"
-        )
-    if path.is_file():
-        raise UserError(
-            f"pretrained={pretrained!r} is a file; give its folder"
-            + (f": pretrained={path.parent},gguf_file={path.name}" if path.suffix == ".gguf" else "")
-        )
-    if gguf_file is not None and path.is_dir():
-        gguf_check.check(path / gguf_file)
-    return str(path) if path.exists() else pretrained
-
-
 def skip_reason(request: Instance) -> str | None:
     """Why the document of this request only stands for a leaf that cannot run, or None."""
     return request.doc.get(SKIPPED) if isinstance(request.doc, dict) else None
@@ -1288,11 +1248,6 @@ def skip_reason(request: Instance) -> str | None:
 def common_prefix(left: list[int], right: list[int]) -> int:
     """Number of leading tokens that two sequences share."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def device_name(device: torch.device) -> str:
