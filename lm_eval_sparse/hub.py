@@ -331,6 +331,11 @@ def sample_configs(files: Iterable[str]) -> list[dict[str, Any]]:
     ]
 
 
+def sample_file_name(task: str, date: str) -> str:
+    """The name of the file with a task's samples: as lm-eval's, with `_` for what no file's name can hold."""
+    return f"samples_{re.sub(r'[^0-9A-Za-z._-]', '_', task)}_{date}.jsonl"
+
+
 def reproduce_command(results: Mapping[str, Any]) -> str:
     """The command line that repeats the run, rebuilt from its results (so without local paths and tokens)."""
     config = results.get("config") or {}

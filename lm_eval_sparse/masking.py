@@ -110,7 +110,7 @@ def values_in(*places: Any) -> frozenset[str]:
         if isinstance(place, str):
             place = dict(pair.partition("=")[::2] for pair in place.split(","))
         if isinstance(place, Mapping):
-            found |= {str(item) for name, item in place.items() if is_secret(str(name).strip()) and _holds(item)}
+            found |= {str(item) for name, item in place.items() if is_nearly_secret(str(name).strip()) and _holds(item)}
             waiting += [item for item in place.values() if isinstance(item, Mapping | list | tuple)]
         elif isinstance(place, list | tuple):
             waiting += [item for item in place if isinstance(item, Mapping | list | tuple)]
