@@ -91,9 +91,15 @@ class Whole:
 
     def from_pretrained(self, pretrained: str, **options: Any) -> Any:
         """As transformers'. Raises `UserError` where a weight is missing or has another shape."""
-        model, report = self.automatic.from_pretrained(pretrained, output_loading_info=True, **options)
+        # Its own complaint of weights of another shape names none of them.
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, report = self.automatic.from_pretrained(pretrained, **options)
+        for name, there, here in sorted(report["mismatched_keys"]):
+            raise UserError(
+                f"{pretrained}: {name} is {list(there)} in its files, and {list(here)} by its configuration; give "
+                "files that belong together, and leave out arguments that change the model's shape"
+            )
         missing = set(report["missing_keys"]) - set(getattr(model, "all_tied_weights_keys", None) or ())
-        missing |= {str(entry[0]) for entry in report["mismatched_keys"]}
         if missing:
             raise UserError(
                 f"{pretrained}: its files lack {len(missing)} weights that its configuration asks for, such as "
@@ -129,7 +135,7 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    text = " ".join(lines[:2]) if lines[0].startswith("Error(s) in loading") else lines[0]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 

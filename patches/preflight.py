@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from lm_eval_sparse import paths
-from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.errors import UserError, nearest
 from lm_eval_sparse.files import brief
 from lm_eval_sparse.harness import MODEL
 from lm_eval_sparse.patches.evaluator import is_ours
@@ -23,12 +23,13 @@ from lm_eval_sparse.values import Takes, is_number, is_whole
 
 
 def apply(module: ModuleType) -> None:
-    """Wrap `simple_evaluate` of `lm_eval.evaluator`; for other model types only metadata of our tasks is checked."""
-    function = module.simple_evaluate
-    if not getattr(function, "_lm_eval_sparse_preflight", False):
-        wrapped = _with_preflight(function)
-        wrapped._lm_eval_sparse_preflight = True
-        module.simple_evaluate = wrapped
+    """Wrap functions of `lm_eval.evaluator`; for other model types only metadata of our tasks is checked."""
+    for name, wrap in (("simple_evaluate", _with_preflight), ("evaluate", _with_known_samples)):
+        function = getattr(module, name)
+        if not getattr(function, "_lm_eval_sparse_preflight", False):
+            wrapped = wrap(function)
+            wrapped._lm_eval_sparse_preflight = True
+            setattr(module, name, wrapped)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def _are_samples(value: Any) -> bool:
 
 _SEED = Takes("a whole number from 0 to 4294967295", lambda value: is_whole(value, 0) and value < 2**32, "1234")
 
+_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
+
 OPTIONS: dict[str, Option] = {
     "limit": Option(
         "--limit",
@@ -71,6 +74,15 @@ OPTIONS: dict[str, Option] = {
     "fewshot_random_seed": Option("--seed", _SEED),
     "system_instruction": Option("--system_instruction", Takes("a text", lambda value: isinstance(value, str))),
     "use_cache": Option("--use_cache", Takes("the name of a file", lambda value: isinstance(value, str))),
+    # lm-eval would find out when the run is over.
+    "verbosity": Option(
+        "--verbosity",
+        Takes(
+            f"one of {', '.join(_LEVELS)}",
+            lambda value: value in _LEVELS or (is_whole(value, 0)),
+            "INFO",
+        ),
+    ),
 }
 
 
@@ -91,6 +103,33 @@ def _with_preflight(simple_evaluate: Any) -> Any:
         return simple_evaluate(*args, **kwargs)
 
     return wrapper
+
+
+def _with_known_samples(evaluate: Any) -> Any:
+    signature = inspect.signature(evaluate)
+
+    @functools.wraps(evaluate)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if is_ours(given.get("lm")) and given.get("samples"):
+            _check_samples(given["samples"], given.get("task_dict") or {})
+        return evaluate(*args, **kwargs)
+
+    return wrapper
+
+
+def _check_samples(samples: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+    """lm-eval runs all documents of a task that is not named, and so of one whose name is misspelt."""
+    tasks = loaded.get("tasks", {})
+    for name, indexes in samples.items():
+        if tasks and name not in tasks:
+            raise UserError(
+                f"--samples names the task {name!r}, which does not run{nearest(name, tasks)}; these do: "
+                f"{', '.join(list(tasks)[:10])}"
+            )
+        number = len(tasks[name].eval_docs) if name in tasks else None
+        if number is not None and max(indexes) >= number:
+            raise UserError(f"--samples {name}: there is no document {max(indexes)}; give 0 to {number - 1}")
 
 
 def _check(options: dict[str, Any]) -> None:
