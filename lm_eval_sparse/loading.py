@@ -15,6 +15,7 @@ from torch import nn
 
 from . import gguf_check, paths
 from .errors import UserError
+from .files import read_json
 from .runtime.memory import out_of_memory
 
 #: Names of modules that hold one row per position of a text.
@@ -49,6 +50,8 @@ def check_path(pretrained: str, gguf_file: str | None) -> str:
         )
     if gguf_file is not None and path.is_dir():
         gguf_check.check(path / gguf_file)
+    if paths.exists(generation := path / "generation_config.json"):
+        read_json(generation)  # transformers would go on with its defaults, and say nothing
     return str(path) if paths.exists(path) else pretrained
 
 
@@ -91,14 +94,13 @@ class Whole:
 
     def from_pretrained(self, pretrained: str, **options: Any) -> Any:
         """As transformers'. Raises `UserError` where a weight is missing or has another shape."""
-        # Its own complaint of weights of another shape names none of them.
-        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, report = self.automatic.from_pretrained(pretrained, **options)
-        for name, there, here in sorted(report["mismatched_keys"]):
-            raise UserError(
-                f"{pretrained}: {name} is {list(there)} in its files, and {list(here)} by its configuration; give "
-                "files that belong together, and leave out arguments that change the model's shape"
-            )
+        options |= {"ignore_mismatched_sizes": False, "output_loading_info": True}
+        try:
+            model, report = self.automatic.from_pretrained(pretrained, **options)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise self._misfit(pretrained, options) from error
         missing = set(report["missing_keys"]) - set(getattr(model, "all_tied_weights_keys", None) or ())
         if missing:
             raise UserError(
@@ -107,6 +109,20 @@ class Whole:
                 "arguments that change its shape"
             )
         return model
+
+    def _misfit(self, pretrained: str, options: dict[str, Any]) -> UserError:
+        """What to say of weights of another shape, which transformers' own complaint does not name."""
+        named = "some of its weights have another shape in its files than by its configuration"
+        try:
+            _, report = self.automatic.from_pretrained(pretrained, **{**options, "ignore_mismatched_sizes": True})
+            name, there, here = min(report["mismatched_keys"])
+            named = f"{name} is {list(there)} in its files, and {list(here)} by its configuration"
+        except (RuntimeError, MemoryError, ValueError):  # such as no memory for shapes that no model has
+            pass
+        return UserError(
+            f"{pretrained}: {named}; give files that belong together, and leave out arguments that change the model's "
+            "shape"
+        )
 
     def from_config(self, *args: Any, **options: Any) -> Any:
         """As transformers'."""
