@@ -192,7 +192,7 @@ def check_all(model_args: dict[str, Any]) -> None:
             model_args[name] = str(paths.expand(f"{name}={value}", value))
         if argument.needs and value and find_spec(argument.needs) is None:
             raise UserError(
-                f"{name}={value if value is True else brief(value)} needs the package {argument.needs}, which is not installed here: type pip "
+                f"{name}={brief(value)} needs the package {argument.needs}, which is not installed here: type pip "
                 f"install {argument.needs.replace('_', '-')}, or leave {name} out"
             )
     if model_args.get("weights_only") is False and not model_args.get("trust_remote_code"):

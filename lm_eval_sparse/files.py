@@ -118,11 +118,10 @@ def umask() -> int:
 def brief(value: Any, longest: int = 60) -> str:
     """A value in one short line of a message."""
     try:
-        text = " ".join(
-            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).split()
-        )
+        text = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else str(value)
     except (ValueError, RecursionError):
         text = type(value).__name__
+    text = " ".join(text.split())
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
