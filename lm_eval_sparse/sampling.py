@@ -34,6 +34,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 
 from .errors import UserError, nearest
+from .files import brief
 from .values import COUNT, FACTOR, FLAG, FRACTIONS, LEAST, MAYBE, NUMBER, SHARE, TOKENS, Takes, is_number, is_whole
 
 logger = logging.getLogger(__name__)
@@ -527,12 +528,6 @@ def _refuse(model: PreTrainedModel, name: str, arguments: dict[str, Any], why: s
         f"{name}={value}, which the model's generation_config.json sets, {why}; "
         f"{f'type --gen_kwargs {name}={off}, or ' if helps else ''}take it out there"
     ) from cause
-
-
-def brief(value: Any) -> str:
-    """A value in one line of a message."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _warned: set[tuple[str, str]] = set()

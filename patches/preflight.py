@@ -100,6 +100,7 @@ def _with_preflight(simple_evaluate: Any) -> Any:
             check_metadata(options["metadata"])
         if options["model"] == MODEL or is_ours(options["model"]):
             _check(options)
+            return simple_evaluate(*given.args, **given.kwargs)
         return simple_evaluate(*args, **kwargs)
 
     return wrapper
@@ -133,7 +134,7 @@ def _check_samples(samples: Mapping[str, Any], loaded: Mapping[str, Any]) -> Non
 
 
 def _check(options: dict[str, Any]) -> None:
-    """Raise `UserError` for what is known to be wrong by now."""
+    """Raise `UserError` for what is known to be wrong by now; expands `~` in what is typed, in place."""
     if not options["tasks"]:
         raise UserError("no task was given: type --tasks NAME; lm_eval ls tasks shows the names")
     for name, option in OPTIONS.items():
@@ -152,6 +153,11 @@ def _check(options: dict[str, Any]) -> None:
     from lm_eval_sparse.patches import hub_tracker
 
     tracker = options["evaluation_tracker"]
+    if getattr(tracker, "output_path", None):
+        # A shell leaves `~` in `--output_path=~/out`, and lm-eval would make a folder of that name.
+        tracker.output_path = str(paths.expand(f"--output_path {tracker.output_path}", tracker.output_path))
+    if options["use_cache"]:
+        options["use_cache"] = str(paths.expand(f"--use_cache {options['use_cache']}", options["use_cache"]))
     hub_tracker.preflight(
         tracker,
         log_samples=options["log_samples"],
