@@ -44,7 +44,7 @@ def expand(option: str, given: Any) -> Path:
         if error.errno == errno.ENAMETOOLONG:
             whole = path.absolute()
             _check_lengths(option, _existing(option, whole.parent), whole.parent, [whole.name])
-            raise UserError(f"{cut(option)}: the path is longer than the file system takes; give a shorter one") from None
+            raise UserError(f"{cut(option)}: the path is too long for the file system; give a shorter one") from None
     return path
 
 
