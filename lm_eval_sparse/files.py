@@ -84,9 +84,9 @@ def parse_json(content: bytes | str, where: str, wanted: type | None = dict) -> 
     return found
 
 
-def read_json(path: Path, wanted: type | None = dict, *, most: int = MOST_BYTES) -> Any:
+def read_json(path: Path, wanted: type | None = dict, *, most: int = MOST_BYTES, follow: bool = True) -> Any:
     """The JSON value in a file of someone else. Raises `UserError` as `read_bytes` and `parse_json` do."""
-    return parse_json(read_bytes(path, most=most), str(path), wanted)
+    return parse_json(read_bytes(path, most=most, follow=follow), str(path), wanted)
 
 
 def depth(value: Any) -> int:

