@@ -305,6 +305,9 @@ def test_nothing_in_the_current_folder_runs(index, monkeypatch, tmp_path):
         without_pip(monkeypatch, tmp_path / "bin")
         monkeypatch.setenv("PATH", path)
         assert embedded._downloaders(tmp_path / "x") == []
+    write_program(tmp_path / "bin/uv", "")
+    monkeypatch.setenv("PATH", f".{os.pathsep}{tmp_path / 'bin'}")  # what comes behind them is found
+    assert [program for program, *_ in embedded._downloaders(tmp_path / "x")] == [[str(tmp_path / "bin/uv")]]
     assert not (tmp_path / "ran").exists()
 
 
