@@ -31,7 +31,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from torch import Tensor
 from tqdm import tqdm
 
-from . import __version__, adapters, arguments, embedded
+from . import __version__, adapters, arguments, embedded, response_cache
 from .config import OWN_ARGS, SparseConfig, argument_names, knob_names, parse, split
 from .encoding import SharedEncoder
 from .errors import UserError, install_excepthook, nearest
@@ -1086,9 +1086,9 @@ class SparseHFLM(HFLM):
         for parameter in self.model.parameters():
             flat = parameter.detach().flatten()
             sample.update(str(flat[:: max(1, flat.numel() // 64)][:64].tolist()).encode())
-        typed = {name: str(value) for name, value in self.model_args.items() if name not in WITHOUT_EFFECT}
+        typed = {name: value for name, value in self.model_args.items() if name not in WITHOUT_EFFECT}
         return {
-            **typed,
+            **response_cache.public(typed),
             **self.sparse.describe(),
             "lm_eval_sparse": __version__,
             "pretrained": self.model_label,
@@ -1100,22 +1100,7 @@ class SparseHFLM(HFLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Accept a response cache only when it was written under the same configuration, or is new."""
         if (store := getattr(cache_hook, "dbdict", None)) is not None:
-            mine = self.fingerprint()
-            known = store.get(CACHE_KEY)
-            if known is None and len(store):
-                raise UserError(
-                    "the --use_cache file was written by another model type and does not say under which method; "
-                    "give another file name, or delete this one"
-                )
-            if known is not None and json.loads(known) != mine:
-                theirs = json.loads(known)
-                differing = [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]
-                details = ", ".join(f"{name}: {theirs.get(name)!r} there, {mine.get(name)!r} now" for name in differing)
-                raise UserError(
-                    f"the --use_cache file was written under another configuration ({details}); "
-                    "give another file name for this run, or delete that one"
-                )
-            store[CACHE_KEY] = json.dumps(mine)
+            response_cache.guard(store, self.fingerprint())
         super().set_cache_hook(cache_hook)
 
     # --- chat templates --------------------------------------------------------------------------------------
@@ -1161,9 +1146,6 @@ NEVER_CALLED = {
 
 #: Model arguments that do not change an answer.
 WITHOUT_EFFECT = ("device", "batch_size", "max_batch_size", "logits_cache", "parallelize", "token", "cache_dir")
-
-#: Key of the fingerprint in a response cache; responses are stored under hexadecimal digests.
-CACHE_KEY = "lm-eval-sparse fingerprint"
 
 #: Model types that transformers can load with a causal head although their attention looks both ways.
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert", "roformer", "data2vec-text")

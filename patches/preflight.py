@@ -150,6 +150,7 @@ def _check(options: dict[str, Any]) -> None:
 
         typed = options["gen_kwargs"]
         sampling.check_early(simple_parse_args_string(typed) if isinstance(typed, str) else typed)
+    from lm_eval_sparse import response_cache
     from lm_eval_sparse.patches import hub_tracker
 
     tracker = options["evaluation_tracker"]
@@ -168,7 +169,8 @@ def _check(options: dict[str, Any]) -> None:
     if options["use_cache"]:
         # lm-eval appends this for the first process, and the others' names are as long.
         cache = Path(f"{options['use_cache']}_rank0.db")
-        paths.check_writable(f"--use_cache {options['use_cache']}", cache.parent, [cache.name])
+        paths.check_writable(f"--use_cache {options['use_cache']}", cache.parent, response_cache.names(cache))
+        response_cache.check(options["use_cache"])
     full = _wants_full_stats(options["model"], options["model_args"])
     if full and tracker is not None and not getattr(tracker, "output_path", None):
         raise UserError("stats=full writes a file next to the results: add --output_path FOLDER")
