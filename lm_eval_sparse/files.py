@@ -48,6 +48,8 @@ def read_bytes(path: Path, *, most: int = MOST_BYTES, follow: bool = True) -> by
             return stream.read()
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; give a file") from None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise UserError(f"{path} cannot be read ({why(error)})") from None
 

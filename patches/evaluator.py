@@ -14,6 +14,8 @@ import importlib
 import inspect
 from typing import Any
 
+from lm_eval_sparse.errors import plain
+
 
 def apply(module: Any) -> None:
     """Wrap `evaluate` of `lm_eval.evaluator`, and `make_table` of `lm_eval.utils`.
@@ -72,21 +74,25 @@ def _with_figures(make_table: Any) -> Any:
         if column == "results" and (left_out := not_run(result_dict)):
             table = f"{table}\n{left_out}"
         figures = ""
-        if column == "results" and ((result_dict.get("config") or {}).get("sparse") or {}).get("phases"):
+        if column == "results":
             from lm_eval_sparse.analysis.results import figures_table
 
             figures = figures_table(result_dict)
-        return f"{table}\n{figures}" if figures else table
+        # Names come from files and from the Hub, and a terminal would obey the control characters in them.
+        return plain(f"{table}\n{figures}" if figures else table)
 
     return wrapper
 
 
 def not_run(result_dict: Any) -> str:
     """A line per reason for which frontier leaves dropped out of the table; empty when all ran."""
+    from lm_eval_sparse.analysis.labels import label
+
     reasons: dict[str, list[str]] = {}
     for name, config in (result_dict.get("configs") or {}).items():
-        if reason := (config.get("metadata") or {}).get("skipped"):
-            reasons.setdefault(reason, []).append(name)
+        metadata = config.get("metadata") if isinstance(config, dict) else None
+        if isinstance(metadata, dict) and (reason := metadata.get("skipped")):
+            reasons.setdefault(label(reason, 1000), []).append(label(name))
     return "".join(f"Not run: {', '.join(names)}: {reason}\n" for reason, names in reasons.items())
 
 

@@ -237,7 +237,7 @@ def _save_results(original: Callable[..., None]) -> Callable[..., None]:
             name, target = self.general_config_tracker.model_name, run.results_target
             files = {f"{name}/{file.name}": file}
             run.results_pushed = run.attempt(
-                target, lambda: hub.push(self.api, target, files, f"Add results of {name}")
+                target, lambda: hub.push(self.api, target, files, f"Add results of {name}", _secrets(self))
             )
 
     return save_results_aggregated
@@ -293,6 +293,7 @@ def _push_card(original: Callable[..., None]) -> Callable[..., None]:
                     self.api,
                     target,
                     run.results,
+                    _secrets(self),
                     model_url=f"{self.api.endpoint}/{model}" if model else None,
                     contact=self.point_of_contact,
                     leaderboard=self.leaderboard_url,
@@ -311,6 +312,11 @@ def _push_card(original: Callable[..., None]) -> Callable[..., None]:
 def _original(tracker: Any, name: str) -> Callable[..., None]:
     """lm-eval's own method of this name."""
     return type(tracker)._lm_eval_sparse_originals[name]
+
+
+def _secrets(tracker: Any) -> frozenset[str]:
+    """The secrets that were typed for this run."""
+    return getattr(tracker, "_lm_eval_sparse_secrets", frozenset())
 
 
 def _unpushed(run: _Run) -> str:
@@ -378,7 +384,7 @@ def _push_samples(tracker: Any, run: _Run) -> None:
     names = tracker.general_config_tracker
     files = {f"{names.model_name_sanitized}/{path.name}": path for path in (file, *run.sample_files.values())}
     message = f"Add samples of {names.model_name}"
-    run.samples_pushed = run.attempt(target, lambda: hub.push(tracker.api, target, files, message))
+    run.samples_pushed = run.attempt(target, lambda: hub.push(tracker.api, target, files, message, _secrets(tracker)))
 
 
 def _failure(tracker: Any, run: _Run) -> str:

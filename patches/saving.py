@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_sparse import hub, masking
+from lm_eval_sparse import masking, sample_files
 from lm_eval_sparse.files import why
 
 
@@ -44,7 +44,7 @@ def task_samples(tracker: Any, original: Callable[..., None], task: str, rows: l
         # Copies: lm-eval changes the rows, and a second attempt must find them as they were. A task's name may hold
         # what no file's name can.
         original(tracker, task_name="task", samples=[dict(row) for row in rows])
-        return f"samples_task_{tracker.date_id}.jsonl", hub.sample_file_name(task, tracker.date_id)
+        return f"samples_task_{tracker.date_id}.jsonl", sample_files.sample_file_name(task, tracker.date_id)
 
     return _staged(tracker, write, lines=len(rows))
 
