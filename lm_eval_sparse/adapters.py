@@ -10,14 +10,15 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
+from . import paths
 from .errors import UserError
+from .loading import first_line, looks_local
 
 #: What each argument takes, as messages say it.
 ACCEPTED = {
@@ -57,17 +58,16 @@ def _path(name: str, value: Any) -> str:
     if not isinstance(value, str) or not text.strip():
         what = "is empty" if isinstance(value, str) else "is no path"
         raise UserError(f"{name}={text} {what}: give {ACCEPTED[name]}, or leave {name} out")
-    path = Path(text).expanduser()
-    looks_local = text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+    path = paths.expand(f"{name}={text!r}", text)
     needed = {"peft": "adapter_config.json", "delta": "config.json"}[name]
-    if path.is_dir():
+    if paths.is_dir(path):
         if not (path / needed).is_file():
             raise UserError(f"{name}={text!r} is a folder without {needed}: give {ACCEPTED[name]}")
-    elif path.exists():
+    elif paths.exists(path):
         raise UserError(f"{name}={text!r} is a file: give {ACCEPTED[name]}")
-    elif looks_local:
+    elif looks_local(text):
         raise UserError(f"{name}={text!r}: there is no such folder; give {ACCEPTED[name]}, or leave {name} out")
-    return str(path) if path.exists() else text
+    return str(path) if paths.exists(path) else text
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def loading(lm: Any, model_args: Mapping[str, Any]) -> Iterator[None]:
         except Exception as error:
             if lm._model is None:  # the model itself did not load
                 raise
-            raise _misfit(name, source, made_for, _short(error)) from error
+            raise _misfit(name, source, made_for, first_line(error)) from error
     missing = None
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
@@ -124,7 +124,8 @@ def _check_adapter(source: str, model_args: Mapping[str, Any]) -> str:
     try:
         config = PeftConfig.from_pretrained(source, revision=model_args.get("revision"))
     except Exception as error:  # a broken file or an unknown kind of adapter: exceptions of any class
-        raise UserError(f"peft={source!r} could not be loaded ({_short(error)}); give {ACCEPTED['peft']}") from error
+        reason = first_line(error)
+        raise UserError(f"peft={source!r} could not be loaded ({reason}); give {ACCEPTED['peft']}") from error
     if config.is_prompt_learning:
         raise UserError(
             f"peft={source!r} is of kind {config.peft_type.value}, which puts tokens of its own before every prompt: "
@@ -140,7 +141,8 @@ def _check_delta(source: str, model_args: Mapping[str, Any], base: Any) -> str:
         config = transformers.AutoConfig.from_pretrained(source, **options)
         theirs = _shapes(config, options)
     except Exception as error:  # modelling code of any age
-        raise UserError(f"delta={source!r} could not be loaded ({_short(error)}); give {ACCEPTED['delta']}") from error
+        reason = first_line(error)
+        raise UserError(f"delta={source!r} could not be loaded ({reason}); give {ACCEPTED['delta']}") from error
     ours, kind = _shapes(base, options), str(config.model_type)
     for there, here, words in ((theirs, ours, "has {}, which the model lacks"), (ours, theirs, "lacks {}")):
         if extra := [key for key in there if key not in here]:
@@ -182,11 +184,3 @@ def _misfit(name: str, source: str, made_for: str, reason: str) -> UserError:
         f"{name}={source!r}{about} does not fit the model that pretrained= names ({reason}); give {ACCEPTED[name]}, "
         "made for this model"
     )
-
-
-def _short(error: BaseException) -> str:
-    """The reason of an error on one line: long lists of weights are cut after the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # torch says in the first line that weights do not fit, in the second which.
-    text = " ".join(lines[:2]) if lines[0].startswith("Error(s) in loading") else lines[0]
-    return text if len(text) <= 300 else f"{text[:300]}…"

@@ -7,12 +7,13 @@ a checkout on PYTHONPATH). It knows nothing of models or results; each sub-comma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from lm_eval_sparse import __version__
+from lm_eval_sparse import __version__, endings
 from lm_eval_sparse.errors import UserError, nearest
 
 PROGRAM = "lm-eval-sparse"
@@ -153,40 +154,57 @@ def run_lm_eval(argv: Sequence[str]) -> None:
         raise UserError(
             f"unknown command {arguments[0]!r}; commands are {', '.join(accepted)}{nearest(arguments[0], accepted)}"
         )
+    from lm_eval_sparse import harness
+
     before = sys.argv
     sys.argv = [PROGRAM, *arguments]
     try:
-        cli_evaluate()
-    except ValueError as error:
-        if isinstance(error, UserError) or not _from_settings(error):
+        with _one_line_arguments():
+            cli_evaluate()
+    except Exception as error:
+        if (text := harness.line(error, ours=True)) is None:
             raise
-        text = " ".join(str(error).split())
-        raise UserError(f"{text}; type '{PROGRAM} {arguments[0]} --help'") from error
+        raise UserError(text) from error
     finally:
         sys.argv = before
 
 
-def _from_settings(error: ValueError) -> bool:
-    """Did lm-eval raise this while it read what was typed? Then its words are for the user, and a traceback is not."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and traceback.tb_frame.f_globals.get("__name__") == "lm_eval.config.evaluate_config"
+@contextlib.contextmanager
+def _one_line_arguments() -> Iterator[None]:
+    """Let lm-eval's argument parsers complain in one line, as ours do."""
+    before = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = Parser.error  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = before  # type: ignore[method-assign]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the script. Returns the exit status; a `UserError` is printed as one line and returns 1."""
+    """Entry point of the script. Returns the exit status.
+
+    A `UserError` is printed as one line and returns 1, and so does a signal, which returns 128 and its number.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    endings.keep(None)
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(help_text(), end="")
-        elif arguments[0] == "--version":
-            print(version_text())
-        elif arguments[0] in COMMANDS:
-            return COMMANDS[arguments[0]].run(arguments[1:]) or 0
-        else:
-            run_lm_eval(arguments)
+        with endings.sigterm_raises():
+            return _run(arguments)
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(f"{PROGRAM}: error: {endings.line(error)}", file=sys.stderr)
+        return endings.status(error)
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_text(), end="")
+    elif arguments[0] == "--version":
+        print(version_text())
+    elif arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]].run(arguments[1:]) or 0
+    else:
+        run_lm_eval(arguments)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from .masking import mask, values_in
 
@@ -47,16 +47,30 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
 
 
 def install_excepthook() -> None:
-    """Let an uncaught `UserError` print as one line instead of a traceback. Other exceptions are untouched."""
+    """Let an uncaught `UserError`, and what `explain` was told of, print as one line instead of a traceback.
+
+    Other exceptions are untouched.
+    """
     previous = sys.excepthook
     if getattr(previous, "_lm_eval_sparse", False):
         return
 
     def hook(kind, value, traceback):
-        if isinstance(value, UserError):
-            print(f"lm-eval-sparse: error: {value}", file=sys.stderr)
-        else:
+        told = (str(value),) if isinstance(value, UserError) else (tell(value) for tell in _tellers)
+        said = next(filter(None, told), None)
+        if said is None:
             previous(kind, value, traceback)
+        else:
+            print(f"lm-eval-sparse: error: {one_line(said)}", file=sys.stderr)
 
     hook._lm_eval_sparse = True
     sys.excepthook = hook
+
+
+_tellers: list[Callable[[BaseException], str | None]] = []
+
+
+def explain(tell: Callable[[BaseException], str | None]) -> None:
+    """Let `tell` say in one line what an uncaught exception means to the user, or None where it does not know."""
+    if tell not in _tellers:
+        _tellers.append(tell)

@@ -14,13 +14,12 @@ import platform
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
@@ -29,15 +28,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.models.utils_hf import clear_torch_cache, stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from . import __version__, adapters, embedded, gguf_check
+from . import __version__, adapters, arguments, embedded, response_cache
 from .config import OWN_ARGS, SparseConfig, argument_names, knob_names, parse, split
 from .encoding import SharedEncoder
 from .errors import UserError, install_excepthook, nearest
 from .kernels.backends import triton_unavailable
+from .loading import Whole, check_loaded, check_path, check_pretrained, explained, first_line
 from .methods import METHODS, PHASE_ARGUMENTS, presets
 from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
 from .runtime import probe
@@ -55,15 +54,6 @@ logger = logging.getLogger(__name__)
 
 register()
 install_excepthook()
-
-#: Arguments of `from_pretrained` that HFLM does not name itself but passes on.
-FROM_PRETRAINED = (
-    "cache_dir", "device_map", "distributed_config", "force_download", "ignore_mismatched_sizes", "key_mapping",
-    "load_in_4bit", "load_in_8bit", "local_files_only", "low_cpu_mem_usage", "max_memory", "offload_buffers",
-    "proxies", "quantization_config", "state_dict", "token", "torch_dtype", "use_safetensors", "variant",
-    "weights_only", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
-    "llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload",
-)  # fmt: skip
 
 #: Answer tokens scored per forward pass: bounds the logits held at once.
 SCORE_CHUNK = 1024
@@ -141,7 +131,9 @@ class SparseHFLM(HFLM):
     def __init__(self, pretrained: str | transformers.PreTrainedModel | None = None, **kwargs: Any) -> None:
         self.lm_eval_warns = False
         ours, rest = split(kwargs)
+        check_pretrained(pretrained)
         refuse_attention_choice(rest)
+        arguments.check_all(rest)
         adapters.check_given(rest, in_memory=pretrained is not None and not isinstance(pretrained, str))
         self.sparse: SparseConfig = parse(ours)
         self.runtime = Runtime(self.sparse.plan)
@@ -187,6 +179,7 @@ class SparseHFLM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if not isinstance(pretrained, str):
             self.model.set_attn_implementation(IMPLEMENTATION)
+        check_loaded(self.model, self.max_length, self.custom_prefix_token_id)
         self.runtime.attach(self.model)
         self._check_attention()
         self._check_preset()
@@ -216,25 +209,12 @@ class SparseHFLM(HFLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        with self._loading():
+        with explained(self.model_label):
             super()._get_config(pretrained, **kwargs)
 
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
-        with self._loading():
+        with explained(self.model_label):
             super()._create_tokenizer(*args, **kwargs)
-
-    @contextmanager
-    def _loading(self) -> Iterator[None]:
-        """Turn what goes wrong while files are looked for and read into one line."""
-        try:
-            yield
-        except UserError:
-            raise
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"pretrained={self.model_label!r} could not be loaded ({first_line(error)}); give a folder with a "
-                "transformers model or the name of a Hub repository, or leave pretrained out for the embedded model"
-            ) from error
 
     def _get_backend(self, config: Any, backend: str = "default", trust_remote_code: bool | None = False) -> None:
         super()._get_backend(config, backend="default", trust_remote_code=trust_remote_code)
@@ -268,7 +248,8 @@ class SparseHFLM(HFLM):
             }
         else:
             kwargs["attn_implementation"] = IMPLEMENTATION
-        with self._loading():
+        with explained(self.model_label):
+            automatic, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Whole(self.AUTO_MODEL_CLASS)
             try:
                 with adapters.loading(self, kwargs):
                     super()._create_model(pretrained, **kwargs)
@@ -278,6 +259,8 @@ class SparseHFLM(HFLM):
                 if isinstance(error, UserError) or not (refused or "attention" in str(error).lower()):
                     raise
                 raise UserError(self._no_interface()) from error
+            finally:
+                self.AUTO_MODEL_CLASS = automatic
 
     def _no_interface(self) -> str:
         return (
@@ -1103,9 +1086,9 @@ class SparseHFLM(HFLM):
         for parameter in self.model.parameters():
             flat = parameter.detach().flatten()
             sample.update(str(flat[:: max(1, flat.numel() // 64)][:64].tolist()).encode())
-        typed = {name: str(value) for name, value in self.model_args.items() if name not in WITHOUT_EFFECT}
+        typed = {name: value for name, value in self.model_args.items() if name not in WITHOUT_EFFECT}
         return {
-            **typed,
+            **response_cache.public(typed),
             **self.sparse.describe(),
             "lm_eval_sparse": __version__,
             "pretrained": self.model_label,
@@ -1117,32 +1100,27 @@ class SparseHFLM(HFLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Accept a response cache only when it was written under the same configuration, or is new."""
         if (store := getattr(cache_hook, "dbdict", None)) is not None:
-            mine = self.fingerprint()
-            known = store.get(CACHE_KEY)
-            if known is None and len(store):
-                raise UserError(
-                    "the --use_cache file was written by another model type and does not say under which method; "
-                    "give another file name, or delete this one"
-                )
-            if known is not None and json.loads(known) != mine:
-                theirs = json.loads(known)
-                differing = [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]
-                details = ", ".join(f"{name}: {theirs.get(name)!r} there, {mine.get(name)!r} now" for name in differing)
-                raise UserError(
-                    f"the --use_cache file was written under another configuration ({details}); "
-                    "give another file name for this run, or delete that one"
-                )
-            store[CACHE_KEY] = json.dumps(mine)
+            response_cache.guard(store, self.fingerprint())
         super().set_cache_hook(cache_hook)
 
     # --- chat templates --------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         self.templated = True
-        return super().apply_chat_template(chat_history, add_generation_prompt)
+        check_template(self.tokenizer, True)
+        try:
+            return super().apply_chat_template(chat_history, add_generation_prompt)
+        except jinja2.TemplateError as error:
+            raise UserError(
+                f"the chat template of the model's tokenizer cannot be rendered ({first_line(error)}); leave "
+                "--apply_chat_template out, or give another tokenizer="
+            ) from error
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """As lm-eval's; it asks before the first request. Raises `UserError` where there is no such template."""
         self.templated = self.templated or bool(chat_template)
+        if chat_template:
+            check_template(self.tokenizer, chat_template)
         return super().chat_template(chat_template)
 
     @property
@@ -1169,9 +1147,6 @@ NEVER_CALLED = {
 #: Model arguments that do not change an answer.
 WITHOUT_EFFECT = ("device", "batch_size", "max_batch_size", "logits_cache", "parallelize", "token", "cache_dir")
 
-#: Key of the fingerprint in a response cache; responses are stored under hexadecimal digests.
-CACHE_KEY = "lm-eval-sparse fingerprint"
-
 #: Model types that transformers can load with a causal head although their attention looks both ways.
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert", "roformer", "data2vec-text")
 
@@ -1192,7 +1167,7 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
     loaded when an argument is not known otherwise.
     """
     known = {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
-    known |= {*FROM_PRETRAINED}
+    known |= {*arguments.ARGUMENTS}
     unknown = [name for name in model_args if name not in known]
     if unknown and source is not None:
         pretrained, args = source
@@ -1201,7 +1176,7 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
         }
         try:
             config = transformers.AutoConfig.from_pretrained(pretrained, **options)
-        except (OSError, ValueError):
+        except Exception:  # a damaged configuration: what is wrong with it is said when the model is loaded
             config = None
         if config is not None:
             fields = {*config.to_dict(), *config.get_text_config(decoder=True).to_dict()}
@@ -1213,30 +1188,62 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
                 f"{name} stands alone among the model arguments: type method={name}, and join methods of several "
                 "phases by a plus sign, as in method=flexprefill+snapkv+quest"
             )
-        everything = {*known, *argument_names()}
-        raise UserError(
-            f"model argument {name}={model_args[name]!r} is unknown{nearest(name, everything)} (accepted: "
-            f"{', '.join((*OWN_ARGS, *knob_names()))}, and the arguments of --model hf)"
-        )
+        everything, own = {*known, *argument_names()}, ", ".join((*OWN_ARGS, *knob_names()))
+        raise arguments.unknown(name, model_args[name], everything, own)
 
 
 def check_device(model_args: dict[str, Any]) -> None:
-    """Raise `UserError` for a GPU where there is none. `cuda:0`, lm-eval's default, then means the CPU, as for `hf`."""
+    """Raise `UserError` for a device that there is not. `cuda:0`, lm-eval's default, then means the CPU, as for `hf`.
+
+    lm-eval takes any name that it does not know for the CPU.
+    """
     device = str(model_args["device"])
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    kind, _, number = device.partition(":")
+    if not arguments.is_device(device):
+        raise UserError(f"device={device} is not accepted: give cpu, cuda or cuda:N, such as --device cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
         if device != "cuda:0":
             raise UserError(f"device={device}: torch sees no CUDA device here; leave it out, or type --device cpu")
         model_args["device"] = "cpu"
+    elif kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        raise UserError(
+            f"device={device}: torch sees {torch.cuda.device_count()} CUDA devices here, from cuda:0 on; give one of "
+            "them, or type --device cpu"
+        )
 
 
 def check_backend(backend: str, device: str) -> None:
     """Raise `UserError` before a model is loaded for kernels that cannot run on its device."""
-    kinds = {"triton": "a CUDA device", "hopper": "a CUDA device of the Hopper generation (H100, H200)"}
-    if backend in kinds and triton_unavailable(device.split(":")[0]) is not None:
+    kinds = {
+        "triton": "a CUDA device",
+        "hopper": "a CUDA device of the Hopper generation (H100, H200)",
+        "fa4": "a CUDA device of the Hopper or Blackwell generation (H100, H200, B200)",
+    }
+    kind = device.split(":")[0]
+    interpreted = backend != "fa4" and triton_unavailable(kind) is None  # Triton's kernels run in its interpreter
+    if backend in kinds and not (kind == "cuda" and triton_unavailable(kind) is None) and not interpreted:
         raise UserError(
             f"backend={backend} needs {kinds[backend]}, and this run is on {device}: leave it out, or type "
             "backend=gather"
         )
+
+
+def check_template(tokenizer: Any, asked: bool | str) -> None:
+    """Raise `UserError` when the tokenizer has no chat template, or none of the name that was asked for."""
+    there = getattr(tokenizer, "chat_template", None)
+    if not there and getattr(tokenizer, "default_chat_template", None) is None:
+        raise UserError(
+            "--apply_chat_template: the model's tokenizer has no chat template; leave the option out, or give another "
+            "tokenizer="
+        )
+    if isinstance(there, dict):
+        names = ", ".join(there)
+        if isinstance(asked, str) and asked not in there:
+            raise UserError(
+                f"--apply_chat_template {asked}: there is no such template{nearest(asked, there)}; there are {names}"
+            )
+        if not isinstance(asked, str) and "default" not in there:
+            raise UserError(f"--apply_chat_template: the tokenizer has several chat templates; name one of {names}")
 
 
 def check_batch_size(model_args: dict[str, Any]) -> None:
@@ -1257,29 +1264,6 @@ def check_batch_size(model_args: dict[str, Any]) -> None:
             raise UserError(f"{name}={given} is not accepted: give {accepted}, such as --{name} 8")
 
 
-def check_path(pretrained: str, gguf_file: str | None) -> str:
-    """Return `pretrained` with `~` expanded; raise when it is a local path that does not exist or a broken GGUF."""
-    if not pretrained.strip():
-        raise UserError(
-            "pretrained= is empty: give a folder or a Hub name, or leave pretrained out for the embedded model"
-        )
-    path = Path(pretrained).expanduser()
-    looks_local = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1 or "\\" in pretrained
-    if looks_local and not path.exists():
-        raise UserError(
-            f"pretrained={pretrained!r}: there is no such folder; give the path of a folder with a transformers "
-            "model, the name of a Hub repository (org/name), or leave pretrained out for the embedded model"
-        )
-    if path.is_file():
-        raise UserError(
-            f"pretrained={pretrained!r} is a file; give its folder"
-            + (f": pretrained={path.parent},gguf_file={path.name}" if path.suffix == ".gguf" else "")
-        )
-    if gguf_file is not None and path.is_dir():
-        gguf_check.check(path / gguf_file)
-    return str(path) if path.exists() else pretrained
-
-
 def skip_reason(request: Instance) -> str | None:
     """Why the document of this request only stands for a leaf that cannot run, or None."""
     return request.doc.get(SKIPPED) if isinstance(request.doc, dict) else None
@@ -1288,11 +1272,6 @@ def skip_reason(request: Instance) -> str | None:
 def common_prefix(left: list[int], right: list[int]) -> int:
     """Number of leading tokens that two sequences share."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def device_name(device: torch.device) -> str:

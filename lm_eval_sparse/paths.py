@@ -42,9 +42,9 @@ def expand(option: str, given: Any) -> Path:
         os.lstat(path)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise UserError(
-                f"{cut(option)}: {cut(str(path))} is longer than the file system takes; give a shorter one"
-            ) from None
+            whole = path.absolute()
+            _check_lengths(option, _existing(option, whole.parent), whole.parent, [whole.name])
+            raise UserError(f"{cut(option)}: the path is too long for the file system; give a shorter one") from None
     return path
 
 
@@ -146,6 +146,7 @@ def _check_lengths(option: str, existing: Path, folder: Path, names: Sequence[st
                 raise UserError(f"{cut(option)}: {cut(part)} has {size} bytes, {most} are allowed; give a shorter one")
 
 
-def cut(text: str, longest: int = 80) -> str:
-    """`text`, cut where it is too long for a message."""
-    return text if len(text) <= longest else f"{text[:longest]}…"
+def cut(text: str, longest: int = 120) -> str:
+    """`text`, its middle left out where it is too long for a message: the end of a path says most."""
+    half = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"

@@ -53,7 +53,7 @@ TEXT = Takes("a name", lambda value: isinstance(value, str) and bool(value.strip
 FRACTIONS = (NUMBER, FACTOR, LEAST, SHARE)
 
 #: The words that stand for true and false in every argument of ours.
-WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def check(option: str, name: str, value: Any, takes: Takes) -> None:

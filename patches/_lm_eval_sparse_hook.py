@@ -17,6 +17,7 @@ TARGETS = (
     "lm_eval.models",
     "lm_eval.tasks.manager",
     "lm_eval.evaluator",
+    "lm_eval.config.evaluate_config",
     "lm_eval.loggers.evaluation_tracker",
 )
 

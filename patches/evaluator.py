@@ -1,11 +1,10 @@
 """lm-eval's evaluator: measured sparsity in every logged sample and under the table, and there also the leaves that
-did not run; what cannot be saved or pushed found beforehand.
+did not run.
 
 Works around: a model type can add figures to the results as a whole (`get_model_info`) but not to a logged
 sample of a task that it does not own, nor to the table that is printed, and a task cannot say there that it dropped
-out; and `simple_evaluate` builds the model before anything about files or the Hub is checked. Delete the first part
-when lm-eval lets a response carry metadata into logged samples, the second when model types and tasks can print, the
-third when its tracker checks before the run.
+out. Delete the first part when lm-eval lets a response carry metadata into logged samples, the second when model types
+and tasks can print.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from pathlib import Path
 from typing import Any
+
+from lm_eval_sparse.errors import plain
 
 
 def apply(module: Any) -> None:
-    """Wrap `evaluate` and `simple_evaluate` of `lm_eval.evaluator`, and `make_table` of `lm_eval.utils`.
+    """Wrap `evaluate` of `lm_eval.evaluator`, and `make_table` of `lm_eval.utils`.
 
     For other model types nothing changes but the lines on leaves that did not run. lm-eval's command line takes
     `make_table` after it has imported the evaluator.
@@ -26,7 +26,6 @@ def apply(module: Any) -> None:
     utils = importlib.import_module("lm_eval.utils")
     for owner, name, wrap in (
         (module, "evaluate", _with_sample_stats),
-        (module, "simple_evaluate", _with_preflight),
         (utils, "make_table", _with_figures),
     ):
         function = getattr(owner, name)
@@ -75,21 +74,25 @@ def _with_figures(make_table: Any) -> Any:
         if column == "results" and (left_out := not_run(result_dict)):
             table = f"{table}\n{left_out}"
         figures = ""
-        if column == "results" and ((result_dict.get("config") or {}).get("sparse") or {}).get("phases"):
+        if column == "results":
             from lm_eval_sparse.analysis.results import figures_table
 
             figures = figures_table(result_dict)
-        return f"{table}\n{figures}" if figures else table
+        # Names come from files and from the Hub, and a terminal would obey the control characters in them.
+        return plain(f"{table}\n{figures}" if figures else table)
 
     return wrapper
 
 
 def not_run(result_dict: Any) -> str:
     """A line per reason for which frontier leaves dropped out of the table; empty when all ran."""
+    from lm_eval_sparse.analysis.labels import label
+
     reasons: dict[str, list[str]] = {}
     for name, config in (result_dict.get("configs") or {}).items():
-        if reason := (config.get("metadata") or {}).get("skipped"):
-            reasons.setdefault(reason, []).append(name)
+        metadata = config.get("metadata") if isinstance(config, dict) else None
+        if isinstance(metadata, dict) and (reason := metadata.get("skipped")):
+            reasons.setdefault(label(reason, 1000), []).append(label(name))
     return "".join(f"Not run: {', '.join(names)}: {reason}\n" for reason, names in reasons.items())
 
 
@@ -126,62 +129,3 @@ def _count_restored(lm: Any, task_dict: Any) -> None:
             for stats in _distinct(responses):
                 if stats["run"] != model.run_id:
                     model.count_restored(name, stats)
-
-
-def _with_preflight(simple_evaluate: Any) -> Any:
-    signature = inspect.signature(simple_evaluate)
-
-    @functools.wraps(simple_evaluate)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        options = given.arguments
-        if options["metadata"] and any("frontier" in str(task) for task in options["tasks"] or ()):
-            from lm_eval_sparse.frontier.task import check_metadata
-
-            check_metadata(options["metadata"])
-        if options["model"] == "sparse-hf" or is_ours(options["model"]):
-            if not options["tasks"]:
-                from lm_eval_sparse.errors import UserError
-
-                raise UserError("no task was given: type --tasks NAME; lm_eval ls tasks shows the names")
-            if options["gen_kwargs"]:
-                from lm_eval.utils import simple_parse_args_string
-
-                from lm_eval_sparse import sampling
-
-                typed = options["gen_kwargs"]
-                sampling.check_early(simple_parse_args_string(typed) if isinstance(typed, str) else typed)
-            from lm_eval_sparse import paths
-            from lm_eval_sparse.patches import hub_tracker
-
-            hub_tracker.preflight(
-                options["evaluation_tracker"],
-                log_samples=options["log_samples"],
-                limit=options["limit"],
-                predict_only=options["predict_only"],
-                model_args=options["model_args"] if isinstance(options["model"], str) else None,
-            )
-            if options["use_cache"]:
-                # lm-eval appends this for the first process, and the others' names are as long.
-                cache = Path(f"{options['use_cache']}_rank0.db")
-                paths.check_writable(f"--use_cache {options['use_cache']}", cache.parent, [cache.name])
-            tracker = options["evaluation_tracker"]
-            full = _wants_full_stats(options["model"], options["model_args"])
-            if full and tracker is not None and not getattr(tracker, "output_path", None):
-                from lm_eval_sparse.errors import UserError
-
-                raise UserError("stats=full writes a file next to the results: add --output_path FOLDER")
-        return simple_evaluate(*args, **kwargs)
-
-    return wrapper
-
-
-def _wants_full_stats(model: Any, model_args: Any) -> bool:
-    """Whether `stats=full` is among the arguments of a model that is yet to be made, or was."""
-    if isinstance(model, str):
-        pairs = model_args.items() if isinstance(model_args, dict) else ()
-        if isinstance(model_args, str):
-            pairs = (argument.partition("=")[::2] for argument in model_args.split(","))
-        return dict(pairs).get("stats") == "full"
-    return getattr(model, "lm", model).full_stats

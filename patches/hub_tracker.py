@@ -32,10 +32,11 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from lm_eval_sparse import embedded, hub, paths
+from lm_eval_sparse import embedded, endings, hub, paths
 from lm_eval_sparse.errors import UserError, nearest
+from lm_eval_sparse.harness import MODEL
+from lm_eval_sparse.patches import saving
 
-MODEL = "sparse-hf"
 MODULE = "lm_eval.loggers.evaluation_tracker"
 FLAGS = ("push_results_to_hub", "push_samples_to_hub", "public_repo", "gated_repo")
 
@@ -47,6 +48,7 @@ class _Run:
     results_target: hub.Target | None = None
     samples_target: hub.Target | None = None
     results: dict[str, Any] | None = None
+    samples: Mapping[str, list[Any]] = field(default_factory=dict)
     results_file: Path | None = None
     sample_files: dict[str, Path] = field(default_factory=dict)
     results_pushed: bool = False
@@ -151,17 +153,18 @@ def apply(module: ModuleType) -> None:
     )
     # All originals are looked up before the first is replaced: a lm-eval that lacks one stays as it is.
     wrapped = [(cls, name, wrap(getattr(cls, name))) for cls, name, wrap in wrappers]
+    tracker._lm_eval_sparse_originals = {name: getattr(tracker, name) for cls, name, _ in wrappers if cls is tracker}
     for cls, name, method in wrapped:
         setattr(cls, name, method)
     tracker._lm_eval_sparse_patched = True
 
 
 def _run_of(tracker: Any) -> _Run | None:
-    """The push of a marked tracker, or None: then lm-eval's own code runs (another model, or nothing to push)."""
+    """The run of a marked tracker, or None: then lm-eval's own code runs (another model, or nothing to save)."""
     run = getattr(tracker, "_lm_eval_sparse", None)
     # A Python caller may reuse a tracker for another model; CUSTOM is a model given as an object.
     ours = tracker.general_config_tracker.model_source in (MODEL, "CUSTOM")
-    return run if ours and isinstance(run, _Run) and run.targets else None
+    return run if ours and isinstance(run, _Run) and tracker.output_path else None
 
 
 def _init(original: Callable[..., None]) -> Callable[..., None]:
@@ -220,19 +223,21 @@ def _save_results(original: Callable[..., None]) -> Callable[..., None]:
         run = _run_of(self)
         if run is None:
             return original(self, results=results, samples=samples)
-        self.date_id = None
+        run.results, run.samples, run.sample_files, run.error = results, samples or {}, {}, ""
+        run.results_file, run.results_pushed, run.samples_pushed = None, False, False
         with _saving_only(self):
-            original(self, results=results, samples=samples)
-        run.results, run.sample_files, run.error = results, {}, ""
-        run.results_pushed = run.samples_pushed = False
-        run.results_file = file = saved_results(self)
-        if file is None:
-            run.error = "the results could not be saved"
-        elif run.results_target:
+            try:
+                run.results_file = file = saving.results(self, original, results, samples)
+            except saving.NotSaved as error:
+                _print_tables(results)
+                where = saving.rescue(self, original, _original(self, "save_results_samples"), results, run.samples)
+                raise UserError(f"what was to be saved in {error} could not be, {where}{_unpushed(run)}") from error
+        endings.keep(f"the results are in {file}; type `lm-eval-sparse plot` or read them there")
+        if run.results_target:
             name, target = self.general_config_tracker.model_name, run.results_target
             files = {f"{name}/{file.name}": file}
             run.results_pushed = run.attempt(
-                target, lambda: hub.push(self.api, target, files, f"Add results of {name}")
+                target, lambda: hub.push(self.api, target, files, f"Add results of {name}", _secrets(self))
             )
 
     return save_results_aggregated
@@ -244,16 +249,20 @@ def _save_samples(original: Callable[..., None]) -> Callable[..., None]:
         run = _run_of(self)
         if run is None:
             return original(self, task_name=task_name, samples=samples)
-        with _saving_only(self):
-            original(self, task_name=task_name, samples=samples)
         if run.results_file is None:
-            return
-        file = run.results_file.with_name(f"samples_{task_name}_{self.date_id}.jsonl")
-        # lm-eval only logs what goes wrong, so a full disk leaves a file that ends too early.
-        if not file.is_file() or file.read_bytes().count(b"\n") < len(samples):
-            run.error = run.error or f"the samples of {task_name} could not be saved"
-            return
-        run.sample_files[task_name] = file
+            raise UserError("no results are saved beside which samples could be: call save_results_aggregated before")
+        with _saving_only(self):
+            try:
+                run.sample_files[task_name] = saving.task_samples(self, original, task_name, samples)
+            except saving.NotSaved as error:
+                _print_tables(run.results or {})
+                left = {task_name: samples, **run.samples}
+                left = {task: rows for task, rows in left.items() if task not in run.sample_files}
+                where = saving.rescue(self, None, original, run.results or {}, left)
+                raise UserError(
+                    f"the results are in {run.results_file}, but the samples that were to be saved beside them in "
+                    f"{error} could not be, {where}{_unpushed(run)}"
+                ) from error
         # One commit for all tasks (the Hub limits commits per hour), as soon as the last one is there.
         if run.sample_files.keys() >= set((run.results or {}).get("configs") or ()):
             _push_samples(self, run)
@@ -265,7 +274,7 @@ def _push_card(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def recreate_metadata_card(self):
         run = _run_of(self)
-        if run is None:
+        if run is None or not run.targets:
             return original(self)
         if run.results is None:
             raise UserError("nothing to push: call save_results_aggregated before recreate_metadata_card")
@@ -284,6 +293,7 @@ def _push_card(original: Callable[..., None]) -> Callable[..., None]:
                     self.api,
                     target,
                     run.results,
+                    _secrets(self),
                     model_url=f"{self.api.endpoint}/{model}" if model else None,
                     contact=self.point_of_contact,
                     leaderboard=self.leaderboard_url,
@@ -297,6 +307,20 @@ def _push_card(original: Callable[..., None]) -> Callable[..., None]:
 
 
 # -- helpers
+
+
+def _original(tracker: Any, name: str) -> Callable[..., None]:
+    """lm-eval's own method of this name."""
+    return type(tracker)._lm_eval_sparse_originals[name]
+
+
+def _secrets(tracker: Any) -> frozenset[str]:
+    """The secrets that were typed for this run."""
+    return getattr(tracker, "_lm_eval_sparse_secrets", frozenset())
+
+
+def _unpushed(run: _Run) -> str:
+    return f"; nothing was pushed to {run.targets[0].repo_id}" if run.targets and not run.results_pushed else ""
 
 
 def public_name(model_args: str | Mapping[str, Any] | None) -> tuple[str, str | None]:
@@ -360,14 +384,12 @@ def _push_samples(tracker: Any, run: _Run) -> None:
     names = tracker.general_config_tracker
     files = {f"{names.model_name_sanitized}/{path.name}": path for path in (file, *run.sample_files.values())}
     message = f"Add samples of {names.model_name}"
-    run.samples_pushed = run.attempt(target, lambda: hub.push(tracker.api, target, files, message))
+    run.samples_pushed = run.attempt(target, lambda: hub.push(tracker.api, target, files, message, _secrets(tracker)))
 
 
 def _failure(tracker: Any, run: _Run) -> str:
     """What a run that could not push says: what went wrong, where the files are, what to type."""
-    if run.results_file is None:
-        return f"{run.error} under {tracker.output_path} (disk full?), so nothing was pushed; the scores are above"
-    names, folder = tracker.general_config_tracker, run.results_file.parent
+    names, folder = tracker.general_config_tracker, saving.place(tracker)[0]
     missing: list[tuple[hub.Target, list[str]]] = []
     if run.results_target and not run.results_pushed:
         missing.append((run.results_target, [str(run.results_file), f"{names.model_name}/{run.results_file.name}"]))

@@ -12,6 +12,9 @@ import logging
 from types import ModuleType
 from typing import Any
 
+from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.files import write_whole
+
 logger = logging.getLogger(__name__)
 
 #: Where `patches.evaluator` leaves the figures in lm-eval's results.
@@ -30,10 +33,15 @@ def apply(module: ModuleType) -> None:
         stats = results.get(KEY)
         if stats is None:
             return original(self, results=results, samples=samples)
-        original(self, results={name: value for name, value in results.items() if name != KEY}, samples=samples)
+        content = json.dumps(stats, indent=1).encode()
+        try:
+            original(self, results={name: value for name, value in results.items() if name != KEY}, samples=samples)
+        except UserError:  # which says in which folder everything is instead
+            if (folder := getattr(self, "_lm_eval_sparse_rescued", None)) is not None:
+                write_whole(folder / "sparse_stats.json", content)
+            raise
         if not self.output_path:
             return None
-        from lm_eval_sparse.files import write_whole
         from lm_eval_sparse.patches.hub_tracker import saved_results
 
         file = saved_results(self)
@@ -41,7 +49,7 @@ def apply(module: ModuleType) -> None:
             logger.error("the results could not be saved, so the figures per layer and head were not either")
             return None
         name = f"sparse_stats_{file.stem.removeprefix('results_')}.json"
-        write_whole(file.with_name(name), json.dumps(stats, indent=1).encode())
+        write_whole(file.with_name(name), content)
         return None
 
     save_results_aggregated._lm_eval_sparse_stats = True  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lm_eval_sparse.analysis import curve
+from lm_eval_sparse.analysis import curve, picture
 from lm_eval_sparse.analysis.results import figures_table, find, load, records
 from lm_eval_sparse.errors import UserError
 
@@ -41,6 +41,11 @@ def save(folder: Path, name: str, content: Any) -> Path:
     return path
 
 
+def size(png: bytes) -> tuple[int, int]:
+    """Width and height of a PNG in pixels."""
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
 def test_records_hold_what_was_measured() -> None:
     (row,) = records(result("niah", 0.25, 0.8999))
     assert (row.model, row.method, row.task, row.metric) == ("org/model", "flexprefill", "niah", "exact")
@@ -64,7 +69,7 @@ def test_models_are_kept_apart() -> None:
     header, *body = curve.table(rows)
     assert header[:3] == ["model", "task", "method"] and [line[0] for line in body] == ["a", "a", "b", "b"]
     three = [*rows, *records(result("niah", 0.5, 0.9, "c"))]
-    widths = [int.from_bytes(curve.draw(some)[16:20], "big") for some in (rows[:2], rows, three)]
+    widths = [size(picture.draw(some)[0])[0] for some in (rows[:2], rows, three)]
     assert widths[1] - widths[0] == widths[2] - widths[1] > 300  # a panel for each model
 
 
@@ -91,12 +96,12 @@ def test_phases_of_a_combination() -> None:
 def test_picture_and_page_are_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for sparsity in (0.0, 0.5, 0.9):
         save(tmp_path / "runs" / str(sparsity), "x", result("niah", 1 - sparsity, sparsity))
-    picture, page = tmp_path / "out" / "curve.png", tmp_path / "out" / "curve.html"
-    assert curve.main([str(tmp_path / "runs"), "--output", str(picture), "--output", str(page)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    image, page = tmp_path / "out" / "curve.png", tmp_path / "out" / "curve.html"
+    assert curve.main([str(tmp_path / "runs"), "--output", str(image), "--output", str(page)]) == 0
+    assert image.read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
     assert "0.9000" in text and "data:image/png;base64," in text and "http" not in text
-    assert sorted(path.name for path in picture.parent.iterdir()) == ["curve.html", "curve.png"]
+    assert sorted(path.name for path in image.parent.iterdir()) == ["curve.html", "curve.png"]
     assert "wrote" in capsys.readouterr().out
 
 
@@ -107,7 +112,7 @@ def test_picture_and_page_are_written_whole(tmp_path: Path, capsys: pytest.Captu
         ([".", "--output", "x.png"], "no results_"),
         (["good", "--output", "x.pdf"], "give a name that ends in .png or .html"),
         (["good", "--output", "x.png", "--task", "vt"], "hold niah"),
-        (["broken", "--output", "x.png"], "not a readable result file"),
+        (["broken", "--output", "x.png"], "not JSON"),
         (["foreign", "--output", "x.png"], "not a result file of lm-eval"),
     ],
 )

@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import constants
 from loopback_hub import LoopbackHub, Repo, Token
 
-from lm_eval_sparse import cli, embedded, hub
+from lm_eval_sparse import card_text, cards, cli, embedded, hub
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.patches import hub_tracker
 
@@ -222,7 +222,7 @@ def test_the_second_run_keeps_the_first_and_the_text_of_people(server: LoopbackH
     repo.files["README.md"] = card.replace("tags:", "license: mit\ntags:\n- mine").encode() + b"\n## Notes\nby hand\n"
     evaluate(samples=True, push_samples_to_hub=True)
     card = repo.files["README.md"].decode()
-    assert card.count(hub.BEGIN) == card.count(hub.END) == card.count("## Scores") == 1
+    assert card.count(card_text.BEGIN) == card.count(card_text.END) == card.count("## Scores") == 1
     assert card.endswith("by hand\n")
     data = front_matter(card.encode())
     assert data["license"] == "mit" and data["tags"][0] == "mine" and "lm-eval-sparse" in data["tags"]
@@ -407,7 +407,7 @@ def test_files_that_could_not_be_saved(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(UserError, match="could not be saved under .*nothing was pushed"):
+    with pytest.raises(UserError, match="could not be, nor elsewhere .*nothing was pushed"):
         evaluate()
     assert "|tiny |" in capsys.readouterr().out
     assert not server.writes()
@@ -417,7 +417,7 @@ def test_samples_that_could_not_be_saved(
     server: LoopbackHub, evaluate: Callable, trackers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers, "sanitize_list", lambda resps: 1 / 0)
-    with pytest.raises(UserError, match="the samples of tiny could not be saved"):
+    with pytest.raises(UserError, match="the samples .* could not be, nor elsewhere"):
         evaluate(samples=True, push_samples_to_hub=True)
     assert not any("samples" in name for name in server.dataset("tester/lm-eval-results-private").files)
 
@@ -429,7 +429,7 @@ def test_card_contents() -> None:
     files = [f"org__m/results_{DATE}.json", f"org__m/samples_tiny_{DATE}.jsonl", "other.txt"]
     results = {**RESULTS, "model_name": "org/m", "system_instruction": "it's you", "chat_template": "x"}
     results["config"] = {**RESULTS["config"], "model_args": {"pretrained": "/home/me/secret/m", "token": "hf_x"}}
-    card = hub.results_card(results, repo_id="a/b", files=files, model_url="http://hub/org/m", contact="me|you")
+    card = cards.results_card(results, repo_id="a/b", files=files, model_url="http://hub/org/m", contact="me|you")
     assert "/home/me" not in card and "secret" not in card and "hf_x" not in card
     for line in (
         "| Method | flexprefill |",
@@ -460,7 +460,7 @@ def test_card_of_methods_in_several_phases() -> None:
     knobs = {"snapkv": {"window": 256, "kernel": 21}, "quest": {"page_size": 16}}
     sparse = {"method": "snapkv+quest", "requested_sparsity": None, "knobs": knobs, "phases": phases}
     config = {**RESULTS["config"], "sparse": {**sparse, "tasks": {"tiny": phases}}}
-    card = hub.results_card({**RESULTS, "config": config}, repo_id="a/b")
+    card = cards.results_card({**RESULTS, "config": config}, repo_id="a/b")
     for line in (
         "| Knobs of snapkv | window=256, kernel=21 |",
         "| Knobs of quest | page_size=16 |",
@@ -473,20 +473,20 @@ def test_card_of_methods_in_several_phases() -> None:
 
 def test_card_of_sparse_results_says_so_and_of_dense_ones_too() -> None:
     dense = {"config": {"sparse": {"method": "dense", "requested_sparsity": None}}, "model_name": "m"}
-    assert "dense attention, the baseline" in hub.results_card(dense, repo_id="a/b")
-    assert "training-free sparse attention" in hub.results_card(RESULTS, repo_id="a/b")
-    assert "dense attention" in hub.results_card({}, repo_id="a/b"), "an older results file has no sparse block"
+    assert "dense attention, the baseline" in cards.results_card(dense, repo_id="a/b")
+    assert "training-free sparse attention" in cards.results_card(RESULTS, repo_id="a/b")
+    assert "dense attention" in cards.results_card({}, repo_id="a/b"), "an older results file has no sparse block"
 
 
 def test_cards_merge() -> None:
-    ours = hub.results_card(RESULTS, repo_id="a/b")
+    ours = cards.results_card(RESULTS, repo_id="a/b")
     theirs = "---\nlicense: mit\npretty_name: Mine\n---\n# Mine\n\nhello\n"
-    merged = hub.merge_cards(theirs, ours)
+    merged = card_text.merge_cards(theirs, ours)
     assert front_matter(merged.encode())["pretty_name"] == "Mine"
-    assert merged.index("hello") < merged.index(hub.BEGIN)
-    assert hub.merge_cards(merged, ours) == merged
+    assert merged.index("hello") < merged.index(card_text.BEGIN)
+    assert card_text.merge_cards(merged, ours) == merged
     generated = "---\npretty_name: x\n---\nDataset automatically created during the evaluation run of model m\n"
-    assert hub.merge_cards(generated, ours) == hub.merge_cards("", ours)
+    assert card_text.merge_cards(generated, ours) == card_text.merge_cards("", ours)
 
 
 # -- lm-eval's command line, the real model type

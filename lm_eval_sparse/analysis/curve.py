@@ -4,82 +4,27 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..cli import PROGRAM, Parser
-from ..errors import UserError
-from ..files import write_whole
-from ..paths import check_writable
-from .results import Record, find, load, records
+from ..errors import UserError, nearest, plain
+from ..files import why, write_whole
+from ..paths import check_writable, cut, exists, expand, is_dir
+from .labels import label
+from .picture import MOST_PANELS, draw, panels
+from .results import Record, find, read
 
 SUFFIXES = (".png", ".html")
-
-
-def draw(rows: Sequence[Record]) -> bytes:
-    """A PNG: a panel per (model, task, metric), a line per method, the dense score as a dashed line with its error."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-    for row in rows:
-        panels[row.model, row.task, row.metric].append(row)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels) + 2.2, 3.9), squeeze=False, layout="constrained", dpi=130
-    )
-    # The same colour in every panel, and one legend for all of them.
-    methods = sorted({(row.phases, row.method) for row in rows if row.measured})
-    colours = {method: f"C{place % 10}" for place, (_, method) in enumerate(methods)}
-    names = {method: f"{method} ({phases})" if phases else method for phases, method in methods}
-    shown: dict[str, Any] = {}
-    for axis, ((model, task, metric), members) in zip(axes[0], sorted(panels.items()), strict=True):
-        dense = next((row for row in members if row.measured == 0), None)
-        if dense is not None:
-            shown["dense"] = axis.axhline(dense.score, color="black", linestyle="--", linewidth=1)
-            if dense.stderr:
-                low, high = dense.score - dense.stderr, dense.score + dense.stderr
-                axis.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
-        for method in sorted({row.method for row in members}):
-            line = sorted((row for row in members if row.method == method), key=lambda row: row.measured)
-            if not any(row.measured for row in line):
-                continue
-            # Every method at sparsity 0 is dense attention, so its curve starts there.
-            if dense is not None and dense not in line:
-                line.insert(0, dense)
-            shown[names[method]] = axis.errorbar(
-                [row.measured for row in line],
-                [row.score for row in line],
-                yerr=[row.stderr or 0.0 for row in line],
-                marker="o",
-                capsize=3,
-                color=colours[method],
-            )
-        better = "higher" if members[0].higher_is_better else "lower"
-        axis.set_xlabel("measured sparsity of the phase that the method fills")
-        axis.set_ylabel(f"{metric} ({better} is better)")
-        counts = sorted({row.n for row in members})
-        axis.set_title(
-            f"{task}, {model}\nn = {', '.join(map(str, counts))} documents, bars: standard error", fontsize=9
-        )
-        axis.set_xlim(-0.03, 1.0)
-        axis.grid(alpha=0.25)
-    order = [name for name in ("dense", *names.values()) if name in shown]
-    figure.legend([shown[name] for name in order], order, loc="outside right upper", frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    return buffer.getvalue()
+#: Pictures of one page.
+MOST_PICTURES = 10
 
 
 def table(rows: Sequence[Record]) -> list[list[str]]:
     """Header and rows: one line per model, task, method and measured sparsity, one column per metric."""
     metrics = sorted({row.metric for row in rows})
-    header = ["model", "task", "method", "requested", "measured", "n", *metrics]
+    header = ["model", "task", "method", "requested", "measured", "n", *map(label, metrics)]
     lines: dict[tuple, dict[str, Record]] = defaultdict(dict)
     for row in rows:
         lines[row.model, row.task, row.method, row.measured, row.requested][row.metric] = row
@@ -91,18 +36,28 @@ def table(rows: Sequence[Record]) -> list[list[str]]:
         cells = []
         for metric in metrics:
             row = found.get(metric)
-            error = f" ± {row.stderr:.3f}" if row and row.stderr is not None else ""
-            cells.append("" if row is None else f"{row.score:.3f}{error}")
+            error = f" ± {_figure(row.stderr)}" if row and row.stderr is not None else ""
+            cells.append("" if row is None else f"{_figure(row.score)}{error}")
         asked = "knobs" if requested is None and method != "dense" else f"{requested or 0:g}"
-        body.append([model, task, method, asked, f"{measured:.4f}", str(max(row.n for row in found.values())), *cells])
+        names = map(label, (model, task, method))
+        body.append([*names, asked, f"{measured:.4f}", str(max(row.n for row in found.values())), *cells])
     return [header, *body]
 
 
-def page(rows: Sequence[Record], picture: bytes) -> str:
-    """A self-contained HTML page: the picture and the table."""
+def _figure(value: float) -> str:
+    """Three decimals; of a number that these would swamp, or that would swamp them, three digits."""
+    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def page(rows: Sequence[Record], pictures: Sequence[bytes]) -> str:
+    """A self-contained HTML page: the pictures and the table."""
     header, *body = table(rows)
     cells = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
-    models = ", ".join(sorted({row.model for row in rows}))
+    models = sorted({label(row.model) for row in rows})
+    images = "\n".join(
+        f'<img alt="score against measured sparsity" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+        for picture in pictures
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -113,16 +68,16 @@ body {{ font-family: system-ui, sans-serif; margin: 2rem auto; max-width: 72rem;
 img {{ max-width: 100%; }}
 table {{ border-collapse: collapse; margin-top: 1rem; }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .35rem .8rem; text-align: right; }}
-th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; }}
+th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; overflow-wrap: anywhere; }}
 </style>
 </head>
 <body>
 <h1>Score against measured sparsity</h1>
-<p>Model: {html.escape(models)}. Sparsity is measured, in the phase that the method fills: the share of (query, key)
-pairs inside the causal triangle that were not computed while the prompt was read, of the prompt's keys and values that
-were dropped, or of the keys that were not read while decoding; averaged over heads, layers and documents (and over
+<p>Model: {html.escape(_listed(models))}. Sparsity is measured, in the phase that the method fills: the share of (query,
+key) pairs inside the causal triangle that were not computed while the prompt was read, of the prompt's keys and values
+that were dropped, or of the keys that were not read while decoding; averaged over heads, layers and documents (and over
 phases where several methods are combined).</p>
-<img alt="score against measured sparsity" src="data:image/png;base64,{base64.b64encode(picture).decode()}">
+{images}
 <table>
 <tr>{"".join(f"<th>{html.escape(cell)}</th>" for cell in header)}</tr>
 {cells}
@@ -130,6 +85,61 @@ phases where several methods are combined).</p>
 </body>
 </html>
 """
+
+
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    """Names in a sentence, the first of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# -- the command
+
+
+def _outputs(names: Sequence[str], inputs: Sequence[Path]) -> dict[Path, str]:
+    """The files to write, each once, with what the user typed. Raises `UserError` when one cannot be written."""
+    found: dict[Path, str] = {}
+    for name in names:
+        option = f"--output {cut(name)}"
+        output = expand(option, name)
+        if output.name.lower() in SUFFIXES:
+            raise UserError(f"{option}: give a name before {output.name}, such as curve{output.name.lower()}")
+        if output.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{option}: give a name that ends in {' or '.join(SUFFIXES)}")
+        check_writable(option, output.parent, [output.name])
+        if is_dir(output):
+            raise UserError(f"{option} is a folder; give the name of a file")
+        if any(exists(output) and output.samefile(path) for path in inputs if exists(path)):
+            raise UserError(f"{option} is one of the result files; give another name, or it would be lost")
+        found.setdefault(output.parent.resolve() / output.name, name)
+    return found
+
+
+def _chosen(rows: Sequence[Record], tasks: Sequence[str] | None) -> list[Record]:
+    """The records of the tasks that were asked for. Raises `UserError` when one is not there."""
+    if not tasks:
+        return list(rows)
+    present = sorted({row.task for row in rows})
+    for task in tasks:
+        if task not in present:
+            known = _listed([label(name) for name in present])
+            raise UserError(
+                f"--task {label(task)}: not in these results, which hold {known}{nearest(cut(task), present)}"
+            )
+    return [row for row in rows if row.task in tasks]
+
+
+def _check_panels(rows: Sequence[Record], outputs: Mapping[Path, str]) -> None:
+    """Raise `UserError` when there are more panels than an output can show."""
+    count = len(panels(rows))
+    for path, name in outputs.items():
+        most = MOST_PANELS if path.suffix.lower() == ".png" else MOST_PANELS * MOST_PICTURES
+        if count > most:
+            page = ", or write a page (.html)" if most == MOST_PANELS and count <= most * MOST_PICTURES else ""
+            raise UserError(
+                f"--output {cut(name)}: these results need {count} panels (one for each model, task and metric), and "
+                f"{'a picture' if most == MOST_PANELS else 'a page'} has at most {most}; choose tasks with --task NAME"
+                f"{page}"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,24 +153,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, action="append", help="FILE.png or FILE.html; may be repeated")
     parser.add_argument("--task", action="append", help="only this task; may be repeated")
     options = parser.parse_args(argv)
-    for name in options.output:
-        if Path(name).suffix not in SUFFIXES:
-            raise UserError(f"--output {name}: give a name that ends in {' or '.join(SUFFIXES)}")
-        output = Path(name)
-        check_writable(f"--output {name}", output.parent, [output.name])
-        if output.is_dir():
-            raise UserError(f"--output {name} is a folder; give the name of a file")
-    rows = [row for path in find(options.results) for row in records(load(path))]
-    if options.task:
-        present = sorted({row.task for row in rows})
-        rows = [row for row in rows if row.task in options.task]
-        if not rows:
-            raise UserError(f"--task {' '.join(options.task)}: not in these results, which hold {', '.join(present)}")
-    if not rows:
-        raise UserError("these result files hold no scores")
-    picture = draw(rows)
-    for name in options.output:
-        content = picture if name.endswith(".png") else page(rows, picture).encode()
-        write_whole(Path(name), content)
-        print(f"wrote {name}")
+    outputs = _outputs(options.output, [])
+    inputs = find(options.results)
+    outputs = _outputs(options.output, inputs)
+    rows = _chosen(read(options.results), options.task)
+    _check_panels(rows, outputs)
+    pictures = draw(rows)
+    for path, name in outputs.items():
+        content = pictures[0] if path.suffix.lower() == ".png" else page(rows, pictures).encode()
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            raise UserError(f"--output {cut(name)} cannot be written ({why(error)}); give another name") from None
+        print(plain(f"wrote {name}"))
     return 0

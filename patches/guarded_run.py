@@ -1,0 +1,130 @@
+"""Around a whole evaluation of `sparse-hf`: secrets stay out of logs and results, and a stopped run says what is kept.
+
+Works around: lm-eval logs, prints and saves model arguments and metadata as they were typed, tokens included, and ends
+in a traceback when it is stopped. Delete when lm-eval masks secrets and says what a stopped run leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Iterator
+from types import FrameType, ModuleType
+from typing import Any
+
+from lm_eval_sparse import endings, masking, paths
+from lm_eval_sparse.harness import MODEL
+from lm_eval_sparse.patches.evaluator import is_ours
+
+
+def apply(module: ModuleType) -> None:
+    """Wrap `module.simple_evaluate` (as the last of the patches, so that it is the outermost) and `evaluate_config`."""
+    function = module.simple_evaluate
+    if not getattr(function, "_lm_eval_sparse_guarded", False):
+        wrapped = _guarded(function)
+        wrapped._lm_eval_sparse_guarded = True
+        module.simple_evaluate = wrapped
+
+
+def _guarded(simple_evaluate: Any) -> Any:
+    signature = inspect.signature(simple_evaluate)
+
+    @functools.wraps(simple_evaluate)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        options = signature.bind(*args, **kwargs).arguments
+        if options.get("model") != MODEL and not is_ours(options.get("model")):
+            return simple_evaluate(*args, **kwargs)
+        frame = inspect.currentframe()
+        typed = _typed(frame.f_back if frame else None)
+        tracker = options.get("evaluation_tracker")
+        token = getattr(getattr(tracker, "api", None), "token", None)
+        secrets = masking.values_in(options.get("model_args"), options.get("metadata"), {"token": token})
+        if tracker is not None:
+            tracker._lm_eval_sparse_secrets = secrets
+        with _masked_logs(secrets):
+            if not typed:
+                return without_secrets(simple_evaluate(*args, **kwargs), secrets)
+            endings.keep(_kept(options))
+            try:
+                with endings.sigterm_raises():
+                    results = simple_evaluate(*args, **kwargs)
+            except KeyboardInterrupt as error:
+                print(f"lm-eval-sparse: error: {endings.line(error)}", file=sys.stderr)
+                raise SystemExit(endings.status(error)) from None
+        if isinstance(options.get("model_args"), dict):
+            # lm-eval's command line prints its own copy once it has saved the results.
+            options["model_args"].update(masking.masked(options["model_args"], secrets))
+        return without_secrets(results, secrets)
+
+    return wrapper
+
+
+def _typed(frame: FrameType | None) -> bool:
+    """Whether the caller is lm-eval's command line. A Python program handles what it is sent itself."""
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("lm_eval_sparse."):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "lm_eval._cli.run"
+
+
+def without_secrets(results: Any, secrets: frozenset[str]) -> Any:
+    """Results as they may be saved, printed and pushed. In samples only the secrets that were given are looked for:
+    what looks like one there is masked when they are saved."""
+    if not isinstance(results, dict):
+        return results
+    samples = results.get("samples")
+    masked = masking.masked({key: value for key, value in results.items() if key != "samples"}, secrets)
+    if samples is not None:
+        masked["samples"] = masking.masked(samples, secrets, shapes=False) if secrets else samples
+    return masked
+
+
+class _Mask(logging.Filter):
+    """Masks what a record says before any handler writes it."""
+
+    def __init__(self, secrets: frozenset[str]):
+        super().__init__()
+        self.secrets = secrets
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        try:
+            said = record.getMessage()
+        except Exception:  # whose handler will complain
+            return True
+        masked = masking.mask(said, self.secrets)
+        if masked != said:
+            record.msg, record.args = masked, ()
+        return True
+
+
+@contextlib.contextmanager
+def _masked_logs(secrets: frozenset[str]) -> Iterator[None]:
+    """Mask secrets in all that is logged meanwhile by handlers that there are."""
+    names = ("", "lm_eval", "lm_eval_sparse", "transformers", "huggingface_hub", "datasets")
+    handlers = {handler for name in names for handler in logging.getLogger(name).handlers}
+    if logging.lastResort is not None:
+        handlers.add(logging.lastResort)
+    mask = _Mask(secrets)
+    for handler in handlers:
+        handler.addFilter(mask)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(mask)
+
+
+def _kept(options: dict[str, Any]) -> str:
+    """What a run that is stopped leaves, and what to type to go on."""
+    documents = f"documents made so far are kept in {paths.cache_root()}"
+    if cache := options.get("use_cache"):
+        return (
+            f"no results were saved; answers given so far are kept in {cache}_rank*.db (--use_cache) and {documents}; "
+            "type the same line to go on from there"
+        )
+    return (
+        f"no results were saved; {documents}; type the same line to start again, with --use_cache FILE in it if "
+        "answers are to be kept the next time"
+    )
