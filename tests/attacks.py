@@ -355,7 +355,9 @@ def _refused(row: Row, ran: Ran, lines: list[str], work: Path, written: list[str
         return outcome("refused", True)
     if len(lines) != 1:
         return outcome("badly refused", False, f"{len(lines)} lines of ours on stderr, exit status {ran.status}")
-    if bad := [character for character in lines[0] if not character.isprintable()]:
+    if bad := [
+        character for character in lines[0] if not character.isprintable() and character not in "\t\u00a0\u3000"
+    ]:
         return outcome("badly refused", False, f"{bad[0]!r} in the message")
     if ran.err.rstrip().splitlines()[-1].rstrip() != lines[0].rstrip():
         return outcome("badly refused", False, "more is printed after the message")

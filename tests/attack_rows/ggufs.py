@@ -26,6 +26,11 @@ def value(kind: int, content: Any) -> bytes:
     return struct.pack(f"<I{_CODES[kind]}", kind, content)
 
 
+def value_of(kind: int, content: bytes) -> bytes:
+    """A value of any type, known or not, whose bytes are `content`."""
+    return struct.pack("<I", kind) + content
+
+
 def file(
     values: dict[bytes, bytes] | None = None, tensors: list[bytes] | None = None, *, version: int = 3,
     n_values: int | None = None, n_tensors: int | None = None, magic: bytes = b"GGUF", data: int = 4096,
