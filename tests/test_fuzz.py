@@ -67,7 +67,7 @@ class Place:
         return path
 
     def holds(self, call: Callable[..., Any], *args: Any, also: tuple[type[Exception], ...] = (), **more: Any) -> Any:
-        """What `call` returns, or the `UserError` of one line it raises; anything else fails, and so does a new file."""
+        """What `call` returns, or the `UserError` of one line it raises. All else fails, and so does a new file."""
         try:
             found = call(*args, **more)
         except UserError as error:
@@ -259,8 +259,8 @@ def test_sparse_arguments(place: Place, method: Any, ours: dict[str, Any]) -> No
 _HF = [
     "dtype", "device", "max_length", "tokenizer", "gguf_file", "prefix_token_id", "add_bos_token", "load_in_4bit",
     "peft", "quantization_config", "device_map", "delta", "revision", "subfolder", "trust_remote_code", "batch_size",
-    "token", "parallelize", "max_memory", "use_fast_tokenizer", "think_end_token", "chat_template_args", "softmax_dtype",
-    "mixed_precision_dtype", "truncation", "logits_cache", "hidden_size", "max_batch_size", "nosuch",
+    "token", "parallelize", "max_memory", "use_fast_tokenizer", "think_end_token", "chat_template_args",
+    "softmax_dtype", "mixed_precision_dtype", "truncation", "logits_cache", "hidden_size", "max_batch_size", "nosuch",
 ]  # fmt: skip
 
 
