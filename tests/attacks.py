@@ -255,7 +255,10 @@ def run(row: Row, shared: Shared, folder: Path, real: bool = False, limit: float
     variables |= {name: value if value is None else shared.filled(value, **places) for name, value in row.env.items()}
     before = _files(work, cache)
     began = time.perf_counter()
-    ran = (_real if real or row.alone else _in_process)(argv, variables, work, limit, "frontier" in " ".join(argv))
+    apart = real or row.alone
+    ran = (_real if apart else _in_process)(
+        argv, variables, work, limit * (3 if apart else 1), "frontier" in " ".join(argv)
+    )
     seconds = time.perf_counter() - began
     written = [path for path, what in _files(work, cache).items() if before.get(path) != what]
     return _judged(row, ran, work, cache, written, seconds)
@@ -363,7 +366,7 @@ def _refused(row: Row, ran: Ran, lines: list[str], work: Path, written: list[str
         return outcome("badly refused", False, "more is printed after the message")
     if len(lines[0]) > 4000:
         return outcome("badly refused", False, f"a message of {len(lines[0])} characters")
-    if row.says.lower() not in lines[0].lower():
+    if not any(part in lines[0].lower() for part in row.says.lower().split("|")):
         return outcome("badly refused", False, f"the message does not say {row.says!r}")
     if row.verdict == LEGAL:
         return outcome("refused wrongly", False, "refused")

@@ -51,7 +51,7 @@ class Row:
         proof: what a legal row leaves: a glob below the working folder, or text on stdout behind `says `. By default
             results with a score.
         secret: what must stand nowhere: not on stdout or stderr, not in any file.
-        says: what the message of a refused row must hold: the name of what is wrong.
+        says: what the message of a refused row must hold: the name of what is wrong, or `one|another`.
         keeps: what a refused row may leave in the working folder: a glob.
         doubt: why the verdict is a matter of opinion, if it is.
         slow: takes more than about a second: runs on request.

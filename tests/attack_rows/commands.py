@@ -198,5 +198,5 @@ ROWS: list[Row] = [
     Row(AREA, "new-task", ("new-task", "parcel"), LEGAL, proof="parcel/README.md"),
     Row(AREA, "new-task: into a folder", ("new-task", "parcel", "--folder", "<work>"), LEGAL, proof="parcel/parcel.py"),
     Row(AREA, "check-task", ("check-task", "niah", "--samples", "2", "--lengths", "4k", *_T), LEGAL, slow=True,
-        proof="says passed"),
+        proof="says all ok"),
 ]  # fmt: skip

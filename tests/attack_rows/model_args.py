@@ -69,13 +69,21 @@ VALUES: dict[str, tuple[str, ...]] = {
 }
 
 #: What a message has to hold where it need not be the argument's name.
-SAYS = {"gguf_file": "gguf"}
+SAYS = {
+    "gguf_file": "gguf",
+    "model_type": "model_type|model type",
+    **{
+        name: f"{name}|the model's shape|change its shape"
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim",
+                     "vocab_size", "intermediate_size", "attention_bias")
+    },
+}  # fmt: skip
 
 LEGAL_ADDED = (
     "dtype=float32", "dtype=bfloat16", "dtype=auto", "softmax_dtype=float32", "mixed_precision_dtype=bfloat16",
     "max_length=200", "max_length=None", "tokenizer=<llama>", "prefix_token_id=1", "prefix_token_id=None",
     "add_bos_token=True", "add_bos_token=False", "peft=<lora>", "trust_remote_code=False", "use_fast_tokenizer=True",
-    "enable_thinking=True,think_end_token=</s>", "truncation=True", "logits_cache=False", "low_cpu_mem_usage=True",
+    "truncation=True", "logits_cache=False", "low_cpu_mem_usage=True",
     "rms_norm_eps=1e-5", ",,", ",", "stats=full", "think_end_token=</s>",
 )  # fmt: skip
 
@@ -162,6 +170,8 @@ ROWS = [
     *rows(AREA, EITHER, EITHER_ADDED, _added),
     *rows(AREA, REFUSED, WHOLE, _alone),
     *rows(AREA, LEGAL, WHOLE_LEGAL, _alone),
+    Row(AREA, "enable_thinking with its end", evaluate("pretrained=<llama>,enable_thinking=True,think_end_token=</s>",
+        "--limit", "1", task="tiny_generate"), LEGAL),
     *_ODD,
     *_REMOTE,
-]
+]  # fmt: skip

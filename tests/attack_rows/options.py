@@ -32,12 +32,15 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--trackio_args": ("project=x",),
 }  # fmt: skip
 
+#: What a message has to hold where it need not be the option's name.
+SAYS = {"--trackio_args": "trackio"}
+
 #: --apply_chat_template and what goes with it, of a model without and with a template.
 _CHAT = [
-    Row(AREA, "chat template that is not there", evaluate(_M, "--apply_chat_template"), says="chat_template"),
-    Row(AREA, "chat template by a name", evaluate(_M, "--apply_chat_template", "nosuch"), says="chat_template"),
+    Row(AREA, "chat template that is not there", evaluate(_M, "--apply_chat_template"), says="chat_template|chat template"),
+    Row(AREA, "chat template by a name", evaluate(_M, "--apply_chat_template", "nosuch"), says="chat_template|chat template"),
     Row(AREA, "chat template by a name, of one", evaluate("pretrained=<chat>", "--apply_chat_template", "nosuch"),
-        says="chat_template"),
+        says="chat_template|chat template"),
     Row(AREA, "multiturn without a template", evaluate(_M, "--fewshot_as_multiturn", "true"), says="multiturn"),
     Row(AREA, "multiturn maybe", evaluate("pretrained=<chat>", "--apply_chat_template", "--fewshot_as_multiturn",
         "maybe", "--limit", "1"), EITHER, doubt="lm-eval takes any other word for false"),
@@ -164,7 +167,7 @@ LEGAL_OPTIONS: dict[str, tuple[str, ...]] = {
 
 ROWS: list[Row] = [
     *(
-        Row(AREA, f"{option} {short(value)}", evaluate(_M, option, value), says=option.strip("-"))
+        Row(AREA, f"{option} {short(value)}", evaluate(_M, option, value), says=SAYS.get(option, option.strip("-")))
         for option, values in VALUES.items()
         for value in values
     ),
