@@ -37,10 +37,10 @@ SAYS = {"--trackio_args": "trackio"}
 
 #: --apply_chat_template and what goes with it, of a model without and with a template.
 _CHAT = [
-    Row(AREA, "chat template that is not there", evaluate(_M, "--apply_chat_template"), says="chat_template|chat template"),
-    Row(AREA, "chat template by a name", evaluate(_M, "--apply_chat_template", "nosuch"), says="chat_template|chat template"),
+    Row(AREA, "chat template that is not there", evaluate(_M, "--apply_chat_template"), says="template"),
+    Row(AREA, "chat template by a name", evaluate(_M, "--apply_chat_template", "nosuch"), says="template"),
     Row(AREA, "chat template by a name, of one", evaluate("pretrained=<chat>", "--apply_chat_template", "nosuch"),
-        says="chat_template|chat template"),
+        says="template"),
     Row(AREA, "multiturn without a template", evaluate(_M, "--fewshot_as_multiturn", "true"), says="multiturn"),
     Row(AREA, "multiturn maybe", evaluate("pretrained=<chat>", "--apply_chat_template", "--fewshot_as_multiturn",
         "maybe", "--limit", "1"), EITHER, doubt="lm-eval takes any other word for false"),
