@@ -338,7 +338,7 @@ def test_a_response_cache(place: Place, which: str) -> None:
         response_cache.check(str(database).removesuffix("_rank0.db"))
         with SqliteDict(str(database), autocommit=True) as store:
             response_cache.guard(store, _MADE_BY)
-            return {key: store[key] for key in store}
+            return {key: store[key] for key in _ANSWERS if key in store}  # as lm-eval asks
 
     @examples(40)
     @given(torn(good[damaged_one]))
@@ -347,7 +347,7 @@ def test_a_response_cache(place: Place, which: str) -> None:
             path.write_bytes(kept)
         names[damaged_one].write_bytes(content)
         found = place.holds(read)
-        assert isinstance(found, UserError) or all(_ANSWERS.get(key) == answer for key, answer in found.items())
+        assert isinstance(found, UserError) or all(_ANSWERS[key] == answer for key, answer in found.items())
 
     check()
 
