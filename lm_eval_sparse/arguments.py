@@ -38,7 +38,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip()) and "\0" not in value
 
 
-def _is_device(value: Any) -> bool:
+def is_device(value: Any) -> bool:
+    """Whether a value names a kind of device that torch has, and perhaps a number."""
     if isinstance(value, torch.device) or is_whole(value, 0):
         return True
     return isinstance(value, str) and _DEVICE.fullmatch(value) is not None
@@ -46,8 +47,8 @@ def _is_device(value: Any) -> bool:
 
 def _is_device_map(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(isinstance(name, str) and _is_device(place) for name, place in value.items())
-    return _is_device(value) or (isinstance(value, str) and value in DEVICE_MAPS)
+        return all(isinstance(name, str) and is_device(place) for name, place in value.items())
+    return is_device(value) or (isinstance(value, str) and value in DEVICE_MAPS)
 
 
 def _is_memory(value: Any) -> bool:
@@ -191,8 +192,8 @@ def check_all(model_args: dict[str, Any]) -> None:
             model_args[name] = str(paths.expand(f"{name}={value}", value))
         if argument.needs and value and find_spec(argument.needs) is None:
             raise UserError(
-                f"{name}={value} needs the package {argument.needs}, which is not installed here: type pip install "
-                f"{argument.needs.replace('_', '-')}, or leave {name} out"
+                f"{name}={brief(value)} needs the package {argument.needs}, which is not installed here: type pip "
+                f"install {argument.needs.replace('_', '-')}, or leave {name} out"
             )
     if model_args.get("weights_only") is False and not model_args.get("trust_remote_code"):
         raise UserError(

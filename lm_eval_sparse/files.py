@@ -5,7 +5,9 @@ What is read may be torn, huge, nested without end, or no file: each is refused 
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import stat
 import tempfile
@@ -20,15 +22,20 @@ MOST_BYTES = 1 << 30
 DEEPEST = 100
 
 
-def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
+def read_bytes(path: Path, *, most: int = MOST_BYTES, follow: bool = True) -> bytes:
     """The content of a regular file. Nothing else is opened for reading: a pipe or a device may never end.
+
+    Args:
+        follow: whether `path` itself may be a link. Files of our caches never are; their folders may be.
 
     Raises:
         UserError: `path` cannot be read, is no regular file, or has more than `most` bytes.
     """
     try:
+        if not follow and os.path.islink(path):
+            raise UserError(f"{path} is a link; give a file")
         # Not blocking: opening a pipe without a writer would wait for one.
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        file = os.open(path, os.O_RDONLY | flags("O_NONBLOCK", "O_CLOEXEC") | (0 if follow else flags("O_NOFOLLOW")))
         with os.fdopen(file, "rb") as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -45,6 +52,11 @@ def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise UserError(f"{path} cannot be read ({why(error)})") from None
+
+
+def flags(*names: str) -> int:
+    """Flags for `os.open`, as far as this system has them."""
+    return functools.reduce(operator.or_, (getattr(os, name, 0) for name in names))
 
 
 def parse_json(content: bytes | str, where: str, wanted: type | None = dict) -> Any:
@@ -74,9 +86,9 @@ def parse_json(content: bytes | str, where: str, wanted: type | None = dict) -> 
     return found
 
 
-def read_json(path: Path, wanted: type | None = dict, *, most: int = MOST_BYTES) -> Any:
+def read_json(path: Path, wanted: type | None = dict, *, most: int = MOST_BYTES, follow: bool = True) -> Any:
     """The JSON value in a file of someone else. Raises `UserError` as `read_bytes` and `parse_json` do."""
-    return parse_json(read_bytes(path, most=most), str(path), wanted)
+    return parse_json(read_bytes(path, most=most, follow=follow), str(path), wanted)
 
 
 def depth(value: Any) -> int:
@@ -120,11 +132,10 @@ def umask() -> int:
 def brief(value: Any, longest: int = 60) -> str:
     """A value in one short line of a message."""
     try:
-        text = " ".join(
-            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).split()
-        )
+        text = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else str(value)
     except (ValueError, RecursionError):
         text = type(value).__name__
+    text = " ".join(text.split())
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 

@@ -14,6 +14,7 @@ MODEL = "sparse-hf"
 READING = {
     ("lm_eval.config.evaluate_config", "from_cli"),
     ("lm_eval.config.evaluate_config", "process_tasks"),
+    ("lm_eval._cli.harness", "parse_args"),
     ("lm_eval.loggers.evaluation_tracker", "__init__"),
     ("lm_eval.loggers.wandb_logger", "__init__"),
     ("lm_eval.loggers.trackio_logger", "__init__"),

@@ -15,6 +15,7 @@ from torch import nn
 
 from . import gguf_check, paths
 from .errors import UserError
+from .files import read_json
 from .runtime.memory import out_of_memory
 
 #: Names of modules that hold one row per position of a text.
@@ -49,6 +50,8 @@ def check_path(pretrained: str, gguf_file: str | None) -> str:
         )
     if gguf_file is not None and path.is_dir():
         gguf_check.check(path / gguf_file)
+    if paths.exists(generation := path / "generation_config.json"):
+        read_json(generation)  # transformers would go on with its defaults, and say nothing
     return str(path) if paths.exists(path) else pretrained
 
 
@@ -91,9 +94,14 @@ class Whole:
 
     def from_pretrained(self, pretrained: str, **options: Any) -> Any:
         """As transformers'. Raises `UserError` where a weight is missing or has another shape."""
-        model, report = self.automatic.from_pretrained(pretrained, output_loading_info=True, **options)
+        options |= {"ignore_mismatched_sizes": False, "output_loading_info": True}
+        try:
+            model, report = self.automatic.from_pretrained(pretrained, **options)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise self._misfit(pretrained, options) from error
         missing = set(report["missing_keys"]) - set(getattr(model, "all_tied_weights_keys", None) or ())
-        missing |= {str(entry[0]) for entry in report["mismatched_keys"]}
         if missing:
             raise UserError(
                 f"{pretrained}: its files lack {len(missing)} weights that its configuration asks for, such as "
@@ -101,6 +109,20 @@ class Whole:
                 "arguments that change its shape"
             )
         return model
+
+    def _misfit(self, pretrained: str, options: dict[str, Any]) -> UserError:
+        """What to say of weights of another shape, which transformers' own complaint does not name."""
+        named = "some of its weights have another shape in its files than by its configuration"
+        try:
+            _, report = self.automatic.from_pretrained(pretrained, **{**options, "ignore_mismatched_sizes": True})
+            name, there, here = min(report["mismatched_keys"])
+            named = f"{name} is {list(there)} in its files, and {list(here)} by its configuration"
+        except (RuntimeError, MemoryError, ValueError):  # such as no memory for shapes that no model has
+            pass
+        return UserError(
+            f"{pretrained}: {named}; give files that belong together, and leave out arguments that change the model's "
+            "shape"
+        )
 
     def from_config(self, *args: Any, **options: Any) -> Any:
         """As transformers'."""
@@ -129,7 +151,7 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    text = " ".join(lines[:2]) if lines[0].startswith("Error(s) in loading") else lines[0]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 

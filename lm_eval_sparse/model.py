@@ -19,6 +19,7 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
+import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
@@ -30,10 +31,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from torch import Tensor
 from tqdm import tqdm
 
-from . import __version__, adapters, arguments, embedded
+from . import __version__, adapters, arguments, embedded, response_cache
 from .config import OWN_ARGS, SparseConfig, argument_names, knob_names, parse, split
 from .encoding import SharedEncoder
-from .errors import UserError, install_excepthook
+from .errors import UserError, install_excepthook, nearest
 from .kernels.backends import triton_unavailable
 from .loading import Whole, check_loaded, check_path, check_pretrained, explained, first_line
 from .methods import METHODS, PHASE_ARGUMENTS, presets
@@ -1085,9 +1086,9 @@ class SparseHFLM(HFLM):
         for parameter in self.model.parameters():
             flat = parameter.detach().flatten()
             sample.update(str(flat[:: max(1, flat.numel() // 64)][:64].tolist()).encode())
-        typed = {name: str(value) for name, value in self.model_args.items() if name not in WITHOUT_EFFECT}
+        typed = {name: value for name, value in self.model_args.items() if name not in WITHOUT_EFFECT}
         return {
-            **typed,
+            **response_cache.public(typed),
             **self.sparse.describe(),
             "lm_eval_sparse": __version__,
             "pretrained": self.model_label,
@@ -1099,32 +1100,27 @@ class SparseHFLM(HFLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Accept a response cache only when it was written under the same configuration, or is new."""
         if (store := getattr(cache_hook, "dbdict", None)) is not None:
-            mine = self.fingerprint()
-            known = store.get(CACHE_KEY)
-            if known is None and len(store):
-                raise UserError(
-                    "the --use_cache file was written by another model type and does not say under which method; "
-                    "give another file name, or delete this one"
-                )
-            if known is not None and json.loads(known) != mine:
-                theirs = json.loads(known)
-                differing = [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]
-                details = ", ".join(f"{name}: {theirs.get(name)!r} there, {mine.get(name)!r} now" for name in differing)
-                raise UserError(
-                    f"the --use_cache file was written under another configuration ({details}); "
-                    "give another file name for this run, or delete that one"
-                )
-            store[CACHE_KEY] = json.dumps(mine)
+            response_cache.guard(store, self.fingerprint())
         super().set_cache_hook(cache_hook)
 
     # --- chat templates --------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         self.templated = True
-        return super().apply_chat_template(chat_history, add_generation_prompt)
+        check_template(self.tokenizer, True)
+        try:
+            return super().apply_chat_template(chat_history, add_generation_prompt)
+        except jinja2.TemplateError as error:
+            raise UserError(
+                f"the chat template of the model's tokenizer cannot be rendered ({first_line(error)}); leave "
+                "--apply_chat_template out, or give another tokenizer="
+            ) from error
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """As lm-eval's; it asks before the first request. Raises `UserError` where there is no such template."""
         self.templated = self.templated or bool(chat_template)
+        if chat_template:
+            check_template(self.tokenizer, chat_template)
         return super().chat_template(chat_template)
 
     @property
@@ -1150,9 +1146,6 @@ NEVER_CALLED = {
 
 #: Model arguments that do not change an answer.
 WITHOUT_EFFECT = ("device", "batch_size", "max_batch_size", "logits_cache", "parallelize", "token", "cache_dir")
-
-#: Key of the fingerprint in a response cache; responses are stored under hexadecimal digests.
-CACHE_KEY = "lm-eval-sparse fingerprint"
 
 #: Model types that transformers can load with a causal head although their attention looks both ways.
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert", "roformer", "data2vec-text")
@@ -1200,12 +1193,23 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
 
 
 def check_device(model_args: dict[str, Any]) -> None:
-    """Raise `UserError` for a GPU where there is none. `cuda:0`, lm-eval's default, then means the CPU, as for `hf`."""
+    """Raise `UserError` for a device that there is not. `cuda:0`, lm-eval's default, then means the CPU, as for `hf`.
+
+    lm-eval takes any name that it does not know for the CPU.
+    """
     device = str(model_args["device"])
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    kind, _, number = device.partition(":")
+    if not arguments.is_device(device):
+        raise UserError(f"device={device} is not accepted: give cpu, cuda or cuda:N, such as --device cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
         if device != "cuda:0":
             raise UserError(f"device={device}: torch sees no CUDA device here; leave it out, or type --device cpu")
         model_args["device"] = "cpu"
+    elif kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        raise UserError(
+            f"device={device}: torch sees {torch.cuda.device_count()} CUDA devices here, from cuda:0 on; give one of "
+            "them, or type --device cpu"
+        )
 
 
 def check_backend(backend: str, device: str) -> None:
@@ -1215,11 +1219,31 @@ def check_backend(backend: str, device: str) -> None:
         "hopper": "a CUDA device of the Hopper generation (H100, H200)",
         "fa4": "a CUDA device of the Hopper or Blackwell generation (H100, H200, B200)",
     }
-    if backend in kinds and triton_unavailable(device.split(":")[0]) is not None:
+    kind = device.split(":")[0]
+    interpreted = backend != "fa4" and triton_unavailable(kind) is None  # Triton's kernels run in its interpreter
+    if backend in kinds and not (kind == "cuda" and triton_unavailable(kind) is None) and not interpreted:
         raise UserError(
             f"backend={backend} needs {kinds[backend]}, and this run is on {device}: leave it out, or type "
             "backend=gather"
         )
+
+
+def check_template(tokenizer: Any, asked: bool | str) -> None:
+    """Raise `UserError` when the tokenizer has no chat template, or none of the name that was asked for."""
+    there = getattr(tokenizer, "chat_template", None)
+    if not there and getattr(tokenizer, "default_chat_template", None) is None:
+        raise UserError(
+            "--apply_chat_template: the model's tokenizer has no chat template; leave the option out, or give another "
+            "tokenizer="
+        )
+    if isinstance(there, dict):
+        names = ", ".join(there)
+        if isinstance(asked, str) and asked not in there:
+            raise UserError(
+                f"--apply_chat_template {asked}: there is no such template{nearest(asked, there)}; there are {names}"
+            )
+        if not isinstance(asked, str) and "default" not in there:
+            raise UserError(f"--apply_chat_template: the tokenizer has several chat templates; name one of {names}")
 
 
 def check_batch_size(model_args: dict[str, Any]) -> None:

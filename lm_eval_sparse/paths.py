@@ -42,9 +42,9 @@ def expand(option: str, given: Any) -> Path:
         os.lstat(path)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise UserError(
-                f"{cut(option)}: {cut(str(path))} is longer than the file system takes; give a shorter one"
-            ) from None
+            whole = path.absolute()
+            _check_lengths(option, _existing(option, whole.parent), whole.parent, [whole.name])
+            raise UserError(f"{cut(option)}: the path is too long for the file system; give a shorter one") from None
     return path
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,8 @@ from transformers import (
 from transformers.generation import GenerationMode
 
 from .errors import UserError, nearest
+from .files import brief
+from .values import COUNT, FACTOR, FLAG, FRACTIONS, LEAST, MAYBE, NUMBER, SHARE, TOKENS, Takes, is_number, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -44,38 +45,6 @@ BEYOND = 2
 
 # --- the table ----------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Takes:
-    """What a value has to be, in words and as a test."""
-
-    words: str
-    good: Callable[[Any], bool]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _tokens(value: Any) -> bool:
-    listed = value if isinstance(value, list | tuple) else [value]
-    return all(isinstance(token, int) and not isinstance(token, bool) for token in listed)  # -1: none, by custom
-
-
-FLAG = Takes("True or False", lambda value: isinstance(value, bool))
-COUNT = Takes("a whole number of at least 1", lambda value: _whole(value, 1))
-MAYBE = Takes("a whole number of at least 0", lambda value: _whole(value, 0))
-NUMBER = Takes("a number", _number)
-FACTOR = Takes("a number above 0", lambda value: _number(value) and value > 0)
-LEAST = Takes("a number of at least 0", lambda value: _number(value) and value >= 0)
-SHARE = Takes("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
-TOKENS = Takes("a token id or a list of token ids", _tokens)
-#: Given as whole numbers they mean the same, but transformers insists on fractions.
-FRACTIONS = (NUMBER, FACTOR, LEAST, SHARE)
 
 #: What becomes of a field:
 #: `alike`: it decides lengths, ends or scores, which transformers' own code makes of it on both of our ways;
@@ -109,7 +78,7 @@ class Field:
 
     def asks(self, value: Any) -> bool:
         """Whether a value asks for something."""
-        if value is None or value is False or (_number(value) and _number(self.off) and value == self.off):
+        if value is None or value is False or (is_number(value) and is_number(self.off) and value == self.off):
             return False
         return not self.only or value in self.only
 
@@ -407,7 +376,7 @@ def generation_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments as lm-eval hands them to transformers: greedy unless asked, and then without a temperature."""
     arguments = {"temperature": 0.0, **arguments}
     for name, value in arguments.items():
-        if _number(value) and name in FIELDS and FIELDS[name].takes in FRACTIONS:
+        if is_number(value) and name in FIELDS and FIELDS[name].takes in FRACTIONS:
             arguments[name] = float(value)
     if arguments["temperature"] == 0.0 and arguments.get("do_sample") is None:
         arguments["do_sample"] = False
@@ -449,7 +418,7 @@ def check_early(arguments: dict[str, Any]) -> None:
     for name in arguments.keys() & ELSEWHERE.keys():
         _refuse_elsewhere(name, arguments[name])
     tokens = arguments.get("max_gen_toks", 1)
-    if not _whole(int(tokens) if isinstance(tokens, str) and tokens.isdecimal() else tokens, 1):
+    if not is_whole(int(tokens) if isinstance(tokens, str) and tokens.isdecimal() else tokens, 1):
         raise UserError(
             f"--gen_kwargs max_gen_toks={brief(tokens)} is not accepted: give a whole number of at least 1, such as "
             "max_gen_toks=64"
@@ -492,7 +461,8 @@ def _check_names(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
 
 def _check_typed(arguments: dict[str, Any]) -> None:
     """Raise on typed values that are none of their field, whether it takes effect or not."""
-    for stop in arguments.get("until") or ():
+    until = arguments.get("until") or ()
+    for stop in [until] if isinstance(until, str) or not isinstance(until, list | tuple) else until:
         if not isinstance(stop, str):
             raise UserError(
                 f"--gen_kwargs until={brief(arguments['until'])} is not accepted: {stop!r} is no text; give a text "
@@ -558,12 +528,6 @@ def _refuse(model: PreTrainedModel, name: str, arguments: dict[str, Any], why: s
         f"{name}={value}, which the model's generation_config.json sets, {why}; "
         f"{f'type --gen_kwargs {name}={off}, or ' if helps else ''}take it out there"
     ) from cause
-
-
-def brief(value: Any) -> str:
-    """A value in one line of a message."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _warned: set[tuple[str, str]] = set()

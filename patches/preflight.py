@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from lm_eval_sparse import paths
-from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.errors import UserError, nearest
 from lm_eval_sparse.files import brief
 from lm_eval_sparse.harness import MODEL
 from lm_eval_sparse.patches.evaluator import is_ours
@@ -23,12 +23,13 @@ from lm_eval_sparse.values import Takes, is_number, is_whole
 
 
 def apply(module: ModuleType) -> None:
-    """Wrap `simple_evaluate` of `lm_eval.evaluator`; for other model types only metadata of our tasks is checked."""
-    function = module.simple_evaluate
-    if not getattr(function, "_lm_eval_sparse_preflight", False):
-        wrapped = _with_preflight(function)
-        wrapped._lm_eval_sparse_preflight = True
-        module.simple_evaluate = wrapped
+    """Wrap functions of `lm_eval.evaluator`; for other model types only metadata of our tasks is checked."""
+    for name, wrap in (("simple_evaluate", _with_preflight), ("evaluate", _with_known_samples)):
+        function = getattr(module, name)
+        if not getattr(function, "_lm_eval_sparse_preflight", False):
+            wrapped = wrap(function)
+            wrapped._lm_eval_sparse_preflight = True
+            setattr(module, name, wrapped)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def _are_samples(value: Any) -> bool:
 
 _SEED = Takes("a whole number from 0 to 4294967295", lambda value: is_whole(value, 0) and value < 2**32, "1234")
 
+_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
+
 OPTIONS: dict[str, Option] = {
     "limit": Option(
         "--limit",
@@ -71,6 +74,15 @@ OPTIONS: dict[str, Option] = {
     "fewshot_random_seed": Option("--seed", _SEED),
     "system_instruction": Option("--system_instruction", Takes("a text", lambda value: isinstance(value, str))),
     "use_cache": Option("--use_cache", Takes("the name of a file", lambda value: isinstance(value, str))),
+    # lm-eval would find out when the run is over.
+    "verbosity": Option(
+        "--verbosity",
+        Takes(
+            f"one of {', '.join(_LEVELS)}",
+            lambda value: value in _LEVELS or (is_whole(value, 0)),
+            "INFO",
+        ),
+    ),
 }
 
 
@@ -88,13 +100,41 @@ def _with_preflight(simple_evaluate: Any) -> Any:
             check_metadata(options["metadata"])
         if options["model"] == MODEL or is_ours(options["model"]):
             _check(options)
+            return simple_evaluate(*given.args, **given.kwargs)
         return simple_evaluate(*args, **kwargs)
 
     return wrapper
 
 
+def _with_known_samples(evaluate: Any) -> Any:
+    signature = inspect.signature(evaluate)
+
+    @functools.wraps(evaluate)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if is_ours(given.get("lm")) and given.get("samples"):
+            _check_samples(given["samples"], given.get("task_dict") or {})
+        return evaluate(*args, **kwargs)
+
+    return wrapper
+
+
+def _check_samples(samples: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+    """lm-eval runs all documents of a task that is not named, and so of one whose name is misspelt."""
+    tasks = loaded.get("tasks", {})
+    for name, indexes in samples.items():
+        if tasks and name not in tasks:
+            raise UserError(
+                f"--samples names the task {name!r}, which does not run{nearest(name, tasks)}; these do: "
+                f"{', '.join(list(tasks)[:10])}"
+            )
+        number = len(tasks[name].eval_docs) if name in tasks else None
+        if number is not None and max(indexes) >= number:
+            raise UserError(f"--samples {name}: there is no document {max(indexes)}; give 0 to {number - 1}")
+
+
 def _check(options: dict[str, Any]) -> None:
-    """Raise `UserError` for what is known to be wrong by now."""
+    """Raise `UserError` for what is known to be wrong by now; expands `~` in what is typed, in place."""
     if not options["tasks"]:
         raise UserError("no task was given: type --tasks NAME; lm_eval ls tasks shows the names")
     for name, option in OPTIONS.items():
@@ -110,9 +150,15 @@ def _check(options: dict[str, Any]) -> None:
 
         typed = options["gen_kwargs"]
         sampling.check_early(simple_parse_args_string(typed) if isinstance(typed, str) else typed)
+    from lm_eval_sparse import response_cache
     from lm_eval_sparse.patches import hub_tracker
 
     tracker = options["evaluation_tracker"]
+    if getattr(tracker, "output_path", None):
+        # A shell leaves `~` in `--output_path=~/out`, and lm-eval would make a folder of that name.
+        tracker.output_path = str(paths.expand(f"--output_path {tracker.output_path}", tracker.output_path))
+    if options["use_cache"]:
+        options["use_cache"] = str(paths.expand(f"--use_cache {options['use_cache']}", options["use_cache"]))
     hub_tracker.preflight(
         tracker,
         log_samples=options["log_samples"],
@@ -123,7 +169,8 @@ def _check(options: dict[str, Any]) -> None:
     if options["use_cache"]:
         # lm-eval appends this for the first process, and the others' names are as long.
         cache = Path(f"{options['use_cache']}_rank0.db")
-        paths.check_writable(f"--use_cache {options['use_cache']}", cache.parent, [cache.name])
+        paths.check_writable(f"--use_cache {options['use_cache']}", cache.parent, response_cache.names(cache))
+        response_cache.check(options["use_cache"])
     full = _wants_full_stats(options["model"], options["model_args"])
     if full and tracker is not None and not getattr(tracker, "output_path", None):
         raise UserError("stats=full writes a file next to the results: add --output_path FOLDER")

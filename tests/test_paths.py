@@ -38,7 +38,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None
     monkeypatch.chdir(tmp_path)
 
     def run(output: str | None, **options: Any) -> None:
-        tracker = EvaluationTracker(output_path=output)
+        tracker = options.pop("tracker", None) or EvaluationTracker(output_path=output)
         evaluator.simple_evaluate(
             "sparse-hf", model_args="method=dense", tasks=["any"], evaluation_tracker=tracker, **options
         )
@@ -168,3 +168,18 @@ def test_response_cache(cache: str, words: str, start: Callable[..., None], tmp_
 def test_no_task(start: Callable[..., None]) -> None:
     with pytest.raises(UserError, match="no task was given: type --tasks"):
         evaluator.simple_evaluate("sparse-hf", tasks=[])
+
+
+def test_a_home_folder_that_the_shell_left_alone(
+    start: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    tracker = EvaluationTracker(output_path="~/out")
+    with pytest.raises(Built):
+        start(None, tracker=tracker)
+    assert tracker.output_path == str(tmp_path / "home" / "out")
+    for output in ("~nosuchuser/out", "o\0ut", "o" * 300):
+        with pytest.raises(UserError, match="^--output_path "):
+            start(output)
+    assert not list(tmp_path.glob("~*"))

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+import os
 import random
 import re
 import string
@@ -23,10 +25,14 @@ from functools import cached_property
 from itertools import accumulate, islice
 from typing import Any
 
+from .. import files, paths, sealed
+from ..errors import UserError
 from . import qa_data
 from .qa_data import DataSet, Item
 from .recipe import Recipe, Unavailable, first_answer, option_scores, rng, slot_scores
-from .store import cache_dir
+from .store import keep
+
+logger = logging.getLogger(__name__)
 
 #: Questions are used whose prompt has at most this many tokens with their own document alone (paper's reference
 #: implementation), and at most this share of the leaf's length.
@@ -34,6 +40,9 @@ LONGEST = 8108
 SHARE = 0.9
 #: Share of the leaf's length that the documents must be able to fill.
 FILLED = 0.95
+
+#: Raise this when `_Costs` keeps something else, so that files of older versions are not read.
+_COSTS_FORMAT = 2
 
 # Costs are sums of parts measured one by one; where parts meet, a token more or less may arise.
 _SEAMS = 16
@@ -111,8 +120,10 @@ class _Costs:
     def __init__(self, task: Qa, corpus: _Corpus, count: Callable[[str], int], identity: str):
         self._task, self._corpus, self._count = task, corpus, count
         self.bare = count(task.bare(None))
-        key = hashlib.sha256(json.dumps([corpus.data.sha256, identity, task.bare(None), self.bare]).encode())
-        self._path = cache_dir().parent / "qa" / f"costs-{task.name}-{key.hexdigest()[:24]}.json"
+        parts = [_COSTS_FORMAT, corpus.data.sha256, identity, task.bare(None), self.bare]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        self._place = f"costs {task.name} {key}"
+        self._path = paths.cache_root() / "qa" / f"costs-{task.name}-{key[:24]}.json"
         below = f"{_HEADING.format(number=2)}\nThe end."
         alone = count(below)
 
@@ -154,17 +165,30 @@ class _Costs:
         if self._saved < len(self._questions):
             self._saved = len(self._questions)
             content = {"contexts": self.contexts, "questions": list(self._questions.items())}
-            qa_data.write_whole(self._path, json.dumps(content).encode())
+            keep(self._path, sealed.seal(self._place, content))
 
     def _load(self) -> tuple[list[int], dict[int, int]]:
-        try:
-            known = json.loads(self._path.read_bytes())
-            contexts, questions = known["contexts"], dict(known["questions"])
-        except (OSError, ValueError, KeyError, TypeError):
+        """What is known from an earlier run. What is not as it was written is measured again."""
+        if not os.path.lexists(self._path):
             return [], {}
-        numbers = [*contexts, *questions, *questions.values()]
-        good = len(contexts) == len(self._corpus.contexts) and all(type(number) is int for number in numbers)
-        return (contexts, questions) if good else ([], {})
+        try:
+            known = sealed.unseal(self._place, files.read_bytes(self._path, follow=False))
+            contexts, pairs = known.get("contexts"), known.get("questions")
+            if not _whole_numbers(contexts) or len(contexts) != len(self._corpus.contexts):
+                raise sealed.Broken("it does not fit the data")
+            items = range(len(self._corpus.data.items))
+            if not isinstance(pairs, list) or not all(
+                _whole_numbers(pair) and len(pair) == 2 and pair[0] in items for pair in pairs
+            ):
+                raise sealed.Broken("it does not fit the data")
+        except (UserError, sealed.Broken) as error:
+            logger.warning("%s is not as it was written (%s); it is made again", self._path, error)
+            return [], {}
+        return contexts, dict(pairs)
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
 
 
 class _Leaf:
@@ -313,7 +337,7 @@ class Qa(Recipe):
         if self._data is None:
             raise Unavailable(f"no data was found for {self.name}")
         corpus = _corpora.get(self._data.sha256) or _corpora.setdefault(self._data.sha256, _Corpus(self._data))
-        key = f"{cache_dir()} {self.name} {identity}"
+        key = f"{paths.cache_root()} {self.name} {identity}"
         if key not in corpus.costs:
             corpus.costs[key] = _Costs(self, corpus, count, identity)
         leaf = _Leaf(self, corpus, corpus.costs[key], length, seed)

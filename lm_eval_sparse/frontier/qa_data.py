@@ -34,15 +34,15 @@ import logging
 import os
 import re
 import string
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import files, paths
 from ..errors import UserError
 from .recipe import Unavailable
-from .store import cache_dir
+from .store import keep
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def _from_copy_or_hub(kind: _Kind, hub: str | None) -> DataSet | str:
     if hub is None:
         return f'no data set on the Hub is known for it (name one with the metadata "{kind.name}_hub")'
     copy = _copies() / f"{kind.name}-{re.sub(r'[^A-Za-z0-9._-]+', '--', hub)}.jsonl"
-    if (items := _from_copy(copy)) is not None:
+    if (items := _from_copy(copy, kind, hub)) is not None:
         return _data_set(items, f"{hub} on the Hub")
     if _UNREACHABLE in _known:
         return f"{hub} cannot be loaded, the Hub is out of reach ({_known[_UNREACHABLE]})"
@@ -157,7 +157,7 @@ def _from_copy_or_hub(kind: _Kind, hub: str | None) -> DataSet | str:
         return f"{hub} on the Hub has no question with an answer"
     found = _data_set(items, f"{hub} on the Hub")
     body = _body(found.items)
-    write_whole(copy, json.dumps({"sha256": hashlib.sha256(body).hexdigest(), "hub": hub}).encode() + b"\n" + body)
+    keep(copy, json.dumps({"sha256": hashlib.sha256(body).hexdigest(), "hub": hub}).encode() + b"\n" + body)
     return found
 
 
@@ -207,38 +207,41 @@ def _checked(kind: _Kind, row: Any, number: int) -> Iterator[Item]:
 
 
 def _copies() -> Path:
-    return cache_dir().parent / "qa"
+    return paths.cache_root() / "qa"
 
 
-def _from_copy(copy: Path) -> list[Item] | None:
+def _from_copy(copy: Path, kind: _Kind, hub: str) -> list[Item] | None:
     """The items of a copy, None if there is none or it is not as it was written."""
+    if not os.path.lexists(copy):
+        return None
     try:
-        head, _, body = copy.read_bytes().partition(b"\n")
-        if json.loads(head)["sha256"] != hashlib.sha256(body).hexdigest():
-            return None
-        groups = [json.loads(line) for line in body.splitlines()]
-        return [
-            Item(group["context"], question, tuple(options), tuple(answers))
-            for group in groups
-            for question, options, answers in group["questions"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
+        head, _, body = files.read_bytes(copy, follow=False).partition(b"\n")
+        known = files.parse_json(head, "its first line")
+        if known.get("sha256") != hashlib.sha256(body).hexdigest():
+            raise UserError("it does not fit its checksum")
+        if known.get("hub") != hub:
+            raise UserError("it is that of another data set")
+        return [item for line in body.splitlines() for item in _kept(files.parse_json(line, "a line"), kind)]
+    except UserError as error:
+        logger.warning("the copy %s is not as it was written (%s); it is made again", copy, error)
         return None
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that others see whole or not at all. A cache that cannot be used is a warning, not an error."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # several machines may share the folder
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(content)
-            os.replace(part, path)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("cannot keep %s (%s); it is made again in every run", path, error.strerror or error)
+def _kept(group: dict[str, Any], kind: _Kind) -> Iterator[Item]:
+    """The items of one line of a copy. Raises `UserError`."""
+    context, questions = group.get("context"), group.get("questions")
+    if not isinstance(context, str) or not isinstance(questions, list):
+        raise UserError("a line has no context or no questions")
+    for asked in questions:
+        if not isinstance(asked, list) or [type(part) for part in asked] != [str, list, list]:
+            raise UserError("a question has other parts")
+        question, options, answers = asked
+        letters = string.ascii_uppercase[: len(options)]
+        if not answers or not all(isinstance(text, str) for text in (*options, *answers)):
+            raise UserError("an option or an answer is no text")
+        if bool(options) != kind.choice or (options and not all(len(a) == 1 and a in letters for a in answers)):
+            raise UserError("the answers do not belong to the options")
+        yield Item(context, question, tuple(options), tuple(answers))
 
 
 # ---------------------------------------------------------------------------------------------------------- data sets
@@ -439,7 +442,8 @@ def _whole_json(row: Callable[[Any], Iterator[Item]]) -> Callable[[Path], Iterat
 
 @dataclass(frozen=True)
 class _Kind:
-    """One data set: its files and their readers, best first; its id, split and rows on the Hub."""
+    """One data set: its files and their readers, best first; its id, split and rows on the Hub; whether its questions
+    have options."""
 
     name: str
     title: str
@@ -447,6 +451,7 @@ class _Kind:
     row: Callable[[Any], Iterator[Item]]
     hub: str | None
     split: str | None
+    choice: bool = True
 
 
 _KINDS = {
@@ -459,6 +464,7 @@ _KINDS = {
             row=_squad_row,
             hub="rajpurkar/squad_v2",
             split="validation",
+            choice=False,
         ),
         _Kind(
             name="quality",
