@@ -69,8 +69,8 @@ def _candidates(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
     given = [typed.expand(f"RESULTS {typed.cut(str(path))!r}", path) for path in paths]
     for path in given:
         if typed.is_dir(path):
-            for below in _below(path):
-                found.setdefault(_identity(below), (below, False))
+            for file in below(path):
+                found.setdefault(_identity(file), (file, False))
         elif typed.exists(path):
             found[_identity(path)] = path, True
         else:
@@ -84,7 +84,7 @@ def _candidates(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
     return list(found.values())
 
 
-def _below(folder: Path) -> list[Path]:
+def below(folder: Path) -> list[Path]:
     """Files called `results_*.json` below a folder, sorted by path."""
 
     def unreadable(error: OSError) -> None:
