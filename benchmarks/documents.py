@@ -29,12 +29,14 @@ import lm_eval_sparse
 from lm_eval_sparse import patches
 from lm_eval_sparse.frontier.leaves import BUILT_IN, LENGTHS
 from lm_eval_sparse.frontier.show import Reader
+from lm_eval_sparse.patches.register_tasks import task_folders
 
 
 def leaf(name: str, metadata: dict[str, Any]) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=False, metadata=metadata).load([name])["tasks"][name]
+    tasks = TaskManager(include_path=task_folders(), include_defaults=False, metadata=metadata)
+    return tasks.load([name])["tasks"][name]
 
 
 def timed(name: str, reader: Reader, documents: int, metadata: dict[str, Any]) -> tuple[Any, float]:

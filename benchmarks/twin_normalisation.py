@@ -48,9 +48,10 @@ def measure(lm: Any, leaf: str, limit: int, metadata: dict[str, Any], chat: bool
     from lm_eval.api.instance import Instance
     from lm_eval.tasks import TaskManager
 
+    from lm_eval_sparse.patches.register_tasks import task_folders
     from lm_eval_sparse.protocol import SharedPrompt
 
-    manager = TaskManager(include_defaults=False, metadata=metadata)
+    manager = TaskManager(include_path=task_folders(), include_defaults=False, metadata=metadata)
     task = manager.load([leaf])["tasks"][leaf]
     template = {"apply_chat_template": True, "chat_template": lm.apply_chat_template} if chat else {}
     task.build_all_requests(limit=limit, rank=0, world_size=1, **template)

@@ -5,14 +5,16 @@ What is read may be torn, huge, nested without end, or no file: each is refused 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import operator
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import UserError
 
@@ -22,36 +24,41 @@ MOST_BYTES = 1 << 30
 DEEPEST = 100
 
 
-def read_bytes(path: Path, *, most: int = MOST_BYTES, follow: bool = True) -> bytes:
-    """The content of a regular file. Nothing else is opened for reading: a pipe or a device may never end.
+@contextlib.contextmanager
+def opened(path: Path, *, follow: bool = True) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, open for reading, and its size. Nothing else is opened: a pipe or a device may never end.
 
     Args:
         follow: whether `path` itself may be a link. Files of our caches never are; their folders may be.
 
     Raises:
-        UserError: `path` cannot be read, is no regular file, or has more than `most` bytes.
+        UserError: `path` cannot be read, is no regular file, or an `OSError` came while it was read.
     """
     try:
         if not follow and os.path.islink(path):
             raise UserError(f"{path} is a link; give a file")
         # Not blocking: opening a pipe without a writer would wait for one.
         file = os.open(path, os.O_RDONLY | flags("O_NONBLOCK", "O_CLOEXEC") | (0 if follow else flags("O_NOFOLLOW")))
+        if stat.S_ISDIR(os.fstat(file).st_mode):  # which `fdopen` refuses without closing it
+            os.close(file)
+            raise UserError(f"{path} is a folder; give a file")
         with os.fdopen(file, "rb") as stream:
-            status = os.fstat(stream.fileno())
+            status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
-                what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-                raise UserError(f"{path} is {what}; give a file")
-            if status.st_size > most:
-                raise UserError(
-                    f"{path} has {status.st_size:,} bytes, and at most {most:,} are read; give another file"
-                )
-            return stream.read()
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give a file") from None
+                raise UserError(f"{path} is no regular file; give a file")
+            yield stream, status.st_size
     except UserError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise UserError(f"{path} cannot be read ({why(error)})") from None
+
+
+def read_bytes(path: Path, *, most: int = MOST_BYTES, follow: bool = True) -> bytes:
+    """The content of a regular file. Raises `UserError` as `opened` does, and for more than `most` bytes."""
+    with opened(path, follow=follow) as (stream, size):
+        if size > most:
+            raise UserError(f"{path} has {size:,} bytes, and at most {most:,} are read; give another file")
+        return stream.read(most)
 
 
 def flags(*names: str) -> int:

@@ -185,12 +185,11 @@ _PIECE, _OVERLAP = 1 << 20, 1 << 12
 def check_no_secrets(files: Mapping[str, Path | bytes], secrets: Iterable[str]) -> None:
     """Raise `UserError` when a secret is left in one of `files`: what is public once is known for ever.
 
-    What only has the shape of a secret counts in results (`.json`): in samples it is the data's own, and in a card it
-    may be what people have written there.
+    What only has the shape of a secret does not count in a card: it may be what people have written there.
     """
     spellings = {spelling for secret in secrets for spelling in (secret, *_in_json(secret))}
     for name, content in files.items():
-        if _holds(content, spellings, shapes=name.endswith(".json")):
+        if _holds(content, spellings, shapes=not name.endswith(".md")):
             place = content if isinstance(content, Path) else name
             raise UserError(f"{place} holds a secret, a token or a password, so nothing is pushed; take it out there")
 
@@ -236,10 +235,10 @@ _sleep = time.sleep
 
 
 def reason(error: BaseException) -> str:
-    """An exception of huggingface_hub on one line: status and the server's own words, where there are any."""
+    """An exception of huggingface_hub on one line, without secrets: status and the server's own words, if any."""
     status, words = _status(error), getattr(error, "server_message", None)
     text = f"{status} {words}" if status and words else str(error) or type(error).__name__
-    return " ".join(text.split())
+    return masking.mask(" ".join(text.split()), masking.values_in())
 
 
 def _status(error: BaseException) -> int | None:

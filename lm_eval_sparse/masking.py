@@ -24,16 +24,23 @@ INNOCENT = re.compile(
     r"(?:.*_)?(?:bos|eos|pad|unk|sep|cls|mask|prefix|image|audio|video|stop|end|start|begin|first|last|next|new|eot|eom|sos)_token"
 )
 
-#: What gives a secret away wherever it stands: the prefix of a token of the Hub and others, a password in a URL.
-SHAPES = (
+#: What gives a secret away wherever it stands: the prefix of a token of the Hub and others, a password in a URL. Before
+#: each shape stand texts of which one is in it: looking for those first takes a fortieth of the time.
+SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     # Letters and digits of a random token: some capital or digit soon, or too long for a word.
-    re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_(?:(?=[A-Za-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[A-Za-z0-9]{16,})"),
-    re.compile(r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}"),
-    re.compile(r"(?<![A-Za-z0-9])(?:gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{16,}"),
-    re.compile(r"(?<![A-Za-z0-9])AKIA[A-Z0-9]{16}(?![A-Za-z0-9])"),
-    re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}"),
-    re.compile(r"(?<=[?&]token=)[^&\s]{4,}"),
-    re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"),
+    (
+        ("hf_", "api_org_"),
+        re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_(?:(?=[A-Za-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[A-Za-z0-9]{16,})"),
+    ),
+    (("sk-",), re.compile(r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}")),
+    (
+        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-"),
+        re.compile(r"(?<![A-Za-z0-9])(?:gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{16,}"),
+    ),
+    (("AKIA",), re.compile(r"(?<![A-Za-z0-9])AKIA[A-Z0-9]{16}(?![A-Za-z0-9])")),
+    (("earer ",), re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}")),
+    (("token=",), re.compile(r"(?<=[?&]token=)[^&\s]{4,}")),
+    (("://",), re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")),
 )
 
 #: Variables of the environment that hold secrets.
@@ -65,8 +72,9 @@ def shown(name: object, value: Any) -> Any:
 def mask(text: str, values: Iterable[str] = ()) -> str:
     """`text` without any of `values` and without what has the shape of a secret."""
     text = _without(text, sorted(values, key=len, reverse=True))  # one may be a part of another
-    for shape in SHAPES:
-        text = shape.sub(MASK, text)
+    for hints, shape in SHAPES:
+        if any(hint in text for hint in hints):
+            text = shape.sub(MASK, text)
     return text
 
 
@@ -119,7 +127,9 @@ def values_in(*places: Any) -> frozenset[str]:
 
 def left_in(text: str, values: Iterable[str] = ()) -> bool:
     """Whether a secret stands in `text`."""
-    return any(value in text for value in values) or any(shape.search(text) for shape in SHAPES)
+    return any(value in text for value in values) or any(
+        shape.search(text) for hints, shape in SHAPES if any(hint in text for hint in hints)
+    )
 
 
 def _holds(value: Any) -> bool:

@@ -146,6 +146,7 @@ def _check_lengths(option: str, existing: Path, folder: Path, names: Sequence[st
                 raise UserError(f"{cut(option)}: {cut(part)} has {size} bytes, {most} are allowed; give a shorter one")
 
 
-def cut(text: str, longest: int = 80) -> str:
-    """`text`, cut where it is too long for a message."""
-    return text if len(text) <= longest else f"{text[:longest]}…"
+def cut(text: str, longest: int = 120) -> str:
+    """`text`, its middle left out where it is too long for a message: the end of a path says most."""
+    half = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"

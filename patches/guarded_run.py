@@ -71,7 +71,7 @@ def _typed(frame: FrameType | None) -> bool:
 
 def without_secrets(results: Any, secrets: frozenset[str]) -> Any:
     """Results as they may be saved, printed and pushed. In samples only the secrets that were given are looked for:
-    what looks like one there is the data's own."""
+    what looks like one there is masked when they are saved."""
     if not isinstance(results, dict):
         return results
     samples = results.get("samples")

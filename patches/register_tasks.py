@@ -24,7 +24,10 @@ def task_folders() -> list[str]:
 
 
 def apply(module: ModuleType) -> None:
-    """Wrap `module.TaskManager.__init__` so that our folder comes before the user's own `include_path`."""
+    """Wrap `module.TaskManager.__init__` so that our folder comes after lm-eval's own and before `include_path`.
+
+    A manager that was asked for no default tasks gets none of ours.
+    """
     manager = module.TaskManager
     if hasattr(module, "discover_plugin_task_paths") or getattr(manager, "_lm_eval_sparse", False):
         return
@@ -37,6 +40,9 @@ def apply(module: ModuleType) -> None:
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
         call = signature.bind(self, *args, **kwargs)
+        if not call.arguments.get("include_defaults", True):
+            original(*call.args, **call.kwargs)
+            return
         given = call.arguments.get("include_path")
         if not given:
             theirs = []

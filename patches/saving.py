@@ -20,6 +20,8 @@ from typing import Any
 from lm_eval_sparse import masking, sample_files
 from lm_eval_sparse.files import why
 
+logger = logging.getLogger(__name__)
+
 
 class NotSaved(Exception):
     """A file could not be put where it belongs. The message says why."""
@@ -82,7 +84,7 @@ def _staged(tracker: Any, write: Callable[[], tuple[str, str]], lines: int | Non
             tracker.output_path = output
         try:
             _check_whole(stage / made, lines)
-            _mask(stage / made, getattr(tracker, "_lm_eval_sparse_secrets", frozenset()), shapes=lines is None)
+            _mask(stage / made, name, getattr(tracker, "_lm_eval_sparse_secrets", frozenset()))
             with (stage / made).open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(stage / made, folder / name)
@@ -118,22 +120,16 @@ def _check_whole(file: Path, lines: int | None) -> None:
         raise ValueError(f"{found} of {lines} samples were written")
 
 
-def _mask(file: Path, secrets: frozenset[str], shapes: bool) -> None:
-    """The last look: mask what is still there. In samples what only looks like a secret is the data's own."""
-    if not (shapes or secrets):
-        return
-    if shapes:
-        text = file.read_text(encoding="utf-8")
-        if masking.left_in(text, secrets):
-            file.write_text(masking.mask(text, secrets), encoding="utf-8")
-        return
+def _mask(file: Path, name: str, secrets: frozenset[str]) -> None:
+    """The last look: mask what is still there, line by line, since files of samples are large."""
     with file.open(encoding="utf-8") as stream:
-        if not any(secret in line for line in stream for secret in secrets):
+        if not any(masking.left_in(line, secrets) for line in stream):
             return
     part = file.with_name("masked")
     with file.open(encoding="utf-8") as stream, part.open("w", encoding="utf-8") as target:
-        target.writelines(masking.masked(line, secrets, shapes=False) for line in stream)
+        target.writelines(masking.mask(line, secrets) for line in stream)
     os.replace(part, file)
+    logger.warning("what is a secret, or looks like one, was masked in %s", name)
 
 
 def _reason(stage: Path, error: Exception) -> str:

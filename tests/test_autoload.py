@@ -301,7 +301,28 @@ def test_user_paths_come_after_ours(given: object, theirs: list) -> None:
         assert manager.paths == [*ours, *theirs]
         assert manager.include_path == given
         assert manager.rest == (None, True, None)
-    assert module.TaskManager("INFO", include_defaults=False, metadata={"a": 1}).rest == ("INFO", False, {"a": 1})
+    assert module.TaskManager("INFO", given, True, {"a": 1}).rest == ("INFO", True, {"a": 1})
+
+
+@pytest.mark.parametrize("given", [None, "mine", Path("mine"), ["a", "b"], ("a",), []])
+def test_without_default_tasks_there_are_none_of_ours(given: object) -> None:
+    original, wrapped = released_manager(), released_manager()
+    register_tasks.apply(wrapped)
+    for args, kwargs in [((), {"include_path": given, "include_defaults": False}), (("INFO", given, False), {})]:
+        expected = vars(original.TaskManager(*args, **kwargs))
+        assert vars(wrapped.TaskManager(*args, **kwargs)) == expected
+
+
+def test_the_real_task_manager_without_default_tasks_lists_what_is_included(tmp_path: Path) -> None:
+    """The shape of a test of lm-eval's own, which must not see that we are installed."""
+    from lm_eval.tasks import TaskManager
+
+    patches.install()
+    write(tmp_path / "mine", {"one.yaml": "task: one_of_mine\ndataset_path: json\n"})
+    for given in (str(tmp_path / "mine"), tmp_path / "mine", [tmp_path / "mine"]):
+        assert TaskManager(include_path=given, include_defaults=False).all_tasks == ["one_of_mine"]
+        assert TaskManager(None, given, False).all_tasks == ["one_of_mine"]
+    assert TaskManager(include_defaults=False).all_tasks == []
 
 
 def test_nothing_is_done_where_lm_eval_discovers_plugin_tasks() -> None:
@@ -364,8 +385,9 @@ def test_user_errors_patch_is_idempotent(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_real_task_manager_lets_the_user_win(tmp_path: Path) -> None:
     write(tmp_path / "mine", {"niah.yaml": "task: frontier_niah_4k\ndataset_path: json\n"})
     code = f"""{start_up(tmp_path / "site")}
-from lm_eval.tasks import TaskManager
-manager = TaskManager(include_defaults=False, include_path={str(tmp_path / "mine")!r})
+import lm_eval.tasks.manager as module
+module.__file__ = {str(tmp_path / "none" / "manager.py")!r}  # lm-eval's own thousands take five seconds to list
+manager = module.TaskManager(include_path={str(tmp_path / "mine")!r})
 print(manager.task_index["frontier_niah_4k"].yaml_path)
 """
     done = python(code, ROOT, lent_packages())

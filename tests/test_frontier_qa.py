@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from frontier_common import KINDS, StandIn, build, leaf, tokenizer
@@ -289,9 +291,111 @@ def test_malformed_official_files(tmp_path):
     assert "no question" in error("toefl", "toeflqa.jsonl", b"\n\n")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "not JSON that can be read"),
+        (b'{"a":' * 300 + b"1" + b"}" * 300, "nested more than"),
+        (b'{"data": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
+        (b'{"data": NaN}', "'data' is NaN; it must be a list of articles"),
+        (b'{"data": Infinity}', "'data' is Infinity"),
+        (b"\0", "not JSON"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf{}", "not JSON"),
+        (b"", "not JSON"),
+        (b"[]", "a JSON object is expected"),
+    ],
+)
+@pytest.mark.parametrize(("name", "file"), [("squad", "dev-v2.0.json"), ("squad", "squad.jsonl")])
+def test_json_that_would_break_a_reader(tmp_path, name, file, content, said):
+    (tmp_path / file).write_bytes(content)
+    if file.endswith("l") and (b"data" in content or not content):  # a row has other fields
+        said = "'answers' is missing" if b"NaN" in content or b"Inf" in content else said
+        said = said if content else "has no question"
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        qa_data.load(name, {"qa_folder": str(tmp_path)})
+    assert file in str(error.value) and "\n" not in str(error.value)
+
+
+def _squad_with(**fields: Any) -> dict[str, Any]:
+    return {"context": "c", "question": "q", "answers": {"text": ["x"]}, **fields}
+
+
+def _toefl_with(context: str, question: str) -> dict[str, Any]:
+    return {"context": context, "questions": [f"Question: {question} Options: A.x B.y"], "answer": ["A"]}
+
+
+def _quality_with(**fields: Any) -> dict[str, Any]:
+    return {"article": "c", "question": "q", "options": ["x", "y"], "answer": 0, **fields}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("squad", _squad_with(context="a\ud800b"), "'context' holds \\ud800, half a character"),
+        ("squad", _squad_with(question="a\udfff"), "'question' holds \\udfff, half a character"),
+        ("squad", _squad_with(answers={"text": ["x", "\ud800"]}), "'text' holds \\ud800, half a character"),
+        ("squad", _squad_with(question="q" * 60_000), "'question' has 60,000 characters"),
+        ("squad", _squad_with(context="q" * 6_000_000), "'context' has 6,000,000 characters"),
+        ("squad", _squad_with(answers={"text": [5]}), "'text' is [5]"),
+        ("squad", _squad_with(answers=None), "'answers' is null"),
+        ("quality", _quality_with(article="\udc80"), "'article' holds \\udc80, half a character"),
+        ("quality", _quality_with(options=["x", "\ud800"]), "'options' holds \\ud800"),
+        ("quality", _quality_with(options=["x"] * 1_000_000), "more than the 26 that"),
+        ("quality", _quality_with(answer=float("nan")), "'answer' is NaN"),
+        ("quality", _quality_with(answer=1.0), "'answer' is 1.0"),
+        ("quality", _quality_with(answer=10**1000), "from 0 to 1"),
+        ("toefl", _toefl_with("\ud800", "q"), "'context' holds"),
+        ("toefl", _toefl_with("c", "\ud800"), "'questions'"),
+    ],
+)  # fmt: skip
+def test_a_text_that_no_prompt_can_hold(tmp_path, name, row, said):
+    given = write(tmp_path, name, [json.dumps(row)])
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        qa_data.load(name, given)
+    assert f"{FILE[name]}, line 1: " in str(error.value) and len(str(error.value)) < 2000
+    kind = qa_data._KINDS[name]  # a row on the Hub is one like it
+    with pytest.raises(ValueError, match="^row 7: ") as caught:
+        list(qa_data._checked(kind, row, 7))
+    assert said in str(caught.value)
+
+
+def test_blanks_without_end_cost_no_time(tmp_path):
+    line = {"context": "a" + "\n" * 300_000 + "b", "questions": ["Question: q Options: A.x B.y"], "answer": ["A"]}
+    begun = time.process_time()
+    qa_data.load("toefl", write(tmp_path, "toefl", [json.dumps(line)]))
+    assert time.process_time() - begun < 5
+
+
+LINKS = [lambda path, to=to: path.symlink_to(to) for to in ("/dev/zero", "nowhere", "squad.jsonl")]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, *LINKS])
+def test_what_has_the_name_of_a_file_and_is_none(tmp_path, make):
+    write(tmp_path, "quality", rows("quality"))
+    make(tmp_path / "squad.jsonl")
+    with pytest.raises(UserError, match=r"squad\.jsonl (is no regular file|is a folder|cannot be read)"):
+        qa_data.load("squad", {"qa_folder": str(tmp_path)})
+    assert qa_data.load("quality", {"qa_folder": str(tmp_path)}).items
+
+
+def test_a_byte_order_mark_and_other_line_ends(tmp_path):
+    plain = qa_data.load("squad", write(tmp_path / "a", "squad", rows("squad")))
+    given = write(tmp_path / "b", "squad", rows("squad"))
+    file = tmp_path / "b" / "squad.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert qa_data.load("squad", given).sha256 == plain.sha256
+
+
 def test_a_wrong_folder_is_the_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
     for given_folder, said in [
-        (str(tmp_path / "nowhere"), "no such folder"),
+        (str(tmp_path / "nowhere"), "does not exist"),
+        (str(tmp_path / "file"), "is a file, not a folder"),
+        ("~nosuchuser/x", "there is no home folder for ~nosuchuser"),
+        ("x" * 300, "255 are allowed"),
+        ("x/" * 5000, "4096 are allowed"),
+        ("a\0b", "cannot hold a null character"),
+        ({"a": 1}, "qa_folder={'a': 1} given"),
         (str(tmp_path), "has none of dev-v2.0.json, squad.jsonl, QuALITY"),
         (7, "qa_folder=7 given"),
         ("", "qa_folder='' given"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import random
@@ -20,6 +21,9 @@ from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.patches import hub_tracker
 
 hub_tracker.apply(evaluation_tracker)
+
+#: How the names of files with samples begin; a few letters of its hash keep `a/b` apart from `a_b`.
+NAMES = {"tiny": "samples_tiny", "a/b": f"samples_a_b_{hashlib.sha256(b'a/b').hexdigest()[:8]}", "long": "samples_long"}
 
 TASKS = {"tiny": [sample(0), sample(1)], "a/b": [sample(0)], "long": [sample(2)]}
 
@@ -80,7 +84,7 @@ def test_permissions_are_those_of_any_new_file(save: Callable[..., Any], tmp_pat
 
 def test_a_task_whose_name_no_file_can_have(save: Callable[..., Any], tmp_path: Path) -> None:
     save()
-    assert files(tmp_path / "out") == ["results", "samples_a_b", "samples_long", "samples_tiny"]
+    assert files(tmp_path / "out") == sorted(["results", *NAMES.values()])
 
 
 def torn(monkeypatch: pytest.MonkeyPatch, below: Path, share: float) -> None:
@@ -106,7 +110,7 @@ def test_results_that_cannot_be_saved_are_elsewhere(
     assert files(tmp_path / "out") == []
     (folder,) = (tmp_path / "elsewhere").iterdir()
     assert str(folder) in str(failure.value) and "out" in str(failure.value)
-    assert files(folder) == ["results", "samples_a_b", "samples_long", "samples_tiny"]
+    assert files(folder) == sorted(["results", *NAMES.values()])
     (results,) = folder.glob("results_*.json")
     assert json.loads(results.read_text())["results"] == RESULTS["results"]
     assert "|tiny |" in capsys.readouterr().out
@@ -119,7 +123,7 @@ def test_samples_that_cannot_be_saved_are_elsewhere(
     replace = os.replace
 
     def refuse(source: Any, target: Any) -> None:
-        if Path(target).name.startswith(f"samples_{broken.replace('/', '_')}") and "elsewhere" not in str(target):
+        if Path(target).name.startswith(NAMES[broken]) and "elsewhere" not in str(target):
             raise OSError(30, "Read-only file system")
         replace(source, target)
 
@@ -127,12 +131,12 @@ def test_samples_that_cannot_be_saved_are_elsewhere(
     with pytest.raises(UserError, match="the results are in .*, but the samples .* it is in .* instead"):
         save()
     (folder,) = (tmp_path / "elsewhere").iterdir()
-    names = [f"samples_{task.replace('/', '_')}" for task in TASKS]
+    names = [NAMES[task] for task in TASKS]
     place = list(TASKS).index(broken)
     assert files(tmp_path / "out") == sorted(["results", *names[:place]])
     assert files(folder) == sorted(names[place:])
     for task, rows in list(TASKS.items())[place:]:
-        (file,) = folder.glob(f"samples_{task.replace('/', '_')}_*")
+        (file,) = folder.glob(f"{NAMES[task]}_*")
         assert [json.loads(line)["doc_id"] for line in file.read_text().splitlines()] == [r["doc_id"] for r in rows]
 
 
@@ -156,3 +160,14 @@ def test_a_stopped_save_leaves_nothing_torn(
     with pytest.raises(KeyboardInterrupt):
         save()
     assert not list((tmp_path / "out").rglob("*.*"))
+
+
+def test_what_looks_like_a_secret_is_masked(
+    save: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = "hf_" + "".join(random.choices("abcdefXYZ0123", k=30))
+    rows = [sample(0), {**sample(1), "arguments": ((f"the token is {token}.", " yes"),)}]
+    save(tasks={"tiny": rows})
+    text = "".join(path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert token not in text and "the token is ***." in text
+    assert [record for record in caplog.records if "samples_tiny" in record.getMessage()]

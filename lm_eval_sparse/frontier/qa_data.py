@@ -41,10 +41,14 @@ from typing import Any
 
 from .. import files, paths
 from ..errors import UserError
+from ..files import parse_json, read_bytes, why
 from .recipe import Unavailable
 from .store import keep
 
 logger = logging.getLogger(__name__)
+
+#: Characters that a context, and any other text, may have: a hundred times those of the real data.
+_LONGEST, _LONGEST_LINE = 5_000_000, 50_000
 
 
 @dataclass(frozen=True, order=True)
@@ -84,7 +88,10 @@ def load(name: str, given: Mapping[str, Any]) -> DataSet:
     kind = _KINDS[name]
     file = _file_of(kind, _text(given, "qa_folder"))
     if file is not None:
-        status = file.stat()
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({why(error)})") from None
         key = (name, str(file), status.st_mtime_ns, status.st_size)
         if key not in _known:
             _known[key] = _data_set(_read(file, kind), f"{file.name} in {file.parent.name or file.parent}")
@@ -108,7 +115,7 @@ def _text(given: Mapping[str, Any], key: str) -> str | None:
     value = given.get(key)
     if value is not None and (not isinstance(value, str) or not value.strip()):
         wanted = "a folder" if key == "qa_folder" else "the id of a data set on the Hub, such as owner/name"
-        raise UserError(f"{key}={value!r} given, but {key} must be {wanted}")
+        raise UserError(f"{key}={value!r:.60} given, but {key} must be {wanted}")
     return value
 
 
@@ -118,20 +125,16 @@ def _text(given: Mapping[str, Any], key: str) -> str | None:
 def _file_of(kind: _Kind, named: str | None) -> Path | None:
     if named is None:
         return None
-    folder = Path(named).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"qa_folder={named!r} given, but there is no such folder")
+    folder = paths.folder(f"qa_folder={named!r:.80}", named)
     known = [file for other in _KINDS.values() for file in other.files]
-    if not any((folder / file).is_file() for file in known):
-        raise UserError(f"qa_folder={named!r} given, but the folder has none of {', '.join(known)}")
-    return next((folder / file for file in kind.files if (folder / file).is_file()), None)
+    # What has the name and is no file is not passed over: reading it says what it is.
+    if not any(os.path.lexists(folder / file) for file in known):
+        raise UserError(f"qa_folder={named!r:.300} given, but the folder has none of {', '.join(known)}")
+    return next((folder / file for file in kind.files if os.path.lexists(folder / file)), None)
 
 
 def _read(file: Path, kind: _Kind) -> list[Item]:
-    try:
-        items = list(kind.files[file.name](file))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    items = list(kind.files[file.name](file))
     if not items:
         raise UserError(f"{file} has no question with an answer")
     return items
@@ -282,6 +285,18 @@ def _string(row: Any, key: str) -> str:
     value = _field(row, key, str, "a text").replace("\r\n", "\n").strip()
     if not value:
         raise _Malformed(f"{key!r} is empty; it must be a text")
+    return _whole_text(value, key, _LONGEST)
+
+
+def _whole_text(value: str, key: str, longest: int = _LONGEST_LINE) -> str:
+    """`value`, unless it cannot be written as UTF-8 or is too long for any prompt."""
+    if len(value) > longest:
+        raise _Malformed(f"{key!r} has {len(value):,} characters; it must have at most {longest:,}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start].encode("unicode_escape").decode()
+        raise _Malformed(f"{key!r} holds {half}, half a character; it must be a text") from None
     return value
 
 
@@ -290,7 +305,7 @@ def _texts(row: Any, key: str, least: int) -> list[str]:
     values = _field(row, key, list, wanted)
     if len(values) < least or not all(isinstance(value, str) and value.strip() for value in values):
         raise _Malformed(f"{key!r} is {_short(values)}; it must be {wanted}")
-    return [" ".join(value.split()) for value in values]
+    return [_whole_text(" ".join(value.split()), key) for value in values]
 
 
 def _short(value: Any) -> str:
@@ -298,14 +313,14 @@ def _short(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def _line_of(text: str) -> str:
-    return " ".join(text.split())
+def _line(row: Any, key: str) -> str:
+    return _whole_text(" ".join(_string(row, key).split()), key)
 
 
 def _squad_row(row: Any) -> Iterator[Item]:
     answers = _texts(_field(row, "answers", dict, 'an object with a list "text"'), "text", 0)
     if answers:  # what else an unanswerable question has or lacks does not matter
-        context, question = _string(row, "context"), _line_of(_string(row, "question"))
+        context, question = _string(row, "context"), _line(row, "question")
         yield Item(context, question, (), tuple(dict.fromkeys(answers)))
 
 
@@ -330,8 +345,9 @@ def _within(where: str, read: Callable[..., Any], *args: Any) -> Any:
 
 
 def _quality_row(row: Any, answer: str = "answer", first: int = 0) -> Iterator[Item]:
-    context, question = _string(row, "article"), _line_of(_string(row, "question"))
+    context, question = _string(row, "article"), _line(row, "question")
     options = _texts(row, "options", 2)
+    _letter(len(options) - 1)
     wanted = f"the right option as a number from {first} to {len(options) - 1 + first}"
     right = _field(row, answer, int, wanted) - first
     if not 0 <= right < len(options):
@@ -390,36 +406,23 @@ def _split_options(text: str) -> list[str]:
 def _tidy(text: str) -> str:
     """Tokenised speech (" hi ,  um  .") as one writes it: single blanks, and none before punctuation."""
     text = re.sub(r"[^\S\n]+", " ", text)
-    text = re.sub(r"\s+([,.?!;:])(?=\s|$)", r"\1", text)
+    text = re.sub(r"(?<!\s)\s+([,.?!;:])(?=\s|$)", r"\1", text)  # at the start of a run only: it may be long
     return "\n".join(line.strip() for line in text.split("\n")).strip()
 
 
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def _json(content: bytes, where: str) -> Any:
-    """The JSON value in `content`, which is found at `where`. Raises `UserError`."""
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start + 1} is not UTF-8 text"
-    except json.JSONDecodeError as error:
-        reason = f"not JSON ({error.msg} in line {error.lineno}, column {error.colno} of it)"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested by thousands
-        reason = f"not JSON that can be read ({error})"
-    raise UserError(f"{where}: {reason}; a JSON object is expected")
-
-
 def _lines(row: Callable[[Any], Iterator[Item]]) -> Callable[[Path], Iterator[Item]]:
     """A reader of files with one row per line."""
 
     def read(file: Path) -> Iterator[Item]:
-        for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        for number, line in enumerate(read_bytes(file).split(b"\n"), 1):
             if not line.strip():
                 continue
             where = f"{file}, line {number}"
             try:
-                items = list(row(_json(line, where)))
+                items = list(row(parse_json(line, where)))
             except _Malformed as error:
                 raise UserError(f"{where}: {error}") from None
             yield from items
@@ -431,9 +434,8 @@ def _whole_json(row: Callable[[Any], Iterator[Item]]) -> Callable[[Path], Iterat
     """A reader of files that are one JSON object."""
 
     def read(file: Path) -> Iterator[Item]:
-        content = file.read_bytes()
         try:
-            yield from row(_json(content, str(file)))
+            yield from row(parse_json(read_bytes(file), str(file)))
         except _Malformed as error:
             raise UserError(f"{file}: {error}") from None
 
