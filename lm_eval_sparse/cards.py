@@ -89,7 +89,7 @@ def _template() -> Any:
         "cell": _cell,
         "figure": _number,
         "code": markdown.code,
-        "literal": markdown.literal,
+        "quoted": markdown.quoted,
         "address": markdown.address,
     }
     return environment.from_string(text)

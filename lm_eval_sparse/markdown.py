@@ -49,10 +49,10 @@ def code(value: Any) -> Written:
     return Written(f"`{name}`") if re.fullmatch(r"[\w./ -]+", name) and name.isprintable() else text(name)
 
 
-def literal(value: Any) -> Written:
-    """A text as a Python literal in a block of code, which nothing in it can end."""
-    quoted = plain(json.dumps(str(value), ensure_ascii=False))
-    return Written(re.sub(r"[<`]", lambda found: f"\\u{ord(found[0]):04x}", quoted))
+def quoted(value: Any) -> Written:
+    """A text between the double quotes of Python in a block of code, which nothing in it can end."""
+    inside = plain(json.dumps(str(value), ensure_ascii=False)[1:-1])
+    return Written(re.sub(r"[<`]", lambda found: f"\\u{ord(found[0]):04x}", inside))
 
 
 def address(path: str) -> Written:
