@@ -38,7 +38,7 @@ SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
         re.compile(r"(?<![A-Za-z0-9])(?:gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{16,}"),
     ),
     (("AKIA",), re.compile(r"(?<![A-Za-z0-9])AKIA[A-Z0-9]{16}(?![A-Za-z0-9])")),
-    (("earer ",), re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}")),
+    (("earer ",), re.compile(r"(?<=[Bb]earer )(?=\S*\d)[A-Za-z0-9._~+/=-]{16,}")),
     (("token=",), re.compile(r"(?<=[?&]token=)[^&\s]{4,}")),
     (("://",), re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")),
 )

@@ -26,7 +26,9 @@ class Takes:
 
 def is_number(value: Any) -> bool:
     """A number, which True and NaN are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and not math.isnan(value)
+    )
 
 
 def is_whole(value: Any, least: int | None = None) -> bool:

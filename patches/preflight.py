@@ -41,7 +41,7 @@ class Option:
 
 
 def _is_limit(value: Any) -> bool:
-    return is_number(value) and (0 < value < 1 or (value >= 1 and float(value).is_integer() and value < 2**53))
+    return is_number(value) and (0 < value < 1 or (1 <= value < 2**53 and float(value).is_integer()))
 
 
 def _are_samples(value: Any) -> bool:
