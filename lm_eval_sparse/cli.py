@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from lm_eval_sparse import __version__, endings
+from lm_eval_sparse import __version__, endings, masking
 from lm_eval_sparse.errors import UserError, nearest
 
 PROGRAM = "lm-eval-sparse"
@@ -141,6 +141,7 @@ def run_lm_eval(argv: Sequence[str]) -> None:
     patches.install()
     try:
         from lm_eval.__main__ import cli_evaluate
+        from lm_eval.utils import setup_logging
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
@@ -156,10 +157,12 @@ def run_lm_eval(argv: Sequence[str]) -> None:
         )
     from lm_eval_sparse import harness
 
+    setup_logging()  # which lm-eval does first, once
+
     before = sys.argv
     sys.argv = [PROGRAM, *arguments]
     try:
-        with _one_line_arguments():
+        with _one_line_arguments(), masking.masked_logs(masking.values_in(*arguments)):
             cli_evaluate()
     except Exception as error:
         if (text := harness.line(error, ours=True)) is None:
