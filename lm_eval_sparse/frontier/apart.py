@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TextIO
 
 from ..errors import UserError
@@ -25,6 +25,8 @@ from ..output import say
 
 #: Seconds that a child gets to clean up after it was told to end.
 _PATIENCE = 5.0
+#: Signals that end a process unless it says otherwise.
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _ENDED = 70  # the child's own exit status says nothing
 
 
@@ -64,17 +66,19 @@ def run(work: Callable[[Progress], int]) -> int:
         stream = sys.stdout
         with _interrupts(), contextlib.redirect_stdout(sys.stderr):
             return work(Progress(stream))
-    with tempfile.TemporaryDirectory(prefix="lm-eval-sparse-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="lm-eval-sparse-", ignore_cleanup_errors=True) as folder, _signals():
         sys.stdout.flush()
         receive, send = os.pipe()
+        # A signal waits until either process can tell which of the two it is.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         child = os.fork()
         if child == 0:
             os.close(receive)
-            _in_child(work, send, folder)
-        os.close(send)
+            _in_child(work, send, folder, before)
         try:
-            with _signals():
-                _, status = os.waitpid(child, 0)
+            os.close(send)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _, status = os.waitpid(child, 0)
         except BaseException:
             _end(child)
             raise
@@ -120,15 +124,17 @@ def _interrupts() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _in_child(work: Callable[[Progress], int], pipe: int, folder: str) -> NoReturn:
+def _in_child(work: Callable[[Progress], int], pipe: int, folder: str, mask: Iterable[int]) -> NoReturn:
     """Do the work, send the outcome, and end this process, whatever threads and clean-ups the author's code left."""
     try:
-        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            signal.signal(number, signal.SIG_DFL)
+        for number in _ENDING:
+            if callable(signal.getsignal(number)) and number != signal.SIGINT:  # what is ignored stays so
+                signal.signal(number, signal.SIG_DFL)
         me = os.getpid()
         tempfile.tempdir = os.environ["TMPDIR"] = folder  # what is left there vanishes with it
         stream = _own_stdout()
         with _interrupts():
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             try:
                 outcome: dict[str, Any] = {"status": work(Progress(stream, pipe))}
             except UserError as error:
@@ -179,7 +185,6 @@ def _received(pipe: int) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """Let signals that would end this process at once be exceptions instead, so that it can clean up."""
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -187,7 +192,7 @@ def _signals() -> Iterator[None]:
     def ending(number: int, _: Any) -> NoReturn:
         raise SystemExit(128 + number)  # on whose way the child is ended
 
-    default = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    default = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
     for number in default:
         signal.signal(number, ending)
     try:
