@@ -32,8 +32,9 @@ def _methods(argv: list[str]) -> None:
     parser = Parser(prog=f"{PROGRAM} methods", description=COMMANDS["methods"].summary)
     parser.parse_args(argv)
     from lm_eval_sparse.methods import table
+    from lm_eval_sparse.output import say
 
-    print(table())
+    say(table())
 
 
 def _plot(argv: list[str]) -> int | None:
