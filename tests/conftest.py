@@ -36,6 +36,7 @@ def _hub_without_waiting() -> None:
 #: Markers of tests that take minutes: they run when they are asked for.
 ON_REQUEST = {
     "families": "every causal family of transformers",
+    "attacks": "the whole table of bad command lines",
     "oldest": "the oldest supported versions, which makes an environment",
 }
 
@@ -43,6 +44,16 @@ ON_REQUEST = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     for name, what in ON_REQUEST.items():
         parser.addoption(f"--{name}", action="store_true", help=f"also run the tests of {what}")
+
+    parser.addoption("--fuzz", action="store_true", help="fifty times more of damaged input, other in every run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fuzz"):
+        from hypothesis import settings
+
+        settings.register_profile("fuzz")
+        settings.load_profile("fuzz")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

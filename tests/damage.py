@@ -1,117 +1,94 @@
-"""Damage to files, drawn from a seed: what disks, editors, crashes and strangers do to them."""
+"""Strategies for input that is nearly right: values, JSON, lines and bytes with a few things wrong."""
 
 from __future__ import annotations
 
+import copy
 import json
-import os
-import random
-import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-#: What stands in place of a value that a program expects.
-VALUES: list[Any] = [None, True, -1, 0, 1e308, "", "x", [], [[]], {}, {"a": 1}, [0], [None], "\0", "\ud800"]
+from hypothesis import strategies as st
 
-
-def _flipped(content: bytes, rng: random.Random) -> bytes:
-    changed = bytearray(content)
-    for _ in range(rng.choice((1, 1, 5, 50))):
-        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-def _letter(content: bytes, rng: random.Random) -> bytes:
-    """Another digit or letter, so that it stays well-formed."""
-    places = [i for i, byte in enumerate(content) if chr(byte).isalnum()]
-    place = rng.choice(places)
-    other = rng.choice(b"0123456789" if chr(content[place]).isdigit() else b"abcdxyz")
-    return content[:place] + bytes([other]) + content[place + 1 :]
-
-
-def _lines(change: Callable[[list[bytes], random.Random], Any]) -> Callable[[bytes, random.Random], bytes]:
-    def changed(content: bytes, rng: random.Random) -> bytes:
-        lines = content.split(b"\n")
-        change(lines, rng)
-        return b"\n".join(lines)
-
-    return changed
-
-
-def _value(content: bytes, rng: random.Random) -> bytes:
-    """One value in one line of JSON replaced by another type; other content is only flipped."""
-    lines = content.split(b"\n")
-    number = rng.randrange(len(lines))
-    try:
-        whole = json.loads(lines[number])
-        place = whole
-        key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
-        while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.7:
-            place = place[key]
-            key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
-        if rng.random() < 0.2:
-            del place[key]
-        else:
-            place[key] = rng.choice(VALUES)
-    except (ValueError, TypeError, IndexError):
-        return _flipped(content, rng)
-    lines[number] = json.dumps(whole).encode()
-    return b"\n".join(lines)
-
-
-_NESTED = b"[" * 100_000
-
-#: What the content becomes.
-CONTENTS: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    "bits flipped": _flipped,
-    "a letter changed": _letter,
-    "a value of another type": _value,
-    "cut off": lambda content, rng: content[: rng.randrange(len(content))],
-    "its beginning lost": lambda content, rng: content[rng.randrange(1, len(content)) :],
-    "garbage behind": lambda content, rng: content + rng.randbytes(rng.choice((1, 7, 500))),
-    "garbage in front": lambda content, rng: rng.randbytes(9) + content,
-    "zeros in the middle": lambda content, rng: content[: len(content) // 3] + bytes(99) + content[len(content) // 2 :],
-    "a line dropped": _lines(lambda lines, rng: lines.pop(rng.randrange(len(lines)))),
-    "a line twice": _lines(lambda lines, rng: lines.append(rng.choice(lines))),
-    "lines in another order": _lines(lambda lines, rng: rng.shuffle(lines)),
-    "lines between": _lines(lambda lines, rng: lines.insert(rng.randrange(len(lines)), rng.choice(STRANGE))),
-    "another file": lambda content, rng: rng.choice(STRANGE),
-    "empty": lambda content, rng: b"",
-}
-
-STRANGE = [
-    b"5", b"{", b"[]", b"null", b"{}", b"\xff\xfe", bytes(999), b'{"index": [0]}', b'{"index": 0, "input": null}',
-    b'{"sha256": 1}', b'{"contexts": {"a": 1}, "questions": {}}', _NESTED, b'{"a": ' * 50_000, b"9" * 50_000,
+#: What stands where something else should.
+ODD: list[Any] = [
+    None, True, False, 0, 1, -1, 5, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, -0.5, 1e308, -1e308, 1e-320,
+    float("nan"), float("inf"), float("-inf"), "", " ", "x", "0", "1e5", "None", "nan", "a\nb", "\x1b[2J", "\0",
+    "\ud800", "$\\frac{1}{$",
+    "<script>alert(1)</script>", "| a | b |", "---", "{{ x }}", "/etc/passwd", "../..", "~nosuchuser/x", "~", "x" * 400,
+    "\u202e", "１２", "²", [], [None], [[]], ["x"], [0, 0], {}, {"": None}, {"a": []}, {"x": {"y": 1}}, {"0": 1},
 ]  # fmt: skip
 
-#: What stands in the place of the file.
-PLACES: dict[str, Callable[[Path], Any]] = {
-    "gone": lambda path: None,
-    "a folder": lambda path: path.mkdir(),
-    "a link to nothing": lambda path: path.symlink_to(path.with_name("nothing")),
-    "a link to itself": lambda path: path.symlink_to(path),
-    "a link to a file": lambda path: path.symlink_to(__file__),
-    "a pipe": lambda path: os.mkfifo(path),
-    "a device": lambda path: path.symlink_to("/dev/zero"),
-}
+odd = st.sampled_from(ODD).map(copy.deepcopy)
+text = st.text(max_size=12)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | text
+json_values = odd | st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3), max_leaves=6
+)
 
 
-def spoil(path: Path, seed: int) -> str:
-    """Damage the file at `path`; says how."""
-    rng = random.Random(seed)
-    name = rng.choice([*CONTENTS, *CONTENTS, *PLACES])
-    content = path.read_bytes()
-    path.unlink()
-    if name in PLACES:
-        PLACES[name](path)
-    else:
-        path.write_bytes(CONTENTS[name](content, rng))
-    return name
+def places(value: Any) -> list[tuple[Any, ...]]:
+    """The ways to everything inside a JSON value, itself left out."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [way for key, inner in items for way in [(key,), *((key, *rest) for rest in places(inner))]]
 
 
-def clear(path: Path) -> None:
-    """Remove whatever bears that name."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+@st.composite
+def damaged(draw: st.DrawFn, base: Any, most: int = 3) -> Any:
+    """`base`, a JSON object or list, with up to `most` values replaced, taken away, doubled or added."""
+    value = copy.deepcopy(base)
+    for _ in range(draw(st.integers(1, most))):
+        known = places(value)
+        if not known:
+            break
+        *way, last = draw(st.sampled_from(known))
+        inner = value
+        for key in way:
+            inner = inner[key]
+        what = draw(st.sampled_from(["replace", "replace", "replace", "delete", "add", "wrap"]))
+        if what == "replace":
+            inner[last] = draw(json_values)
+        elif what == "delete":
+            del inner[last]
+        elif what == "wrap":
+            inner[last] = [inner[last]]
+        elif isinstance(inner, dict):
+            inner[draw(text)] = draw(odd)
+        else:
+            inner.append(draw(odd))
+    return value
+
+
+@st.composite
+def torn(draw: st.DrawFn, base: bytes, most: int = 3) -> bytes:
+    """`base` with up to `most` pieces cut out, replaced or doubled."""
+    value = base
+    for _ in range(draw(st.integers(1, most))):
+        start = draw(st.integers(0, len(value)))
+        end = min(len(value), start + draw(st.integers(0, 1) | st.integers(0, 40) | st.just(len(value))))
+        what = draw(st.sampled_from(["cut", "bytes", "flip", "double", "odd"]))
+        piece = value[start:end]
+        if what == "cut":
+            piece = b""
+        elif what == "bytes":
+            piece = draw(st.binary(max_size=8))
+        elif what == "flip":
+            piece = bytes(byte ^ (1 << draw(st.integers(0, 7))) for byte in piece[:1]) + piece[1:]
+        elif what == "double":
+            piece = piece * 2
+        else:
+            piece = json.dumps(draw(odd)).encode()
+        value = value[:start] + piece + value[end:]
+    return value
+
+
+def file_of(base: Any) -> st.SearchStrategy[bytes]:
+    """`base` as the bytes of a JSON file, damaged in its values or in its bytes."""
+    return damaged(base).map(lambda value: json.dumps(value).encode()) | torn(json.dumps(base).encode())
+
+
+def lines_of(*rows: Any) -> st.SearchStrategy[bytes]:
+    """Files of a JSON object per line, one of which is damaged, or the file as a whole is."""
+    good = [json.dumps(row).encode() for row in rows]
+    whole = b"\n".join(good) + b"\n"
+    return torn(whole) | st.integers(0, len(rows) - 1).flatmap(
+        lambda which: file_of(rows[which]).map(lambda bad: b"\n".join([*good[:which], bad, *good[which + 1 :]]) + b"\n")
+    )
