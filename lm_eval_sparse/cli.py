@@ -165,6 +165,12 @@ def run_lm_eval(argv: Sequence[str]) -> None:
     try:
         with _one_line_arguments(), masking.masked_logs(masking.values_in(*arguments)):
             cli_evaluate()
+    except SystemExit as ended:
+        if arguments[0] == "validate" and ended.code:
+            raise UserError(
+                "lm-eval found mistakes, which stand above; 'lm_eval ls tasks' shows what there is"
+            ) from None
+        raise
     except Exception as error:
         if (text := harness.line(error, ours=True)) is None:
             raise

@@ -139,7 +139,8 @@ def read(paths: Iterable[str | Path]) -> list[Record]:
         others = f" (and {len(refused) - 1} files more)" if len(refused) > 1 else ""
         raise UserError(f"no result file here can be read: {refused[0]}{others}")
     if not rows:
-        raise UserError("these result files hold no scores" + "".join(f": {said}" for said in unusable[:1]))
+        files = f"{candidates[0][0]}{f' and {len(candidates) - 1} more' if len(candidates) > 1 else ''}"
+        raise UserError(f"these result files hold no scores: {files}" + "".join(f"; {said}" for said in unusable[:1]))
     for what, said in (("file", refused), ("figure", unusable)):
         for line in said[:_NAMED]:
             logger.warning("a %s is left out: %s", what, one_line(str(line)))
