@@ -18,7 +18,7 @@ from torch import nn
 
 from . import paths
 from .errors import UserError
-from .loading import first_line, looks_local
+from .loading import first_line
 
 #: What each argument takes, as messages say it.
 ACCEPTED = {
@@ -65,7 +65,7 @@ def _path(name: str, value: Any) -> str:
             raise UserError(f"{name}={text!r} is a folder without {needed}: give {ACCEPTED[name]}")
     elif paths.exists(path):
         raise UserError(f"{name}={text!r} is a file: give {ACCEPTED[name]}")
-    elif looks_local(text):
+    elif paths.looks_local(text):
         raise UserError(f"{name}={text!r}: there is no such folder; give {ACCEPTED[name]}, or leave {name} out")
     return str(path) if paths.exists(path) else text
 

@@ -18,7 +18,7 @@ from . import paths
 from .errors import UserError, nearest
 from .files import brief
 from .masking import shown
-from .values import COUNT, FLAG, MAYBE, NUMBER, Takes, check, is_whole, yes_or_no
+from .values import FLAG, LENGTH, MAYBE, NUMBER, Takes, check, is_whole, yes_or_no
 
 #: Names of the types that weights and softmax are computed in.
 DTYPES = ("float32", "float16", "bfloat16", "float64", "float", "half", "double")
@@ -109,7 +109,7 @@ ARGUMENTS: dict[str, Argument] = {
     "tokenizer": Argument(TOKENIZER),
     "truncation": Argument(FLAG),
     "logits_cache": Argument(FLAG),
-    "max_length": Argument(COUNT),
+    "max_length": Argument(LENGTH),
     "dtype": Argument(DTYPE_OR_AUTO),
     "softmax_dtype": Argument(DTYPE),
     "mixed_precision_dtype": Argument(MIXED),
@@ -195,6 +195,20 @@ def check_all(model_args: dict[str, Any]) -> None:
                 f"{name}={brief(value)} needs the package {argument.needs}, which is not installed here: type pip "
                 f"install {argument.needs.replace('_', '-')}, or leave {name} out"
             )
+    if model_args.get("quantization_config", 0) is None:
+        del model_args["quantization_config"]  # lm-eval gives the model's own beside it
+    name = model_args.get("tokenizer")
+    local = isinstance(name, str) and paths.looks_local(name)
+    if local and not paths.exists(paths.expand(f"tokenizer={name}", name)):
+        raise UserError(f"tokenizer={brief(name)}: there is no such folder; give {TOKENIZER.words}")
+    if (folder := model_args.get("cache_dir")) is not None:
+        paths.look_up(f"cache_dir={brief(folder)}", paths.expand(f"cache_dir={folder}", folder))
+    if model_args.get("enable_thinking") and model_args.get("think_end_token") is None:
+        raise UserError(
+            "enable_thinking=True needs think_end_token=, the text or token id that ends the thinking: type for "
+            "example think_end_token=</think>, or leave enable_thinking out"
+        )
+    _check_places(model_args)
     if model_args.get("weights_only") is False and not model_args.get("trust_remote_code"):
         raise UserError(
             "weights_only=False lets a file of weights run code: leave it out, or add trust_remote_code=True if you "
@@ -202,6 +216,22 @@ def check_all(model_args: dict[str, Any]) -> None:
         )
     if (folder := model_args.get("offload_folder")) is not None and model_args.get("parallelize"):
         paths.check_writable(f"offload_folder={folder}", paths.expand(f"offload_folder={folder}", folder), ["x"])
+
+
+def _check_places(model_args: dict[str, Any]) -> None:
+    """Raise `UserError` when weights are to lie on devices that there are not."""
+    gpus = torch.cuda.device_count()
+    if model_args.get("parallelize") and not gpus:
+        raise UserError("parallelize=True spreads the weights over GPUs, and torch sees none here: leave it out")
+    given = model_args.get("device_map")
+    for place in given.values() if isinstance(given, dict) else [given]:
+        kind, _, number = str(place).partition(":")
+        number = number or (str(place) if is_whole(place) else "0")
+        if (kind == "cuda" or is_whole(place)) and int(number) >= gpus:
+            raise UserError(
+                f"device_map={brief(given)}: torch sees {gpus} CUDA devices here; give one of them, cpu, or leave "
+                "device_map out"
+            )
 
 
 def unknown(name: str, value: Any, known: set[str], accepted: str) -> UserError:

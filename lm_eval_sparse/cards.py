@@ -5,6 +5,7 @@ The template writes nothing as it is but what is `markdown.Written`: all else is
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
@@ -12,8 +13,8 @@ from importlib import resources
 from typing import Any
 
 from . import __version__, markdown, masking
+from .analysis.labels import label
 from .card_text import BEGIN, END, TITLE, dump
-from .errors import plain
 from .reproduce import reproduce_command
 from .sample_files import sample_configs
 
@@ -35,8 +36,6 @@ def results_card(
     that `datasets.load_dataset` and the Hub's viewer can open. What has another shape than lm-eval gives it is left
     out, and secrets are masked.
     """
-    import jinja2
-
     files = sorted(files)
     given = _object(_object(results).get("config"))
     secrets = masking.values_in(given, given.get("model_args"))
@@ -46,25 +45,14 @@ def results_card(
     sparse = _object(config.get("sparse"))
     configs = sample_configs(files)
     front: dict[str, Any] = {
-        "pretty_name": " ".join(plain(f"{TITLE} {model}").split()),
+        "pretty_name": label(f"{TITLE} {model}", markdown.LONGEST),
         "tags": ["lm-eval-sparse", "lm-evaluation-harness", "sparse-attention", "evaluation"],
     }
     if configs:
         front["configs"] = configs
     written = markdown.Written
-    template = resources.files("lm_eval_sparse.hub_cards").joinpath("results_card.md").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=markdown.text
-    )
-    environment.filters |= {
-        "cell": _cell,
-        "figure": _number,
-        "code": markdown.code,
-        "literal": markdown.literal,
-        "address": markdown.address,
-    }
     results_files = [name for name in files if name.isprintable() and _RESULTS_FILE.fullmatch(name)]
-    return environment.from_string(template).render(
+    return _template().render(
         front_matter=written(dump(front)),
         begin=written(BEGIN),
         end=written(END),
@@ -87,6 +75,24 @@ def results_card(
         contact=masking.masked(contact, secrets),
         leaderboard=masking.masked(leaderboard, secrets),
     )
+
+
+@functools.cache
+def _template() -> Any:
+    import jinja2
+
+    text = resources.files("lm_eval_sparse.hub_cards").joinpath("results_card.md").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=markdown.text
+    )
+    environment.filters |= {
+        "cell": _cell,
+        "figure": _number,
+        "code": markdown.code,
+        "quoted": markdown.quoted,
+        "address": markdown.address,
+    }
+    return environment.from_string(text)
 
 
 def _object(value: Any) -> Mapping[str, Any]:

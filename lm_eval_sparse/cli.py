@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from lm_eval_sparse import __version__, endings
+from lm_eval_sparse import __version__, endings, masking
 from lm_eval_sparse.errors import UserError, nearest
 
 PROGRAM = "lm-eval-sparse"
@@ -32,8 +32,9 @@ def _methods(argv: list[str]) -> None:
     parser = Parser(prog=f"{PROGRAM} methods", description=COMMANDS["methods"].summary)
     parser.parse_args(argv)
     from lm_eval_sparse.methods import table
+    from lm_eval_sparse.output import say
 
-    print(table())
+    say(table())
 
 
 def _plot(argv: list[str]) -> int | None:
@@ -141,6 +142,7 @@ def run_lm_eval(argv: Sequence[str]) -> None:
     patches.install()
     try:
         from lm_eval.__main__ import cli_evaluate
+        from lm_eval.utils import setup_logging
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
@@ -156,11 +158,19 @@ def run_lm_eval(argv: Sequence[str]) -> None:
         )
     from lm_eval_sparse import harness
 
+    setup_logging()  # which lm-eval does first, once
+
     before = sys.argv
     sys.argv = [PROGRAM, *arguments]
     try:
-        with _one_line_arguments():
+        with _one_line_arguments(), masking.masked_logs(masking.values_in(*arguments)):
             cli_evaluate()
+    except SystemExit as ended:
+        if arguments[0] == "validate" and ended.code:
+            raise UserError(
+                "lm-eval found mistakes, which stand above; 'lm_eval ls tasks' shows what there is"
+            ) from None
+        raise
     except Exception as error:
         if (text := harness.line(error, ours=True)) is None:
             raise

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 
-from .masking import mask, values_in
+from .masking import mask, mask_named, values_in
 
 #: Characters of a message: more is no line that anyone reads.
 _LONGEST = 3000
@@ -26,7 +26,8 @@ class UserError(ValueError):
 
 def one_line(text: str) -> str:
     """`text` as a terminal may be given it in one line: no control characters, no secrets, not endless."""
-    text = mask(plain(re.sub(r"\s*[\r\n]+\s*", " ", text.strip())), values_in())
+    text = mask_named(plain(re.sub(r"\s*[\r\n]+\s*", " ", text.strip())))
+    text = mask(text, values_in())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 

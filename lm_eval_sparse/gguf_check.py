@@ -92,10 +92,9 @@ def read_header(path: Path, strings: bool = True) -> Header:
     try:
         with opened(path) as (file, size):
             magic = file.read(4)
-            if magic != b"GGUF":
-                found = f"it starts with {magic!r}" if magic else "it is empty"
-                raise UserError(f"{path} is not a GGUF file: {found}, not b'GGUF'; {_AGAIN}, or give another file")
-            header = _Reader(file, size).header(strings)
+            header = _Reader(file, size).header(strings) if magic == b"GGUF" else None
+    except UserError as error:
+        raise UserError(f"GGUF file {error}") from None
     except _EndsEarly as short:
         raise UserError(
             f"GGUF file {path} is truncated inside its header: {size:,} bytes on disk, "
@@ -103,6 +102,9 @@ def read_header(path: Path, strings: bool = True) -> Header:
         ) from None
     except _Damaged as error:
         raise UserError(f"GGUF file {path} has a damaged header ({error}); {_AGAIN}") from None
+    if header is None:
+        found = f"it starts with {magic!r}" if magic else "it is empty"
+        raise UserError(f"{path} is not a GGUF file: {found}, not b'GGUF'; {_AGAIN}, or give another file")
     if size < header.bytes_needed:
         raise UserError(
             f"GGUF file {path} is truncated: {size:,} bytes on disk, {header.bytes_needed:,} needed "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from .errors import UserError, nearest
 from .files import why
+from .paths import is_dir
 
 MODEL = "sparse-hf"
 
@@ -15,6 +17,7 @@ READING = {
     ("lm_eval.config.evaluate_config", "from_cli"),
     ("lm_eval.config.evaluate_config", "process_tasks"),
     ("lm_eval._cli.harness", "parse_args"),
+    ("lm_eval.api.registry", "get_model"),
     ("lm_eval.loggers.evaluation_tracker", "__init__"),
     ("lm_eval.loggers.wandb_logger", "__init__"),
     ("lm_eval.loggers.trackio_logger", "__init__"),
@@ -22,7 +25,19 @@ READING = {
     ("lm_eval._cli.validate", "_execute"),
 }
 #: Calls of an evaluation that find and build tasks by the names and files that were typed.
-BUILDING = {("lm_eval.tasks.manager", "load"), ("lm_eval.tasks.manager", "__init__")}
+BUILDING = {
+    ("lm_eval.tasks.manager", "load"),
+    ("lm_eval.tasks.manager", "__init__"),
+    ("lm_eval.api.task", "build_all_requests"),
+}
+#: Calls that read one option, and the option.
+OPTIONS = {
+    ("lm_eval.config.evaluate_config", "_process_arguments"): "--samples",
+    ("lm_eval.config.evaluate_config", "load_yaml_config"): "--config",
+    ("lm_eval.loggers.wandb_logger", "__init__"): "--wandb_args",
+    ("lm_eval.loggers.trackio_logger", "__init__"): "--trackio_args",
+    ("lm_eval.tasks.manager", "__init__"): "--include_path",
+}
 #: Modules whose own errors (not those of what they call) are about how they were called.
 CALLED = ("lm_eval.evaluator", "lm_eval.evaluator_utils", "lm_eval.utils")
 
@@ -43,14 +58,17 @@ def line(error: BaseException, ours: bool = False) -> str | None:
     reading = any(place in READING for place in places)
     building = sparse and any(place in BUILDING for place in places)
     called = sparse and places and places[-1][0] in CALLED and isinstance(error, ValueError | TypeError)
-    if not (reading or building or called):
+    # Arguments that a model type of lm-eval's own does not take.
+    refused = ours and places[-1:] == [("lm_eval.api.model", "create_from_arg_obj")] and isinstance(error, TypeError)
+    if not (reading or building or called or refused):
         return None
     text = why(error)
     if not isinstance(error, ValueError | OSError):  # whose words are made to be read
         text = f"{type(error).__name__}: {text}"
     if building and not reading:
         text = f"the tasks cannot be built: {text}"
-    return f"{text.rstrip('.')}{_near(text, frames)}; type 'lm_eval run --help' to see what is accepted"
+    said = f"{_option(frames, places, text)}{text.rstrip('.')}{_near(text, frames)}{_nowhere(frames)}"
+    return f"{said}; type 'lm_eval run --help' to see what is accepted"
 
 
 def _frames(traceback: TracebackType | None) -> list[FrameType]:
@@ -70,6 +88,26 @@ def _model(frame: FrameType) -> Any:
         if (model := getattr(names.get(owner), "model", None)) is not None:
             return model
     return names.get("model") if frame.f_code.co_name == "simple_evaluate" else None
+
+
+def _option(frames: list[FrameType], places: list[tuple[str, str]], text: str) -> str:
+    """The option that was being read, as the message begins; empty where that is not known."""
+    options = [frame.f_locals.get("option_string") for frame in frames]
+    options += [OPTIONS.get(place) for place in places]
+    found = next((option for option in reversed(options) if isinstance(option, str)), None)
+    if found is None and "Sample larger than population" in text:  # so says the module random
+        found = "--num_fewshot, more examples than a task has"
+    return f"{found}: " if found else ""
+
+
+def _nowhere(frames: list[FrameType]) -> str:
+    """A folder with tasks that was named and is none: lm-eval finds no tasks there, and says nothing."""
+    for frame in frames:
+        given = getattr(frame.f_locals.get("task_manager"), "include_path", None)
+        for path in given if isinstance(given, list | tuple) else [given]:
+            if path is not None and not is_dir(Path(path)):
+                return f"; --include_path {path} is no folder"
+    return ""
 
 
 def _near(text: str, frames: list[FrameType]) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from . import gguf_check, paths
 from .errors import UserError
-from .files import read_json
+from .files import brief, read_json
 from .runtime.memory import out_of_memory
 
 #: Names of modules that hold one row per position of a text.
@@ -31,14 +32,14 @@ def check_pretrained(pretrained: Any) -> None:
         )
 
 
-def check_path(pretrained: str, gguf_file: str | None) -> str:
-    """Return `pretrained` with `~` expanded; raise when it is a local path that does not exist or a broken GGUF."""
+def check_path(pretrained: str, gguf_file: str | None, subfolder: str | None = None) -> str:
+    """Return `pretrained` with `~` expanded; raise for a local path that does not exist, or whose files are broken."""
     if not pretrained.strip():
         raise UserError(
             "pretrained= is empty: give a folder or a Hub name, or leave pretrained out for the embedded model"
         )
     path = paths.expand(f"pretrained={pretrained!r}", pretrained)
-    if looks_local(pretrained) and not paths.exists(path):
+    if paths.looks_local(pretrained) and not paths.exists(path):
         raise UserError(
             f"pretrained={pretrained!r}: there is no such folder; give the path of a folder with a transformers "
             "model, the name of a Hub repository (org/name), or leave pretrained out for the embedded model"
@@ -48,21 +49,41 @@ def check_path(pretrained: str, gguf_file: str | None) -> str:
             f"pretrained={pretrained!r} is a file; give its folder"
             + (f": pretrained={path.parent},gguf_file={path.name}" if path.suffix == ".gguf" else "")
         )
-    if gguf_file is not None and path.is_dir():
-        gguf_check.check(path / gguf_file)
-    if paths.exists(generation := path / "generation_config.json"):
-        read_json(generation)  # transformers would go on with its defaults, and say nothing
+    if paths.is_dir(path):
+        _check_folder(path, gguf_file, subfolder)
     return str(path) if paths.exists(path) else pretrained
 
 
-def looks_local(name: str) -> bool:
-    """Whether a name can only be meant as a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+def _check_folder(path: Path, gguf_file: str | None, subfolder: str | None) -> None:
+    if gguf_file is not None:
+        try:
+            gguf_check.check(path / gguf_file)
+        except UserError as error:
+            raise UserError(f"gguf_file={brief(gguf_file)}: {error}") from None
+    if subfolder:
+        if not paths.is_dir(path / subfolder):
+            raise UserError(
+                f"subfolder={brief(subfolder)}: {path} has no such folder; leave subfolder out, or give another"
+            )
+        path = path / subfolder
+    if paths.exists(generation := path / "generation_config.json"):
+        read_json(generation)  # transformers would go on with its defaults, and say nothing
+    for index in path.glob("*.index.json"):
+        files = read_json(index).get("weight_map")
+        for name in files.values() if isinstance(files, dict) else ():
+            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(
+                    f"{index} names the file {brief(name)}, which is not in that folder; give another model"
+                )
 
 
 @contextmanager
-def explained(label: str | None) -> Iterator[None]:
-    """Turn what goes wrong while files of the model `label` are looked for and read into one line.
+def explained(what: str, typed: dict[str, Any] | None = None) -> Iterator[None]:
+    """Turn what goes wrong while files are looked for and read into one line.
+
+    Args:
+        what: the argument and its value that named the files.
+        typed: fields of the model's configuration that were typed, and may be at fault.
 
     Raises:
         UserError: in place of any exception but those that say that memory has run out.
@@ -78,9 +99,15 @@ def explained(label: str | None) -> Iterator[None]:
         if not isinstance(error, OSError | ValueError):  # whose words are made to be read
             reason = f"{type(error).__name__}: {reason}"
         raise UserError(
-            f"pretrained={label!r} could not be loaded ({reason}); give a folder with a transformers model or the name "
-            "of a Hub repository, or leave pretrained out for the embedded model"
+            f"{what} could not be loaded ({reason}); {changed(typed)}give a folder with a transformers model or the "
+            f"name of a Hub repository, or leave {what.partition('=')[0]} out"
         ) from error
+
+
+def changed(typed: dict[str, Any] | None) -> str:
+    """What to say of fields of the configuration that were typed, where a model does not load."""
+    fields = ", ".join(f"{name}={brief(value)}" for name, value in (typed or {}).items())
+    return f"{fields} changes the model's configuration: leave that out, or " if fields else ""
 
 
 class Whole:
@@ -89,8 +116,9 @@ class Whole:
     transformers fills them with random numbers: a file of a split model, fewer layers than the configuration says.
     """
 
-    def __init__(self, automatic: Any):
-        self.automatic = automatic
+    def __init__(self, automatic: Any, typed: dict[str, Any] | None = None):
+        """`typed` are fields of the model's configuration that were typed, and may be at fault."""
+        self.automatic, self.typed = automatic, typed
 
     def from_pretrained(self, pretrained: str, **options: Any) -> Any:
         """As transformers'. Raises `UserError` where a weight is missing or has another shape."""
@@ -105,8 +133,7 @@ class Whole:
         if missing:
             raise UserError(
                 f"{pretrained}: its files lack {len(missing)} weights that its configuration asks for, such as "
-                f"{min(missing)}, and random numbers would stand in for them; give the whole model, and leave out "
-                "arguments that change its shape"
+                f"{min(missing)}, and random numbers would stand in for them; {changed(self.typed)}give the whole model"
             )
         return model
 
@@ -119,10 +146,7 @@ class Whole:
             named = f"{name} is {list(there)} in its files, and {list(here)} by its configuration"
         except (RuntimeError, MemoryError, ValueError):  # such as no memory for shapes that no model has
             pass
-        return UserError(
-            f"{pretrained}: {named}; give files that belong together, and leave out arguments that change the model's "
-            "shape"
-        )
+        return UserError(f"{pretrained}: {named}; {changed(self.typed)}give files that belong together")
 
     def from_config(self, *args: Any, **options: Any) -> Any:
         """As transformers'."""
@@ -155,4 +179,4 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
-__all__ = ["Whole", "check_loaded", "check_path", "check_pretrained", "explained", "first_line", "looks_local"]
+__all__ = ["Whole", "check_loaded", "check_path", "check_pretrained", "explained", "first_line"]

@@ -7,21 +7,21 @@ import re
 import urllib.parse
 from typing import Any
 
+from .analysis.labels import label
 from .errors import plain
-from .paths import cut
 
 #: Longer values are cut: a card is read by people.
 LONGEST = 1000
 
 _SYNTAX = re.compile(
-    r"""[\\`*\[\]|~#{}]  # code, emphasis, links, cells, headings, templates
+    r"""[\\`*|~#{}]  # code, emphasis, cells, headings, templates
     | (?<![^\W_])_ | _(?![^\W_])  # emphasis, which an underscore inside a word is not
     | ^[-+](?=[\s+-]|$)  # lists and lines
     | (?<=\d)[.)](?=\s|$)  # numbered lists""",
     re.VERBOSE,
 )
-#: What a backslash does not stop everywhere: tags, comments, entities, formulas.
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;"}
+#: What a backslash does not stop everywhere: tags, comments, entities, formulas, links.
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "[": "&#91;", "]": "&#93;"}
 
 
 class Written(str):
@@ -32,7 +32,7 @@ def text(value: Any) -> Written:
     """Any value as text in one line, also in a table's cell or at the start of a line."""
     if isinstance(value, Written):
         return value
-    line = cut(" ".join(plain(re.sub(r"[\r\n]+", " ", str(value))).split()), LONGEST)
+    line = label(value, LONGEST)
     escaped = "".join(_ENTITIES.get(character, character) for character in _SYNTAX.sub(_escape, line))
     return Written(escaped)
 
@@ -49,10 +49,10 @@ def code(value: Any) -> Written:
     return Written(f"`{name}`") if re.fullmatch(r"[\w./ -]+", name) and name.isprintable() else text(name)
 
 
-def literal(value: Any) -> Written:
-    """A text as a Python literal in a block of code, which nothing in it can end."""
-    quoted = plain(json.dumps(str(value), ensure_ascii=False))
-    return Written(re.sub(r"[<`]", lambda found: f"\\u{ord(found[0]):04x}", quoted))
+def quoted(value: Any) -> Written:
+    """A text between the double quotes of Python in a block of code, which nothing in it can end."""
+    inside = plain(json.dumps(str(value), ensure_ascii=False)[1:-1])
+    return Written(re.sub(r"[<`]", lambda found: f"\\u{ord(found[0]):04x}", inside))
 
 
 def address(path: str) -> Written:

@@ -5,9 +5,12 @@ The names and shapes are tables, the only ones. Nothing here knows what a text i
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -38,9 +41,18 @@ SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
         re.compile(r"(?<![A-Za-z0-9])(?:gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{16,}"),
     ),
     (("AKIA",), re.compile(r"(?<![A-Za-z0-9])AKIA[A-Z0-9]{16}(?![A-Za-z0-9])")),
-    (("earer ",), re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}")),
+    (("earer ",), re.compile(r"(?<=[Bb]earer )(?=\S*\d)[A-Za-z0-9._~+/=-]{16,}")),
     (("token=",), re.compile(r"(?<=[?&]token=)[^&\s]{4,}")),
     (("://",), re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")),
+    # One slash is left where an address was taken for a path.
+    ((":/",), re.compile(r"(?<=:/)[^\s/@:]*:[^\s/@]+(?=@)")),
+)
+
+#: `name=value` and `"name": "value"`, of which those under a secret's name are masked where somebody else's message
+#: repeats what was typed.
+_NAMED = (
+    re.compile(r"""([\w.-]+)((?:=|["']\s*:\s*)["'])([^"']+)"""),
+    re.compile(r"""([\w.-]+)(=)([^\s"',;&{}()\[\]]+)"""),
 )
 
 #: Variables of the environment that hold secrets.
@@ -75,6 +87,13 @@ def mask(text: str, values: Iterable[str] = ()) -> str:
     for hints, shape in SHAPES:
         if any(hint in text for hint in hints):
             text = shape.sub(MASK, text)
+    return text
+
+
+def mask_named(text: str) -> str:
+    """`text` without what stands in it under a secret's name, as on a command line or in JSON."""
+    for named in _NAMED:
+        text = named.sub(lambda m: f"{m[1]}{m[2]}{MASK}" if is_nearly_secret(m[1]) else m[0], text)
     return text
 
 
@@ -116,7 +135,10 @@ def values_in(*places: Any) -> frozenset[str]:
     while waiting:
         place = waiting.pop()
         if isinstance(place, str):
-            place = dict(pair.partition("=")[::2] for pair in place.split(","))
+            pairs = [pair.partition("=")[::2] for pair in place.split(",")]  # one name may come twice
+            found |= {item for name, item in pairs if is_nearly_secret(name.strip()) and item}
+            with contextlib.suppress(ValueError, RecursionError):
+                place = json.loads(place)
         if isinstance(place, Mapping):
             found |= {str(item) for name, item in place.items() if is_nearly_secret(str(name).strip()) and _holds(item)}
             waiting += [item for item in place.values() if isinstance(item, Mapping | list | tuple)]
@@ -136,3 +158,38 @@ def _holds(value: Any) -> bool:
     """Whether a value can be a secret: not None, an empty text, or the True that means the stored login; nor a mapping,
     which is what a task or a model of such a name has."""
     return value is not None and not isinstance(value, bool | Mapping) and value != ""
+
+
+class _Mask(logging.Filter):
+    """Masks what a record says before any handler writes it."""
+
+    def __init__(self, secrets: frozenset[str]):
+        super().__init__()
+        self.secrets = secrets
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        try:
+            said = record.getMessage()
+        except Exception:  # whose handler will complain
+            return True
+        masked = mask(said, self.secrets)
+        if masked != said:
+            record.msg, record.args = masked, ()
+        return True
+
+
+@contextlib.contextmanager
+def masked_logs(secrets: frozenset[str]) -> Iterator[None]:
+    """Mask secrets in all that is logged meanwhile by handlers that there are."""
+    names = ("", "lm_eval", "lm_eval_sparse", "transformers", "huggingface_hub", "datasets")
+    handlers = {handler for name in names for handler in logging.getLogger(name).handlers}
+    if logging.lastResort is not None:
+        handlers.add(logging.lastResort)
+    mask = _Mask(secrets)
+    for handler in handlers:
+        handler.addFilter(mask)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(mask)

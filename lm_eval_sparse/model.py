@@ -147,6 +147,8 @@ class SparseHFLM(HFLM):
         #: Batches that had to be halved because memory ran out.
         self.halved = 0
         self.full_stats = self.sparse.stats == "full"
+        #: Fields of the model's own configuration among the arguments.
+        self._typed: dict[str, Any] = {}
         self.model_label = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", None)
         self.is_embedded = pretrained is None or embedded.is_embedded(pretrained)
         if self.is_embedded:
@@ -156,8 +158,8 @@ class SparseHFLM(HFLM):
                 raise UserError(f"gguf_file={rest['gguf_file']} needs pretrained=: give the folder that holds the file")
             pretrained = str(embedded.ensure())
         elif isinstance(pretrained, str):
-            pretrained = check_path(pretrained, rest.get("gguf_file"))
-            check_known(rest, (pretrained, rest))
+            pretrained = check_path(pretrained, rest.get("gguf_file"), rest.get("subfolder"))
+            self._typed = check_known(rest, (pretrained, rest))
         else:
             check_known(rest, None)
         if rest.get("device") is None:
@@ -172,7 +174,11 @@ class SparseHFLM(HFLM):
         self.templated = False
         self.warned_about_template = False
         self.model_args = rest
-        super().__init__(pretrained=pretrained, **rest)
+        # lm-eval gives a model's own beside what was typed.
+        passed = {name: value for name, value in rest.items() if name != "quantization_config"}
+        with explained(self._named, self._typed):
+            super().__init__(pretrained=pretrained, **passed)
+            self.tok_encode("Text of any kind.")  # a tokenizer may load from files that are not all there
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and accelerator.num_processes > 1 and self._world_size == 1:
             # lm-eval splits documents over processes on GPUs only, and takes the local rank for the global one.
@@ -208,12 +214,18 @@ class SparseHFLM(HFLM):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Any:
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
+    @property
+    def _named(self) -> str:
+        """The model as messages about its files name it."""
+        return f"pretrained={self.model_label!r}"
+
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        with explained(self.model_label):
+        with explained(self._named, self._typed):
             super()._get_config(pretrained, **kwargs)
 
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
-        with explained(self.model_label):
+        own = self.model_args.get("tokenizer")
+        with explained(self._named if own is None else f"tokenizer={own!r}"):
             super()._create_tokenizer(*args, **kwargs)
 
     def _get_backend(self, config: Any, backend: str = "default", trust_remote_code: bool | None = False) -> None:
@@ -248,8 +260,10 @@ class SparseHFLM(HFLM):
             }
         else:
             kwargs["attn_implementation"] = IMPLEMENTATION
-        with explained(self.model_label):
-            automatic, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Whole(self.AUTO_MODEL_CLASS)
+        if (quantization := self.model_args.get("quantization_config")) is not None:
+            kwargs["quantization_config"] = quantization
+        with explained(self._named, self._typed):
+            automatic, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Whole(self.AUTO_MODEL_CLASS, self._typed)
             try:
                 with adapters.loading(self, kwargs):
                     super()._create_model(pretrained, **kwargs)
@@ -1160,15 +1174,15 @@ def refuse_attention_choice(model_args: dict[str, Any]) -> None:
         )
 
 
-def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] | None) -> None:
-    """Raise on a model argument that nothing would understand.
+def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] | None) -> dict[str, Any]:
+    """Raise on a model argument that nothing would understand; returns those that are fields of the configuration.
 
     Fields of the model's own configuration (such as `rope_parameters`) are accepted; the configuration is only
     loaded when an argument is not known otherwise.
     """
     known = {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
     known |= {*arguments.ARGUMENTS}
-    unknown = [name for name in model_args if name not in known]
+    fields = unknown = [name for name in model_args if name not in known]
     if unknown and source is not None:
         pretrained, args = source
         options = {
@@ -1179,8 +1193,8 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
         except Exception:  # a damaged configuration: what is wrong with it is said when the model is loaded
             config = None
         if config is not None:
-            fields = {*config.to_dict(), *config.get_text_config(decoder=True).to_dict()}
-            unknown = [name for name in unknown if name not in fields]
+            theirs = {*config.to_dict(), *config.get_text_config(decoder=True).to_dict()}
+            unknown = [name for name in unknown if name not in theirs]
     if unknown:
         name = unknown[0]
         if name in METHODS:
@@ -1190,6 +1204,7 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
             )
         everything, own = {*known, *argument_names()}, ", ".join((*OWN_ARGS, *knob_names()))
         raise arguments.unknown(name, model_args[name], everything, own)
+    return {name: model_args[name] for name in fields}
 
 
 def check_device(model_args: dict[str, Any]) -> None:
@@ -1235,6 +1250,11 @@ def check_template(tokenizer: Any, asked: bool | str) -> None:
         raise UserError(
             "--apply_chat_template: the model's tokenizer has no chat template; leave the option out, or give another "
             "tokenizer="
+        )
+    if isinstance(asked, str) and not isinstance(there, dict):
+        raise UserError(
+            f"--apply_chat_template {asked}: the model's tokenizer has one chat template, which has no name; type "
+            "--apply_chat_template alone"
         )
     if isinstance(there, dict):
         names = ", ".join(there)

@@ -31,6 +31,10 @@ def expand(option: str, given: Any) -> Path:
     text = os.fspath(given)
     if not str(text).strip():
         raise UserError(f"{cut(option)} is empty; give a path, such as . for this folder")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UserError(f"{cut(option)}: a path cannot hold half a character; give another path") from None
     if "\0" in str(text):
         raise UserError(f"{cut(option)}: a path cannot hold a null character; give another path")
     try:
@@ -64,6 +68,18 @@ def folder(option: str, given: Any) -> Path:
         return path
     what = "is a file, not a folder" if exists(path) else "does not exist"
     raise UserError(f"{cut(option)}: {cut(str(path))} {what}; give a folder")
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be meant as a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def look_up(option: str, path: Path) -> None:
+    """Raise `UserError` when `path` lies below a file, so that there can be no such folder."""
+    existing = _existing(option, path.absolute())
+    if not existing.is_dir():
+        raise UserError(f"{cut(option)}: {existing} is a file; give a folder")
 
 
 def exists(path: Path) -> bool:

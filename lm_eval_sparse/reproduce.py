@@ -52,9 +52,11 @@ def _pairs(given: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return ""
-    return str(int(value)) if value == int(value) else str(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return ""
+        return str(int(value)) if value.is_integer() else str(value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
 
 
 def _without_folder(value: Any) -> Any:

@@ -25,9 +25,9 @@ def sample_file_name(task: str, date: str) -> str:
     two tasks apart that would then have the same name.
     """
     name = _cut(_UNFIT.sub("_", task), _MOST_BYTES)
-    if name != task:
+    if name != task or not name:
         digest = hashlib.sha256(task.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-        name = f"{name.rstrip('_')}_{digest}"
+        name = f"{name}_{digest}"
     return f"samples_{name}_{date}.jsonl"
 
 

@@ -408,6 +408,7 @@ def check(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
         )
     _check_names(model, arguments)
     _check_typed(arguments)
+    _check_tokens(model, arguments)
     _check_configured(model, arguments)
     if changed(model) is None:
         _check_trial(model, arguments)
@@ -459,6 +460,16 @@ def _check_names(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
             ) from error
 
 
+def _check_tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Raise on typed tokens that the model has not: an end that never comes, a score that is not there."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    for name, value in arguments.items():
+        if name in FIELDS and FIELDS[name].takes is TOKENS and value is not None:
+            tokens = value if isinstance(value, list | tuple) else [value]
+            if any(token >= vocabulary for token in tokens):
+                _refuse(model, name, arguments, f"is not accepted: the model has tokens 0 to {vocabulary - 1}")
+
+
 def _check_typed(arguments: dict[str, Any]) -> None:
     """Raise on typed values that are none of their field, whether it takes effect or not."""
     until = arguments.get("until") or ()
@@ -467,6 +478,13 @@ def _check_typed(arguments: dict[str, Any]) -> None:
             raise UserError(
                 f"--gen_kwargs until={brief(arguments['until'])} is not accepted: {stop!r} is no text; give a text "
                 f"or a list of texts, such as --gen_kwargs 'until=[\"{stop}\"]'"
+            )
+    for name in OBJECTS:
+        value = arguments.get(name)
+        objects = [value] if callable(value) else value if isinstance(value, list) and value else [None]
+        if value is not None and not all(map(callable, objects)):
+            raise UserError(
+                f"--gen_kwargs {name}={brief(value)} is not accepted: it takes functions, from Python; leave it out"
             )
     for name, value in arguments.items():
         field = FIELDS.get(name)

@@ -26,7 +26,9 @@ class Takes:
 
 def is_number(value: Any) -> bool:
     """A number, which True and NaN are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and not math.isnan(value)
+    )
 
 
 def is_whole(value: Any, least: int | None = None) -> bool:
@@ -48,6 +50,9 @@ FACTOR = Takes("a number above 0", lambda value: is_number(value) and value > 0,
 LEAST = Takes("a number of at least 0", lambda value: is_number(value) and value >= 0, "0.5")
 SHARE = Takes("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1, "0.5")
 TOKENS = Takes("a token id or a list of token ids", is_tokens, "2")
+LENGTH = Takes(
+    "a whole number from 1 to 2147483647", lambda value: is_whole(value, 1) and value < 2**31, "4096"
+)  # of tokens: what counts them has 32 bits in places
 TEXT = Takes("a name", lambda value: isinstance(value, str) and bool(value.strip()))
 #: Given as whole numbers they mean the same, but transformers insists on fractions.
 FRACTIONS = (NUMBER, FACTOR, LEAST, SHARE)

@@ -6,12 +6,9 @@ in a traceback when it is stopped. Delete when lm-eval masks secrets and says wh
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import logging
 import sys
-from collections.abc import Iterator
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -44,7 +41,7 @@ def _guarded(simple_evaluate: Any) -> Any:
         secrets = masking.values_in(options.get("model_args"), options.get("metadata"), {"token": token})
         if tracker is not None:
             tracker._lm_eval_sparse_secrets = secrets
-        with _masked_logs(secrets):
+        with masking.masked_logs(secrets):
             if not typed:
                 return without_secrets(simple_evaluate(*args, **kwargs), secrets)
             endings.keep(_kept(options))
@@ -79,41 +76,6 @@ def without_secrets(results: Any, secrets: frozenset[str]) -> Any:
     if samples is not None:
         masked["samples"] = masking.masked(samples, secrets, shapes=False) if secrets else samples
     return masked
-
-
-class _Mask(logging.Filter):
-    """Masks what a record says before any handler writes it."""
-
-    def __init__(self, secrets: frozenset[str]):
-        super().__init__()
-        self.secrets = secrets
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        try:
-            said = record.getMessage()
-        except Exception:  # whose handler will complain
-            return True
-        masked = masking.mask(said, self.secrets)
-        if masked != said:
-            record.msg, record.args = masked, ()
-        return True
-
-
-@contextlib.contextmanager
-def _masked_logs(secrets: frozenset[str]) -> Iterator[None]:
-    """Mask secrets in all that is logged meanwhile by handlers that there are."""
-    names = ("", "lm_eval", "lm_eval_sparse", "transformers", "huggingface_hub", "datasets")
-    handlers = {handler for name in names for handler in logging.getLogger(name).handlers}
-    if logging.lastResort is not None:
-        handlers.add(logging.lastResort)
-    mask = _Mask(secrets)
-    for handler in handlers:
-        handler.addFilter(mask)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(mask)
 
 
 def _kept(options: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ class Option:
 
 
 def _is_limit(value: Any) -> bool:
-    return is_number(value) and (0 < value < 1 or (value >= 1 and float(value).is_integer() and value < 2**53))
+    return is_number(value) and (0 < value < 1 or (1 <= value < 2**53 and float(value).is_integer()))
 
 
 def _are_samples(value: Any) -> bool:
@@ -75,6 +75,10 @@ OPTIONS: dict[str, Option] = {
     "system_instruction": Option("--system_instruction", Takes("a text", lambda value: isinstance(value, str))),
     "use_cache": Option("--use_cache", Takes("the name of a file", lambda value: isinstance(value, str))),
     # lm-eval would find out when the run is over.
+    "gen_kwargs": Option(
+        "--gen_kwargs",
+        Takes("name=value pairs or a JSON object", lambda value: isinstance(value, str | Mapping), "temperature=0"),
+    ),
     "verbosity": Option(
         "--verbosity",
         Takes(
@@ -143,6 +147,7 @@ def _check(options: dict[str, Any]) -> None:
             example = f", such as {option.typed} {option.takes.example}" if option.takes.example else ""
             raise UserError(f"{option.typed} {brief(value)} is not accepted: give {option.takes.words}{example}")
     _check_include_path(options["task_manager"])
+    _check_model(options["model"], options["model_args"])
     if options["gen_kwargs"]:
         from lm_eval.utils import simple_parse_args_string
 
@@ -174,6 +179,17 @@ def _check(options: dict[str, Any]) -> None:
     full = _wants_full_stats(options["model"], options["model_args"])
     if full and tracker is not None and not getattr(tracker, "output_path", None):
         raise UserError("stats=full writes a file next to the results: add --output_path FOLDER")
+
+
+def _check_model(model: Any, model_args: Any) -> None:
+    """What the model is called decides where results go, so that a wrong path must not look like theirs."""
+    if not isinstance(model, str) or model_args is None:
+        return
+    if not isinstance(model_args, str | Mapping):
+        raise UserError(f"--model_args {brief(model_args)} is not accepted: give name=value pairs or a JSON object")
+    for name in ("pretrained", "peft", "delta") if isinstance(model_args, Mapping) else ():
+        if isinstance(value := model_args.get(name), str) and value.strip():
+            paths.expand(f"{name}={value!r}", value)
 
 
 def _check_include_path(manager: Any) -> None:

@@ -22,7 +22,8 @@ from lm_eval_sparse.values import FLAG, MAYBE, whole, yes_or_no
 #: Of every kind that a command line or a Python program may bring.
 VALUES: tuple[Any, ...] = (
     "", " ", "abc", "maybe", "no", "off", "True", "5", "-1", 5, 0, -1, 1.5, 1e30, float("nan"), float("inf"), True,
-    False, [], [1], {}, {"a": 1}, "\0", "x" * 10_000, "~nosuchuser/x", b"abc", object(), torch.float32, torch.int8,
+    False, [], [1], {}, {"a": 1}, "\0", "x" * 10_000, 10**400, "~nosuchuser/x", b"abc", object(),
+    torch.float32, torch.int8,
 )  # fmt: skip
 
 #: What must be accepted, as it is typed.

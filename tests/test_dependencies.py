@@ -55,7 +55,7 @@ FOUND = {
 def test_imports_are_found() -> None:
     """Guards the test itself."""
     assert ("torch", True, "kernels/layout.py") in FOUND
-    assert ("matplotlib", False, "lm_eval_sparse/analysis/curve.py") in FOUND
+    assert ("matplotlib", False, "lm_eval_sparse/analysis/picture.py") in FOUND
     assert ("psutil", True, "lm_eval_sparse/runtime/memory.py") in FOUND
 
 

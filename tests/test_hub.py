@@ -103,7 +103,13 @@ def trackers() -> Any:
 def evaluate(trackers: Any, server: LoopbackHub, tmp_path: Path) -> Callable[..., Any]:
     """What lm-eval's command line does with a tracker, without the model between: returns the tracker."""
 
-    def run(model_args: Any = None, samples: bool = False, model: str = "sparse-hf", **options: Any) -> Any:
+    def run(
+        model_args: Any = None,
+        samples: bool = False,
+        model: str = "sparse-hf",
+        tasks: tuple[str, str] = ("tiny", "long"),
+        **options: Any,
+    ) -> Any:
         options = {"output_path": str(tmp_path / "out"), "token": "hf_test", "push_results_to_hub": True, **options}
         tracker = trackers.EvaluationTracker(**options)
         if model == "sparse-hf":
@@ -116,7 +122,12 @@ def evaluate(trackers: Any, server: LoopbackHub, tmp_path: Path) -> Callable[...
             fewshot_as_multiturn=False,
         )
         results = copy.deepcopy(RESULTS)
-        logged = {"tiny": [sample(0), sample(1)], "long": [sample(0)]} if samples else None
+        for part in ("results", "configs"):
+            results[part] = {
+                dict(zip(("tiny", "long"), tasks, strict=True)).get(task, task): row
+                for task, row in results[part].items()
+            }
+        logged = {tasks[0]: [sample(0), sample(1)], tasks[1]: [sample(0)]} if samples else None
         tracker.save_results_aggregated(results=results, samples=logged)
         for task in logged or ():
             tracker.save_results_samples(task_name=task, samples=logged[task])
@@ -175,6 +186,46 @@ def test_one_commit_for_the_samples_of_all_tasks(server: LoopbackHub, evaluate: 
     assert [summary.split()[:3] for summary in summaries] == [["Add", "results", "of"], ["Add", "samples", "of"]] + [
         ["Update", "the", "results"]
     ]
+
+
+@pytest.mark.parametrize("tasks", [("a/b", "a_b"), ("../../x", "x" * 300), ("a\nb\x1b[1m", "<script>"), ("..", "con")])
+def test_samples_of_tasks_of_any_name(
+    server: LoopbackHub, evaluate: Callable, tmp_path: Path, tasks: tuple[str, str]
+) -> None:
+    evaluate(samples=True, push_samples_to_hub=True, push_results_to_hub=False, tasks=tasks)
+    (folder,) = (tmp_path / "out").iterdir()
+    assert [path for path in tmp_path.rglob("*samples*") if path.parent != folder] == []
+    files = server.dataset("tester/lm-eval-results-private").files
+    pushed = {name: content for name, content in files.items() if "samples_" in name}
+    assert {Path(name).name for name in pushed} == {path.name for path in folder.glob("samples_*.jsonl")}
+    assert sorted(content.count(b"\n") for content in pushed.values()) == [1, 2]
+    card = files["README.md"]
+    assert b"<script" not in card and b"\x1b" not in card
+    opened = [entry["data_files"][1]["path"][0] for entry in front_matter(card)["configs"]]
+    assert sorted(opened) == sorted(pushed)
+
+
+def test_a_secret_in_the_samples_stops_the_push(
+    server: LoopbackHub, evaluate: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "nobody-knows-this")
+    monkeypatch.setitem(RESULTS["configs"], "tiny", {"description": "nobody-knows-this"})
+    with pytest.raises(UserError, match=r"results_\S+\.json holds a secret") as error:
+        evaluate()
+    assert "nobody-knows-this" not in str(error.value) and not server.writes()
+    assert list(tmp_path.rglob("results_*.json"))  # what was computed is kept
+
+
+@pytest.mark.parametrize(
+    "card", [b"\xff\xfe", b"---\n- a\n---\n", b"---\na: &a [*a]\n---\n", b"---\ntags: 5\n---\nwords"]
+)
+def test_an_odd_card_does_not_stop_a_push(server: LoopbackHub, evaluate: Callable, card: bytes) -> None:
+    evaluate()
+    repo = server.dataset("tester/lm-eval-results-private")
+    repo.files["README.md"] = card
+    evaluate()
+    assert b"## Scores" in repo.files["README.md"]
+    assert (b"words" in repo.files["README.md"]) == (b"words" in card)
 
 
 def test_only_this_run_is_pushed(server: LoopbackHub, evaluate: Callable, tmp_path: Path) -> None:

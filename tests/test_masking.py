@@ -72,7 +72,8 @@ def test_shapes_of_secrets(seed: int) -> None:
 @pytest.mark.parametrize(
     "text",
     ["hf_transfer", "hf_overrides", "hf_hub_log_args", "hf_transformers", "--model hf", "risk-free", "task-based-x",
-     "http://host:80/a@b", "a: b@c", "org/hf_model", "scheme://host"],
+     "http://host:80/a@b", "a: b@c", "org/hf_model", "scheme://host", "the bearer presented the cheque",
+     "Bearer representatives-of-the-people"],
 )  # fmt: skip
 def test_what_has_no_such_shape(text: str) -> None:
     assert masking.mask(text) == text

@@ -62,7 +62,12 @@ def draw(rows: Sequence[Record]) -> list[bytes]:
     styles = {method: {"color": f"C{place % 10}", "marker": MARKS[place // 10]} for place, method in enumerate(methods)}
     found = list(panels(rows).items())
     # Names are text: a dollar sign in one is no formula.
-    settings = {"text.parse_math": False, "text.usetex": False, "axes.unicode_minus": False}
+    settings = {
+        "text.parse_math": False,
+        "text.usetex": False,
+        "axes.unicode_minus": False,
+        "axes.formatter.use_mathtext": False,
+    }
     with matplotlib.rc_context(settings), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         pictures = [_picture(found[at : at + MOST_PANELS], styles) for at in range(0, len(found), MOST_PANELS)]

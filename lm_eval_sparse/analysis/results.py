@@ -69,8 +69,8 @@ def _candidates(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
     given = [typed.expand(f"RESULTS {typed.cut(str(path))!r}", path) for path in paths]
     for path in given:
         if typed.is_dir(path):
-            for below in _below(path):
-                found.setdefault(_identity(below), (below, False))
+            for file in below(path):
+                found.setdefault(_identity(file), (file, False))
         elif typed.exists(path):
             found[_identity(path)] = path, True
         else:
@@ -84,7 +84,7 @@ def _candidates(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
     return list(found.values())
 
 
-def _below(folder: Path) -> list[Path]:
+def below(folder: Path) -> list[Path]:
     """Files called `results_*.json` below a folder, sorted by path."""
 
     def unreadable(error: OSError) -> None:
@@ -139,7 +139,8 @@ def read(paths: Iterable[str | Path]) -> list[Record]:
         others = f" (and {len(refused) - 1} files more)" if len(refused) > 1 else ""
         raise UserError(f"no result file here can be read: {refused[0]}{others}")
     if not rows:
-        raise UserError("these result files hold no scores" + "".join(f": {said}" for said in unusable[:1]))
+        files = f"{candidates[0][0]}{f' and {len(candidates) - 1} more' if len(candidates) > 1 else ''}"
+        raise UserError(f"these result files hold no scores: {files}" + "".join(f"; {said}" for said in unusable[:1]))
     for what, said in (("file", refused), ("figure", unusable)):
         for line in said[:_NAMED]:
             logger.warning("a %s is left out: %s", what, one_line(str(line)))

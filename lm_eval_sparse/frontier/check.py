@@ -8,15 +8,11 @@ chance level is not what they say.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib
-import importlib.util
 import json
 import math
 import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,14 +22,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from .. import frontier
+from .. import frontier, paths
 from ..cli import PROGRAM, Parser
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, plain
+from ..files import read_bytes
+from . import apart, elsewhere
 from .fill import SENTENCES
 from .leaves import LENGTHS, MEASURED
+from .metadata import add_options, read_metadata, read_number
 from .recipe import Recipe
-
-# `show` and `task` are imported where they are used: the process that writes documents anew needs no lm-eval.
+from .show import Reader, load_leaves, make, manager, prompt_of, quiet, told
+from .yamls import leaf_files
 
 _LEAF = re.compile(r"(?P<forced>forced_)?frontier_(?P<task>.+)_(?P<length>[^_]+)")
 _REFUSAL = "I am sorry, but this is something with which help is not possible."
@@ -54,6 +53,8 @@ _FULLEST = 0.95
 _MOST_FILLER = 0.15
 _MOST_ECHO = 0.75
 _SHOWN = 3
+_LONGEST_LINE = 2000  # characters of a finding
+_LARGEST_README = 16 * 2**20
 
 
 class _Wrong(Exception):
@@ -62,8 +63,6 @@ class _Wrong(Exception):
 
 def main(argv: list[str]) -> int:
     """`lm-eval-sparse check-task PATH [...]`: the exit status, 0 when every check passed."""
-    from .show import Reader, add_options, read_metadata
-
     parser = Parser(prog=f"{PROGRAM} check-task", description="Check a folder with the YAML files of one task.")
     parser.add_argument("path", metavar="PATH", help="the folder, or the name of a built-in task")
     add_options(parser)
@@ -72,36 +71,41 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--samples", metavar="N", default="8", help="documents per leaf (default: 8)")
     options = parser.parse_args(argv)
-    if not re.fullmatch("[0-9]+", options.samples) or int(options.samples) < 2:
-        raise UserError(f"--samples {options.samples} given, but it must be a whole number of at least 2")
+    samples = read_number("--samples", options.samples, 2)
     metadata = read_metadata(options.metadata)
     folder = _folder(options.path)
     lengths = _lengths(options.lengths)
-    reader = Reader.of(options.tokenizer, metadata, chat=False)
-    report = _Report(folder)
-    with _scratch():
-        _Checker(folder, reader, metadata, lengths, int(options.samples), report).run()
-    return report.close()
+
+    def work(progress: apart.Progress) -> int:
+        reader = Reader.of(options.tokenizer, metadata, chat=False)
+        report = _Report(folder, progress)
+        with _scratch():
+            _Checker(folder, reader, metadata, lengths, samples, report).run()
+        return report.close()
+
+    try:
+        return apart.run(work)
+    except apart.Ended as error:
+        return _Report(folder, apart.Progress(sys.stdout)).ended(error)
 
 
 def _folder(given: str) -> Path:
     """The folder that PATH means. Raises `UserError`."""
-    path = Path(given).expanduser()
-    if path.is_dir() and (any(path.glob("*.yaml")) or given not in frontier.RECIPES):
+    path, known = paths.expand(f"PATH {given!r:.80}", given), _built_in()
+    if paths.is_dir(path) and (any(path.glob("*.yaml")) or given not in frontier.RECIPES):
         if not any(path.rglob("*.yaml")):
             raise UserError(
                 f"{given} given, but it has no YAML files; give the folder of a task (`{PROGRAM} new-task` writes one)"
             )
         return path.resolve()
-    known = _built_in()
     if given in known:
         return known[given]
-    if path.exists():
+    if paths.exists(path):
         raise UserError(
             f"{given} given, which is a file; give the folder that it is in, or the name of a built-in task"
         )
-    names = ", ".join(known)
-    raise UserError(f"{given!r} given, which is neither a folder nor a built-in task ({names}){nearest(given, known)}")
+    names, close = ", ".join(known), nearest(given[:200], known)
+    raise UserError(f"{given!r:.300} given, which is neither a folder nor a built-in task ({names}){close}")
 
 
 def _built_in() -> dict[str, Path]:
@@ -129,7 +133,7 @@ def _scratch() -> Iterator[None]:
 
     before, theirs = os.environ.get("LM_EVAL_SPARSE_CACHE"), cache_dir().parent
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ beside the author's code
-    with tempfile.TemporaryDirectory(prefix="check-task-") as folder:
+    with tempfile.TemporaryDirectory(prefix="check-task-", ignore_cleanup_errors=True) as folder:
         for entry in theirs.iterdir() if theirs.is_dir() else ():
             if entry.name != cache_dir().name:
                 (Path(folder) / entry.name).symlink_to(entry.resolve())
@@ -139,7 +143,7 @@ def _scratch() -> Iterator[None]:
         finally:
             sys.dont_write_bytecode = bytecode
             if before is None:
-                del os.environ["LM_EVAL_SPARSE_CACHE"]
+                os.environ.pop("LM_EVAL_SPARSE_CACHE", None)
             else:
                 os.environ["LM_EVAL_SPARSE_CACHE"] = before
 
@@ -147,26 +151,36 @@ def _scratch() -> Iterator[None]:
 class _Report:
     """Prints a line per check and counts."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.passed, self.failed = folder, 0, 0
+    def __init__(self, folder: Path, progress: apart.Progress):
+        self.folder, self.progress, self.passed, self.failed = folder, progress, 0, 0
 
     def check(self, name: str, function: Callable[..., str], *args: Any) -> bool:
         """Run one check; `function` returns what it found, or raises."""
-        from .show import told
-
+        self.progress.note([name, self.passed, self.failed])
         try:
             found, good = function(*args), True
         except _Wrong as wrong:
             found, good = str(wrong), False
-        except Exception as error:  # code of the task's author
+        except BaseException as error:  # code of the task's author, which may also try to end the process
+            if apart.was_interrupted():
+                raise
             found, good = told(error, self.folder), False
+        return self.line(name, found, good)
+
+    def line(self, name: str, found: str, good: bool) -> bool:
         self.passed, self.failed = self.passed + good, self.failed + (not good)
-        print(f"{'ok' if good else 'FAIL':<5} {name:<20} {' '.join(found.split())}", flush=True)
+        self.progress.say(f"{'ok' if good else 'FAIL':<5} {name:<20} {_cut(plain(' '.join(found.split())))}")
         return good
+
+    def ended(self, error: apart.Ended) -> int:
+        """The rest of the report of a process that the task's code has ended."""
+        name, self.passed, self.failed = error.last or ["start", 0, 0]
+        self.line(name, f"{error}; expected that it lives on", False)
+        return self.close()
 
     def close(self) -> int:
         checks = self.passed + self.failed
-        print(f"\n{checks} checks, " + (f"{self.failed} FAILED" if self.failed else "all ok"))
+        self.progress.say(f"\n{checks} checks, " + (f"{self.failed} FAILED" if self.failed else "all ok"))
         return int(bool(self.failed))
 
 
@@ -216,7 +230,7 @@ class _Checker:
             check("groups", self._groups)
         check("README", self._readme)
         if not (check("classes", self._classes) and check("documents", self._documents)):
-            print("      (what needs documents was not checked)")
+            self.report.progress.say("      (what needs documents was not checked)")
             return
         check("lengths", self._exact)
         check("content", self._content)
@@ -245,8 +259,6 @@ class _Checker:
     # -------------------------------------------------------------------------------------------------------- names
 
     def _files(self) -> str:
-        from .show import leaf_files
-
         self.files = leaf_files(self.folder)
         names = [_LEAF.fullmatch(name) for name, (_, content) in self.files.items() if "group" not in content]
         tasks = sorted({match["task"] for match in names if match})
@@ -301,8 +313,6 @@ class _Checker:
         return f"{len(tags)} tags with hyphens" + (f", {len(groups)} groups" if groups else "")
 
     def _clashes(self) -> str:
-        from .show import leaf_files
-
         if self.built_in:
             roots = [path for name, path in _built_in().items() if name != self.built_in]
         else:
@@ -315,8 +325,6 @@ class _Checker:
         return "no name is that of another task of this package"
 
     def _groups(self) -> str:
-        from .show import leaf_files
-
         roots = leaf_files(self.folder.parent)
         problems = []
         for forced in ("", "forced_"):
@@ -331,7 +339,7 @@ class _Checker:
         word = re.compile(rf"^\s*[#|].*(?<![\w]){re.escape(self.name)}(?![\w])", re.MULTILINE)
         looked = [self.folder / "README.md", self.folder.parent / "README.md"]
         for path in looked:
-            if path.is_file() and word.search(path.read_text(encoding="utf-8", errors="replace")):
+            if path.is_file() and word.search(read_bytes(path, most=_LARGEST_README).decode(errors="replace")):
                 return f"{path} names the task"
         raise _Wrong(
             f"no heading and no table row names {self.name} in {' or '.join(map(str, looked))}; "
@@ -341,8 +349,6 @@ class _Checker:
     # ---------------------------------------------------------------------------------------------------- documents
 
     def _load(self, names: Sequence[str], **metadata: Any) -> dict[str, Any]:
-        from .show import load_leaves, manager, quiet
-
         with quiet():
             key = json.dumps(metadata, sort_keys=True)
             if key not in self.managers:
@@ -406,8 +412,6 @@ class _Checker:
 
     def _make(self, leaf: str, chat: bool = False, order: Sequence[int] | None = None, **metadata: Any) -> _Made | str:
         """Documents of a leaf, or why it is skipped."""
-        from .show import make, prompt_of, quiet
-
         reader = self.reader.with_chat(chat)
         task = self._load([leaf], **metadata)[leaf]
         with quiet():
@@ -486,32 +490,27 @@ class _Checker:
         job = {
             "folder": str(self.folder),
             "recipe": kwargs,
-            "metadata": {**self.metadata, "samples": self.samples},
+            "metadata": self._metadata_anywhere(),
             "length": self._plain()[0].task.length,
             "indexes": [doc["index"] for doc in self._plain()[0].docs],
         }
-        path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-        done = subprocess.run(
-            [sys.executable, "-c", f"from {__name__} import write_digests; write_digests()"],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONHASHSEED": seed,
-                "PYTHONDONTWRITEBYTECODE": "1",
-                "PYTHONPATH": os.pathsep.join(path),
-            },
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise _Wrong(f"another process cannot write the documents: {last[:300]}")
-        theirs, ours = json.loads(done.stdout.splitlines()[-1]), digests(job)
+        try:
+            theirs = elsewhere.run(job, seed)
+        except elsewhere.Failed as error:
+            raise _Wrong(f"another process cannot write the documents: {error}") from None
+        ours = elsewhere.digests(job)
         problems = [f"{key} is another in another process (hash order? clock? global state?)" for key in ours
                     if theirs.get(key) != ours[key]]  # fmt: skip
         _raise(problems)
         return f"the same documents with PYTHONHASHSEED={seed}"
+
+    def _metadata_anywhere(self) -> dict[str, Any]:
+        """The metadata as it reads from every folder."""
+        found = {**self.metadata, "samples": self.samples}
+        if "qa_folder" in found:
+            found["qa_folder"] = str(paths.folder("qa_folder", found["qa_folder"]).resolve())
+        return found
 
     def _other_seed(self) -> str:
         made = self._plain(False)[0] if self._plain(False) else self._plain()[0]
@@ -722,8 +721,6 @@ class _Checker:
         return f"{pairs} documents with the gold answer of their siblings"
 
     def _one_prompt(self) -> str:
-        from .show import prompt_of
-
         problems, most = [], 0
         for made in self._twins():
             for prompt, row in zip(made.prompts, made.instances, strict=True):
@@ -888,51 +885,6 @@ class _Checker:
         return f"a draft takes {1000 * median:.2g} ms to start"
 
 
-# ---------------------------------------------------------------------------------------------------- another process
-
-
-def digests(job: Mapping[str, Any]) -> dict[str, str]:
-    """Hashes of texts and gold answers that the recipe writes, without a tokenizer: sizes are counted in characters."""
-    recipe = _recipe(job["recipe"], Path(job["folder"]))
-    recipe.find(job["metadata"])
-    length, seed = int(job["length"]), int(job["metadata"].get("seed", 0))
-    recipe.bind(length, seed, lambda message: len(message) // 4, "check-task")
-    found = {}
-    for index in job["indexes"]:
-        for forced in (False, True):
-            draft = recipe.draft(length, seed, index, forced)
-            parts = []
-            for units in (0, 7, 40):
-                units = min(units, draft.most)
-                parts.append([draft.message(units, "A line of filler."), draft.gold(units)])
-            text = json.dumps([draft.answer, draft.most, parts], sort_keys=True, default=str)
-            found[f"document {index} of the {'twin' if forced else 'leaf'} with {length} tokens"] = hashlib.sha256(
-                text.encode()
-            ).hexdigest()
-    return found
-
-
-def write_digests() -> None:
-    """`digests` of the job on stdin, to stdout, in the opposite order."""
-    job = json.load(sys.stdin)
-    print("\n" + json.dumps(digests({**job, "indexes": job["indexes"][::-1]})))
-
-
-def _recipe(given: Mapping[str, str], folder: Path) -> Recipe:
-    if "recipe" not in given:
-        return frontier.recipe(given["task"])
-    module, _, cls = given["recipe"].removeprefix("!function ").rpartition(".")
-    path = folder / f"{module.replace('.', '/')}.py"
-    if not path.exists():
-        return getattr(importlib.import_module(module), cls)()
-    spec = importlib.util.spec_from_file_location(f"_check_task_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = loaded
-    spec.loader.exec_module(loaded)
-    return getattr(loaded, cls)()
-
-
 # -------------------------------------------------------------------------------------------------------------- texts
 
 
@@ -940,6 +892,10 @@ def _raise(problems: Sequence[str]) -> None:
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise _Wrong("; ".join(problems[:_SHOWN]) + more)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}…"
 
 
 def _some(names: Sequence[str] | Mapping[str, Any]) -> str:

@@ -10,15 +10,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from ..embedded import is_embedded
 from ..errors import UserError
+from ..files import brief, why
+from ..paths import expand, is_dir
 from ..protocol import active_lm
+from ..values import whole
+from .metadata import (
+    MODEL_OPTIONS,
+    NAMES,
+    TOKENIZER_OPTIONS,
+    add_bos,
+    limit,
+    loader_options,
+    tokenizer_name,
+)
 
 _NEEDED = (
     "frontier tasks fill every prompt to an exact number of tokens and need the evaluated model's tokenizer; "
@@ -83,22 +97,24 @@ def _of_names(metadata: Mapping[str, Any]) -> Meter:
     name = metadata.get("tokenizer") or pretrained or metadata.get("model")
     if name is None:
         raise UserError(_NEEDED)
-    if isinstance(name, str):
-        options = {key: metadata[key] for key in ("revision", "subfolder", "trust_remote_code") if metadata.get(key)}
-        if not metadata.get("tokenizer") and metadata.get("gguf_file"):
-            options["gguf_file"] = metadata["gguf_file"]
-        tokenizer = _load_tokenizer(name, tuple(sorted(options.items())))
+    for key in NAMES:
+        tokenizer_name("", key, metadata.get(key))
+    if isinstance(name, str | os.PathLike):
+        keys = TOKENIZER_OPTIONS if metadata.get("tokenizer") else MODEL_OPTIONS
+        tokenizer = _load_tokenizer(str(name), tuple(loader_options("", metadata, keys).items()))
     elif hasattr(name, "encode"):
         tokenizer = name
-    else:  # a model object given as `pretrained`
-        tokenizer = _load_tokenizer(str(getattr(name, "name_or_path", "")), ())
-    add_bos, bos = metadata.get("add_bos_token"), getattr(tokenizer, "bos_token", None)
+    elif path := str(getattr(name, "name_or_path", "")):  # a model object given as `pretrained`
+        tokenizer = _load_tokenizer(path, (("trust_remote_code", False),))
+    else:
+        raise UserError(_NEEDED)
+    beginning, bos = add_bos("", metadata), getattr(tokenizer, "bos_token", None)
 
     def count(prompt: str) -> int:
         if isinstance(bos, str) and prompt.startswith(bos):  # as HFLM does: a template may have written it already
             return len(tokenizer.encode(prompt, add_special_tokens=False))
-        if add_bos is not None:
-            return len(tokenizer.encode(prompt, add_special_tokens=bool(add_bos)))
+        if beginning is not None:
+            return len(tokenizer.encode(prompt, add_special_tokens=beginning))
         return len(tokenizer.encode(prompt))
 
     return _meter(tokenizer, count, _limit(metadata, tokenizer))
@@ -138,30 +154,55 @@ def _load_tokenizer(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, **dict(options))
-    except Exception as error:  # whatever the loader raises, the user needs the same advice
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load the tokenizer {name!r} ({reason}): {_NEEDED}") from error
+        return load_tokenizer(AutoTokenizer, name, dict(options))
+    except CannotLoad as error:
+        raise UserError(f"cannot load the tokenizer {brief(name)!r} ({error}): {_NEEDED}") from error
+
+
+class CannotLoad(Exception):
+    """A tokenizer cannot be loaded. The message is the reason, in one line."""
+
+
+def load_tokenizer(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """`kind.from_pretrained` of a name on the Hub or a folder, whatever is wrong with its files.
+
+    Raises `UserError` for what can be no name and no path, `CannotLoad` for everything else.
+    """
+    path = expand(f"tokenizer {brief(name)!r}", name)
+    try:
+        _check_files(path)
+        return kind.from_pretrained(str(path) if is_dir(path) else name, **options)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a damaged file may make the Rust library panic, which is no Exception
+        raise CannotLoad(why(error)[:200]) from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raise `OSError` where a folder holds a pipe or a device: reading one may never end."""
+    if is_dir(folder):
+        for path in folder.iterdir():
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise OSError(f"{path.name} is no regular file")
 
 
 def _limit(metadata: Mapping[str, Any], tokenizer: Any) -> int | None:
     """As lm-eval's model types do: the model argument, else the config, else the tokenizer."""
-    for key in ("max_length", "max_model_len"):
-        if metadata.get(key):
-            return int(metadata[key])
+    if (given := limit("", metadata)) is not None:
+        return given
     if metadata.get("base_url"):
         return _API_MAX_LENGTH - 1
     config = getattr(metadata.get("pretrained"), "config", None)
     if isinstance(metadata.get("pretrained"), str):
-        keys = ("revision", "subfolder", "trust_remote_code", "gguf_file")
-        options = tuple(sorted((key, metadata[key]) for key in keys if metadata.get(key)))
-        config = _load_config(metadata["pretrained"], options)
+        config = _load_config(metadata["pretrained"], tuple(loader_options("", metadata, MODEL_OPTIONS).items()))
     config = getattr(config, "text_config", None) or config
     for key in ("n_positions", "max_position_embeddings", "n_ctx"):
         if getattr(config, key, None):
-            return int(getattr(config, key))
-    limit = getattr(tokenizer, "model_max_length", None)
-    return int(limit) if limit and limit < 10**9 else None  # transformers writes 10**30 for "unknown"
+            return whole("the model's config: ", key, getattr(config, key), 1)
+    longest = getattr(tokenizer, "model_max_length", None)
+    if not longest or (isinstance(longest, int | float) and longest >= 10**9):  # transformers writes 10**30: unknown
+        return None
+    return whole("the tokenizer's config: ", "model_max_length", longest, 1)
 
 
 @lru_cache(maxsize=4)
@@ -169,6 +210,7 @@ def _load_config(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     from transformers import AutoConfig
 
     try:
+        _check_files(Path(name))
         return AutoConfig.from_pretrained(name, **dict(options))
     except Exception:  # not a transformers model: the limit stays unknown
         return None

@@ -15,13 +15,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .. import paths
 from ..cli import PROGRAM, Parser
 from ..errors import UserError
+from ..files import umask, why
+from ..output import say
 from . import RECIPES
 from .leaves import LENGTHS, TaskFolder
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _LONGEST_NAME = 40
+#: Names that Windows has for devices: a folder with one can be made and copied nowhere there.
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 
 
 def main(argv: list[str]) -> int:
@@ -30,8 +35,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", metavar="NAME", help="of the task: lower-case words joined by underscores")
     parser.add_argument("--folder", metavar="DIR", default=".", help="where the folder NAME is made (default: here)")
     options = parser.parse_args(argv)
-    folder = write(options.name, Path(options.folder).expanduser())
-    print(_next_steps(options.name, folder))
+    folder = write(options.name, paths.expand(f"--folder {options.folder}", options.folder))
+    say(_next_steps(options.name, folder))
     return 0
 
 
@@ -39,9 +44,11 @@ def write(name: str, parent: Path) -> Path:
     """Make the folder `parent`/`name` and return it. It appears whole or not at all. Raises `UserError`."""
     _check_name(name)
     folder = parent / name
-    if not parent.is_dir():
+    if not paths.is_dir(parent):
+        if os.path.lexists(parent):
+            raise UserError(f"--folder {parent} given, which is no folder; give a folder")
         raise UserError(f"--folder {parent} given, but there is no such folder; type: mkdir -p {parent}")
-    if folder.exists() or folder.is_symlink():
+    if os.path.lexists(folder):
         raise UserError(f"{folder} exists already, and nothing is overwritten; take another name or another --folder")
     if importlib.util.find_spec(name) is not None:
         raise UserError(f"{name!r} given, but a Python module has this name and would be hidden; take another name")
@@ -50,14 +57,12 @@ def write(name: str, parent: Path) -> Path:
         try:
             for file, text in files(name).items():
                 (part / file).write_text(text, encoding="utf-8")
-            part.chmod(0o777 & ~_umask())
+            part.chmod(0o777 & ~umask())
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        raise UserError(
-            f"cannot write {folder} ({error.strerror or error}); give another place with --folder DIR"
-        ) from None
+        raise UserError(f"cannot write {folder} ({why(error)}); give another place with --folder DIR") from None
     return folder
 
 
@@ -77,9 +82,11 @@ def files(name: str) -> dict[str, str]:
 def _check_name(name: str) -> None:
     accepted = "a task's name is lower-case words of letters and digits joined by underscores, such as parcel_search"
     if not _NAME.fullmatch(name) or keyword.iskeyword(name) or len(name) > _LONGEST_NAME:
-        why = f" (at most {_LONGEST_NAME} characters)" if len(name) > _LONGEST_NAME else ""
-        why = " (and no word of the Python language)" if keyword.iskeyword(name) else why
-        raise UserError(f"{name!r} given, but {accepted}{why}")
+        most = f" (at most {_LONGEST_NAME} characters)" if len(name) > _LONGEST_NAME else ""
+        most = " (and no word of the Python language)" if keyword.iskeyword(name) else most
+        raise UserError(f"{name!r:.100} given, but {accepted}{most}")
+    if name in _DEVICES:
+        raise UserError(f"{name!r} given, but Windows has a device of this name; take another name")
     if name.rpartition("_")[2] in LENGTHS:
         raise UserError(f"{name!r} given, but a task's name may not end in a length; the leaves' names get theirs")
     if name.startswith(("frontier_", "forced_")) or name in ("frontier", "forced"):
@@ -90,12 +97,6 @@ def _check_name(name: str) -> None:
         raise UserError(f"{name!r} given, but this task exists; names that are taken: {', '.join(RECIPES)}")
     if name in sys.stdlib_module_names or name == "test":
         raise UserError(f"{name!r} given, but a module of Python has this name and would be hidden; take another name")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _next_steps(name: str, folder: Path) -> str:

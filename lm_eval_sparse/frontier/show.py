@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
-import re
 import sys
 import traceback
 from bisect import bisect_right
@@ -19,16 +17,21 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from .. import paths
 from ..cli import PROGRAM, Parser
 from ..embedded import NAME, ensure, is_embedded
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, plain
+from ..files import brief
 from ..patches.register_tasks import task_folders
-from .task import FrontierTask
+from . import apart
+from .metadata import TOKENIZER_OPTIONS, add_options, limit, loader_options, read_metadata, read_number
+from .meter import CannotLoad, load_tokenizer
+from .yamls import leaf_files
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they take seconds, and a process that has them cannot be split
     from lm_eval.tasks import TaskManager
+
+    from .task import FrontierTask
 
 _LONG = 300
 _MANY = 12
@@ -46,52 +49,33 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--apply_chat_template", action="store_true", help="render the tokenizer's chat template")
     parser.add_argument("--include_path", metavar="DIR", help="folder with more tasks, as in lm_eval")
     options = parser.parse_args(argv)
-    if not re.fullmatch("[0-9]+", options.index):
-        raise UserError(f"--index {options.index} given, but it must be a whole number from 0; type --index 0")
+    index = read_number("--index", options.index, 0)
     metadata = read_metadata(options.metadata)
     folders = task_folders()
     if options.include_path is not None:
-        if not Path(options.include_path).expanduser().is_dir():
-            raise UserError(f"--include_path {options.include_path} given, but there is no such folder")
-        folders.append(str(Path(options.include_path).expanduser()))
+        folders.append(str(paths.folder(f"--include_path {options.include_path}", options.include_path)))
     check_leaf_name(options.task, folders)  # before anything is loaded
-    reader = Reader.of(options.tokenizer, metadata, options.apply_chat_template)
+    colour = sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def work(progress: apart.Progress) -> int:
+        reader = Reader.of(options.tokenizer, metadata, options.apply_chat_template)
+        try:
+            with quiet():
+                task = load_leaves(manager(folders, metadata), [options.task])[options.task]
+            text = describe(task, index, reader, colour)
+        except UserError:
+            raise
+        except BaseException as error:  # code of the task's author
+            if apart.was_interrupted():
+                raise
+            raise UserError(f"{options.task} cannot be shown: {told(error, Path(folders[-1]).resolve())}") from error
+        progress.say(text)
+        return 0
+
     try:
-        with quiet():
-            task = load_leaves(manager(folders, metadata), [options.task])[options.task]
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        text = describe(task, int(options.index), reader, colour)
-    except UserError:
-        raise
-    except Exception as error:  # code of the task's author
-        raise UserError(f"{options.task} cannot be shown: {told(error, Path(folders[-1]).resolve())}") from error
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-
-
-def add_options(parser: Parser) -> None:
-    """Options that `show` and `check-task` share."""
-    parser.add_argument(
-        "--tokenizer", metavar="NAME", help="name or path of a tokenizer (default: the embedded model's)"
-    )
-    parser.add_argument("--metadata", metavar="JSON", help="""as in lm_eval, such as '{"seed": 7}'""")
-
-
-def read_metadata(given: str | None) -> dict[str, Any]:
-    """The value of --metadata. Raises `UserError` unless it is a JSON object."""
-    wanted = """--metadata must be a JSON object, such as '{"seed": 7}'"""
-    if given is None:
-        return {}
-    try:
-        found = json.loads(given)
-    except ValueError as error:
-        raise UserError(f"--metadata {given!r} given, which is no JSON ({error}); {wanted}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"--metadata {given!r} given, but {wanted}")
-    return found
+        return apart.run(work)
+    except apart.Ended as error:
+        raise UserError(f"{options.task} cannot be shown: {error}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- the tokenizer
@@ -110,21 +94,23 @@ class Reader:
     @classmethod
     def of(cls, named: str | None, metadata: Mapping[str, Any], chat: bool) -> Reader:
         """The tokenizer `named`, else the one that `metadata` names, else the embedded model's. Raises `UserError`."""
-        name = named or metadata.get("tokenizer") or metadata.get("pretrained") or NAME
+        option = "--tokenizer " if named is not None else ""
+        name = named if named is not None else metadata.get("tokenizer") or metadata.get("pretrained") or NAME
         if not isinstance(name, str):
-            raise UserError(f"tokenizer {name!r} given, but it must be a name or a path")
-        where = ensure() if is_embedded(name) else name
+            raise UserError(f"tokenizer {brief(name)} given, but it must be a name or a path")
+        paths.expand(f"{option}{brief(name)}", name)
+        where = str(ensure()) if is_embedded(name) else name
+        options = loader_options("", metadata, ["trust_remote_code"] if option else TOKENIZER_OPTIONS)
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         # The embedded model's is of a known class; to find that out takes longer than everything else here.
         loader = PreTrainedTokenizerFast if is_embedded(name) else AutoTokenizer
         try:
             with quiet():
-                tokenizer = loader.from_pretrained(where)
-        except Exception as error:  # whatever the loader raises, the user needs the same advice
-            reason = " ".join(str(error).split())[:200]
+                tokenizer = load_tokenizer(loader, where, options)
+        except CannotLoad as error:  # whatever the loader raises, the user needs the same advice
             raise UserError(
-                f"cannot load the tokenizer {name!r} ({reason}); give a name on the Hub, or a folder with "
+                f"cannot load the tokenizer {brief(name)!r} ({error}); give a name on the Hub, or a folder with "
                 f"tokenizer.json, with --tokenizer, or leave it out for the embedded model's"
             ) from None
         if chat and not getattr(tokenizer, "chat_template", None):
@@ -133,8 +119,7 @@ class Reader:
                 "or give another --tokenizer"
             )
         tokenizer.model_max_length = 10**30  # no warnings that a prompt is longer than some model takes
-        limit = metadata.get("max_length")
-        return cls(tokenizer, name, chat, int(limit) if re.fullmatch("[0-9]+", str(limit)) else None)
+        return cls(tokenizer, name, chat, limit("", metadata))
 
     @property
     def has_template(self) -> bool:
@@ -165,6 +150,13 @@ class Reader:
 # ------------------------------------------------------------------------------------------------------------ the leaf
 
 
+class _Nowhere(io.TextIOBase):
+    """A stream that keeps nothing, however much is written."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep progress bars and warnings back: what they would say is said elsewhere."""
@@ -173,47 +165,11 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(_Nowhere()):
             yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-def leaf_files(folder: str | Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Name -> (file, content) of all that the YAML files under `folder` define, with what they include merged in.
-
-    Nothing is imported: functions are their names. Raises `UserError` for a file that is no YAML.
-    """
-    found = {}
-    for path in sorted(Path(folder).rglob("*.yaml")):
-        if "__pycache__" in path.parts or ".ipynb_checkpoints" in path.parts:
-            continue
-        content = _read_yaml(path)
-        name = content.get("task") if isinstance(content.get("task"), str) else content.get("group")
-        if isinstance(name, str):
-            found[name] = (path, content)
-    return found
-
-
-def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        pass
-
-    Loader.add_constructor("!function", lambda loader, node: f"!function {loader.construct_scalar(node)}")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a mapping, such as `task: frontier_name_4k`, but holds {content!r:.60}")
-    included = content.pop("include", [])
-    merged: dict[str, Any] = {}
-    for other in included if isinstance(included, list) else [included]:
-        if depth > 8:
-            raise UserError(f"{path} includes itself, directly or through others")
-        merged |= _read_yaml(path.parent / str(other), depth + 1)
-    return merged | content
 
 
 def check_leaf_name(name: str, folders: list[str]) -> None:
@@ -238,6 +194,8 @@ def manager(folders: list[str], metadata: Mapping[str, Any]) -> TaskManager:
 
 def load_leaves(tasks: TaskManager, names: list[str]) -> dict[str, FrontierTask]:
     """The leaves `names` as lm-eval builds them. Raises `UserError` for a task that is none of ours."""
+    from .task import FrontierTask
+
     found = {}
     for name in names:
         found[name] = tasks.load([name])["tasks"][name]
@@ -262,11 +220,14 @@ def prompt_of(instance: Any) -> str:
 
 def told(error: BaseException, folder: Path) -> str:
     """An exception in one line: its message, and the line of the task author's code in `folder` that it came from."""
-    message = " ".join(str(error).split())[:300]
+    try:
+        message = " ".join(str(error).split())[:300]
+    except Exception:  # an exception of the author's own making
+        message = "without a message that can be read"
     if isinstance(error, UserError):
         return message
     chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     place = ""
     for one in chain:
@@ -289,12 +250,13 @@ def told(error: BaseException, folder: Path) -> str:
 def describe(task: FrontierTask, index: int, reader: Reader, colour: bool) -> str:
     """Document `index` of `task`, in full. Raises `UserError` when there is none or the leaf is skipped."""
     name = task.config.task
-    try:
-        with quiet():
-            make(task, reader, [index] if index < task.samples else [0])
-    except UserError:
-        if index < len(task.eval_docs):
-            raise
+    if index < task.samples:  # or nothing is written
+        try:
+            with quiet():
+                make(task, reader, [index])
+        except UserError:
+            if index < len(task.eval_docs):
+                raise
     if skipped := task.config.metadata.get("skipped"):
         raise UserError(f"{name} is skipped: {skipped}")
     if index >= len(task.eval_docs):
@@ -329,8 +291,9 @@ def describe(task: FrontierTask, index: int, reader: Reader, colour: bool) -> st
         lines.append(f"{where}  {abridged(piece)}")
     if task.forced:
         lines += ["", f"requests: {len(task.instances)} (forced text | continuation)", *_requests(task.instances)]
-    shown = _marked(prompt, spans) if colour else prompt
-    return "\n".join([*lines, "", f"prompt {'-' * 112}", shown])
+    # Texts may be anyone's, and a terminal would obey their control characters. The marks are ours.
+    shown = _marked(prompt, spans) if colour else plain(prompt)
+    return "\n".join([*map(plain, lines), "", f"prompt {'-' * 112}", shown])
 
 
 def abridged(text: str, longest: int = _LONG) -> str:
@@ -356,6 +319,6 @@ def _marked(prompt: str, spans: list[tuple[int, int]]) -> str:
     for start, end in sorted(spans):
         start = max(start, last)  # pieces may overlap
         if end > start:
-            parts += [prompt[last:start], _MARK, prompt[start:end], _PLAIN]
+            parts += [plain(prompt[last:start]), _MARK, plain(prompt[start:end]), _PLAIN]
             last = end
-    return "".join([*parts, prompt[last:]])
+    return "".join([*parts, plain(prompt[last:])])

@@ -24,12 +24,17 @@ from lm_eval.api.task import ConfigurableTask
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import read_bytes
 from ..protocol import SKIPPED, SharedPrompt, mean_sparsities, stats_of
+from ..values import whole
 from . import recipe
 from .fill import DoesNotFit, Filler, fit, fit_both
+from .metadata import check_metadata, samples, seed, strict
 from .meter import Meter, meter_for
 from .recipe import Draft, Unavailable
 from .store import DocumentStore
+
+__all__ = ["Documents", "ForcedFrontierTask", "FrontierTask", "check_metadata"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,8 @@ FILLED = 0.95
 
 #: Larger files beside a recipe are not read for the fingerprint of its documents.
 _LARGE = 64 * 2**20
+#: Tokens that a prompt or an answer may have.
+_LONGEST = 10**9
 #: Documents whose answers settle how much room is kept for answers.
 _SETTLING = 100
 
@@ -107,10 +114,10 @@ class FrontierTask(ConfigurableTask):
         """Set up the recipe, find its data if it needs any, and a sequence of documents yet to be made."""
         given, metadata = dict(dataset_kwargs or {}), dict(self.config.metadata or {})
         self.recipe = given["recipe"]() if given.get("recipe") else recipe(str(given.get("task")))
-        self.length = whole(self.config.task, "length", given.get("length"), 1)
-        self.samples = whole(self.config.task, "samples", metadata.get("samples", 100), 1)
-        self.seed = whole(self.config.task, "seed", metadata.get("seed", 0), None)
-        self.strict = flag(self.config.task, "strict", metadata.get("strict", False))
+        where = f"{self.config.task}: "
+        self.length = whole(where, "length", given.get("length"), 1, _LONGEST)
+        self.samples, self.seed = samples(where, metadata), seed(where, metadata)
+        self.strict = strict(where, metadata)
         self.VERSION = self.recipe.version
         # What the leaf is wins over whatever model arguments of the same name lm-eval has merged in.
         metadata.update(version=self.VERSION, length=self.length, samples=self.samples, seed=self.seed)
@@ -293,7 +300,7 @@ class FrontierTask(ConfigurableTask):
         given = self.config.generation_kwargs or {}
         for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
             if given.get(key) is not None:
-                return whole(self.config.task, key, given[key], 1)
+                return whole(f"{self.config.task}: ", key, given[key], 1, _LONGEST)
         return 256  # lm-eval's default
 
     def doc_iterator(
@@ -394,35 +401,8 @@ def _sources(recipe_class: type) -> str:
             paths += sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size < _LARGE)
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(path.read_bytes())
+        digest.update(read_bytes(path))
     return digest.hexdigest()
-
-
-def whole(task: str, key: str, value: Any, least: int | None) -> int:
-    """`value` as a whole number of at least `least`. Raises `UserError`."""
-    try:
-        number = int(value) if isinstance(value, float) and value.is_integer() else int(str(value))
-    except ValueError:
-        number = None
-    if number is None or (least is not None and number < least):
-        accepted = "a whole number" + (f" of at least {least}" if least is not None else "")
-        raise UserError(f"{task}: {key}={value!r} given, but {key} must be {accepted}")
-    return number
-
-
-def flag(task: str, key: str, value: Any) -> bool:
-    """`value` as true or false. Raises `UserError`."""
-    known = {"true": True, "1": True, "false": False, "0": False}
-    if str(value).lower() not in known:
-        raise UserError(f"{task}: {key}={value!r} given, but {key} must be true or false")
-    return known[str(value).lower()]
-
-
-def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """What every leaf reads of --metadata, so that a mistake is found before a model is loaded. Raises `UserError`."""
-    whole("--metadata", "samples", metadata.get("samples", 100), 1)
-    whole("--metadata", "seed", metadata.get("seed", 0), None)
-    flag("--metadata", "strict", metadata.get("strict", False))
 
 
 def _plain(prompt: Any) -> str:
