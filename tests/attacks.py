@@ -257,7 +257,7 @@ def run(row: Row, shared: Shared, folder: Path, real: bool = False, limit: float
     began = time.perf_counter()
     apart = real or row.alone
     ran = (_real if apart else _in_process)(
-        argv, variables, work, limit * (3 if apart else 1), "frontier" in " ".join(argv)
+        argv, variables, work, limit * (6 if apart else 1), "frontier" in " ".join(argv)
     )
     seconds = time.perf_counter() - began
     written = [path for path, what in _files(work, cache).items() if before.get(path) != what]
