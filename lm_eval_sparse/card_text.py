@@ -74,9 +74,11 @@ def merge_cards(previous: str, ours: str, where: str = "README.md") -> str:
 def _replaced(body: str, ours: str) -> str:
     """`ours` in place of our section of `body`. A mark is one only where it has a line of its own."""
     marks = {mark: re.compile(rf"^{re.escape(mark)}[ \t]*\r?$", re.M) for mark in (BEGIN, END)}
-    begin = marks[BEGIN].search(body)
-    if begin and (end := marks[END].search(body, begin.end())):
-        return (body[: begin.start()] + ours.strip() + body[end.end() :]).strip()
+    begins = list(marks[BEGIN].finditer(body))
+    for end in marks[END].finditer(body):
+        # The last one before it: what stands behind a mark without its other half is somebody's text.
+        if before := [begin for begin in begins if begin.end() <= end.start()]:
+            return (body[: before[-1].start()] + ours.strip() + body[end.end() :]).strip()
     return "\n\n".join(part for part in (body.strip(), ours.strip()) if part)
 
 
