@@ -36,11 +36,11 @@ from lm_eval_sparse.protocol import MeasuredText
 THOROUGH = settings.get_current_profile_name() == "fuzz"
 
 
-def examples(count: int) -> Any:
-    """So many examples, the same in every run; with `--fuzz` fifty times more, others in every run."""
+def examples(count: int, seconds: float = 2) -> Any:
+    """So many examples, the same in every run; with `--fuzz` fifty times more, others in every run. None may hang."""
     return settings(
         max_examples=count * 50 if THOROUGH else count,
-        deadline=2000,
+        deadline=1000 * seconds,
         derandomize=not THOROUGH,
         database=None,
         suppress_health_check=[HealthCheck.too_slow],
@@ -151,7 +151,7 @@ def test_a_result_file(place: Place, content: bytes) -> None:
     place.holds(read)
 
 
-@examples(6)
+@examples(6, seconds=20)  # the first waits for matplotlib and its fonts, on a busy machine
 @given(content=damaged(result(), most=1))
 def test_a_picture(place: Place, content: dict[str, Any]) -> None:
     given_file, drawn = place.file("results_1.json", json.dumps(content).encode()), place.input / "p.png"
