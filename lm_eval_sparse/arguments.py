@@ -208,6 +208,11 @@ def check_all(model_args: dict[str, Any]) -> None:
             "enable_thinking=True needs think_end_token=, the text or token id that ends the thinking: type for "
             "example think_end_token=</think>, or leave enable_thinking out"
         )
+    if model_args.get("ignore_mismatched_sizes"):
+        raise UserError(
+            "ignore_mismatched_sizes=True puts random numbers where the files have weights of another shape, so no "
+            "score would mean anything: leave it out"
+        )
     _check_places(model_args)
     if model_args.get("weights_only") is False and not model_args.get("trust_remote_code"):
         raise UserError(

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from importlib import resources
 from typing import Any
 
-from . import __version__, markdown, masking
+from . import __version__, harness, markdown, masking
 from .analysis.labels import label
 from .card_text import BEGIN, END, TITLE, dump
 from .reproduce import reproduce_command
@@ -39,7 +39,7 @@ def results_card(
     files = sorted(files)
     given = _object(_object(results).get("config"))
     secrets = masking.values_in(given, given.get("model_args"))
-    results = masking.masked(_object(results), secrets)
+    results = harness.without_secrets(_object(results), secrets)
     config = _object(results.get("config"))
     model = str(results.get("model_name") or "unknown model")
     sparse = _object(config.get("sparse"))

@@ -6,8 +6,9 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable
+from traceback import format_exception
 
-from .masking import mask, mask_named, values_in
+from .masking import known, mask, mask_named
 
 #: Characters of a message: more is no line that anyone reads.
 _LONGEST = 3000
@@ -27,7 +28,7 @@ class UserError(ValueError):
 def one_line(text: str) -> str:
     """`text` as a terminal may be given it in one line: no control characters, no secrets, not endless."""
     text = mask_named(plain(re.sub(r"\s*[\r\n]+\s*", " ", text.strip())))
-    text = mask(text, values_in())
+    text = mask(text, known())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
@@ -60,7 +61,11 @@ def install_excepthook() -> None:
         told = (str(value),) if isinstance(value, UserError) else (tell(value) for tell in _tellers)
         said = next(filter(None, told), None)
         if said is None:
-            previous(kind, value, traceback)
+            whole = "".join(format_exception(kind, value, traceback))
+            if (shown := mask(whole, known())) != whole:  # an address with a password, a token in a library's words
+                print(shown, end="", file=sys.stderr)
+            else:
+                previous(kind, value, traceback)
         else:
             print(f"lm-eval-sparse: error: {one_line(said)}", file=sys.stderr)
 

@@ -1,11 +1,16 @@
-"""What lm-eval raises from what the user typed, in one line. Knows lm-eval's module and function names only."""
+"""What lm-eval raises from what the user typed, in one line; and its results without secrets.
+
+Knows the names of lm-eval's modules and functions, and the parts of its results, only.
+"""
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from . import masking
 from .errors import UserError, nearest
 from .files import why
 from .paths import is_dir
@@ -56,7 +61,7 @@ def line(error: BaseException, ours: bool = False) -> str | None:
     if not (ours or sparse):
         return None
     reading = any(place in READING for place in places)
-    building = sparse and any(place in BUILDING for place in places)
+    building = sparse and any(place in BUILDING for place in places) and not _own_code(frames)
     called = sparse and places and places[-1][0] in CALLED and isinstance(error, ValueError | TypeError)
     # Arguments that a model type of lm-eval's own does not take.
     refused = ours and places[-1:] == [("lm_eval.api.model", "create_from_arg_obj")] and isinstance(error, TypeError)
@@ -90,6 +95,15 @@ def _model(frame: FrameType) -> Any:
     return names.get("model") if frame.f_code.co_name == "simple_evaluate" else None
 
 
+def _own_code(frames: list[FrameType]) -> bool:
+    """Whether the error came from code that is neither Python's nor an installed package's: a task of the user's, whose
+    author needs to see where."""
+    roots = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    here = str(Path(__file__).parents[1])
+    files = [frame.f_code.co_filename for frame in frames[1:]]
+    return any(not file.startswith((*roots, here, "<")) for file in files)
+
+
 def _option(frames: list[FrameType], places: list[tuple[str, str]], text: str) -> str:
     """The option that was being read, as the message begins; empty where that is not known."""
     options = [frame.f_locals.get("option_string") for frame in frames]
@@ -116,3 +130,24 @@ def _near(text: str, frames: list[FrameType]) -> str:
     managers = (frame.f_locals.get("task_manager") for frame in frames)
     manager = next((manager for manager in managers if hasattr(manager, "all_tasks")), None)
     return nearest(names.split(",")[0].strip(), manager.all_tasks) if found and manager is not None else ""
+
+
+def without_secrets(results: Any, secrets: frozenset[str]) -> Any:
+    """Results as they may be saved, printed and pushed.
+
+    Names tell secrets among settings only: elsewhere they are those of tasks, metrics and the data's own fields. In
+    samples only the secrets that were given are looked for: what looks like one there is masked when they are saved.
+    """
+    if not isinstance(results, dict):
+        return results
+    masked = {}
+    for part, value in results.items():
+        if part == "config":
+            masked[part] = masking.masked(value, secrets)
+        elif part == "configs" and isinstance(value, dict):
+            masked[part] = {task: masking.masked(settings, secrets) for task, settings in value.items()}
+        elif part == "samples":
+            masked[part] = masking.masked(value, secrets, names=False, shapes=False) if secrets else value
+        else:
+            masked[part] = masking.masked(value, secrets, names=False)
+    return masked

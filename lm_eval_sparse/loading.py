@@ -124,11 +124,14 @@ class Whole:
         """As transformers'. Raises `UserError` where a weight is missing or has another shape."""
         options |= {"ignore_mismatched_sizes": False, "output_loading_info": True}
         try:
-            model, report = self.automatic.from_pretrained(pretrained, **options)
+            found = self.automatic.from_pretrained(pretrained, **options)
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise self._misfit(pretrained, options) from error
+        if not isinstance(found, tuple):  # a class of the model's own that gives no report
+            return found
+        model, report = found
         missing = set(report["missing_keys"]) - set(getattr(model, "all_tied_weights_keys", None) or ())
         if missing:
             raise UserError(

@@ -12,7 +12,7 @@ import sys
 from types import FrameType, ModuleType
 from typing import Any
 
-from lm_eval_sparse import endings, masking, paths
+from lm_eval_sparse import endings, harness, masking, paths
 from lm_eval_sparse.harness import MODEL
 from lm_eval_sparse.patches.evaluator import is_ours
 
@@ -39,11 +39,12 @@ def _guarded(simple_evaluate: Any) -> Any:
         tracker = options.get("evaluation_tracker")
         token = getattr(getattr(tracker, "api", None), "token", None)
         secrets = masking.values_in(options.get("model_args"), options.get("metadata"), {"token": token})
+        masking.remember(secrets)
         if tracker is not None:
             tracker._lm_eval_sparse_secrets = secrets
         with masking.masked_logs(secrets):
             if not typed:
-                return without_secrets(simple_evaluate(*args, **kwargs), secrets)
+                return harness.without_secrets(simple_evaluate(*args, **kwargs), secrets)
             endings.keep(_kept(options))
             try:
                 with endings.sigterm_raises():
@@ -54,7 +55,7 @@ def _guarded(simple_evaluate: Any) -> Any:
         if isinstance(options.get("model_args"), dict):
             # lm-eval's command line prints its own copy once it has saved the results.
             options["model_args"].update(masking.masked(options["model_args"], secrets))
-        return without_secrets(results, secrets)
+        return harness.without_secrets(results, secrets)
 
     return wrapper
 
@@ -64,18 +65,6 @@ def _typed(frame: FrameType | None) -> bool:
     while frame is not None and frame.f_globals.get("__name__", "").startswith("lm_eval_sparse."):
         frame = frame.f_back
     return frame is not None and frame.f_globals.get("__name__") == "lm_eval._cli.run"
-
-
-def without_secrets(results: Any, secrets: frozenset[str]) -> Any:
-    """Results as they may be saved, printed and pushed. In samples only the secrets that were given are looked for:
-    what looks like one there is masked when they are saved."""
-    if not isinstance(results, dict):
-        return results
-    samples = results.get("samples")
-    masked = masking.masked({key: value for key, value in results.items() if key != "samples"}, secrets)
-    if samples is not None:
-        masked["samples"] = masking.masked(samples, secrets, shapes=False) if secrets else samples
-    return masked
 
 
 def _kept(options: dict[str, Any]) -> str:

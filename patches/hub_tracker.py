@@ -36,6 +36,7 @@ from lm_eval_sparse import embedded, endings, hub, paths
 from lm_eval_sparse.errors import UserError, nearest
 from lm_eval_sparse.harness import MODEL
 from lm_eval_sparse.patches import saving
+from lm_eval_sparse.values import yes_or_no
 
 MODULE = "lm_eval.loggers.evaluation_tracker"
 FLAGS = ("push_results_to_hub", "push_samples_to_hub", "public_repo", "gated_repo")
@@ -94,11 +95,8 @@ def preflight(
         return
     for name in FLAGS:
         # A word such as `no` or `off` arrives as a string, which Python takes for true: public_repo=no would publish.
-        if (value := getattr(tracker, name)) not in (True, False):
-            option = name.removesuffix("_repo") if name == "gated_repo" else name
-            raise UserError(
-                f"--hf_hub_log_args {option}={value}: not true or false; type {option}=True or {option}=False"
-            )
+        option = name.removesuffix("_repo") if name == "gated_repo" else name
+        setattr(tracker, name, yes_or_no("--hf_hub_log_args ", option, getattr(tracker, name)))
     if not tracker.output_path:
         raise UserError(
             "--hf_hub_log_args pushes the files that are saved under --output_path; add --output_path FOLDER"
@@ -159,7 +157,7 @@ def apply(module: ModuleType) -> None:
     tracker._lm_eval_sparse_patched = True
 
 
-def _run_of(tracker: Any) -> _Run | None:
+def run_of(tracker: Any) -> _Run | None:
     """The run of a marked tracker, or None: then lm-eval's own code runs (another model, or nothing to save)."""
     run = getattr(tracker, "_lm_eval_sparse", None)
     # A Python caller may reuse a tracker for another model; CUSTOM is a model given as an object.
@@ -220,7 +218,7 @@ def _log_experiment_args(original: Callable[..., None]) -> Callable[..., None]:
 def _save_results(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def save_results_aggregated(self, results, samples=None):
-        run = _run_of(self)
+        run = run_of(self)
         if run is None:
             return original(self, results=results, samples=samples)
         run.results, run.samples, run.sample_files, run.error = results, samples or {}, {}, ""
@@ -229,8 +227,8 @@ def _save_results(original: Callable[..., None]) -> Callable[..., None]:
             try:
                 run.results_file = file = saving.results(self, original, results, samples)
             except saving.NotSaved as error:
-                _print_tables(results)
-                where = saving.rescue(self, original, _original(self, "save_results_samples"), results, run.samples)
+                print_tables(results)
+                where = saving.rescue(self, original, original_of(self, "save_results_samples"), results, run.samples)
                 raise UserError(f"what was to be saved in {error} could not be, {where}{_unpushed(run)}") from error
         endings.keep(f"the results are in {file}; type `lm-eval-sparse plot` or read them there")
         if run.results_target:
@@ -246,7 +244,7 @@ def _save_results(original: Callable[..., None]) -> Callable[..., None]:
 def _save_samples(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def save_results_samples(self, task_name, samples):
-        run = _run_of(self)
+        run = run_of(self)
         if run is None:
             return original(self, task_name=task_name, samples=samples)
         if run.results_file is None:
@@ -255,7 +253,7 @@ def _save_samples(original: Callable[..., None]) -> Callable[..., None]:
             try:
                 run.sample_files[task_name] = saving.task_samples(self, original, task_name, samples)
             except saving.NotSaved as error:
-                _print_tables(run.results or {})
+                print_tables(run.results or {})
                 left = {task_name: samples, **run.samples}
                 left = {task: rows for task, rows in left.items() if task not in run.sample_files}
                 where = saving.rescue(self, None, original, run.results or {}, left)
@@ -273,7 +271,7 @@ def _save_samples(original: Callable[..., None]) -> Callable[..., None]:
 def _push_card(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def recreate_metadata_card(self):
-        run = _run_of(self)
+        run = run_of(self)
         if run is None or not run.targets:
             return original(self)
         if run.results is None:
@@ -283,7 +281,7 @@ def _push_card(original: Callable[..., None]) -> Callable[..., None]:
         if run.samples_target and not run.sample_files:
             run.error = run.error or "there were no samples to push"
         if run.error:
-            _print_tables(run.results)
+            print_tables(run.results)
             raise UserError(_failure(self, run))
         model = getattr(self.general_config_tracker, "_lm_eval_sparse_hub_id", None)
         for target in run.targets:
@@ -300,7 +298,7 @@ def _push_card(original: Callable[..., None]) -> Callable[..., None]:
                 ),
             )
         if run.error:
-            _print_tables(run.results)
+            print_tables(run.results)
             raise UserError(f"everything is pushed but the card: {run.error}; the next push writes it")
 
     return recreate_metadata_card
@@ -309,7 +307,7 @@ def _push_card(original: Callable[..., None]) -> Callable[..., None]:
 # -- helpers
 
 
-def _original(tracker: Any, name: str) -> Callable[..., None]:
+def original_of(tracker: Any, name: str) -> Callable[..., None]:
     """lm-eval's own method of this name."""
     return type(tracker)._lm_eval_sparse_originals[name]
 
@@ -339,7 +337,7 @@ def public_name(model_args: str | Mapping[str, Any] | None) -> tuple[str, str | 
     name = str(given)
     if name == embedded.NAME:
         return name, None
-    folder = os.path.abspath(os.path.expanduser(name))
+    folder = os.path.abspath(paths.expand(f"pretrained={name!r}", name))
     if not os.path.exists(folder):
         return name, name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
     *_, cached, snapshots, _commit = ("", "", "", *Path(folder).parts)
@@ -407,7 +405,7 @@ def _failure(tracker: Any, run: _Run) -> str:
     return f"{said}; to push them {gate}type: {' && '.join(commands)}"
 
 
-def _print_tables(results: Mapping[str, Any]) -> None:
+def print_tables(results: Mapping[str, Any]) -> None:
     """Print the tables of lm-eval, which prints them after the push only."""
     make_table = importlib.import_module("lm_eval.utils").make_table
     config = results.get("config") or {}

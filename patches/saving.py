@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_sparse import masking, sample_files
-from lm_eval_sparse.files import why
+from lm_eval_sparse.files import read_json, why
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,9 @@ def _staged(tracker: Any, write: Callable[[], tuple[str, str]], lines: int | Non
             tracker.output_path = output
         try:
             _check_whole(stage / made, lines)
-            _mask(stage / made, name, getattr(tracker, "_lm_eval_sparse_secrets", frozenset()))
+            secrets = getattr(tracker, "_lm_eval_sparse_secrets", frozenset())
+            _mask(stage / made, name, secrets, lines is not None)
+            _check_whole(stage / made, lines)
             with (stage / made).open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(stage / made, folder / name)
@@ -112,7 +114,7 @@ class _Renamed(logging.Filter):
 def _check_whole(file: Path, lines: int | None) -> None:
     """Raise `OSError` or `ValueError` unless lm-eval has written all of it: it only logs what goes wrong."""
     if lines is None:
-        json.loads(file.read_text(encoding="utf-8"))
+        read_json(file)
         return
     with file.open("rb") as stream:
         found = sum(1 for line in stream if line.endswith(b"\n"))
@@ -120,15 +122,25 @@ def _check_whole(file: Path, lines: int | None) -> None:
         raise ValueError(f"{found} of {lines} samples were written")
 
 
-def _mask(file: Path, name: str, secrets: frozenset[str]) -> None:
-    """The last look: mask what is still there, line by line, since files of samples are large."""
+def _mask(file: Path, name: str, secrets: frozenset[str], lines: bool) -> None:
+    """The last look: mask what is still there, in what the file says, not in how it says it.
+
+    Files of samples are looked through line by line, since they are large.
+    """
     with file.open(encoding="utf-8") as stream:
         if not any(masking.left_in(line, secrets) for line in stream):
             return
-    part = file.with_name("masked")
-    with file.open(encoding="utf-8") as stream, part.open("w", encoding="utf-8") as target:
-        target.writelines(masking.mask(line, secrets) for line in stream)
-    os.replace(part, file)
+    if lines:
+        with file.open(encoding="utf-8") as stream, file.with_name("masked").open("w", encoding="utf-8") as target:
+            for line in stream:
+                if masking.left_in(line, secrets):
+                    row = masking.masked(json.loads(line), secrets, names=False)
+                    line = json.dumps(row, ensure_ascii=False) + "\n"
+                target.write(line)
+        os.replace(file.with_name("masked"), file)
+    else:
+        content = masking.masked(json.loads(file.read_text(encoding="utf-8")), secrets, names=False)
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
     logger.warning("what is a secret, or looks like one, was masked in %s", name)
 
 

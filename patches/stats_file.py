@@ -8,17 +8,34 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.files import write_whole
-
-logger = logging.getLogger(__name__)
+from lm_eval_sparse.files import why, write_whole
 
 #: Where `patches.evaluator` leaves the figures in lm-eval's results.
 KEY = "sparse_stats"
+
+
+def _elsewhere(
+    tracker: Any, results: dict[str, Any], samples: Any, content: bytes, file: Path, error: OSError
+) -> UserError:
+    """Save the figures, and the samples that would come next, where there is room; returns what the run says."""
+    from lm_eval_sparse.patches import hub_tracker, saving
+
+    run = hub_tracker.run_of(tracker)
+    said = (
+        f"the results are in {file}, but the figures per layer and head could not be saved beside them ({why(error)})"
+    )
+    if run is None:
+        return UserError(said)
+    hub_tracker.print_tables(results)
+    where = saving.rescue(tracker, None, hub_tracker.original_of(tracker, "save_results_samples"), results, run.samples)
+    if (folder := getattr(tracker, "_lm_eval_sparse_rescued", None)) is not None:
+        write_whole(folder / "sparse_stats.json", content)
+    return UserError(f"{said}, nor the samples; {where}")
 
 
 def apply(module: ModuleType) -> None:
@@ -46,10 +63,12 @@ def apply(module: ModuleType) -> None:
 
         file = saved_results(self)
         if file is None:
-            logger.error("the results could not be saved, so the figures per layer and head were not either")
-            return None
+            raise UserError("the results could not be saved, so the figures per layer and head were not either")
         name = f"sparse_stats_{file.stem.removeprefix('results_')}.json"
-        write_whole(file.with_name(name), content)
+        try:
+            write_whole(file.with_name(name), content)
+        except OSError as error:
+            raise _elsewhere(self, results, samples, content, file, error) from error
         return None
 
     save_results_aggregated._lm_eval_sparse_stats = True  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
+from lm_eval_sparse import paths
 from lm_eval_sparse.embedded import is_embedded
 from lm_eval_sparse.patches.evaluator import is_ours
 from lm_eval_sparse.protocol import active_lm
@@ -95,7 +96,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> str | None:
         if metadata.get("model"):  # lm-eval's tasks look there too
             return None
     elif isinstance(pretrained, str) and not any(metadata.get(name) for name in ("gguf_file", "subfolder")):
-        expanded = os.path.expanduser(pretrained)
+        expanded = str(paths.expand(f"pretrained={pretrained!r}", pretrained)) if pretrained.strip() else pretrained
         return expanded if expanded != pretrained and os.path.isdir(expanded) else None
     return _copy(lm)
 

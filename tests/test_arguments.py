@@ -16,6 +16,7 @@ from lm_eval_sparse import arguments
 from lm_eval_sparse.arguments import ARGUMENTS, check_all
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.files import DEEPEST, parse_json, read_bytes, write_whole
+from lm_eval_sparse.loading import Whole
 from lm_eval_sparse.model import SparseHFLM
 from lm_eval_sparse.values import FLAG, MAYBE, whole, yes_or_no
 
@@ -36,7 +37,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "prefix_token_id": ("0", "5"),
     "revision": ("main", "1234567", "v1.0-rc"),
     "subfolder": ("", "sub/folder"),
-    "device_map": ("auto", "cpu", "cuda:1"),
+    "device_map": ("auto", "cpu", "balanced"),
     "think_end_token": ("</think>", "7"),
     "max_memory_per_gpu": ("20GiB", "1000000"),
     "token": ("True", "hf_abcdefghijklmnop"),
@@ -111,12 +112,13 @@ def test_weights_that_files_lack_are_not_made_up(model: Path) -> None:
         SparseHFLM(str(model))
 
 
-@pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}])
-def test_more_layers_than_there_are(model: Path, options: dict[str, Any]) -> None:
+def test_more_layers_than_there_are(model: Path) -> None:
     with pytest.raises(UserError, match="files lack .* weights"):
-        SparseHFLM(str(model), num_hidden_layers=9, **options)
+        SparseHFLM(str(model), num_hidden_layers=9)
     with pytest.raises(UserError, match="in its files, and .* by its configuration"):
-        SparseHFLM(str(model), intermediate_size=72, **options)
+        SparseHFLM(str(model), intermediate_size=72)
+    with pytest.raises(UserError, match="ignore_mismatched_sizes=True puts random numbers"):
+        SparseHFLM(str(model), ignore_mismatched_sizes=True)
 
 
 DAMAGE: dict[str, Any] = {
@@ -241,3 +243,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert link.read_text() == "ours" and sorted(path.name for path in tmp_path.iterdir()) == ["link", "theirs"]
     monkeypatch.undo()
     write_whole(tmp_path / ("n" * 255), b"a name as long as can be")
+
+
+def test_a_class_that_gives_no_report_is_taken_as_it_is() -> None:
+    model = torch.nn.Linear(1, 1)
+
+    class Own:
+        @classmethod
+        def from_pretrained(cls, name: str, **options: Any) -> torch.nn.Module:
+            return model
+
+    assert Whole(Own).from_pretrained("own") is model

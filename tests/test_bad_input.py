@@ -672,3 +672,15 @@ def test_hf_model_still_raises_its_own_errors(tasks: Path, tmp_path: Path) -> No
     with pytest.raises((OSError, ValueError)) as caught:
         HFLM(pretrained=str(tmp_path / "nowhere"), device="cpu")
     assert not isinstance(caught.value, UserError)
+
+
+def test_a_mistake_in_the_code_of_a_task_is_shown_where_it_is(tasks: Path, tmp_path: Path, llama: str) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    text = (tasks / "tiny_choice.yaml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith(("task:", "doc_to_text:"))]
+    (folder / "own.yaml").write_text("\n".join(["task: own_task", "doc_to_text: !function own.text", *lines]) + "\n")
+    (folder / "own.py").write_text("def text(doc):\n    return doc['nosuch']\n")
+    command = ["run", "--model", "sparse-hf", "--model_args", f"pretrained={llama}", "--tasks", "own_task"]
+    with pytest.raises(KeyError, match="nosuch"):
+        cli.main([*command, "--include_path", str(folder)])

@@ -18,7 +18,7 @@ from test_hub import RESULTS, sample
 
 from lm_eval_sparse import endings
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.patches import hub_tracker
+from lm_eval_sparse.patches import hub_tracker, stats_file
 
 hub_tracker.apply(evaluation_tracker)
 
@@ -171,3 +171,25 @@ def test_what_looks_like_a_secret_is_masked(
     text = "".join(path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert token not in text and "the token is ***." in text
     assert [record for record in caplog.records if "samples_tiny" in record.getMessage()]
+
+
+def test_figures_that_cannot_be_saved_take_nothing_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[..., Any], capsys: Any
+) -> None:
+    write_whole = stats_file.write_whole
+
+    def full(path: Path, content: bytes) -> None:
+        if "elsewhere" not in str(path):
+            raise OSError(28, "No space left on device")
+        write_whole(path, content)
+
+    stats_file.apply(evaluation_tracker)
+    monkeypatch.setattr(stats_file, "write_whole", full)
+    monkeypatch.setitem(RESULTS, "sparse_stats", {"figures": [1, 2]})
+    with pytest.raises(UserError, match="the results are in .*, but the figures .*No space left.* it is in .* instead"):
+        save()
+    assert files(tmp_path / "out") == ["results"]
+    (folder,) = (tmp_path / "elsewhere").iterdir()
+    assert json.loads((folder / "sparse_stats.json").read_text()) == {"figures": [1, 2]}
+    assert sorted(name for name in files(folder) if name.startswith("samples")) == sorted(NAMES.values())
+    assert "|tiny |" in capsys.readouterr().out
