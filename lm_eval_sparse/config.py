@@ -266,4 +266,4 @@ def check_sparsity(name: str, value: Any) -> float:
             f"{name}={value!r} is not accepted: give a number from 0 (dense) up to but not including 1, "
             f"for example {name}=0.9 to skip 90% of the attention"
         )
-    return float(value)
+    return float(value) + 0.0  # no -0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,12 +16,24 @@ class Terminated(KeyboardInterrupt):
 
 #: What is kept of the evaluation that a command line runs in this process, and how to go on; None when none does.
 _kept: str | None = None
+_stopped = False
 
 
 def keep(kept: str | None) -> None:
     """Say what is kept of the evaluation that begins, or has come further, should it be stopped."""
-    global _kept
-    _kept = kept
+    global _kept, _stopped
+    _kept, _stopped = kept, False
+
+
+def stop() -> None:
+    """Say that a signal has ended the evaluation, so that the exit that follows is ours."""
+    global _stopped
+    _stopped = True
+
+
+def stopped() -> bool:
+    """Whether a signal has ended the evaluation."""
+    return _stopped
 
 
 def kept() -> str | None:
@@ -34,16 +47,20 @@ def sigterm_raises() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _raise)
+    own = os.getpid()
+
+    def raise_(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever asks twice does not want to wait
+        if os.getpid() != own:  # a child that was forked meanwhile, such as a pool's, is ended as any other
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, raise_)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _raise(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever asks twice does not want to wait
-    raise Terminated
 
 
 def line(error: KeyboardInterrupt) -> str:

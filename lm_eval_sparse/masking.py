@@ -61,7 +61,7 @@ SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
 #: message repeats what was typed.
 _NAMED = (
     re.compile(r"""([\w.-]+)((?:=|["']\s*:\s*)["'])([^"']+)"""),
-    re.compile(r"""([\w.-]+)(=)([^\s"',;&{}()\[\]]+)"""),
+    re.compile(r"""([\w.-]+)(=)(?!\$)([^\s"',;&{}()\[\]]+)"""),
 )
 
 #: Variables of the environment that hold secrets.

@@ -1214,7 +1214,8 @@ def check_device(model_args: dict[str, Any]) -> None:
     """
     device = str(model_args["device"])
     kind, _, number = device.partition(":")
-    if not arguments.is_device(device):
+    there = {"cpu": True, "cuda": True, "mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available()}
+    if not arguments.is_device(device) or not there.get(kind, False):
         raise UserError(f"device={device} is not accepted: give cpu, cuda or cuda:N, such as --device cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         if device != "cuda:0":

@@ -6,13 +6,17 @@ in a traceback when it is stopped. Delete when lm-eval masks secrets and says wh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import sqlite3
 import sys
+from collections.abc import Iterator
 from types import FrameType, ModuleType
 from typing import Any
 
 from lm_eval_sparse import endings, harness, masking, paths
+from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.harness import MODEL
 from lm_eval_sparse.patches.evaluator import is_ours
 
@@ -42,7 +46,7 @@ def _guarded(simple_evaluate: Any) -> Any:
         masking.remember(secrets)
         if tracker is not None:
             tracker._lm_eval_sparse_secrets = secrets
-        with masking.masked_logs(secrets):
+        with masking.masked_logs(secrets), _explained(options):
             if not typed:
                 return harness.without_secrets(simple_evaluate(*args, **kwargs), secrets)
             endings.keep(_kept(options))
@@ -51,6 +55,7 @@ def _guarded(simple_evaluate: Any) -> Any:
                     results = simple_evaluate(*args, **kwargs)
             except KeyboardInterrupt as error:
                 print(f"lm-eval-sparse: error: {endings.line(error)}", file=sys.stderr)
+                endings.stop()
                 raise SystemExit(endings.status(error)) from None
         if isinstance(options.get("model_args"), dict):
             # lm-eval's command line prints its own copy once it has saved the results.
@@ -58,6 +63,25 @@ def _guarded(simple_evaluate: Any) -> Any:
         return harness.without_secrets(results, secrets)
 
     return wrapper
+
+
+@contextlib.contextmanager
+def _explained(options: dict[str, Any]) -> Iterator[None]:
+    """One line for two ends that would look like success or like a mistake of ours."""
+    try:
+        yield
+    except SystemExit as ended:
+        if endings.stopped():
+            raise
+        raise UserError(
+            f"code of a task or of the model ended the run (sys.exit({ended.code!r})): no results were saved; mend "
+            "that code, or leave the task out"
+        ) from ended
+    except sqlite3.OperationalError as error:
+        raise UserError(
+            f"--use_cache {options.get('use_cache')}: no more answers can be kept ({error}); those given so far are: "
+            "make room, and type the same line to go on from there"
+        ) from error
 
 
 def _typed(frame: FrameType | None) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,13 @@ def _check(options: dict[str, Any]) -> None:
         if value is not None and not option.takes.good(value):
             example = f", such as {option.typed} {option.takes.example}" if option.takes.example else ""
             raise UserError(f"{option.typed} {brief(value)} is not accepted: give {option.takes.words}{example}")
+    for name in ("model_args", "metadata", "gen_kwargs", "system_instruction"):
+        try:
+            json.dumps(options[name], default=str, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--{name} holds half a character, which no file can hold: leave it out") from None
+        except (TypeError, ValueError):  # objects, from Python
+            continue
     _check_include_path(options["task_manager"])
     _check_model(options["model"], options["model_args"])
     if options["gen_kwargs"]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import STRANGE, clear, spoil
+from cache_damage import STRANGE, clear, spoil
 
 from lm_eval_sparse import embedded, files, intact, sealed
 from lm_eval_sparse.frontier import qa, qa_data, store

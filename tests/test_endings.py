@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,24 @@ def test_a_process_that_handles_signals_itself_keeps_its_handler() -> None:
             assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_child_that_is_terminated_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with endings.sigterm_raises():
+        ready, there = os.pipe()  # a signal during the fork itself is lost
+        child = os.fork()
+        if child == 0:
+            try:
+                os.write(there, b".")
+                for _ in range(600):
+                    time.sleep(0.05)
+            finally:
+                os.write(2, b"it went on")
+                os._exit(0)
+        os.read(ready, 1)
+        os.kill(child, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    assert capfd.readouterr().err == ""
 
 
 SCRIPT = """

@@ -25,6 +25,7 @@ from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, P
 
 from lm_eval_sparse import sampling
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.files import brief
 from lm_eval_sparse.model import SparseHFLM
 from lm_eval_sparse.sampling import FIELDS
 from lm_eval_sparse.sampling import check as check_generation
@@ -352,7 +353,7 @@ def test_refused_by_name_before_any_run(name: str, llama: Pair) -> None:
     fields = REFUSED[name]
     llama.configure(fields)
     message = refusal(llama.ours)
-    assert f"{name}={fields[name]}, which the model's generation_config.json sets, is not accepted" in message
+    assert f"{name}={brief(fields[name])}, which the model's generation_config.json sets, is not accepted" in message
     off = FIELDS[name].off
     assert message.endswith("take it out there")
     typing = f"type --gen_kwargs {name}={off}, or" in message
@@ -496,7 +497,7 @@ TYPED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "max_length None": ({"max_length": None}, ("max_length=None", "a whole number of at least 1")),
     "max_length text": ({"max_length": "long"}, ("max_length=long", "a whole number of at least 1")),
     "tokens": ({"eos_token_id": 2.5}, ("eos_token_id=2.5", "a token id or a list of token ids")),
-    "no tokens": ({"suppress_tokens": [3, "a"]}, ("suppress_tokens=[3, 'a']", "token ids")),
+    "no tokens": ({"suppress_tokens": [3, "a"]}, ('suppress_tokens=[3, "a"]', "token ids")),
     "nan": ({"length_penalty": float("nan"), "num_beams": 2}, ("length_penalty=nan", "a number")),
     "typical": ({"typical_p": 0.0, "temperature": 1.0}, ("typical_p=0.0", "not accepted by transformers")),
     "stop early": ({"early_stopping": "sometimes"}, ("early_stopping=sometimes", "not accepted by transformers")),

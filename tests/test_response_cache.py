@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import STRANGE, clear, spoil
+from cache_damage import STRANGE, clear, spoil
 from sqlitedict import SqliteDict
 
 from lm_eval_sparse import response_cache

@@ -182,7 +182,7 @@ def test_modules_in_the_working_folder_do_not_run_in_the_other_process(folder, t
         (tmp_path / f"{name}.py").write_text("open('planted', 'w')\nraise SystemExit\n")
     monkeypatch.chdir(tmp_path)
     for given in (None, "", os.pathsep, f"{os.pathsep}/no/such"):
-        monkeypatch.delenv("PYTHONPATH") if given is None else monkeypatch.setenv("PYTHONPATH", given)
+        monkeypatch.delenv("PYTHONPATH", raising=False) if given is None else monkeypatch.setenv("PYTHONPATH", given)
         if given is not None or "PYTHONPATH" not in os.environ:
             assert elsewhere.run(job(folder), "1") == elsewhere.digests(job(folder))
         monkeypatch.setenv("PYTHONPATH", "")
@@ -225,7 +225,7 @@ YAMLS = {
     "a: \0": "not allowed",
     "a: !function {b: c}": "expected a scalar node",
     "- a": "must hold a mapping",
-    "": "must hold a mapping, such as `task: frontier_name_4k`, but holds null",
+    "": "must hold a mapping, such as `task: frontier_name_4k`, but holds None",
     "include: [1]": "includes 1, which is no file's name",
     "include: {a: b}": 'includes {"a": "b"}, which is no file',
     "include: ''": "includes , which is no file's name",

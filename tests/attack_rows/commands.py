@@ -83,9 +83,10 @@ NEW: dict[str, tuple[str, ...]] = {
 
 _LEAF_YAML = """\
 task: frontier_broken_4k
-class: !function lm_eval_sparse.frontier.FrontierTask
-recipe: !function broken.Broken
-length: 4096
+class: !function lm_eval_sparse.frontier.task.FrontierTask
+dataset_kwargs:
+  recipe: !function broken.Broken
+  length: 4096
 """
 #: Code of a task's folder that does what it should not, when it is imported.
 _CODE: dict[str, str] = {
