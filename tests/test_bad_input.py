@@ -674,7 +674,9 @@ def test_hf_model_still_raises_its_own_errors(tasks: Path, tmp_path: Path) -> No
     assert not isinstance(caught.value, UserError)
 
 
-def test_a_mistake_in_the_code_of_a_task_is_shown_where_it_is(tasks: Path, tmp_path: Path, llama: str) -> None:
+def test_a_mistake_in_the_code_of_a_task_is_shown_where_it_is(
+    tasks: Path, tmp_path: Path, llama: str, complaint: Any
+) -> None:
     folder = tmp_path / "own"
     folder.mkdir()
     text = (tasks / "tiny_choice.yaml").read_text()
@@ -684,3 +686,50 @@ def test_a_mistake_in_the_code_of_a_task_is_shown_where_it_is(tasks: Path, tmp_p
     command = ["run", "--model", "sparse-hf", "--model_args", f"pretrained={llama}", "--tasks", "own_task"]
     with pytest.raises(KeyError, match="nosuch"):
         cli.main([*command, "--include_path", str(folder)])
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("trust_remote_code: 'no'", "trust_remote_code=no is not accepted"),
+        ("log_samples: 'no'", "log_samples=no is not accepted"),
+        ("predict_only: maybe", "predict_only=maybe is not accepted"),
+        ("apply_chat_template: 5", "apply_chat_template=5 is not accepted"),
+        ("hf_hub_log_args: [1]", "hf_hub_log_args: [1] is not accepted"),
+        ("gen_kwargs: {5: 6}", "gen_kwargs: {"),
+    ],
+)
+def test_a_configuration_file_is_checked_like_options(
+    line: str, said: str, tasks: Path, tmp_path: Path, llama: str, complaint: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["model: sparse-hf", f"model_args: {{pretrained: {llama}}}", "tasks: [tiny_choice]", line]
+    (tmp_path / "run.yaml").write_text("\n".join([*lines, f"include_path: {tasks}", "output_path: out"]) + "\n")
+    assert cli.main(["run", "--config", "run.yaml"]) == 1
+    assert f"lm-eval-sparse: error: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--metadata", '{"a": "\\ud800"}'), ("--gen_kwargs", '{"until": "\\ud800"}')]
+)
+def test_half_a_character(option: str, value: str, llama: str, complaint: Callable[..., str]) -> None:
+    assert_says(complaint(f"pretrained={llama}", option, value), f"{option} holds half a character")
+
+
+def test_code_of_a_task_that_ends_the_run(
+    tasks: Path, tmp_path: Path, llama: str, complaint: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    text = (tasks / "tiny_choice.yaml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith(("task:", "doc_to_text:"))]
+    (folder / "own.yaml").write_text("\n".join(["task: own_task", "doc_to_text: !function own.text", *lines]) + "\n")
+    (folder / "own.py").write_text("import sys\ndef text(doc):\n    sys.exit(0)\n")
+    command = ["run", "--model", "sparse-hf", "--model_args", f"pretrained={llama}", "--tasks", "own_task"]
+    assert cli.main([*command, "--include_path", str(folder)]) == 1
+    assert "code of a task or of the model ended the run (sys.exit(0))" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["xpu", "meta", "hpu", "npu:0", "disk"])
+def test_devices_that_there_are_not(device: str, llama: str, complaint: Callable[..., str]) -> None:
+    assert_says(complaint(f"pretrained={llama}", "--device", device), f"device={device} is not accepted")
