@@ -145,7 +145,10 @@ def without_secrets(results: Any, secrets: frozenset[str]) -> Any:
         if part == "config":
             masked[part] = masking.masked(value, secrets)
         elif part == "configs" and isinstance(value, dict):
-            masked[part] = {task: masking.masked(settings, secrets) for task, settings in value.items()}
+            masked[part] = {
+                masking.masked(task, secrets, shapes=False): masking.masked(settings, secrets)
+                for task, settings in value.items()
+            }
         elif part == "samples":
             masked[part] = masking.masked(value, secrets, names=False, shapes=False) if secrets else value
         else:
