@@ -22,7 +22,7 @@ from lm_eval_sparse.patches.evaluator import is_ours
 
 
 def apply(module: ModuleType) -> None:
-    """Wrap `module.simple_evaluate` (as the last of the patches, so that it is the outermost) and `evaluate_config`."""
+    """Wrap `module.simple_evaluate` (as the last of the patches, so that it is the outermost)."""
     function = module.simple_evaluate
     if not getattr(function, "_lm_eval_sparse_guarded", False):
         wrapped = _guarded(function)

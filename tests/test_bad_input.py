@@ -674,18 +674,22 @@ def test_hf_model_still_raises_its_own_errors(tasks: Path, tmp_path: Path) -> No
     assert not isinstance(caught.value, UserError)
 
 
-def test_a_mistake_in_the_code_of_a_task_is_shown_where_it_is(
-    tasks: Path, tmp_path: Path, llama: str, complaint: Any
-) -> None:
-    folder = tmp_path / "own"
+def own_task(tasks: Path, folder: Path, llama: str, body: str) -> list[str]:
+    """The command line that runs a task in `folder` whose prompts are made by a function with this body."""
     folder.mkdir()
     text = (tasks / "tiny_choice.yaml").read_text()
     lines = [line for line in text.splitlines() if not line.startswith(("task:", "doc_to_text:"))]
     (folder / "own.yaml").write_text("\n".join(["task: own_task", "doc_to_text: !function own.text", *lines]) + "\n")
-    (folder / "own.py").write_text("def text(doc):\n    return doc['nosuch']\n")
-    command = ["run", "--model", "sparse-hf", "--model_args", f"pretrained={llama}", "--tasks", "own_task"]
+    (folder / "own.py").write_text(f"def text(doc):\n    {body}\n")
+    return ["run", "--model", "sparse-hf", "--model_args", f"pretrained={llama}", "--tasks", "own_task",
+            "--include_path", str(folder)]  # fmt: skip
+
+
+def test_a_mistake_in_the_code_of_a_task_is_shown_where_it_is(
+    tasks: Path, tmp_path: Path, llama: str, complaint: Any
+) -> None:
     with pytest.raises(KeyError, match="nosuch"):
-        cli.main([*command, "--include_path", str(folder)])
+        cli.main(own_task(tasks, tmp_path / "own", llama, "return doc['nosuch']"))
 
 
 @pytest.mark.parametrize(
@@ -719,14 +723,7 @@ def test_half_a_character(option: str, value: str, llama: str, complaint: Callab
 def test_code_of_a_task_that_ends_the_run(
     tasks: Path, tmp_path: Path, llama: str, complaint: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "own"
-    folder.mkdir()
-    text = (tasks / "tiny_choice.yaml").read_text()
-    lines = [line for line in text.splitlines() if not line.startswith(("task:", "doc_to_text:"))]
-    (folder / "own.yaml").write_text("\n".join(["task: own_task", "doc_to_text: !function own.text", *lines]) + "\n")
-    (folder / "own.py").write_text("import sys\ndef text(doc):\n    sys.exit(0)\n")
-    command = ["run", "--model", "sparse-hf", "--model_args", f"pretrained={llama}", "--tasks", "own_task"]
-    assert cli.main([*command, "--include_path", str(folder)]) == 1
+    assert cli.main(own_task(tasks, tmp_path / "own", llama, "raise SystemExit(0)")) == 1
     assert "code of a task or of the model ended the run (sys.exit(0))" in capsys.readouterr().err
 
 
