@@ -100,15 +100,31 @@ def _with_preflight(simple_evaluate: Any) -> Any:
         given.apply_defaults()
         options = given.arguments
         if options["metadata"] and any("frontier" in str(task) for task in options["tasks"] or ()):
-            from lm_eval_sparse.frontier.task import check_metadata
+            from lm_eval_sparse.frontier.metadata import check_metadata
 
             check_metadata(options["metadata"])
+            _check_keys(options)
         if options["model"] == MODEL or is_ours(options["model"]):
             _check(options)
             return simple_evaluate(*given.args, **given.kwargs)
         return simple_evaluate(*args, **kwargs)
 
     return wrapper
+
+
+def _check_keys(options: Mapping[str, Any]) -> None:
+    """Raise `UserError` for metadata that nothing reads, where all tasks are ours and we know what they read."""
+    from lm_eval_sparse.frontier.leaves import is_built_in
+    from lm_eval_sparse.frontier.metadata import check_keys
+
+    metadata, given = options["metadata"], options["model_args"] or {}
+    if all(is_built_in(task) for task in options["tasks"]):
+        if isinstance(given, str):
+            from lm_eval.utils import simple_parse_args_string
+
+            given = simple_parse_args_string(given)
+        # lm-eval puts the model arguments among the metadata.
+        check_keys(key for key in metadata if key not in given)
 
 
 def _with_known_samples(evaluate: Any) -> Any:

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from .recipe import Recipe, first_answer, ranking_chance, ranking_scores, rng
+from .recipe import Message, Recipe, first_answer, ranking_chance, ranking_scores, rng
 
 COMMON = 10
 COMMON_TIMES = 30
@@ -105,7 +105,7 @@ class CweDraft:
         self._copies += [i for i in range(self.most) for _ in range(RARE_TIMES)]
         self._random.shuffle(self._copies)
 
-    def message(self, units: int, filler: str) -> str:
+    def message(self, units: int, filler: str) -> Message:
         """The user message with the common words, `units` rare ones and, unless empty, `filler` below the list."""
         if not self._copies:
             self._write()
@@ -114,8 +114,7 @@ class CweDraft:
         question = _QUESTION.format(**_FIGURES)
         after = (_FORCED if self._forced else _GENERATE).format(**_FIGURES)
         below = f"\n\n{filler}" if filler else ""
-        head = f"{_INTRO.format(**_FIGURES)}\n{_TWICE}\n\n{question}"
-        return f"{head}\n\n{_HEADING}\n{entries}{below}\n\n{question}\n\n{after}"
+        return Message(_INTRO.format(**_FIGURES), _TWICE, question, f"{_HEADING}\n{entries}{below}", after)
 
     def gold(self, units: int) -> dict[str, Any]:
         """`words`: the common ones; `rare`: as many rare ones, which the twin holds against them; the `target`."""
@@ -133,7 +132,7 @@ class Cwe(Recipe):
     """Ten words occur thirty times, all others three times (paper, CWE: IoU)."""
 
     name = "cwe"
-    version = 1
+    version = 2
     least_units = COMMON
 
     def identity(self) -> list[Any]:

@@ -24,7 +24,7 @@ class TaskFolder:
         metrics, forced_metrics: names of the generated leaves' and the twins' metrics; a leading `-` means that lower
             is better.
         tags: kinds of work, each becomes the tags `frontier-<tag>` and `forced-frontier-<tag>`.
-        max_gen_toks: tokens that an answer may have.
+        max_gen_toks: tokens that an answer may have where the model has the room (paper, §10 "Common": 1024).
         recipe: what the leaves' `dataset_kwargs` say of the recipe, in YAML.
         version: of the recipe, for the files' metadata.
     """
@@ -33,7 +33,7 @@ class TaskFolder:
     metrics: Sequence[str]
     forced_metrics: Sequence[str]
     tags: Sequence[str] = ()
-    max_gen_toks: int = 384
+    max_gen_toks: int = 1024
     recipe: str = field(default="")
     version: int = 1
 
@@ -95,18 +95,32 @@ def _metric(name: str) -> str:
 
 _SLOTS = ("exact", "-bits_per_char")
 
+
+def _built_in(name: str, metrics: Sequence[str], forced_metrics: Sequence[str], *tags: str) -> TaskFolder:
+    return TaskFolder(name, metrics, forced_metrics, tags, version=2)
+
+
 #: The tasks of this package, in the order of their leaves in the groups.
 BUILT_IN = (
-    TaskFolder("niah", ["acc"], _SLOTS, ["retrieval"]),
-    TaskFolder("vt", ["iou"], ["average_precision"], ["high-dispersion"]),
-    TaskFolder("cwe", ["iou"], ["average_precision"], ["high-scope"]),
-    TaskFolder("squad", ["f1"], _SLOTS, ["qa"]),
-    TaskFolder("quality", ["exact_match"], ["acc"], ["qa"]),
-    TaskFolder("toefl", ["exact_match"], ["acc"], ["qa"]),
-    TaskFolder("story_retrieval", ["acc"], _SLOTS, ["retrieval"], max_gen_toks=640),
-    TaskFolder("story_multihop", ["exact_match"], _SLOTS, ["high-dispersion"]),
-    TaskFolder("story_filtering", ["iou"], ["average_precision"], ["high-scope"]),
+    _built_in("niah", ["acc"], _SLOTS, "retrieval"),
+    _built_in("vt", ["iou"], ["average_precision"], "high-dispersion"),
+    _built_in("cwe", ["iou"], ["average_precision"], "high-scope"),
+    _built_in("squad", ["f1"], _SLOTS, "qa"),
+    _built_in("quality", ["exact_match"], ["acc"], "qa"),
+    _built_in("toefl", ["exact_match"], ["acc"], "qa"),
+    _built_in("story_retrieval", ["acc"], _SLOTS, "retrieval"),
+    _built_in("story_multihop", ["exact_match"], _SLOTS, "high-dispersion"),
+    _built_in("story_filtering", ["iou"], ["average_precision"], "high-scope"),
 )
+
+
+def is_built_in(name: object) -> bool:
+    """Whether this names leaves of this package and nothing else: a leaf, a group or a tag."""
+    leaves = [leaf for folder in BUILT_IN for forced in (False, True) for leaf in folder.leaves(forced)]
+    tags = {f"frontier-{tag}" for folder in BUILT_IN for tag in (*LENGTHS, folder.name.replace("_", "-"), *folder.tags)}
+    return isinstance(name, str) and (
+        name in leaves or name in ("frontier", "forced_frontier") or name.removeprefix("forced-") in tags
+    )
 
 
 def group(folders: Sequence[TaskFolder], forced: bool) -> str:
@@ -124,7 +138,7 @@ def group(folders: Sequence[TaskFolder], forced: bool) -> str:
         f"{''.join(f'  - {name}' + chr(10) for name in names)}"
         "aggregate_metric_list:\n"
         f"{''.join(rows)}"
-        "metadata:\n  version: 1\n"
+        "metadata:\n  version: 2\n"
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .. import paths
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..files import brief, parse_json
 from ..values import TEXT, check, whole, yes_or_no
 
@@ -35,6 +35,12 @@ MODEL_OPTIONS = (*_TEXTS, _SWITCH)
 _LIMITS = ("max_length", "max_model_len")
 _HUBS = ("squad_hub", "quality_hub", "toefl_hub")
 
+#: All that the tasks of this package read of --metadata.
+KNOWN = (
+    "samples", "seed", "strict", "question_first",
+    "qa_folder", *_HUBS, *NAMES, *MODEL_OPTIONS, *_LIMITS, "add_bos_token",
+)  # fmt: skip
+
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
     """What every leaf reads of --metadata, so that a mistake is found before a model is loaded. Raises `UserError`."""
@@ -43,6 +49,7 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
     samples(OPTION, metadata)
     seed(OPTION, metadata)
     strict(OPTION, metadata)
+    question_first(OPTION, metadata)
     # Given to the model as often as here, so no option is named.
     for name in NAMES:
         tokenizer_name("", name, metadata.get(name))
@@ -55,6 +62,15 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
     for name in _HUBS:
         if metadata.get(name) is not None:
             check(OPTION, name, metadata[name], TEXT)
+
+
+def check_keys(typed: Iterable[str]) -> None:
+    """Raise `UserError` for a name in --metadata that no task of this package reads, and would silently pass over."""
+    if unknown := [str(key) for key in typed if key not in KNOWN]:
+        raise UserError(
+            f"{OPTION}{brief(unknown[0])} is unknown{nearest(unknown[0], KNOWN)}; the frontier tasks read "
+            f"{', '.join(KNOWN)}"
+        )
 
 
 def samples(option: str, metadata: Mapping[str, Any]) -> int:
@@ -70,6 +86,11 @@ def seed(option: str, metadata: Mapping[str, Any]) -> int:
 def strict(option: str, metadata: Mapping[str, Any]) -> bool:
     """Whether a leaf that cannot run is an error."""
     return yes_or_no(option, "strict", metadata.get("strict", False))
+
+
+def question_first(option: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether the question stands before the context as well."""
+    return yes_or_no(option, "question_first", metadata.get("question_first", True))
 
 
 def tokenizer_name(option: str, name: str, value: Any) -> None:

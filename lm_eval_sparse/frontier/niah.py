@@ -14,7 +14,7 @@ from bisect import insort
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import Recipe, first_answer, has_answer_tag, rng, slot_scores
+from .recipe import Message, Recipe, first_answer, has_answer_tag, rng, slot_scores
 
 TARGETS = 4
 
@@ -76,7 +76,7 @@ class NiahDraft:
         tail, continuation = _requests(self.keys, self.values)[-1]
         self.answer = tail + continuation
 
-    def message(self, units: int, filler: str) -> str:
+    def message(self, units: int, filler: str) -> Message:
         """The user message with four targets, `units` distractors and, unless empty, the line `filler`."""
         self._draw(TARGETS + units)
         placed = [(self._places[i], _ENTRY.format(key=k, value=v)) for i, (k, v) in enumerate(self._pairs)]
@@ -86,7 +86,7 @@ class NiahDraft:
         question = _QUESTION.format(keys="\n".join(f"{i}. {key}" for i, key in enumerate(self.keys, 1)))
         entries = "\n".join(line for _, line in placed)
         after = _FORCED if self._forced else _GENERATE
-        return f"{_INTRO}\n{_TWICE}\n\n{question}\n\nList of entries:\n{entries}\n\n{question}\n\n{after}"
+        return Message(_INTRO, _TWICE, question, f"List of entries:\n{entries}", after)
 
     def gold(self, units: int) -> dict[str, Any]:
         """`keys` and `values` of the targets in query order, `pairs` in the list, and the gold `target` text."""
@@ -111,7 +111,7 @@ class Niah(Recipe):
     """Four needles among as many distractor pairs as fit. Scored per needle (paper, NIAH: accuracy)."""
 
     name = "niah"
-    version = 1
+    version = 2
 
     def draft(self, length: int, seed: int, index: int, forced: bool) -> NiahDraft:
         return NiahDraft(rng(self.name, self.version, length, seed, index), forced)

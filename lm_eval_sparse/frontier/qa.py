@@ -29,7 +29,7 @@ from .. import files, paths, sealed
 from ..errors import UserError
 from . import qa_data
 from .qa_data import DataSet, Item
-from .recipe import Recipe, Unavailable, first_answer, option_scores, rng, slot_scores
+from .recipe import Message, Recipe, Unavailable, first_answer, option_scores, rng, slot_scores
 from .store import keep
 
 logger = logging.getLogger(__name__)
@@ -256,13 +256,13 @@ class QaDraft:
         words = self._plan[3]
         return math.ceil(words[-1] / _UNIT) if words else 0
 
-    def message(self, units: int, filler: str) -> str:
+    def message(self, units: int, filler: str) -> Message:
         """The user message with the own document, `units` units of others and, unless empty, the line `filler`."""
         return self._written(units, filler)[0]
 
     def gold(self, units: int) -> dict[str, Any]:
         """`question`, `document` (its number), `documents` (how many there are), `span` of the document's text in
-        the message, `options` and their right `letters` or `references`, and the gold `target` text."""
+        the context, `options` and their right `letters` or `references`, and the gold `target` text."""
         item = self.item
         _, start, number, documents = self._written(units, "")
         return {
@@ -274,8 +274,8 @@ class QaDraft:
             "target": self._leaf.task.gold_answer(item),
         }
 
-    def _written(self, units: int, filler: str) -> tuple[str, int, int, int]:
-        """The message, where the own document's text begins in it, its number, and how many documents there are."""
+    def _written(self, units: int, filler: str) -> tuple[Message, int, int, int]:
+        """The message, where the own document's text begins in its context, its number, and how many there are."""
         corpus, task = self._leaf.corpus, self._leaf.task
         placed: list[tuple[float, str]] = [(0.0, self.item.context)]
         number = 1
@@ -290,15 +290,15 @@ class QaDraft:
             placed.sort()
             number = 1 + sum(place < own_place for place, _ in placed)
         question = task.question(self.item, number)
-        parts = [f"{_INTRO}\n{_TWICE}\n\n{question}"]
+        parts: list[str] = []
         for i, (_, text) in enumerate(placed, 1):
             if i == number:
                 start = sum(map(len, parts)) + 2 * len(parts) + len(_HEADING.format(number=i)) + 1
             parts.append(f"{_HEADING.format(number=i)}\n{text}")
         if filler:
             parts.append(filler)
-        parts += [question, task.instructions(self._forced)]
-        return "\n\n".join(parts), start, number, len(placed)
+        message = Message(_INTRO, _TWICE, question, "\n\n".join(parts), task.instructions(self._forced))
+        return message, start, number, len(placed)
 
 
 class Qa(Recipe):
@@ -390,8 +390,8 @@ class Qa(Recipe):
 
     def evidence(self, doc: dict[str, Any]) -> list[str]:
         """The text of the document that the question is about."""
-        start, end = doc["span"]
-        return [doc["input"][start:end]]
+        begin, (start, end) = doc["context"][0], doc["span"]
+        return [doc["input"][begin + start : begin + end]]
 
     def secrets(self, doc: dict[str, Any]) -> list[str]:
         """None: other passages may well have the words of an answer, and options stand in the question."""
@@ -409,7 +409,7 @@ class Squad(Qa):
     """A short answer, copied from a Wikipedia paragraph. Scored by words shared with the references."""
 
     name = "squad"
-    version = 1
+    version = 2
     _what = ("the answer", "the answer")
     _example = "the answer in a few words"
     _rule = (
@@ -517,7 +517,7 @@ class Quality(Choice):
     """Multiple choice, one right option, about long stories and articles."""
 
     name = "quality"
-    version = 1
+    version = 2
     _what = ("the letter of the right option", "the letter of the right option")
     _example = "letter"
     _rule = (
@@ -530,7 +530,7 @@ class Toefl(Choice):
     """Multiple choice, one or several right options, about transcripts of talks and conversations."""
 
     name = "toefl"
-    version = 1
+    version = 2
     _what = ("the letter of the right option, or the letters if several are right", "the letter of a right option")
     _example = "letter, or letters with commas between them"
     _rule = (

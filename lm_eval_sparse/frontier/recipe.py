@@ -27,6 +27,42 @@ class Unavailable(Exception):
     """What a task's documents are made from cannot be had; its leaves drop out. The message is the reason."""
 
 
+class Message(str):
+    """A user message in the paper's order (§10, "Common"): intro, question, context, question again, instructions.
+
+    As a string it is that text. `once` is the same without the question before the context, `context` the span of the
+    context's characters in either of them. A recipe that returns a plain string has no question that can be taken out.
+    """
+
+    question_first: bool
+    context: tuple[int, int]
+    _parts: tuple[str, ...]
+
+    def __new__(
+        cls, intro: str, twice: str, question: str, context: str, after: str, question_first: bool = True
+    ) -> Message:
+        """`twice` is the note, below the intro, that the question is written twice; `after` the instructions."""
+        head = f"{intro}\n{twice}\n\n{question}\n\n" if question_first else f"{intro}\n\n"
+        self = super().__new__(cls, f"{head}{context}\n\n{question}\n\n{after}")
+        self.question_first = question_first
+        self.context = (len(head), len(head) + len(context))
+        self._parts = (intro, twice, question, context, after)
+        return self
+
+    @property
+    def once(self) -> Message:
+        """The message with the question behind the context alone, so that nothing before it depends on the question."""
+        return Message(*self._parts, question_first=False)
+
+    @property
+    def tail(self) -> str:
+        """What stands after the context."""
+        return self[self.context[1] :]
+
+    def __reduce__(self):
+        return Message, (*self._parts, self.question_first)
+
+
 class Draft(Protocol):
     """One document whose size is still open: it can be written with any number of units from 0 to `most`."""
 
@@ -38,7 +74,8 @@ class Draft(Protocol):
     def message(self, units: int, filler: str) -> str:
         """The user message with `units` units; `filler`, unless empty, is one neutral line inside the context.
 
-        Must grow with `units`, and must not depend on what was asked for before.
+        Must grow with `units`, and must not depend on what was asked for before. Where it is a `Message`, the task has
+        the variant without the question before the context.
         """
         ...
 

@@ -139,7 +139,7 @@ from bisect import insort
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval_sparse.frontier.recipe import Recipe, first_answer, rng, slot_scores
+from lm_eval_sparse.frontier.recipe import Message, Recipe, first_answer, rng, slot_scores
 
 # The texts of a prompt. The question stands before and after the context, then come the instructions.
 _INTRO = "Below is a long list that says for each parcel in which locker it lies. You will be asked for one parcel."
@@ -191,8 +191,11 @@ class Draft:
         #: The longest text that the twin puts after the prompt: room is kept for it. Cheap to know at the start.
         self.answer = "".join(_request(self.parcel, self.locker))
 
-    def message(self, units: int, filler: str) -> str:
-        """The user message with `units` units and, unless it is empty, the line `filler` somewhere in the context."""
+    def message(self, units: int, filler: str) -> Message:
+        """The user message with `units` units and, unless it is empty, the line `filler` somewhere in the context.
+
+        As a `Message` it also exists without the question before the context (`question_first` in the metadata).
+        """
         while len(self._lines) < 1 + units:
             self._add_line()
         placed = sorted(self._lines[: 1 + units])
@@ -201,7 +204,7 @@ class Draft:
         lines = "\\n".join(line for _, line in placed)
         question = _QUESTION.format(parcel=self.parcel)
         after = _FORCED if self._forced else _GENERATE
-        return f"{_INTRO}\\n{_TWICE}\\n\\n{question}\\n\\nList:\\n{lines}\\n\\n{question}\\n\\n{after}"
+        return Message(_INTRO, _TWICE, question, f"List:\\n{lines}", after)
 
     def gold(self, units: int) -> dict[str, Any]:
         """What scoring needs, as JSON types (no tuples, no sets), and `target`, the gold answer without tags.

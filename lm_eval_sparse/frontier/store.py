@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,26 @@ def keep(path: Path, content: bytes) -> None:
         files.write_whole(path, content)
     except OSError as error:
         logger.warning("cannot keep %s (%s); it is made again in every run", path, files.why(error))
+
+
+def forget_older(leaf: str, version: int) -> None:
+    """Remove the documents that an earlier version of a task wrote, and say so: they are made anew.
+
+    `leaf` is the recipe's name, for twins behind `forced_`. Files of version 1 had no version in their names.
+    """
+    older = re.compile(rf"{re.escape(leaf)}-(?:v(\d+)-)?\d+-[0-9a-f]{{24}}\.jsonl")
+    removed: dict[int, int] = {}
+    with contextlib.suppress(OSError):
+        for path in cache_dir().iterdir():
+            if (match := older.fullmatch(path.name)) and (found := int(match.group(1) or 1)) < version:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    removed[found] = removed.get(found, 0) + 1
+    for found, files_removed in sorted(removed.items()):
+        logger.warning(
+            "%s: documents of version %d were in the cache (%d files, removed); those of version %d are made anew",
+            *(leaf, found, files_removed, version),
+        )
 
 
 class DocumentStore:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from .recipe import Message
+
 T = TypeVar("T")
 
 #: The longest story there can be. There are 3136 pairs of place and character, and no pair comes twice.
@@ -364,10 +366,10 @@ class Story:
 LONGEST_ITEM = " ".join(max(words, key=len) for words in (ADJECTIVES, MATERIALS, TYPES))
 
 
-def message(intro: str, question: str, chapters: Sequence[str], filler: str, after: str) -> str:
+def message(intro: str, question: str, chapters: Sequence[str], filler: str, after: str) -> Message:
     """A story task's user message: intro, question, chapters and filler, question, instructions (paper, "Common")."""
     paragraphs = [*chapters, filler] if filler else chapters
-    return "\n\n".join([f"{intro}\n{_TWICE}", question, "Story:", *paragraphs, question, after])
+    return Message(intro, _TWICE, question, "\n\n".join(["Story:", *paragraphs]), after)
 
 
 INTRO = (

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import Recipe, first_answer, ranking_chance, ranking_scores, rng
+from .recipe import Message, Recipe, first_answer, ranking_chance, ranking_scores, rng
 from .story import HERO, INTRO, MOST, Chapter, Story, message
 
 MISSING = 3
@@ -53,7 +53,7 @@ class StoryFilteringDraft:
         self._forced = forced
         self.answer = _LEAD + _candidate(MOST)
 
-    def message(self, units: int, filler: str) -> str:
+    def message(self, units: int, filler: str) -> Message:
         """The user message with `units` chapters and, unless empty, the line `filler` after them."""
         chapters = self._story.written(units)
         for number, text in self._changed(units).items():
@@ -113,7 +113,7 @@ class StoryFiltering(Recipe):
     """Three chapters without a purchase, found among all. Scored by overlap (paper, Story Filtering: IoU)."""
 
     name = "story_filtering"
-    version = 1
+    version = 2
     twin_keeps_units = True
     least_units = 4
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import Recipe, first_answer, rng, slot_scores
+from .recipe import Message, Recipe, first_answer, rng, slot_scores
 from .story import HERO, INTRO, LONGEST_ITEM, MOST, Chapter, Story, message, normalise
 
 _INTRO = f"{INTRO} You will be asked about the order in which she acquired two of the items."
@@ -50,7 +50,7 @@ class StoryMultihopDraft:
         self._forced = forced
         self.answer = "".join(_request(LONGEST_ITEM, LONGEST_ITEM))  # the target is known only with the chapters
 
-    def message(self, units: int, filler: str) -> str:
+    def message(self, units: int, filler: str) -> Message:
         """The user message with `units` chapters and, unless empty, the line `filler` after them."""
         item = self._pair(units)[1].item
         question = _QUESTION.format(item=item)
@@ -83,7 +83,7 @@ class StoryMultihop(Recipe):
     """One step back from a named purchase. Scored by exact match (paper, Story Multi-hop)."""
 
     name = "story_multihop"
-    version = 1
+    version = 2
     twin_keeps_units = True
     least_units = 2
 

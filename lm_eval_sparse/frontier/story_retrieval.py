@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import Recipe, first_answer, rng, slot_scores
+from .recipe import Message, Recipe, first_answer, rng, slot_scores
 from .story import CHARACTERS, HERO, INTRO, LONGEST_ITEM, MOST, PLACES, Chapter, Story, message, normalise
 
 QUESTIONS = 16
@@ -63,7 +63,7 @@ class StoryRetrievalDraft:
         tail, continuation = _requests([(MOST, kind)] * QUESTIONS, [_LONGEST[kind]] * QUESTIONS)[-1]
         self.answer = tail + continuation
 
-    def message(self, units: int, filler: str) -> str:
+    def message(self, units: int, filler: str) -> Message:
         """The user message with `units` chapters and, unless empty, the line `filler` after them."""
         asked = self._asked(units)
         number = len(asked)
@@ -100,7 +100,7 @@ class StoryRetrieval(Recipe):
     """Sixteen questions about single chapters. Scored per question (paper, Story Retrieval: accuracy)."""
 
     name = "story_retrieval"
-    version = 1
+    version = 2
     twin_keeps_units = True
     least_units = 1
 

@@ -29,10 +29,10 @@ from ..protocol import SKIPPED, SharedPrompt, mean_sparsities, stats_of
 from ..values import whole
 from . import recipe
 from .fill import DoesNotFit, Filler, fit, fit_both
-from .metadata import check_metadata, samples, seed, strict
+from .metadata import check_metadata, question_first, samples, seed, strict
 from .meter import Meter, meter_for
-from .recipe import Draft, Unavailable
-from .store import DocumentStore
+from .recipe import Draft, Message, Unavailable
+from .store import DocumentStore, forget_older
 
 __all__ = ["Documents", "ForcedFrontierTask", "FrontierTask", "check_metadata"]
 
@@ -49,6 +49,16 @@ _LARGE = 64 * 2**20
 _LONGEST = 10**9
 #: Documents whose answers settle how much room is kept for answers.
 _SETTLING = 100
+
+#: Tokens kept free for the explanation before an answer: two or three sentences that may name what they are about.
+EXPLAINED = 160
+_REPLY = "<explanation>\n\n</explanation>\n<answer>\n{answer}\n</answer>"
+#: Units at which a gold answer is as long as it gets.
+_ANSWERED = 64
+#: Names of the most tokens of an answer in generation arguments; lm-eval takes the first that is given.
+_CAPS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+#: What a leaf's metadata says of one run.
+_SETTLED = ("skipped", "prompt_tokens", "answer_tokens")
 
 _SENTINEL = "{the prompt}"
 _STUB = "This leaf is skipped."
@@ -92,8 +102,9 @@ class FrontierTask(ConfigurableTask):
 
     `dataset_kwargs` names the recipe (`task`, a name in `RECIPES`, or `recipe`, a class) and the prompt's `length` in
     tokens; `metadata` holds `samples` (documents) and `seed`, which a user may override, and what the user adds:
-    `strict` makes a leaf that cannot run an error, and a recipe may read more (see `qa_data`). Other metadata, such as
-    model arguments, is ignored except for finding the tokenizer (see `meter`).
+    `strict` makes a leaf that cannot run an error, `question_first` false leaves out the question before the context,
+    and a recipe may read more (see `qa_data`). Other metadata, such as model arguments, is ignored except for finding
+    the tokenizer (see `meter`).
     """
 
     forced = False
@@ -108,6 +119,7 @@ class FrontierTask(ConfigurableTask):
         config["process_results"] = "process_results"
         self._skipped: str | None = None
         self._told: str | None = None
+        self._capped: tuple[Any, Any] = (None, None)
         super().__init__(config=config, **kwargs)
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None, **_: Any) -> None:
@@ -118,9 +130,12 @@ class FrontierTask(ConfigurableTask):
         self.length = whole(where, "length", given.get("length"), 1, _LONGEST)
         self.samples, self.seed = samples(where, metadata), seed(where, metadata)
         self.strict = strict(where, metadata)
+        self.question_first = question_first(where, metadata)
         self.VERSION = self.recipe.version
         # What the leaf is wins over whatever model arguments of the same name lm-eval has merged in.
         metadata.update(version=self.VERSION, length=self.length, samples=self.samples, seed=self.seed)
+        if not self.question_first:
+            metadata.update(question_first=False)
         self.config.metadata = metadata
         self._unavailable: str | None = None
         try:
@@ -202,9 +217,11 @@ class FrontierTask(ConfigurableTask):
             return meter.count(_plain(render(message)))
 
         def draft(index: int, forced: bool = self.forced) -> Draft:
-            return self.recipe.draft(self.length, self.seed, index, forced)
+            return self._draft(index, forced)
 
-        self.config.metadata = {k: v for k, v in self.config.metadata.items() if k not in ("skipped", "prompt_tokens")}
+        self.config.metadata = {k: v for k, v in self.config.metadata.items() if k not in _SETTLED}
+        if self.config.generation_kwargs == self._capped[0]:  # by an earlier call, for another model
+            self.config.generation_kwargs = self._capped[1]
         if self._unavailable:
             self._skip(self._unavailable)
             return self._unavailable
@@ -219,7 +236,8 @@ class FrontierTask(ConfigurableTask):
             self._skip(str(error))
             return str(error)
         # The budget is settled by the same documents however many are asked for: it must not depend on that.
-        reserve = self._reserve(meter, frame, (draft(index) for index in range(min(_SETTLING, number or _SETTLING))))
+        settling = (draft(index) for index in range(min(_SETTLING, number or _SETTLING)))
+        reserve = self._reserve(meter, settling)
         number = self.samples if number is None else min(self.samples, number)
         if number < self.samples:
             logger.warning("%s: there are %d documents, not %d", self.config.task, number, self.samples)
@@ -243,20 +261,23 @@ class FrontierTask(ConfigurableTask):
                 "%s: prompts have %d instead of %d tokens, because the model takes %d and the answer needs %d",
                 *(self.config.task, budget, self.length, meter.limit, reserve),
             )
-        self.config.metadata = {**self.config.metadata, "prompt_tokens": budget}
+        self.config.metadata = {**self.config.metadata, "prompt_tokens": budget, **self._settle(meter.limit, budget)}
 
         identity = [self.recipe.name, self.recipe.version, self.forced, self.length, budget, self.seed]
+        identity += [self.question_first]
         # A changed wording, or anything else that is changed here, must not meet documents written before it.
         identity += [frame, meter.count(frame), meter.identity, empty, _sources(type(self.recipe))]
         identity += self.recipe.identity()
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        store = DocumentStore(f"{'forced_' if self.forced else ''}{self.recipe.name}-{self.length}", fingerprint)
+        leaf = f"{'forced_' if self.forced else ''}{self.recipe.name}"
+        store = DocumentStore(f"{leaf}-v{self.recipe.version}-{self.length}", fingerprint)
+        forget_older(leaf, self.recipe.version)
         filler = Filler(count)
 
         def make(index: int) -> dict[str, Any]:
             begun = draft(index)
             # Documents beyond those that the leaf's budget was settled by may have a longer answer.
-            own = budget if meter.limit is None else min(budget, meter.limit - self._reserve(meter, frame, [begun]))
+            own = budget if meter.limit is None else min(budget, meter.limit - self._reserve(meter, [begun]))
             try:
                 if self.recipe.twin_keeps_units:
                     fitted = fit_both(begun, draft(index, not self.forced), own, count, filler, meter.parts)
@@ -268,13 +289,15 @@ class FrontierTask(ConfigurableTask):
                 raise UserError(
                     f"{self.config.task}: document {index} reaches only {fitted.tokens} of {budget} prompt tokens"
                 )
+            message = begun.message(fitted.units, fitted.filler)
             doc = {
                 "task": self.recipe.name,
                 "length": self.length,
                 "seed": self.seed,
                 "index": index,
                 "tokens": fitted.tokens,
-                "input": begun.message(fitted.units, fitted.filler),
+                "input": str(message),
+                **({"context": list(message.context)} if isinstance(message, Message) else {}),
                 **begun.gold(fitted.units),
             }
             store.add(doc)
@@ -289,19 +312,48 @@ class FrontierTask(ConfigurableTask):
         def size(index: int) -> int:
             # Units have to fit under the longer instructions where the twin has the same.
             formats = {self.forced, not self.forced} if self.recipe.twin_keeps_units else {self.forced}
-            drafts = [self.recipe.draft(self.length, self.seed, index, forced) for forced in formats]
+            drafts = [self._draft(index, forced) for forced in formats]
             return max(count(draft.message(self.recipe.least_units, "")) for draft in drafts)
 
         first = size(0)
         return first if first < 0.85 * budget else max(map(size, range(number)))
 
-    def _reserve(self, meter: Meter, frame: str, drafts: Iterable[Draft]) -> int:
-        """Tokens kept free after the prompt: as many as may be generated (the aliases are lm-eval's)."""
+    def _draft(self, index: int, forced: bool) -> Draft:
+        begun = self.recipe.draft(self.length, self.seed, index, forced)
+        return begun if self.question_first else _AskedOnce(begun, f"{self.config.task}: ", self.recipe.name)
+
+    def _cap(self) -> tuple[str, int]:
+        """The most tokens that an answer may have, and what that is called (the aliases are lm-eval's)."""
         given = self.config.generation_kwargs or {}
-        for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        for key in _CAPS:
             if given.get(key) is not None:
-                return whole(f"{self.config.task}: ", key, given[key], 1, _LONGEST)
-        return 256  # lm-eval's default
+                return key, whole(f"{self.config.task}: ", key, given[key], 1, _LONGEST)
+        return _CAPS[0], 256  # lm-eval's default
+
+    def _reserve(self, meter: Meter, drafts: Iterable[Draft]) -> int:
+        """Tokens kept free after the prompt: what the longest gold answer and a fair explanation take, unless less may
+        be generated. An answer may be longer where the model has the room."""
+        _, cap = self._cap()
+        if meter.limit is None or meter.limit - self.length >= cap:
+            return cap  # there is room for all that may be generated, and nobody needs the exact number
+        answers = [draft.gold(min(_ANSWERED, draft.most))["target"] for draft in drafts]
+        longest = max(meter.count(_REPLY.format(answer=answer)) for answer in answers)
+        return min(cap, longest + EXPLAINED)
+
+    def _settle(self, limit: int | None, budget: int) -> dict[str, Any]:
+        """Let no answer have more tokens than the model takes behind the prompt. Returns what the results say of it."""
+        key, cap = self._cap()
+        room = cap if limit is None else min(cap, limit - budget)
+        if self.config.generation_kwargs is not None:
+            given = self.config.generation_kwargs
+            self.config.generation_kwargs = {**given, key: room}
+            self._capped = (self.config.generation_kwargs, given)
+        if room < cap:
+            logger.warning(
+                "%s: answers may have %d instead of %d tokens, which is what the model takes behind the prompt",
+                *(self.config.task, room, cap),
+            )
+        return {"answer_tokens": room}
 
     def doc_iterator(
         self,
@@ -368,14 +420,17 @@ class ForcedFrontierTask(FrontierTask):
 
     forced = True
 
-    def _reserve(self, meter: Meter, frame: str, drafts: Iterable[Draft]) -> int:
+    def _reserve(self, meter: Meter, drafts: Iterable[Draft]) -> int:
         """Tokens kept free after the prompt: the longest forced answer of any document of the leaf."""
         answers = [draft.answer for draft in drafts]
         longest = max(len(answer.encode()) for answer in answers)
         if meter.limit is None or meter.limit - self.length >= longest:
             return longest  # no tokenizer makes more tokens than bytes, and nobody needs the exact number
-        most = max(meter.count(frame + answer) for answer in answers) - meter.count(frame)
+        most = max(meter.count(_SENTINEL + answer) for answer in answers) - meter.count(_SENTINEL)
         return most + 4  # the seam between prompt and answer may cost a token more than in this short test
+
+    def _settle(self, limit: int | None, budget: int) -> dict[str, Any]:
+        return {}
 
     def _arguments(self, doc: dict[str, Any], ctx: Any) -> list[tuple[Any, Any]]:
         if not isinstance(ctx, str):
@@ -389,6 +444,27 @@ class ForcedFrontierTask(FrontierTask):
 
     def _score(self, doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
         return self.recipe.forced_score(doc, [(float(logprob), bool(greedy)) for logprob, greedy in results])
+
+
+class _AskedOnce:
+    """A draft whose messages have the question behind the context alone."""
+
+    def __init__(self, draft: Draft, where: str, name: str):
+        self._draft, self._where, self._name = draft, where, name
+        self.most, self.answer = draft.most, draft.answer
+
+    def message(self, units: int, filler: str) -> Message:
+        """As `Draft.message`. Raises `UserError` where the recipe has no question that can be taken out."""
+        message = self._draft.message(units, filler)
+        if not isinstance(message, Message):
+            raise UserError(
+                f"{self._where}question_first=false was given, but the prompts of {self._name} have no separable "
+                "question (its drafts return a plain text instead of a Message): leave question_first out"
+            )
+        return message.once
+
+    def gold(self, units: int) -> dict[str, Any]:
+        return self._draft.gold(units)
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ from bisect import insort
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import Recipe, first_answer, has_answer_tag, ranking_chance, ranking_scores, rng
+from .recipe import Message, Recipe, first_answer, has_answer_tag, ranking_chance, ranking_scores, rng
 
 CHAINS = 8
 HOPS = 4
@@ -78,7 +78,7 @@ class VtDraft:
         self._noise: list[tuple[float, str]] = []
         self.answer = "".join(_request(self.gold_names[0], self.value))
 
-    def message(self, units: int, filler: str) -> str:
+    def message(self, units: int, filler: str) -> Message:
         """The user message with all assignments, `units` times the noise and, unless empty, the line `filler`."""
         while len(self._noise) < units:
             self._noise.append((self._random.random(), _NOISE))
@@ -89,7 +89,7 @@ class VtDraft:
         question = _QUESTION.format(count=count, value=self.value)
         text = "\n".join(line for _, line in lines)
         after = (_FORCED if self._forced else _GENERATE).format(count=count, value=self.value)
-        return f"{_INTRO}\n{_TWICE}\n\n{question}\n\nText:\n{text}\n\n{question}\n\n{after}"
+        return Message(_INTRO, _TWICE, question, f"Text:\n{text}", after)
 
     def gold(self, units: int) -> dict[str, Any]:
         """`names`: gold variables in the order of the chain; `value`; `variables`: all names; the `target` text."""
@@ -115,7 +115,7 @@ class Vt(Recipe):
     """Eight chains of four hops in noise; the variables of one are asked for (paper, VT: IoU)."""
 
     name = "vt"
-    version = 1
+    version = 2
 
     def draft(self, length: int, seed: int, index: int, forced: bool) -> VtDraft:
         return VtDraft(rng(self.name, self.version, length, seed, index), forced)
