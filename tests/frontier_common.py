@@ -29,6 +29,12 @@ TRIMMING = (
 )
 
 
+def written(draft, units, filler=""):
+    """A document as a task makes it, without what a task adds about tokens."""
+    message = draft.message(units, filler)
+    return {"input": str(message), "context": list(message.context), **draft.gold(units)}
+
+
 def _corpus() -> list[str]:
     drafts = [NiahDraft(random.Random(i), forced=bool(i % 2)) for i in range(4)]
     return [draft.message(12, "") for draft in drafts] * 3 + [

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from frontier_common import ANSWER, StandIn, build, leaf
+from frontier_common import StandIn, build, leaf
 
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.frontier import niah, store
@@ -121,7 +121,7 @@ def test_metadata_of_others_is_ignored_but_seed_counts(lm):
     }
     task = build(leaf(**extra), lm, limit=1)
     assert docs(task, limit=1)[0] == plain
-    assert task.config.metadata["length"] == 4096 and task.VERSION == task.config.metadata["version"] == 1
+    assert task.config.metadata["length"] == 4096 and task.VERSION == task.config.metadata["version"] == 2
     assert docs(build(leaf(seed="7"), lm, limit=1), limit=1)[0]["keys"] != plain["keys"]
 
 
@@ -190,7 +190,7 @@ def test_another_prompt_means_another_file(lm, cache):
     set_active_lm(other)
     build(leaf(), other, limit=1)
     assert len(list(cache.iterdir())) == len(variants) + 2
-    tight = StandIn("digits", max_length=4096 + ANSWER - 68)
+    tight = StandIn("digits", max_length=4200)
     set_active_lm(tight)
     build(leaf(), tight, limit=1)
     assert len(list(cache.iterdir())) == len(variants) + 3

@@ -193,7 +193,7 @@ def test_another_word_list_is_another_identity_and_another_cache_file(lm, tmp_pa
 
 
 def test_the_gold_answer_scores_one_for_two_hundred_documents(lm):
-    task = build(leaf("frontier_cwe_4k", samples=200), lm, limit=20)
+    task = build(leaf("frontier_cwe_4k", samples=20), lm, limit=20)
     docs = [doc for _, doc in task.doc_iterator(limit=20)]
     for index in range(20, 200):  # the others of a fixed size, which is much faster
         one = draft(index)

@@ -6,7 +6,7 @@ import json
 
 import lm_eval
 import pytest
-from frontier_common import ANSWER, TASKS, StandIn, tokenizer
+from frontier_common import TASKS, StandIn, tokenizer
 from lm_eval.tasks import TaskManager
 
 from lm_eval_sparse import frontier, protocol
@@ -116,7 +116,7 @@ def test_generated_gold_scores_one_without_a_sparsity_row():
     row = results["results"]["frontier_niah_4k"]
     assert row["acc,none"] == 1.0 and row["sample_len"] == 2
     assert not [key for key in row if key.startswith("sparsity")]
-    assert results["versions"]["frontier_niah_4k"] == 1
+    assert results["versions"]["frontier_niah_4k"] == 2
     assert results["n-samples"]["frontier_niah_4k"] == {"original": 100, "effective": 2}
     assert results["configs"]["frontier_niah_4k"]["metadata"]["prompt_tokens"] == 4096
 
@@ -178,8 +178,10 @@ def test_cached_requests_never_come_from_another_prompt(tmp_path, monkeypatch):
     assert prompts(lm, gen_kwargs="max_gen_toks=5")[0][1]["max_gen_toks"] == 5
     assert prompts(lm, metadata={"samples": 4, "seed": 3}) != first
     assert [p for p, _ in prompts(lm, limit=None, samples={"frontier_niah_4k": [1]})] == [first[1][0]]
-    shorter = StandIn(max_length=4000 + ANSWER, answer=gold)
-    assert [shorter.tokens(p) for p, _ in prompts(shorter)] == [4000] * 2
+    shorter = StandIn(max_length=4200, answer=gold)
+    asked = prompts(shorter)
+    assert [shorter.tokens(p) + options["max_gen_toks"] for p, options in asked] == [4200] * 2
+    assert [p for p, _ in asked] != [p for p, _ in first]
     assert len(prompts(StandIn(answer=lambda _: (0.0, True)), "forced_frontier_niah_4k")) == 8
 
 

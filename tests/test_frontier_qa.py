@@ -496,7 +496,7 @@ def test_two_hundred_documents(tmp_path, task):
         assert text.count(asked) == 2 and text.count("Question about document") == 2
         before, after = (m.start() for m in re.finditer(re.escape(asked), text))
         assert before < text.index("\n\nDocument 1:") and text.index("\n\nNothing here.\n\n") < after
-        (evidence,) = recipe.evidence({**gold, "input": text})
+        (evidence,) = recipe.evidence({**gold, "input": text, "context": text.context})
         assert text.count(evidence) == 1 and found[gold["document"]].startswith(evidence)
         assert evidence in passages(60, 20, 150)
         assert gold["question"].endswith(f" {evidence.split()[1][:-1]}-{gold['question'][-2]}?")
@@ -528,7 +528,7 @@ def test_wording_of_the_formats(tmp_path):
         assert generated.endswith("write nothing after </answer>.") and "<explanation>" in generated
         assert forced.endswith("\n\nAnswer:\n") and "<" not in forced
         assert ("several" in generated) == ("several" in forced) == (task is Toefl)
-        assert recipe.version == 1 and recipe.identity() == [recipe.origin()["sha256"]]
+        assert recipe.version == 2 and recipe.identity() == [recipe.origin()["sha256"]]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from frontier_common import KINDS, TASKS, StandIn, build
+from frontier_common import KINDS, TASKS, StandIn, build, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
@@ -151,13 +151,13 @@ def bound(name: str, qa_folder: str, length: int = 4096, seed: int = 0):
     return one
 
 
-def contents(one, number: int, units: int, forced: bool = True, length: int = 4096, written: bool = True):
+def contents(one, number: int, units: int, forced: bool = True, length: int = 4096, text: bool = True):
     """Documents as a task would merge them, cheaply: of a fixed number of units."""
     for index in range(number):
         draft = one.draft(length, 0, index, forced)
         fitting = min(units, draft.most)
-        text = draft.message(fitting, "") if written else ""
-        yield {"index": index, "length": length, "input": text, **draft.gold(fitting)}
+        content = written(draft, fitting) if text else draft.gold(fitting)
+        yield {"index": index, "length": length, **content}
 
 
 # ------------------------------------------------------------------------------------------------------------ lengths
@@ -310,8 +310,13 @@ def test_what_decides_a_document_decides_its_cache_file(name, lm, qa_folder, fol
     build(leaf(name, qa_folder=qa_folder), lm, limit=1, system_instruction=SYSTEM)
     build(leaf(name, forced=True, qa_folder=qa_folder), lm, limit=1)
     assert len(set(folder.iterdir())) == 5 + with_bpe
+    build(leaf(name, qa_folder=qa_folder, question_first=False), lm, limit=1)
+    assert len(set(folder.iterdir())) == 6 + with_bpe
+    before = set(folder.iterdir())
     monkeypatch.setattr(type(recipe(name)), "version", 99)
-    assert len(files()) == 6 + with_bpe
+    # Those of the older version go; the twin's are its own.
+    assert {path.name.partition("-")[0] for path in before & files()} == {f"forced_{name}"}
+    assert len(files()) == 2
     monkeypatch.undo()
 
 
@@ -415,7 +420,7 @@ def test_a_message_and_its_gold_agree_for_every_number_of_units(name, qa_folder)
         for index in range(2):
             draft = one.draft(4096, 0, index, forced)
             for units in [*range(4, 40), *range(40, min(draft.most, 200), 23)]:
-                doc = {"input": draft.message(units, ""), **draft.gold(units)}
+                doc = written(draft, units)
                 assert json.loads(json.dumps(doc)) == doc
                 check_evidence(one, doc)
                 if not forced:
@@ -434,7 +439,7 @@ def test_stories_of_few_chapters_can_be_scored(name, qa_folder):
     for units in (2, 3, 4):
         for index in range(5):
             draft = one.draft(4096, 0, index, True)
-            doc = {"input": draft.message(units, ""), **draft.gold(units)}
+            doc = written(draft, units)
             check_evidence(one, doc)
             one.forced_score(doc, [(-1.0, False)] * len(one.requests(doc)))
             one.chance(doc)
@@ -474,8 +479,8 @@ def test_documents_differ_and_the_twin_has_the_same_gold(name, qa_folder):
     generated, forced = (list(contents(one, 20, 30, f)) for f in (False, True))
     assert len({doc["input"] for doc in generated}) == 20
     for a, b in zip(generated, forced, strict=True):
-        same = {k: v for k, v in a.items() if k not in ("input", "span")}
-        assert same == {k: v for k, v in b.items() if k not in ("input", "span")}
+        same = {k: v for k, v in a.items() if k not in ("input", "span", "context")}
+        assert same == {k: v for k, v in b.items() if k not in ("input", "span", "context")}
         assert a["input"] != b["input"] and one.evidence(a) == one.evidence(b)
         assert "<answer>" in a["input"] and "<answer>" not in b["input"]
 
@@ -537,7 +542,7 @@ def test_a_random_scorer_gets_what_chance_says(name, qa_folder):
     one = bound(name, qa_folder)
     source = random.Random(11)
     differences = []
-    for doc in contents(one, 220, 20, written=False):
+    for doc in contents(one, 220, 20, text=False):
         asked, expected = one.requests(doc), one.chance(doc)
         for _ in range(3):
             got = one.forced_score(doc, [(-source.random(), False) for _ in asked])
@@ -550,7 +555,7 @@ def test_a_random_scorer_gets_what_chance_says(name, qa_folder):
 @pytest.mark.parametrize("name", RANKED)
 def test_a_scorer_that_cannot_tell_candidates_apart_gains_nothing(name, qa_folder):
     one = bound(name, qa_folder)
-    for doc in contents(one, 30, 20, written=False):
+    for doc in contents(one, 30, 20, text=False):
         asked = one.requests(doc)
         (got,) = one.forced_score(doc, [(-5.0, True)] * len(asked)).values()
         gold = len(gold_requests(name, doc, asked))
