@@ -84,7 +84,12 @@ def _longest() -> str:
 
 
 class CweDraft:
-    """Units are rare words. Every copy of every word draws its place: the order does not depend on how many fit."""
+    """Units are rare words. Every copy of every word draws its place: the order does not depend on how many fit.
+
+    The twin ranks the common words against ten rare ones, whose copies it moves to the end of the list: there each of
+    them stands as often, on average, as each common word. Where they stood anywhere, an attention that sees nothing but
+    the last part of the list saw common words alone, and ranked better than one that sees it all.
+    """
 
     def __init__(self, random_source: random.Random, forced: bool):
         self._random, self._forced = random_source, forced
@@ -93,6 +98,7 @@ class CweDraft:
         self.most = len(words) - COMMON
         self._copies: list[int] = []
         self._rare: list[str] = []
+        self._late: list[tuple[float, int]] = []
         self.answer = f"{_LEAD} {_longest()}"
 
     def _write(self) -> None:
@@ -104,12 +110,18 @@ class CweDraft:
         self._copies = [-1 - i for i in range(COMMON) for _ in range(COMMON_TIMES)]
         self._copies += [i for i in range(self.most) for _ in range(RARE_TIMES)]
         self._random.shuffle(self._copies)
+        # Where each copy of the rare words that the twin ranks goes, as a share of the last part of the list.
+        self._late = sorted((self._random.random(), i) for i in range(COMMON) for _ in range(RARE_TIMES))
 
     def message(self, units: int, filler: str) -> Message:
         """The user message with the common words, `units` rare ones and, unless empty, `filler` below the list."""
         if not self._copies:
             self._write()
-        listed = (self.words[-1 - i] if i < 0 else self._rare[i] for i in self._copies if i < units)
+        order = [i for i in self._copies if i < units]
+        if self._forced:
+            late = [(share, i) for share, i in self._late if i < units]
+            order = _moved_late([i for i in order if not 0 <= i < COMMON], late)
+        listed = (self.words[-1 - i] if i < 0 else self._rare[i] for i in order)
         entries = "\n".join(f"{number}. {word}" for number, word in enumerate(listed, 1))
         question = _QUESTION.format(**_FIGURES)
         after = (_FORCED if self._forced else _GENERATE).format(**_FIGURES)
@@ -126,6 +138,24 @@ class CweDraft:
             "distinct": COMMON + units,
             "target": "\n".join(f"{i}. {word}" for i, word in enumerate(self.words, 1)),
         }
+
+
+def _moved_late(order: Sequence[int], late: Sequence[tuple[float, int]]) -> list[int]:
+    """`order` with the entries of `late` (share of the last part, entry; ascending) put into its last part.
+
+    That part is as long as needed for a common word to occur there, on average, as often as each late one: 3 times
+    among the entries of `order` in it, of which there are a tenth because it occurs 30 times in all.
+    """
+    part = len(late) + len(order) * RARE_TIMES // COMMON_TIMES
+    whole = len(order) + len(late)
+    found: list[int | None] = [None] * whole
+    free = whole - part
+    for behind, (share, entry) in zip(range(len(late), 0, -1), late, strict=True):
+        free = min(max(free, whole - part + int(share * part)), whole - behind)
+        found[free] = entry
+        free += 1
+    rest = iter(order)
+    return [next(rest) if entry is None else entry for entry in found]
 
 
 class Cwe(Recipe):
