@@ -15,6 +15,7 @@ differences are paired; what dense attention scores without the context is the f
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -53,10 +54,13 @@ from lm_eval_sparse.methods.block_sparse import row_budgets  # noqa: E402
 from lm_eval_sparse.model import Context, SparseHFLM, device_name  # noqa: E402
 from lm_eval_sparse.runtime.accounting import RowCounts  # noqa: E402
 from lm_eval_sparse.runtime.attention import Assignment, Plan  # noqa: E402
+from lm_eval_sparse.runtime.cache import SparseCache  # noqa: E402
 
 SPARSITY = 0.95
 PHASES = ("prefill", "eviction", "decode")
 SINKS = 4
+#: Keys that the rows of a batch hold together, at most: candidates of a ranking are scored side by side.
+KEYS_SIDE_BY_SIDE = 300_000
 #: By how much dense must beat the floor, besides 3 standard errors, to count as well above it.
 MARGIN = {"bits_per_char": 0.1}
 USUAL_MARGIN = 0.05
@@ -203,22 +207,50 @@ class ControlledLM(SparseHFLM):
         self.runtime.plan = plan
         sequences = context.sequences()
         cache = self.runtime.new_cache(self.model.config, reserve=max(map(len, sequences)))
-        prefill, found = RowCounts(), []
+        prefill = RowCounts()
         with self.runtime.running([prefill], cache, len(context.prompt)):
             logits = self._forward(torch.tensor([context.prompt], device=self.device), cache=cache, keep=1)
-            first = self._log_softmax(logits[:, -1])
-        snapshot = cache.snapshot()
-        for number, other in enumerate(plans):
-            self.runtime.plan = other
-            counts = context.counts if number == 0 and other is not plan else RowCounts()
-            scored: dict[tuple, Tensor] = {}
-            hits: dict[tuple, Tensor] = {}
-            with self.runtime.running([counts], cache, len(context.prompt)):
-                for tokens in sequences:
-                    scored[tuple(tokens)], hits[tuple(tokens)] = self._score_tokens(tokens, first, cache)
-                    cache.restore(snapshot)
-            in_prefill = other.prefill is not None or other.eviction is not None
-            found.append((context.answers(scored, hits), prefill if in_prefill else counts))
+            first = self._log_softmax(logits[:, -1])[0].double()
+        counts = [context.counts if other is not plan else RowCounts() for other in plans]
+        scored: list[dict[tuple, Tensor]] = [{} for _ in plans]
+        hits: list[dict[tuple, Tensor]] = [{} for _ in plans]
+        some = max(1, KEYS_SIDE_BY_SIDE // len(context.prompt))
+        for begin in range(0, len(sequences), some):
+            part = sequences[begin : begin + some]
+            rows = copy.deepcopy(cache)
+            rows.batch_repeat_interleave(len(part))
+            snapshot = rows.snapshot()
+            for number, other in enumerate(plans):
+                self.runtime.plan = other
+                with self.runtime.running([counts[number]], rows, len(context.prompt)):
+                    found = self._side_by_side(part, first, rows)
+                rows.restore(snapshot)
+                for tokens, (logprobs, greedy) in zip(part, found, strict=True):
+                    scored[number][tuple(tokens)], hits[number][tuple(tokens)] = logprobs, greedy
+        in_prefill = plan.prefill is not None or plan.eviction is not None
+        return [
+            (context.answers(*found), prefill if in_prefill else one)
+            for *found, one in zip(scored, hits, counts, strict=True)
+        ]
+
+    def _side_by_side(
+        self, sequences: Sequence[list[int]], first: Tensor, cache: SparseCache
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Log-probability and greedy hit of each token of answers that continue the rows of `cache`.
+
+        `first (V,)` predicts the first token of each. Shorter ones are filled up behind, which nothing before feels.
+        """
+        longest = max(map(len, sequences))
+        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences], device=self.device)
+        later = self._log_softmax(self._forward(ids[:, :-1], cache=cache)) if longest > 1 else None
+        found = []
+        for row, tokens in enumerate(sequences):
+            logprobs = (
+                first[None] if later is None else torch.cat([first[None], later[row, : len(tokens) - 1].double()])
+            )
+            wanted = ids[row, : len(tokens)]
+            hit = logprobs.argmax(-1) == wanted
+            found.append((logprobs.gather(-1, wanted[:, None])[:, 0].cpu(), hit.cpu()))
         return found
 
     def _note(self, phase: str, context: Context, answers: list[tuple[float, bool]], counts: RowCounts) -> None:
@@ -305,8 +337,9 @@ def leaves(options: argparse.Namespace) -> list[tuple[str, int]]:
 
 def spawn(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows, from several processes on one device."""
-    with tempfile.TemporaryDirectory() as folder:
-        running = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, running = options.rows or scratch, []
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for part in range(options.processes):
             lines = Path(folder) / f"{part}.jsonl"
             own = [*sys.argv[1:], "--part", f"{part}/{options.processes}", "--lines", str(lines)]
@@ -431,6 +464,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--rows", help="a folder that keeps what was measured, should the run be cut off")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--merge", nargs="+", type=Path, default=[], help="JSON files of earlier runs to put together")
