@@ -39,7 +39,7 @@ _NOISE = "The road is long. The hills are low. The river is cold. On we walk. So
 _GENERATE = """\
 Reply in two parts: an explanation, then the answer. First say in one or two sentences how the value is passed on from \
 variable to variable, between <explanation> and </explanation>. Then give the names of all the variables that have the \
-value {value}, on one line and with commas between them, between <answer> and </answer>. The reply has this form:
+value asked for, on one line and with commas between them, between <answer> and </answer>. The reply has this form:
 
 <explanation>
 your explanation
@@ -91,7 +91,7 @@ class VtDraft:
             insort(lines, (self._filler_place, filler))
         question = _QUESTION.format(value=self.value)
         text = "\n".join(line for _, line in lines)
-        after = (_FORCED if self._forced else _GENERATE).format(value=self.value)
+        after = _FORCED.format(value=self.value) if self._forced else _GENERATE
         return Message(_INTRO, _TWICE, question, f"Text:\n{text}", after)
 
     def gold(self, units: int) -> dict[str, Any]:
