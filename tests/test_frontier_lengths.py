@@ -134,8 +134,8 @@ def test_a_fit_never_exceeds_its_budget_and_leaves_no_room(sizes, most, extra, b
         return
     fitted = fit(blocks, budget, count, Filler(count))
     assert fitted.tokens == count(blocks.message(fitted.units, fitted.filler)) <= budget
-    if fitted.units + 2 <= most and len(sizes) == 1:  # one unit may have made way for filler
-        assert count(blocks.message(fitted.units + 2, "")) > budget
+    if fitted.units + 3 <= most and len(sizes) == 1:  # two units may have made way for filler
+        assert count(blocks.message(fitted.units + 3, "")) > budget
     if fitted.units < most:
         assert budget - fitted.tokens <= max(map(count, ("u" * size for size in sizes))) - extra + 9
     if every >= 9:  # one-token words: exact, but where the shortest line does not fit and there is no unit to give up

@@ -525,9 +525,9 @@ def test_wording_of_the_formats(tmp_path):
     for task in TASKS:
         recipe = bound(task, tmp_path, 2048)
         generated, forced = (recipe.draft(2048, 0, 0, f).message(9, "") for f in (False, True))
-        assert generated.endswith("write nothing after </answer>.") and "<explanation>" in generated
+        assert generated.endswith("nothing after </answer>.") and "<explanation>" in generated
         assert forced.endswith("\n\nAnswer:\n") and "<" not in forced
-        assert ("several" in generated) == ("several" in forced) == (task is Toefl)
+        assert ("several are right" in generated) == ("several options are right" in forced) == (task is Toefl)
         assert recipe.version == 2 and recipe.identity() == [recipe.origin()["sha256"]]
 
 

@@ -42,8 +42,9 @@ _QUESTION = (
 )
 _HEADING = "List of words:"
 _GENERATE = """\
-Reply in two parts. First say in one or two sentences how you found the words, between <explanation> and \
-</explanation>. Then give the {common} words as numbered lines between <answer> and </answer>:
+Reply in two parts: an explanation, then the answer. First say in one or two sentences how you found the words, \
+between <explanation> and </explanation>. Then give the {common} words as numbered lines between <answer> and \
+</answer>. The reply has this form:
 
 <explanation>
 your explanation
@@ -55,7 +56,12 @@ and so on, to
 {common}. last word
 </answer>
 
-Write each word once, in any order, and nothing else on its line. Write nothing after </answer>."""
+Rules:
+- The answer has exactly {common} lines, numbered from 1 to {common}. Each has its number and one word, and nothing \
+else: do not say how often a word occurs.
+- Write each word once, as it is written in the list. The words may be in any order, and their numbers in the list do \
+not matter.
+- Write nothing before <explanation> and nothing after </answer>."""
 _FORCED = """\
 Reply with the {common} words as numbered lines, in any order, and nothing else.
 

@@ -181,9 +181,10 @@ def fit(
     size = Sizes(draft, count, parts)
     fits = _search(draft, budget, size)
     best = _fill(fits, budget, size, filler)
-    # When the rest is smaller than the shortest line, or cannot be hit, one unit less leaves more to fill.
-    if best.tokens < budget and fits:
-        best = max(best, _fill(fits - 1, budget, size, filler), key=lambda one: one.tokens)
+    # When the rest is smaller than the shortest line, or cannot be hit, one unit less leaves more to fill, or two.
+    for units in range(fits - 1, max(fits - 3, -1), -1):
+        if best.tokens < budget:
+            best = max(best, _fill(units, budget, size, filler), key=lambda one: one.tokens)
     return best if size.confirms(best) else fit(draft, budget, count, filler)
 
 

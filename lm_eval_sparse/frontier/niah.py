@@ -34,9 +34,9 @@ _QUESTION = "Which values are stored under the following keys?\n{keys}"
 # first character: SmolLM2-135M, 4096 tokens, 20 needles: .05 exact and .55 bits per character, against .25 and .33.
 _ENTRY = "Stored under {key}: {value}."
 _GENERATE = """\
-Reply in two parts. First say in one or two sentences how you found the values, between <explanation> and \
-</explanation>. Then give the four keys in the order of the question, each followed by its value, as numbered lines \
-between <answer> and </answer>:
+Reply in two parts: an explanation, then the answer. First say in one or two sentences how you found the values, \
+between <explanation> and </explanation>. Then give the four keys in the order of the question, each followed by its \
+value, as numbered lines between <answer> and </answer>. The reply has this form:
 
 <explanation>
 your explanation
@@ -48,7 +48,12 @@ your explanation
 4. fourth key: its value
 </answer>
 
-Copy keys and values exactly, character by character. Do not leave a line out, and write nothing after </answer>."""
+Rules:
+- The answer has exactly four lines. Each has the number of the key in the question, the key, a colon and the value.
+- Copy keys and values exactly, character by character, with all of their four groups.
+- Do not leave a line out, and do not give a value that is stored under another key.
+- Keep the explanation short: keys and values belong in the answer.
+- Write nothing before <explanation> and nothing after </answer>."""
 _FORCED = """\
 Reply with four numbered lines and nothing else: the four keys in the order of the question, each followed by a colon \
 and its value. Copy keys and values exactly, character by character.

@@ -59,8 +59,9 @@ _TWICE = (
 _QUESTION = "Question about document {number}: {question}"
 _HEADING = "Document {number}:"
 _REPLY = """\
-Reply in two parts. First say in one or two sentences where in the document the answer is found, between \
-<explanation> and </explanation>. Then give {what}, between <answer> and </answer>:
+Reply in two parts: an explanation, then the answer. First say in one or two sentences where in the document the \
+answer is found, between <explanation> and </explanation>. Then give {what}, between <answer> and </answer>. The reply \
+has this form:
 
 <explanation>
 your explanation
@@ -69,7 +70,11 @@ your explanation
 {example}
 </answer>
 
-{rule} Use only the document that the question is about, and write nothing after </answer>."""
+Rules:
+- {rule}
+- Use only what is said in the document that the question is about. Other documents do not count, nor does what you \
+know from elsewhere.
+- Write nothing before <explanation> and nothing after </answer>."""
 _FORCED = """\
 Reply with one line and nothing else: "The answer is:" and {what}. {rule} Use only the document that the question is \
 about.
@@ -413,7 +418,10 @@ class Squad(Qa):
     _what = ("the answer", "the answer")
     _example = "the answer in a few words"
     _rule = (
-        "The answer is as short as possible, a few words copied from the document.",
+        "The answer is as short as possible: a name, a number, a date or a few words copied from the document as "
+        "they stand there.\n"
+        "- Give the words that answer the question and no others: no whole sentence, no second answer, and no reasons, "
+        "which belong in the explanation.",
         "It is as short as possible, a few words copied from the document.",
     )
 
@@ -521,7 +529,8 @@ class Quality(Choice):
     _what = ("the letter of the right option", "the letter of the right option")
     _example = "letter"
     _rule = (
-        "Exactly one option is right: give its letter and not its text.",
+        "Exactly one option is right: give its letter and not its text.\n"
+        "- If several options seem possible, choose the one that the document bears out best.",
         "Exactly one option is right.",
     )
 

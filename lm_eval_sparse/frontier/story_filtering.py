@@ -23,8 +23,8 @@ _LIST_NUMBER = re.compile(r"[^\w\n]*(\d+)[.):\]](?=[^\w\n]*[ \t*_|])(?=.*\d)")
 _INTRO = f"{INTRO} There are also chapters in which she buys nothing at all, and you will be asked to find them."
 _QUESTION = f"In which chapters did {HERO} buy nothing? There {{are}}."
 _GENERATE = """\
-Reply in two parts. First say in one or two sentences how you found the chapters, between <explanation> and \
-</explanation>. Then give {numbers} between <answer> and </answer>:
+Reply in two parts: an explanation, then the answer. First say in one or two sentences how you found the chapters, \
+between <explanation> and </explanation>. Then give {numbers} between <answer> and </answer>. The reply has this form:
 
 <explanation>
 your explanation
@@ -33,8 +33,11 @@ your explanation
 {form}
 </answer>
 
-Give nothing but {numbers}{commas}. A chapter in which an item is sold but none is bought counts as one \
-in which nothing was bought. Write nothing after </answer>."""
+Rules:
+- Between <answer> and </answer> write nothing but {numbers}{commas}.
+- To acquire an item, to purchase it or to pay for it is to buy it.
+- A chapter in which an item is sold but none is bought counts as one in which nothing was bought.
+- Write nothing before <explanation> and nothing after </answer>."""
 _FORCED = """\
 Reply with one line and nothing else: the word Chapter and the number of a chapter in which nothing was bought.
 

@@ -17,8 +17,9 @@ from .story import HERO, INTRO, LONGEST_ITEM, MOST, Chapter, Story, message, nor
 _INTRO = f"{INTRO} You will be asked about the order in which she acquired two of the items."
 _QUESTION = f"Which item did {HERO} acquire last before she acquired the {{item}}?"
 _GENERATE = """\
-Reply in two parts. First say in one or two sentences how you found the item, between <explanation> and \
-</explanation>. Then give the item between <answer> and </answer>:
+Reply in two parts: an explanation, then the answer. First say in one or two sentences in which chapters the two items \
+were acquired, between <explanation> and </explanation>. Then give the item that is asked for between <answer> and \
+</answer>. The reply has this form:
 
 <explanation>
 your explanation
@@ -27,8 +28,12 @@ your explanation
 the full name of the item
 </answer>
 
-Give the full name of the item as the story does, and nothing else. To acquire an item is to buy it; what is sold \
-does not count. Write nothing after </answer>."""
+Rules:
+- Look for the chapter in which she acquired the item that the question names, then go back to what she acquired \
+before that.
+- Give the full name of the one item as the story does, on one line, without the chapter and without a sentence.
+- To acquire an item is to buy it; what is sold does not count.
+- Write nothing before <explanation> and nothing after </answer>."""
 _FORCED = """\
 Reply with one line and nothing else: the words "Acquired last before the {item}", a colon, and the full name of the \
 item that is asked for.

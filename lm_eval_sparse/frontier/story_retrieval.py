@@ -29,8 +29,9 @@ _LINE = re.compile(r"[^\w\n]*(?:(?:question|answer|q|a)[ \t.]{0,2})?(\d{1,2})(?!
 _INTRO = f"{INTRO} You will be asked about {{count}}."
 _QUESTION = "Answer {count} about the story:\n{questions}"
 _GENERATE = """\
-Reply in two parts. First say in one or two sentences how you found the answers, between <explanation> and \
-</explanation>. Then give {answers} in the order of the questions, as numbered lines between <answer> and </answer>:
+Reply in two parts: an explanation, then the answer. First say in one or two sentences how you found the answers, \
+between <explanation> and </explanation>. Then give {answers} in the order of the questions, as numbered lines between \
+<answer> and </answer>. The reply has this form:
 
 <explanation>
 your explanation
@@ -39,9 +40,13 @@ your explanation
 {form}
 </answer>
 
-Each line has nothing but the number of the question and the name of the place (for example Apple Orchard, without \
-the chapter), the name of the character, or the full name of the item as the story first gives it. To acquire an item \
-is to buy it; what is sold does not count. Do not leave a line out, and write nothing after </answer>."""
+Rules:
+- Each line has nothing but the number of the question and what it asks for: the name of the place (for example Apple \
+Orchard, without the chapter), the name of the character, or the full name of the item as the story first gives it.
+- Do not repeat the questions, and do not write sentences.
+- To acquire an item is to buy it; what is sold does not count.
+- Do not leave a line out.
+- Write nothing before <explanation> and nothing after </answer>."""
 _FORCED = """\
 Reply with {lines} and nothing else: for each question its number, the chapter, the word place, character or item, a \
 colon, and the name as it stands in the story.

@@ -29,17 +29,17 @@ _INTRO = (
 )
 _TWICE = "The question is written twice, once before the text and once after it, so that you know what to look for."
 _QUESTION = (
-    "Which {count} variables have the value {value}, be it because the number is assigned to them or because they "
-    "copy, directly or through others, a variable that it is assigned to?"
+    "Which variables have the value {value}, be it because the number is assigned to them or because they copy, "
+    "directly or through others, a variable that it is assigned to?"
 )
 _NUMBER = "VAR {name} = {value}."
 _COPY = "VAR {name} = VAR {source}."
 # One unit: five short sentences that name and count nothing.
 _NOISE = "The road is long. The hills are low. The river is cold. On we walk. Soon we shall rest."
 _GENERATE = """\
-Reply in two parts. First say in one or two sentences how the value is passed on from variable to variable, between \
-<explanation> and </explanation>. Then give the names of the {count} variables on one line, with commas between them, \
-between <answer> and </answer>:
+Reply in two parts: an explanation, then the answer. First say in one or two sentences how the value is passed on from \
+variable to variable, between <explanation> and </explanation>. Then give the names of all the variables that have the \
+value asked for, on one line and with commas between them, between <answer> and </answer>. The reply has this form:
 
 <explanation>
 your explanation
@@ -48,9 +48,13 @@ your explanation
 first name, second name, and so on
 </answer>
 
-Copy the names exactly, in capital letters. The variables may be in any order. Write nothing after </answer>."""
+Rules:
+- The variables may be in any order. Copy their names exactly, in capital letters and without the word VAR.
+- Do not leave out a variable that has the value, and do not give one that has another value.
+- Between <answer> and </answer> write nothing but names.
+- Write nothing before <explanation> and nothing after </answer>."""
 _FORCED = """\
-Reply with {count} lines and nothing else, one for each of these variables, in the form: The value of NAME is {value}.
+Reply with one line for each of these variables and nothing else, in the form: The value of NAME is {value}.
 
 Answer:
 """
@@ -85,10 +89,9 @@ class VtDraft:
         lines = sorted(self._assignments + self._noise[:units])
         if filler:
             insort(lines, (self._filler_place, filler))
-        count = len(self.gold_names)
-        question = _QUESTION.format(count=count, value=self.value)
+        question = _QUESTION.format(value=self.value)
         text = "\n".join(line for _, line in lines)
-        after = (_FORCED if self._forced else _GENERATE).format(count=count, value=self.value)
+        after = _FORCED.format(value=self.value) if self._forced else _GENERATE
         return Message(_INTRO, _TWICE, question, f"Text:\n{text}", after)
 
     def gold(self, units: int) -> dict[str, Any]:
