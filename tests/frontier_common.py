@@ -170,7 +170,3 @@ def build(task: FrontierTask, lm: StandIn, *, chat: bool = False, **kwargs: Any)
     """Build `task`'s requests for `lm`, which must be the active model or, with `chat`, renders the template."""
     task.build_all_requests(apply_chat_template=chat, chat_template=lm.apply_chat_template if chat else None, **kwargs)
     return task
-
-
-#: Tokens a generated NIAH answer may have by default.
-ANSWER = leaf().config.generation_kwargs["max_gen_toks"]

@@ -282,3 +282,24 @@ def test_a_hundred_documents_load_fast(lm, cache):
     build(fresh, lm, limit=100)
     assert len(fresh.instances) == 100
     assert time.perf_counter() - start < 2  # 0.1 s on a quiet machine, and several seconds to make them
+
+
+def test_documents_of_an_older_version_are_removed_and_told_of_once(lm, cache, caplog):
+    cache.mkdir(parents=True, exist_ok=True)
+    end = "0123456789abcdef01234567.jsonl"
+    older = [f"niah-4096-{end}", f"niah-8192-{end}", f"niah-v1-4096-{end}"]
+    others = [f"forced_niah-4096-{end}", f"vt-4096-{end}", f"niah-v2-8192-{end}",
+              f"niah-v3-4096-{end}", f"my_niah-4096-{end}", "niah-4096-notes.jsonl",
+              f"niah-4096-{end}.bak"]  # fmt: skip
+    for name in older + others:
+        (cache / name).write_text("{}\n")
+    (cache / f"niah-64-{end}").mkdir()  # no file: left as it is
+    for _ in range(2):
+        with caplog.at_level(logging.WARNING):
+            build(leaf(), lm, limit=1)
+    left = {path.name for path in cache.iterdir()}
+    assert not left & set(older) and set(others) < left and f"niah-64-{end}" in left
+    told = [record.getMessage() for record in caplog.records if "version 1" in record.getMessage()]
+    assert told == [
+        "niah: documents of version 1 were in the cache (3 files, removed); those of version 2 are made anew"
+    ]

@@ -6,7 +6,7 @@ import logging
 import random
 
 import pytest
-from frontier_common import ANSWER, KINDS, StandIn, build, leaf, tokenizer
+from frontier_common import KINDS, StandIn, build, leaf, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -164,28 +164,6 @@ def test_documents_do_not_depend_on_the_documents_made_before():
 
 
 # -------------------------------------------------------------------------------------------- the model's own limit
-
-
-@pytest.mark.parametrize(
-    ("name", "limit", "expected"),
-    [
-        ("frontier_niah_4k", 4096 + ANSWER, 4096),
-        ("frontier_niah_4k", 4096 + ANSWER - 1, 4095),
-        ("frontier_niah_4k", 3687 + ANSWER, 3687),  # 90% of 4096 is 3686.4
-        ("frontier_niah_4k", 3686 + ANSWER, None),
-        ("frontier_niah_4k", 4096, 4096 - ANSWER),
-        ("frontier_niah_4k", ANSWER - 10, None),
-        ("frontier_niah_8k", 8192, 8192 - ANSWER),
-    ],
-)
-def test_prompts_shrink_to_leave_room_for_the_answer_then_drop_out(name, limit, expected):
-    lm = active("digits", max_length=limit)
-    task = build(leaf(name), lm, limit=2)
-    if expected is None:
-        assert task.config.metadata["skipped"]
-    else:
-        assert [lm.tokens(i.args[0]) for i in task.instances] == [expected, expected]
-        assert task.config.metadata["prompt_tokens"] == expected and "skipped" not in task.config.metadata
 
 
 @pytest.mark.parametrize("alias", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])

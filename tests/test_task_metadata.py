@@ -38,6 +38,9 @@ BAD = {
     '{"strict": 2}': "strict=2",
     '{"strict": null}': "strict=None",
     '{"strict": {}}': "strict={}",
+    '{"question_first": "maybe"}': "question_first=maybe is not accepted: question_first must be true or false",
+    '{"question_first": 2}': "question_first=2",
+    '{"question_first": null}': "question_first=None",
     '{"qa_folder": 5}': "qa_folder=5",
     '{"qa_folder": ""}': "qa_folder= is not accepted",
     '{"qa_folder": "/no/such"}': "/no/such does not exist",
@@ -93,7 +96,7 @@ def test_metadata_that_no_task_can_take(text):
             check_metadata(given)
 
 
-@pytest.mark.parametrize("key", ["samples", "seed", "strict"])
+@pytest.mark.parametrize("key", ["samples", "seed", "strict", "question_first"])
 def test_a_leaf_refuses_the_same(key):
     for value in ("x", [1], 1e300, float("nan"), 10**30):
         with pytest.raises(UserError, match=rf"^frontier_niah_4k: {key}=.* is not accepted: {key} must be"):
@@ -108,6 +111,57 @@ def test_metadata_that_tasks_take():
     check_metadata({"pretrained": object(), "tokenizer": None, "max_length": None, "trust_remote_code": None})
     task = leaf(samples="7", seed=-3.0, strict="false")
     assert (task.samples, task.seed, task.strict) == (7, -3, False)
+
+
+# -------------------------------------------------------------------------------------------------------- unknown names
+
+#: Tasks, metadata, model arguments -> what is refused of it, None for nothing.
+KEYS = {
+    "misspelt": (["frontier_niah_4k"], {"sample": 3}, None, "sample is unknown; did you mean 'samples'"),
+    "misspelt, in a tag": (["frontier-4k"], {"questionfirst": False}, {}, "did you mean 'question_first'"),
+    "unlike any": (["forced_frontier"], {"zzz": 1, "seed": 1}, "a=1", "zzz is unknown; the frontier tasks read"),
+    "a model argument": (["frontier_niah_4k"], {"method": "quest", "seed": 1}, "method=quest,sparsity=0.5", None),
+    "model arguments as an object": (["frontier_niah_4k"], {"method": "quest"}, {"method": "quest"}, None),
+    "another task beside ours": (["frontier_niah_4k", "niah_single_1"], {"max_seq_lengths": [4096]}, None, None),
+    "a task that is like ours": (["frontier_words_4k"], {"words": 3}, None, None),
+    "no task of ours": (["arc_easy"], {"sample": 3}, None, None),
+    "all that is known": (["frontier_niah_4k"], {"samples": 3, "seed": 0, "strict": False, "question_first": False,
+                                                "qa_folder": ".", "tokenizer": "x", "max_length": 9}, None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_names_in_metadata_that_no_task_reads(case):
+    from lm_eval_sparse.patches import preflight
+
+    tasks, metadata, given, told = KEYS[case]
+    reached = []
+
+    def simple_evaluate(model, model_args=None, tasks=None, metadata=None):
+        reached.append(metadata)
+
+    run = preflight._with_preflight(simple_evaluate)
+    if told is None:
+        run("dummy", given, tasks, metadata)
+        assert reached == [metadata]
+        return
+    with pytest.raises(UserError) as caught:
+        run("dummy", given, tasks, metadata)
+    assert told in str(caught.value) and "\n" not in str(caught.value) and not reached
+
+
+@pytest.mark.parametrize("line", [("show", "frontier_niah_4k", "--index", 0), ("check-task", "niah")])
+def test_commands_refuse_them_for_built_in_tasks(line, command):  # noqa: F811
+    status, out, err = command(*line, "--metadata", '{"sampels": 3}')
+    assert (status, out) == (1, "") and "sampels is unknown; did you mean 'samples'" in one_line(err)
+
+
+def test_show_shows_the_question_once(command, tokenizers):  # noqa: F811
+    line = ("show", "frontier_niah_4k", "--index", 0, "--tokenizer", tokenizers("digits"))
+    for given, times in ((), 2), (("--metadata", '{"question_first": false}'), 1):
+        status, out, _ = command(*line, *given)
+        assert status == 0 and out.count("Which values are stored") == times
+        assert "4096 tokens of 4096" in out
 
 
 # --------------------------------------------------------------------------------------------------- code of tokenizers

@@ -29,7 +29,7 @@ from ..files import read_bytes
 from . import apart, elsewhere
 from .fill import SENTENCES
 from .leaves import LENGTHS, MEASURED
-from .metadata import add_options, read_metadata, read_number
+from .metadata import add_options, check_keys, read_metadata, read_number
 from .recipe import Recipe
 from .show import Reader, load_leaves, make, manager, prompt_of, quiet, told
 from .yamls import leaf_files
@@ -74,6 +74,8 @@ def main(argv: list[str]) -> int:
     samples = read_number("--samples", options.samples, 2)
     metadata = read_metadata(options.metadata)
     folder = _folder(options.path)
+    if folder in _built_in().values():  # recipes from elsewhere may read more
+        check_keys(metadata)
     lengths = _lengths(options.lengths)
 
     def work(progress: apart.Progress) -> int:

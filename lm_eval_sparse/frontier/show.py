@@ -24,7 +24,8 @@ from ..errors import UserError, nearest, plain
 from ..files import brief
 from ..patches.register_tasks import task_folders
 from . import apart
-from .metadata import TOKENIZER_OPTIONS, add_options, limit, loader_options, read_metadata, read_number
+from .leaves import is_built_in
+from .metadata import TOKENIZER_OPTIONS, add_options, check_keys, limit, loader_options, read_metadata, read_number
 from .meter import CannotLoad, load_tokenizer
 from .yamls import leaf_files
 
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> int:
     if options.include_path is not None:
         folders.append(str(paths.folder(f"--include_path {options.include_path}", options.include_path)))
     check_leaf_name(options.task, folders)  # before anything is loaded
+    if is_built_in(options.task):  # recipes from elsewhere may read more
+        check_keys(metadata)
     colour = sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def work(progress: apart.Progress) -> int:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ _LARGE = 64 * 2**20
 _LONGEST = 10**9
 #: Documents whose answers settle how much room is kept for answers.
 _SETTLING = 100
+#: Those whose gold answers do: in some tasks one takes as long as the document.
+_GOLD = 25
 
 #: Tokens kept free for the explanation before an answer: two or three sentences that may name what they are about.
 EXPLAINED = 160
@@ -336,7 +339,7 @@ class FrontierTask(ConfigurableTask):
         _, cap = self._cap()
         if meter.limit is None or meter.limit - self.length >= cap:
             return cap  # there is room for all that may be generated, and nobody needs the exact number
-        answers = [draft.gold(min(_ANSWERED, draft.most))["target"] for draft in drafts]
+        answers = [draft.gold(min(_ANSWERED, draft.most))["target"] for draft in islice(drafts, _GOLD)]
         longest = max(meter.count(_REPLY.format(answer=answer)) for answer in answers)
         return min(cap, longest + EXPLAINED)
 

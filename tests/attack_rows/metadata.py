@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "samples": ("1e30", '"abc"', "0", "-1", "1.5", "[]", "null", "true", "{}", '""', "1e400", "NaN"),
     "seed": ('"abc"', "1.5", "[]", "true", '"1 2"', "null", "9" * 5000),
     "strict": ('"maybe"', "5", "[]", "null"),
+    "question_first": ('"maybe"', "2", "[]", "null"),
 }
 QA = {
     "qa_folder": ("5", '""', '"/no/such/folder"', '"~nosuchuser/x"', f'"{NAME}"', f'"/{LONG}"', "[]", '"<llama>"',
@@ -69,7 +70,9 @@ ROWS: list[Row] = [
     Row(AREA, "show seed", _show('{"seed": 7}'), LEGAL, proof="says document"),
     Row(AREA, "show a negative seed", _show('{"seed": -7}'), EITHER, proof="says document"),
     Row(AREA, "show a huge seed", _show('{"seed": 1267650600228229401496703205376}'), EITHER, proof="says document"),
-    Row(AREA, "show unknown field", _show('{"nosuch": 7}'), EITHER, proof="says document"),
+    Row(AREA, "show unknown field", _show('{"nosuch": 7}'), says="nosuch"),
+    Row(AREA, "unknown field", _run('{"sampels": 7}'), says="did you mean 'samples'"),
+    Row(AREA, "show the question once", _show('{"question_first": false}'), LEGAL, proof="says document"),
     *(
         Row(AREA, f"another model type, trust_remote_code {word}", (
             "run", "--model", "dummy", "--tasks", "frontier_niah_4k", "--limit", "1", "--output_path", "out",
