@@ -35,7 +35,7 @@ class SparseConfig:
         backend: kernel choice.
         stats: `basic`, or `full` to keep figures per layer and head.
         debug: whether selections are checked at once on a GPU too.
-        given: knobs that the user typed.
+        typed: by phase, the knobs that the user typed, each with the name it was typed under.
         arguments: the model argument that asked for each phase's sparsity.
     """
 
@@ -45,7 +45,7 @@ class SparseConfig:
     preset: str | None
     backend: str
     stats: str
-    given: dict[str, Any]
+    typed: dict[str, dict[str, str]]
     arguments: dict[str, str]
     debug: bool = False
 
@@ -59,19 +59,29 @@ class SparseConfig:
     def plan(self) -> Plan:
         """What the runtime executes. Sparsity 0 is dense attention, for every method."""
         filled = {
-            phase: Assignment(method, self.sparsities[phase], self.preset, self.arguments[phase])
+            phase: Assignment(method, self.sparsities[phase], self.preset, self.arguments[phase], self.typed[phase])
             for phase, method in self.methods.items()
             if self.sparsities[phase] != 0
         }
         return Plan(**filled, backend=self.backend, debug=self.debug)
 
     def describe(self) -> dict[str, Any]:
-        """Methods and knobs as requested, for fingerprints and results. Solved knobs are not among them."""
+        """Methods and knobs as requested, for fingerprints and results. Solved knobs are not among them.
+
+        `window_from` says of which methods the window was typed, and so is not cut to shorter prompts, or comes from
+        the tasks.
+        """
+        sources = {
+            method.name: "typed" if "window" in self.typed[phase] else "task"
+            for phase, method in self.methods.items()
+            if "window" in self.typed[phase] or presets.window(self.preset, method.name) is not None
+        }
         knobs = {
             method.name: {
                 name: getattr(method, name)
                 for name in method.knobs()
-                if self.sparsities[phase] is None or name not in method.budget_knobs
+                if (self.sparsities[phase] is None or name not in method.budget_knobs)
+                and not (name == "window" and sources.get(method.name) == "task")
             }
             for phase, method in self.methods.items()
         }
@@ -81,6 +91,7 @@ class SparseConfig:
             "requested_by_phase": dict(self.sparsities),
             "preset": self.preset,
             "knobs": knobs,
+            **({"window_from": sources} if sources else {}),
             "backend": self.backend,
         }
 
@@ -135,21 +146,21 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
         raise UserError(f"debug={debug!r} is not accepted: give True or False (or 1 or 0), for example debug=True")
     sparsities = _sparsities(ours, names, chosen)
 
-    knobs = _assign_knobs(given, names, chosen)
+    knobs, typed = _assign_knobs(given, names, chosen)
+    preset = ours.get("preset")
+    if preset is not None and not isinstance(preset, str):
+        raise UserError(f"preset={preset!r} is unknown (accepted: {', '.join(presets.PRESETS)})")
     methods: dict[str, Method] = {}
     for phase, cls in chosen.items():
         decided = {name: value for name, value in knobs[phase].items() if name in cls.budget_knobs}
         if sparsities[phase] is not None and decided:
             _refuse_both(ours, names, phase, decided)
-        methods[phase] = cls(**knobs[phase])
+        methods[phase] = cls(**{**presets.fixed(preset, cls.name), **knobs[phase]})
         if phase == "decode":
             check_page_size(methods[phase])
         if sparsities[phase] is None:
             methods[phase].check_native()
-    preset = ours.get("preset")
     if preset is not None:
-        if not isinstance(preset, str):
-            raise UserError(f"preset={preset!r} is unknown (accepted: {', '.join(presets.PRESETS)})")
         if not chosen:
             raise UserError(f"preset={preset} needs a method; type for example method=quest,preset=paper,sparsity=0.9")
         for phase, method in methods.items():
@@ -166,7 +177,7 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
         for phase in methods
     }
     name = "+".join(method.name for method in methods.values()) or Dense.name
-    return SparseConfig(name, methods, sparsities, preset, backend, stats, given, arguments, bool(debug))
+    return SparseConfig(name, methods, sparsities, preset, backend, stats, typed, arguments, bool(debug))
 
 
 def _methods(names: list[str]) -> dict[str, type[Method]]:
@@ -223,9 +234,13 @@ def _sparsities(ours: dict[str, Any], names: list[str], chosen: dict[str, type[M
 
 def _assign_knobs(
     given: dict[str, Any], names: list[str], chosen: dict[str, type[Method]]
-) -> dict[str, dict[str, Any]]:
-    """Typed knobs by phase. A knob that several chosen methods have needs its method's name before it."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
+    """Typed knobs by phase, and the names they were typed under.
+
+    A knob that several chosen methods have needs its method's name before it.
+    """
     knobs: dict[str, dict[str, Any]] = {phase: {} for phase in chosen}
+    typed: dict[str, dict[str, str]] = {phase: {} for phase in chosen}
     for argument, value in given.items():
         owner, _, name = argument.rpartition(".")
         having = [phase for phase, cls in chosen.items() if name in cls.knobs() and owner in ("", cls.name)]
@@ -245,7 +260,8 @@ def _assign_knobs(
                 f"{name}={given[name]} and {dotted}={given[dotted]} are the same knob: leave one of them out"
             )
         knobs[having[0]][name] = value
-    return knobs
+        typed[having[0]][name] = argument
+    return knobs, typed
 
 
 def _refuse_both(ours: dict[str, Any], names: list[str], phase: str, decided: dict[str, Any]) -> None:

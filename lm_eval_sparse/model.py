@@ -38,7 +38,15 @@ from .errors import UserError, install_excepthook, nearest
 from .kernels.backends import triton_unavailable
 from .loading import Whole, check_loaded, check_path, check_pretrained, explained, first_line
 from .methods import METHODS, PHASE_ARGUMENTS, presets
-from .protocol import SKIPPED, MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
+from .protocol import (
+    SKIPPED,
+    MeasuredFloat,
+    MeasuredLoglikelihood,
+    MeasuredText,
+    SharedPrompt,
+    set_active_lm,
+    window_of,
+)
 from .runtime import probe
 from .runtime.accounting import PHASES, Ledger, RowCounts
 from .runtime.attention import COVERED, Runtime
@@ -82,6 +90,7 @@ class Context:
     prompt: list[int]
     targets: list[Target] = field(default_factory=list)
     task: str | None = None
+    window: int | None = None
     counts: RowCounts = field(default_factory=RowCounts)
 
     def lengths(self) -> tuple[int, int]:
@@ -171,6 +180,8 @@ class SparseHFLM(HFLM):
         self.run_id = uuid.uuid4().hex[:12]
         self.ledgers: dict[str, Ledger] = defaultdict(self._new_ledger)
         self.skipped: dict[str, str] = {}
+        #: Whether any prompt ran.
+        self.begun = False
         self.templated = False
         self.warned_about_template = False
         self.model_args = rest
@@ -319,6 +330,18 @@ class SparseHFLM(HFLM):
                 f"takes {self.max_length}: leave preset out, and the knobs are solved for the sparsity"
             )
 
+    def _check_lengths(self, lengths: Sequence[int]) -> None:
+        """Find prompts (tokens) at which what was asked cannot be done, before any run."""
+        self.runtime.check_lengths(lengths)
+        # Once some prompts ran, others that are all too short are dense beside them, and counted so.
+        if self.begun or not any(assignment.window for assignment in self.runtime.plan.phases.values()):
+            return
+        ends = [-min(lengths, default=2**40), max(lengths, default=0)]
+        if self.world_size > 1:  # another rank may have longer ones
+            ends = self.all_gather(torch.tensor([ends], device=self.device)).amax(0).tolist()
+        if ends[1]:
+            self.runtime.check_windows(-ends[0], ends[1])
+
     # --- running the model -----------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -391,8 +414,9 @@ class SparseHFLM(HFLM):
                 results[index] = MeasuredLoglikelihood(0.0, False, {})
                 continue
             prompt, target, scored = self._tokenize_pair(*request.args, task=request.task_name)
-            key = (request.task_name, *prompt)
-            context = contexts.setdefault(key, Context(prompt, task=request.task_name))
+            window = window_of(request.args[0])
+            key = (request.task_name, window, *prompt)
+            context = contexts.setdefault(key, Context(prompt, task=request.task_name, window=window))
             context.targets.append(Target(index, target, scored, tuple(map(str, request.args))))
         self._score(list(contexts.values()), results, len(requests), disable_tqdm)
         return results
@@ -454,7 +478,8 @@ class SparseHFLM(HFLM):
         for index, (key, head, tail) in enumerate(requests):
             whole = [*head, *tail][-(self.max_length + 1) :]
             prompt = whole[: len(whole) - len(tail)]
-            context = contexts.setdefault(tuple(prompt), Context(prompt))
+            window = window_of(key[0]) if key else None
+            context = contexts.setdefault((window, *prompt), Context(prompt, window=window))
             context.targets.append(Target(index, list(tail), len(tail), key))
         self._score(list(contexts.values()), results, len(requests), disable_tqdm)
         return results
@@ -462,7 +487,6 @@ class SparseHFLM(HFLM):
     def _score(self, contexts: list[Context], results: list[Any], total: int, disable_tqdm: bool) -> None:
         """Fill `results` for all targets of all contexts, longest contexts first (an out-of-memory shows at once)."""
         contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
-        self.runtime.check_lengths(len(context.prompt) for context in contexts)
         fresh: dict[str, Ledger] = defaultdict(self._new_ledger)
         later = [a.method.name for phase, a in self.runtime.plan.phases.items() if phase != "prefill"]
         if later and contexts and self._is_recurrent:
@@ -471,6 +495,7 @@ class SparseHFLM(HFLM):
                 f"{' and '.join(later)} cannot be applied: use generated tasks, or a prefill method"
             )
         whole = [self._is_recurrent or self._stretched(*context.lengths()) is not None for context in contexts]
+        self._check_lengths([context.lengths()[in_one] for context, in_one in zip(contexts, whole, strict=True)])
         self._refuse_dynamic(max((context.lengths()[1] for context in contexts), default=0))
         if later and any(whole):
             prompt, length = contexts[whole.index(True)].lengths()
@@ -499,7 +524,7 @@ class SparseHFLM(HFLM):
         """
         sequences = context.sequences()
         cache = self.runtime.new_cache(self.model.config, reserve=max(map(len, sequences)))
-        with self.runtime.running([context.counts], cache, len(context.prompt)):
+        with self.runtime.running([context.counts], cache, len(context.prompt), context.window):
             logits = self._forward(torch.tensor([context.prompt], device=self.device), cache=cache, keep=1)
             first = self._log_softmax(logits[:, -1])
             snapshot = cache.snapshot()
@@ -557,7 +582,7 @@ class SparseHFLM(HFLM):
         scored: dict[tuple, Tensor] = {}
         hits: dict[tuple, Tensor] = {}
         for tokens in context.sequences():
-            with self.runtime.running([context.counts]):
+            with self.runtime.running([context.counts], window=context.window):
                 ids = torch.tensor([[*context.prompt, *tokens[:-1]]], device=self.device)
                 logprobs = self._log_softmax(self._forward(ids, cache=None, keep=len(tokens))[0])
             wanted = torch.tensor(tokens, device=self.device)
@@ -570,17 +595,14 @@ class SparseHFLM(HFLM):
         self._before_requests()
         results: list[float] = []
         fresh: dict[str, Ledger] = defaultdict(self._new_ledger)
-        for request in tqdm(requests, disable=disable_tqdm or self.rank != 0, desc="Running rolling requests"):
+        cut = [self._rolling_windows(request.args[0]) for request in requests]
+        self._check_lengths([len(head) + len(tail) - 1 for windows in cut for head, tail in windows])
+        quiet = disable_tqdm or self.rank != 0
+        for request, windows in zip(tqdm(requests, disable=quiet, desc="Running rolling requests"), cut, strict=True):
             (text,) = request.args
             counts, total = RowCounts(), 0.0
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            with self.runtime.running([counts]):
-                for head, tail in map(make_disjoint_window, windows):
+            with self.runtime.running([counts], window=window_of(text)):
+                for head, tail in windows:
                     ids = torch.tensor([[*head, *tail][:-1]], device=self.device)
                     self._refuse_dynamic(ids.shape[1])
                     logits = self._forward(ids, cache=None, keep=len(tail))[0]
@@ -593,6 +615,16 @@ class SparseHFLM(HFLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), results[-1])
         self._after_requests(fresh)
         return results
+
+    def _rolling_windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """Tokens to read and tokens to score, of each window of a text."""
+        windows = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return list(map(make_disjoint_window, windows))
 
     # --- generation ------------------------------------------------------------------------------------------
 
@@ -657,8 +689,7 @@ class SparseHFLM(HFLM):
                     f"--gen_kwargs max_length={limit} leaves a prompt of {found[-1]} tokens no room for an answer: it "
                     f"counts prompt and answer; give more than {found[-1]}, or max_gen_toks= instead"
                 )
-        if self.runtime.plan.phases:
-            self.runtime.check_lengths(found)
+        self._check_lengths(found)
         for _, context, gen_kwargs in queue if self._stretches else ():
             prompt, whole = self._whole_lengths(context, gen_kwargs, lengths)
             self._refuse_dynamic(whole)
@@ -686,7 +717,9 @@ class SparseHFLM(HFLM):
             ids, why = self._prompt(item[1], room), reason
             if item in bent:  # what the model then does with its cache is for it to say
                 why = f"the model has {self._stretches[0]}"
-            text, counts = self._generate_by_transformers(ids, kwargs, until, why, own_cache=item not in bent)
+            text, counts = self._generate_by_transformers(
+                ids, kwargs, until, why, own_cache=item not in bent, window=window_of(item[1])
+            )
             yield item, text, counts
         items = [item for item in items if item not in bent]
         if decoder is None or not items:
@@ -701,7 +734,7 @@ class SparseHFLM(HFLM):
             prompts = [self._prompt(item[1], room) for item in batch]
             failed, before = None, met.copy()
             try:
-                answers = self._decode(decoder, prompts, sampling, until, met)
+                answers = self._decode(decoder, prompts, sampling, until, met, [window_of(item[1]) for item in batch])
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -762,19 +795,20 @@ class SparseHFLM(HFLM):
         sampling: Sampling,
         until: list[str],
         met: Counter[tuple[int, ...]],
+        windows: list[int | None],
     ) -> list[tuple[str, RowCounts]]:
-        """Prefill prompts one after the other, decode them side by side."""
+        """Prefill prompts one after the other, decode them side by side; `windows` are what their tasks say."""
         limits = [sampling.limit(ids.shape[1]) for ids in prompts]
         decoder.start([ids.shape[1] for ids in prompts], min(max(limits), max(RESERVE, decoder.grown)))
         rows: list[Row] = []
         lookback = Stop.lookback(self.tokenizer, until)
         ends = {self.eot_token_id, *sampling.ends}
-        for ids, limit in zip(prompts, limits, strict=True):
+        for ids, limit, window in zip(prompts, limits, windows, strict=True):
             length = ids.shape[1]
             chooser = sampling.row(ids, met)
             row = Row(length, RowCounts(), Stop(self.tokenizer, lookback, ends, limit), chooser)
             cache = decoder.new_cache(length)
-            with self.runtime.running([row.counts], cache, length):
+            with self.runtime.running([row.counts], cache, length, window):
                 logits = self._prefill(ids, cache, sampling.chunk)[0, -1]
             decoder.adopt(row, cache)
             del cache  # window layers keep the whole prompt's keys and values alive
@@ -850,18 +884,25 @@ class SparseHFLM(HFLM):
         return None
 
     def _generate_by_transformers(
-        self, ids: Tensor, kwargs: dict[str, Any], until: list[str], reason: str | None, own_cache: bool = True
+        self,
+        ids: Tensor,
+        kwargs: dict[str, Any],
+        until: list[str],
+        reason: str | None,
+        own_cache: bool = True,
+        window: int | None = None,
     ) -> tuple[str, RowCounts]:
         """Answer one prompt by `generate`: beams, and whatever else the decoder does not know.
 
         Args:
             own_cache: whether in our cache; without it no method can evict or decode.
+            window: what the prompt's task says.
         """
         kwargs = dict(kwargs)
         max_gen_toks = kwargs.pop("max_gen_toks")
         cache = self.runtime.new_cache(self.model.config, reserve=max_gen_toks) if own_cache else None
         counts, length = RowCounts(), ids.shape[1]
-        with self.runtime.running([counts], cache, length):
+        with self.runtime.running([counts], cache, length, window):
             output = self._model_generate(
                 context=ids,
                 attention_mask=torch.ones_like(ids),
@@ -962,10 +1003,16 @@ class SparseHFLM(HFLM):
                     **figures[name],
                     "calls": dict(counts.phase(name).calls),
                     "backends": dict(counts.phase(name).backends),
+                    **self._window_told(name, counts),
                 }
                 for name in PHASES
             },
         }
+
+    def _window_told(self, phase: str, counts: RowCounts) -> dict[str, Any]:
+        """The window that a response was made with, where its task decided it."""
+        assignment, used = self.runtime.plan.phases.get(phase), counts.phase(phase).knobs.get("window")
+        return {"window": used[1]} if assignment is not None and assignment.window_by_task and used else {}
 
     def _before_requests(self) -> None:
         # Another SparseHFLM may have wrapped the same model in the meantime.
@@ -981,13 +1028,25 @@ class SparseHFLM(HFLM):
 
     def _after_requests(self, fresh: dict[str, Ledger]) -> None:
         """Merge what this process counted, and on rank 0 what the others did."""
+        self.begun = True
         parts = self.gather_object(dict(fresh), dst=0) if self.world_size > 1 else [dict(fresh)]
         for part in parts or []:
             for task, ledger in part.items():
                 self.ledgers[task].merge(ledger)
 
-    def count_restored(self, task: str, stats: dict[str, Any]) -> None:
-        """Count an answer that came from a response cache with what was measured when it was made."""
+    def count_restored(self, task: str, stats: dict[str, Any], window: int | None = None) -> None:
+        """Count an answer that came from a response cache with what was measured when it was made.
+
+        Raises `UserError` when its task said another window then than now (`window`): lm-eval's key for an answer does
+        not hold it.
+        """
+        for phase, assignment in self.runtime.plan.phases.items():
+            made, now = stats[phase].get("window"), presets.window(assignment.preset, assignment.method.name, window)
+            if made is not None and made != now:
+                raise UserError(
+                    f"the --use_cache file holds answers of {task} that {assignment.method.name} made with window="
+                    f"{made}, and the task says {now} now; give another file name, or delete that one"
+                )
         self.ledgers[task].add_stats(stats)
 
     def report(self) -> dict[str, Any]:

@@ -14,22 +14,45 @@ from typing import Any
 SKIPPED = "frontier_skipped"
 
 
-class SharedPrompt(str):
+class Prompt(str):
+    """A context that says what its task wants of a method. Other model types see an ordinary string.
+
+    Attributes:
+        window: last queries that vote under `preset=paper` (`frontier.recipe.Recipe.paper_window`), or None.
+    """
+
+    window: int | None
+
+    def __new__(cls, text: str, window: int | None = None) -> Prompt:
+        self = super().__new__(cls, text)
+        self.window = window
+        return self
+
+    def __reduce__(self):
+        return Prompt, (str(self), self.window)
+
+
+class SharedPrompt(Prompt):
     """A context whose first `shared` characters are the prompt and whose rest is teacher-forced answer text.
 
     The prompt part is prefilled once for all requests that share it; the rest runs in the decode phase, where
-    a generating model would have produced it. Other model types see an ordinary string.
+    a generating model would have produced it.
     """
 
     shared: int
 
-    def __new__(cls, text: str, shared: int) -> SharedPrompt:
-        self = super().__new__(cls, text)
+    def __new__(cls, text: str, shared: int, window: int | None = None) -> SharedPrompt:
+        self = super().__new__(cls, text, window)
         self.shared = shared
         return self
 
     def __reduce__(self):
-        return SharedPrompt, (str(self), self.shared)
+        return SharedPrompt, (str(self), self.shared, self.window)
+
+
+def window_of(context: Any) -> int | None:
+    """The window that a context's task says, or None for a context of a task that says none."""
+    return getattr(context, "window", None)
 
 
 class MeasuredText(str):

@@ -119,13 +119,17 @@ def _add_to_samples(samples: dict[str, list[dict[str, Any]]]) -> None:
 
 def _count_restored(lm: Any, task_dict: Any) -> None:
     """Tell the model of answers that lm-eval took from its response cache without asking it."""
+    from lm_eval_sparse.protocol import window_of
+
     model = getattr(lm, "lm", lm)
     tasks = task_dict.get("tasks", {}) if "tasks" in task_dict else {}
     for name, task in tasks.items():
         by_document: dict[Any, list[Any]] = {}
+        windows: dict[Any, int | None] = {}
         for instance in task.instances or []:
             by_document.setdefault(instance.doc_id, []).extend(instance.resps)
-        for responses in by_document.values():
+            windows[instance.doc_id] = window_of(instance.args[0])
+        for document, responses in by_document.items():
             for stats in _distinct(responses):
                 if stats["run"] != model.run_id:
-                    model.count_restored(name, stats)
+                    model.count_restored(name, stats, windows[document])

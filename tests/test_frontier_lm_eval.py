@@ -173,7 +173,11 @@ def test_cached_requests_never_come_from_another_prompt(tmp_path, monkeypatch):
     lm = StandIn(answer=gold)
     first = prompts(lm)
     assert len(first) == 2 and prompts(lm) == first
+    assert [p.window for p, _ in prompts(lm)] == [512] * 2  # under `preset=paper`
     assert len(list((tmp_path / "requests").iterdir())) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(frontier.niah.Niah, "paper_window", 300)
+        assert [p.window for p, _ in prompts(lm)] == [300] * 2
     assert [lm.tokens(p) for p, _ in prompts(lm, limit=3)] == [4096] * 3
     assert prompts(lm, gen_kwargs="max_gen_toks=5")[0][1]["max_gen_toks"] == 5
     assert prompts(lm, metadata={"samples": 4, "seed": 3}) != first

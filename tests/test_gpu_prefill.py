@@ -450,13 +450,13 @@ def test_window_blocks(draw: Draw, case: tuple[int, int, torch.dtype]) -> None:
         assert float((found.divergence.double() ** 2 - squared).abs().max()) < 1e-5
 
 
-def best(scores: Tensor, budget: int, extra: int) -> Tensor:
+def best(scores: Tensor, budget: int, extra: int, near: int) -> Tensor:
     """`(H, n, n)` bool: the blocks that `top_blocks` describes, by sorting."""
     heads, blocks, _ = scores.shape
     ids = torch.arange(blocks, device=scores.device)
     scores = scores.masked_fill(ids > ids[:, None], -torch.inf)
     scores[..., 0] = torch.inf
-    scores[:, ids, ids] = torch.inf
+    scores[:, (ids[:, None] >= ids) & (ids[:, None] < ids + near)] = torch.inf
     order = blocks - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     counts = torch.minimum(budget + (ids >= blocks - extra).long(), ids + 1)
     taken = (ids < counts[:, None]).expand(heads, -1, -1)
@@ -469,17 +469,20 @@ def test_top_blocks(draw: Draw, ties: bool, dim: int) -> None:
     for place in range(15):
         kv_heads, group = draw.rng.choice((1, 2)), draw.rng.choice((1, 3, 7))
         blocks = 2049 if place == 0 else draw.rng.choice((1, 2, 3, 16, 65, 300, draw.rng.randrange(1, 700)))
-        budget, extra = draw.rng.choice((2, 3, 17, 64, 1000)), draw.rng.randrange(blocks + 1)
+        near, extra = draw.rng.choice((1, 2)), draw.rng.randrange(blocks + 1)
+        budget = draw.rng.choice((near + 1, 3, 17, 64, 1000))
         queries, keys = draw.normal(kv_heads * group, blocks, dim), draw.normal(kv_heads, blocks, dim)
         if ties:  # small whole numbers: exact scores, many of them equal
             queries, keys = (states.round().clamp(-1, 1) * (torch.arange(dim, device=DEVICE) < 6)
                              for states in (queries, keys))  # fmt: skip
-        print(place, "heads", kv_heads * group, kv_heads, "blocks", blocks, "budget", budget, "extra", extra)
-        indices, counts = top_blocks(queries, keys, budget, extra, backend="triton")
+        print(
+            place, "heads", kv_heads * group, kv_heads, "blocks", blocks, "budget", budget, "extra", extra, "near", near
+        )
+        indices, counts = top_blocks(queries, keys, budget, extra, near=near, backend="triton")
         layout = BlockLayout(indices, counts, 16 * blocks, 16, 16)
         layout.check(len(queries))
         scores = queries.double() @ keys.double().repeat_interleave(group, 0).transpose(1, 2)
-        expected = best(scores, budget, extra)
+        expected = best(scores, budget, extra, near)
         assert torch.equal(counts.long(), expected.sum(-1))
         found = tiles_of(layout)
         assert torch.equal(found, expected) if ties else overlap(found, expected) >= 0.999

@@ -202,7 +202,9 @@ def block_means(tokens: np.ndarray, block: int) -> np.ndarray:
     return np.stack([tokens[start : start + block].mean(0) for start in range(0, len(tokens), block)])
 
 
-def block_rows(query: np.ndarray, key: np.ndarray, counts: list[int], block: int) -> list[tuple[set[int], bool]]:
+def block_rows(
+    query: np.ndarray, key: np.ndarray, counts: list[int], block: int, subdiagonal: bool
+) -> list[tuple[set[int], bool]]:
     """Key blocks of each query block of one head, and whether fp32 must agree."""
     pooled_query, pooled_key = block_means(query, block), block_means(key, block)
     sizes = np.linalg.norm(pooled_key, axis=1)
@@ -210,7 +212,8 @@ def block_rows(query: np.ndarray, key: np.ndarray, counts: list[int], block: int
     for i, count in enumerate(counts):
         scores = [float(pooled_query[i] @ pooled_key[j]) for j in range(i + 1)]
         unit = float(np.linalg.norm(pooled_query[i]) * sizes[: i + 1].max())
-        found.append(leading(scores, min(count, i + 1), {0, i}, unit=unit))
+        forced = {0, i, i - 1} if subdiagonal and i else {0, i}
+        found.append(leading(scores, min(count, i + 1), forced, unit=unit))
     return found
 
 
@@ -660,7 +663,9 @@ def test_flexprefill_vs_gives_more_to_flat_heads(sparsity: float | None, seed: i
 # --------------------------------------------------------------------------------------------------------- block-sparse
 
 
-def compare_blocks(selection: Selection, query: Tensor, key: Tensor, counts: list[int], block: int) -> tuple[int, int]:
+def compare_blocks(
+    selection: Selection, query: Tensor, key: Tensor, counts: list[int], block: int, subdiagonal: bool
+) -> tuple[int, int]:
     """Check every row whose outcome is sure; return how many rows were compared, of how many."""
     layout = selection.layout
     layout.check(len(query))
@@ -668,7 +673,7 @@ def compare_blocks(selection: Selection, query: Tensor, key: Tensor, counts: lis
     assert layout.columns is None or not bool(layout.column_counts.any())
     compared = 0
     for head, q, k in per_head(query, key):
-        for row, (want, sure) in enumerate(block_rows(q, k, counts, block)):
+        for row, (want, sure) in enumerate(block_rows(q, k, counts, block, subdiagonal)):
             got = layout.indices[head, row, : int(layout.counts[head, row])].tolist()
             assert len(got) == len(want), (head, row)
             if sure:
@@ -684,13 +689,15 @@ def compare_blocks(selection: Selection, query: Tensor, key: Tensor, counts: lis
 def test_block_sparse(length: int, heads: int, kv_heads: int, kind: str, seed: int):
     rng = random.Random(seed)
     inputs = case(rng, length, heads, kv_heads, kind)
-    block, top_k = rng.choice((16, 32, 64, 128)), rng.choice((2, 3, 5, 9, 64, 999))
-    selection = BlockSparse(top_k=top_k, block_size=block).select(
-        inputs.query, inputs.key, **inputs.arguments, sparsity=None
-    )
+    block = rng.choice((16, 32, 64, 128))
     blocks = -(-length // block)
-    compared, rows = compare_blocks(selection, inputs.query, inputs.key, [top_k] * blocks, block)
-    assert compared >= 0.9 * rows, (compared, rows, inputs.note)
+    for subdiagonal in (False, True):
+        top_k = rng.choice((2 + subdiagonal, 3, 5, 9, 64, 999))
+        selection = BlockSparse(top_k=top_k, block_size=block, subdiagonal=subdiagonal).select(
+            inputs.query, inputs.key, **inputs.arguments, sparsity=None
+        )
+        compared, rows = compare_blocks(selection, inputs.query, inputs.key, [top_k] * blocks, block, subdiagonal)
+        assert compared >= 0.9 * rows, (compared, rows, inputs.note)
 
 
 def test_block_sparse_by_hand():
@@ -699,12 +706,14 @@ def test_block_sparse_by_hand():
     key[0, 16:32] = 1.0
     key[0, 32] = 8.0  # mean 0.5
     arguments = {"scale": 0.25, "softcap": None, "sparsity": None}
-    for top_k, drawn in (
-        (2, ["x....", "xx...", "x.x..", "x..x.", "x...x"]),
-        (3, ["x....", "xx...", "xxx..", "xx.x.", "xx..x"]),
-        (4, ["x....", "xx...", "xxx..", "xxxx.", "xxx.x"]),
+    for top_k, subdiagonal, drawn in (
+        (2, False, ["x....", "xx...", "x.x..", "x..x.", "x...x"]),
+        (3, False, ["x....", "xx...", "xxx..", "xx.x.", "xx..x"]),
+        (4, False, ["x....", "xx...", "xxx..", "xxxx.", "xxx.x"]),
+        (3, True, ["x....", "xx...", "xxx..", "x.xx.", "x..xx"]),
+        (4, True, ["x....", "xx...", "xxx..", "xxxx.", "xx.xx"]),
     ):
-        layout = BlockSparse(top_k=top_k, block_size=16).select(query, key, **arguments).layout
+        layout = BlockSparse(top_k, 16, subdiagonal).select(query, key, **arguments).layout
         tiles = read_layout(layout, 0)[0]
         assert ["".join(".x"[int(bit)] for bit in row) for row in tiles] == drawn
 
@@ -728,7 +737,7 @@ def test_ties_of_blocks(seed: int):
         query = torch.zeros(4, length, 16)
         query[..., 3] = torch.tensor([1.0, -1.0, 2.0, -2.0])[:, None]
         selection = BlockSparse(top_k=5, block_size=block).select(query, key, scale=0.25, softcap=None, sparsity=None)
-        compared, rows = compare_blocks(selection, query, key, [5] * (length // block), block)
+        compared, rows = compare_blocks(selection, query, key, [5] * (length // block), block, False)
         assert compared == rows
 
 
@@ -738,7 +747,7 @@ def row_counts(blocks: int, least: int, more: int) -> list[int]:
 
 @cache
 def block_densities(length: int, block: int) -> dict[tuple[int, int], float]:
-    """Executed density when each query block keeps k key blocks and the last m one more, for all k >= 2 and m."""
+    """Executed density when each query block keeps k >= 2 key blocks and the last m one more, for all k and m."""
     blocks = -(-length // block)
     sizes = [min(block, length - row * block) for row in range(blocks)]
     causal = length * (length + 1) / 2
@@ -769,26 +778,33 @@ def block_densities(length: int, block: int) -> dict[tuple[int, int], float]:
 )
 def test_block_sparse_sparsity(length: int, heads: int, kv_heads: int, block: int, kind: str, seed: int):
     query, key = (plain if kind == "plain" else structured)(heads, kv_heads, length, 16, seed)
+    subdiagonal = random.Random(seed).random() < 0.5
+    method, always = BlockSparse(block_size=block, subdiagonal=subdiagonal), 2 + subdiagonal
     blocks, densities = -(-length // block), block_densities(length, block)
+    densities = {(least, more): density for (least, more), density in densities.items() if least >= always}
+    assert method.largest_sparsity(length) == pytest.approx(1 - densities[always, 0])
     for sparsity in (0.3, *SPARSITIES):
         target = 1 - sparsity
-        if target < densities[2, 0]:
+        if target < densities[always, 0]:
+            assert "subdiagonal" * subdiagonal in method.too_short(sparsity, length)
             continue  # the forced blocks alone are more
-        selection = BlockSparse(block_size=block).select(query, key, scale=0.25, softcap=None, sparsity=sparsity)
+        selection = method.select(query, key, scale=0.25, softcap=None, sparsity=sparsity)
         executed = density(selection)
         assert abs(executed - target) <= PROMISE, (executed, sparsity)
         best = min(abs(value - target) for value in densities.values())
         assert abs(executed - target) <= best + 1e-9, (executed, sparsity, best)
         # Some k and m give these counts, and the blocks are the highest of each row.
         counts = selection.layout.counts.tolist()
-        least = max(min(counts[0][row] for row in range(blocks) if row + 1 > counts[0][row]), 2)
+        least = max(min(counts[0][row] for row in range(blocks) if row + 1 > counts[0][row]), always)
         fitting = [
             more
             for more in range(blocks)
             if counts[0] == [min(count, row + 1) for row, count in enumerate(row_counts(blocks, least, more))]
         ]
         assert fitting and counts == [counts[0]] * heads, (sparsity, counts[0])
-        compared, rows = compare_blocks(selection, query, key, row_counts(blocks, least, fitting[0]), block)
+        compared, rows = compare_blocks(
+            selection, query, key, row_counts(blocks, least, fitting[0]), block, subdiagonal
+        )
         assert compared >= 0.9 * rows
 
 

@@ -1057,7 +1057,12 @@ def test_lengths_around_every_knob(rng: random.Random, method: str) -> None:
     """One token, the window, the capacity, a page and a block, and one less and more than each."""
     model, options = model_of(rng, num_hidden_layers=1), knobs(method)
     lengths = {1, 2, *(edge + step for edge in (8, 12, 16, 30, 32) for step in (-1, 0, 1))}
+    window = max((value for name, value in options.items() if name.endswith(".window")), default=0)
     for length in sorted(lengths):
+        if length < window:
+            with pytest.raises(UserError, match=f"window=.*no prompt has so many.* the longest {length}\\)"):
+                check_score(rng, model, length, 4, options)
+            continue
         seen, brute = check_score(rng, model, length, 4, options)
         for selection in seen.eviction.values():
             assert int(selection.counts.min()) >= 1

@@ -17,6 +17,7 @@ from lm_eval_sparse.kernels.layout import causal_pairs
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import METHODS, DecodeContext, EvictionMethod, PrefillMethod
 from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.protocol import Prompt
 from lm_eval_sparse.runtime.attention import Runtime
 
 patches.install()
@@ -80,23 +81,29 @@ def request(kind: str, *args: Any) -> Instance:
 
 
 def test_a_preset_runs_at_its_lengths_and_at_no_others() -> None:
-    """15,000 tokens are a prompt of 16K: capacity 1638 and pages for 1632 keys, as in the paper's Table 3 at 0.9."""
-    model = tiny.family("llama", num_hidden_layers=1, max_position_embeddings=20000)
+    """15,000 tokens are a prompt of 16K: the paper's Table 3, and the window that its task says."""
+    model = tiny.family(
+        "llama", num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=20000
+    )  # fmt: skip
     lm = SparseHFLM(
-        pretrained=model, tokenizer=tiny.tiny_tokenizer(), method="snapkv+quest", preset="paper", kv_sparsity=0.8,
-        decode_sparsity=0.9, max_length=20000, dtype="float32",
+        pretrained=model, tokenizer=tiny.tiny_tokenizer(), method="vertical_slash+snapkv+quest", preset="paper",
+        sparsity=0.9, kv_sparsity=0.8, max_length=20000, dtype="float32",
     )  # fmt: skip
     prompt = lm.tok_decode((torch.arange(15000) * 7 % 300 + 20).tolist())
     while not 14746 <= len(lm.tok_encode(prompt)) <= 16384:
         prompt = prompt[: len(prompt) * 15500 // len(lm.tok_encode(prompt))]
     length = len(lm.tok_encode(prompt))
-    (text,) = lm.generate_until([request("generate_until", prompt, {"until": [], "max_gen_toks": 4})], True)
+    asked = request("generate_until", Prompt(prompt, 512), {"until": [], "max_gen_toks": 4})
+    (text,) = lm.generate_until([asked], True)
     solved = lm.report()["phases"]
+    used = {knob: (value["min"], value["max"]) for knob, value in solved["prefill"]["knobs_solved"].items()}
+    assert used == {"window": (512, 512), "verticals": (315, 315), "slashes": (315, 315), "sinks": (4, 4),
+                    "near": (64, 64), "tile": (64, 64)}  # fmt: skip
     assert solved["eviction"]["knobs_solved"]["capacity"] == {"mean": 3276, "min": 3276, "max": 3276}
     assert solved["eviction"]["executed_sparsity"] == pytest.approx(1 - 3276 / length)
     read = solved["decode"]["knobs_solved"]["budget"]
     assert 1632 < read["min"] <= read["max"] <= 1632 + 16
     assert text.stats["sparsities"]["kv_sparsity"] == solved["eviction"]["executed_sparsity"]
     short = " ".join(["river"] * 100)
-    with pytest.raises(UserError, match="no parameters of snapkv for a prompt of .* tokens .*14746-16384"):
+    with pytest.raises(UserError, match="no parameters of vertical_slash for a prompt of .* tokens .*14746-16384"):
         lm.loglikelihood([request("loglikelihood", short, " stone cloud")], True)

@@ -123,9 +123,11 @@ def test_every_cell_of_the_papers_table(name: str) -> None:
     for nominal, sparsity, knobs in cells(name):
         plan = parse({"method": name, "sparsity": sparsity, "preset": "paper"}).plan
         (assignment,) = plan.phases.values()
-        expected = replace(METHODS[name](), **knobs)
+        always = {"subdiagonal": True} if name == "block_sparse" else {}  # section 3: what made the paper's numbers
+        method = replace(METHODS[name](), **always)
+        expected = replace(method, **knobs)
         for length in (nominal, math.ceil(0.9 * nominal), nominal - 1):
-            assert presets.lookup("paper", METHODS[name](), sparsity, length) == expected, (nominal, sparsity)
+            assert presets.lookup("paper", method, sparsity, length) == expected, (nominal, sparsity)
             # Nothing is left for the method to solve.
             assert assignment.at(length) == (expected, None)
 
@@ -154,6 +156,27 @@ def test_a_preset_leaves_other_knobs_as_typed() -> None:
     assert (at["prefill"].window, at["prefill"].verticals, at["prefill"].slashes) == (512, 315, 315)
     assert (at["eviction"].floor, at["eviction"].window, at["eviction"].capacity) == (0.5, 256, 1638)
     assert (at["decode"].share_pages, at["decode"].budget) == (False, 1632)
+
+
+def test_windows_and_the_subdiagonal_of_a_preset() -> None:
+    """A task's window reaches the methods whose paper runs had one by task; what is typed wins, and others keep 256."""
+    for name, method in METHODS.items():
+        if "window" not in method.knobs():
+            continue
+        by_task = name in ("vertical_slash", "flexprefill_vs")
+        for more, windows in (({}, (256, 512, 300) if by_task else (256,) * 3), ({"window": 77}, (77,) * 3)):
+            found = parse({"method": name, "sparsity": 0.9, "preset": "paper", **more})
+            (assignment,) = found.plan.phases.values()
+            assert tuple(assignment.at(16000, told)[0].window for told in (None, 512, 300)) == windows
+            source = "typed" if more else "task" if by_task else None
+            assert found.describe().get("window_from") == ({name: source} if source else None)
+            assert found.describe()["knobs"][name].get("window") == (None if source == "task" else windows[0])
+        (assignment,) = parse({"method": name, "sparsity": 0.9}).plan.phases.values()
+        assert assignment.at(16000, 512)[0].window == 256  # without a preset nothing changes
+    for more, forced in (({}, True), ({"subdiagonal": False}, False), ({"block_sparse.subdiagonal": True}, True)):
+        found = parse({"method": "block_sparse", "sparsity": 0.9, "preset": "paper", **more})
+        assert found.plan.prefill.at(16384)[0].subdiagonal is forced
+        assert found.describe()["knobs"]["block_sparse"]["subdiagonal"] is forced
 
 
 def test_a_preset_with_a_sparsity_per_phase() -> None:
@@ -326,6 +349,7 @@ STRUCTURAL = [
     ("flexprefill", "tau", 0.2),
     ("flexprefill", "tau", 0),
     ("block_sparse", "block_size", 32),
+    ("block_sparse", "subdiagonal", True),
     ("snapkv", "window", 512),
     ("snapkv", "kernel", 7),
     ("snapkv", "local", 64),
@@ -474,6 +498,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "method=quest,share_pages=maybe": ("share_pages='maybe'", "True or False"),
     "method=quest,share_pages=1": ("share_pages=1", "True or False"),
     "method=block_sparse,top_k=1": ("top_k=1", "at least 2"),
+    "method=block_sparse,top_k=2,subdiagonal=True": ("top_k=2", "subdiagonal=True", "top_k=3"),
+    "method=block_sparse,subdiagonal=1": ("subdiagonal=1", "True or False"),
+    "method=ada_snapkv,window=0": ("window=0", "at least 1"),
+    "method=flexprefill_vs,window=0": ("window=0", "at least 1"),
     "method=block_sparse,block_size=48": ("block_size=48", "16, 32, 64, 128"),
     "method=block_sparse,block_size=auto": ("block_size='auto'", "16, 32, 64, 128"),
     "method=vertical_slash,tile=8": ("tile=8", "16, 32, 64, 128", "auto"),
@@ -519,7 +547,9 @@ WRONG: tuple[Any, ...] = (
 def test_wrong_kinds_of_values(method: str, knob: str) -> None:
     for value in WRONG:
         arguments = {"method": method, knob: value}
-        if (value is None and knob == "max_budget") or (isinstance(value, bool) and knob == "share_pages"):
+        if (value is None and knob == "max_budget") or (
+            isinstance(value, bool) and knob in ("share_pages", "subdiagonal")
+        ):
             parse(arguments)
         else:
             assert_says(refuse(arguments), knob)
@@ -640,11 +670,16 @@ DIFFERENT = [
     "method=vertical_slash,sparsity=0.9,window=512",
     "method=vertical_slash,sparsity=0.9,tile=32",
     "method=vertical_slash,sparsity=0.9,near=16",
+    "method=vertical_slash,sparsity=0.9,window=256",  # typed, so that shorter prompts are dense
     "method=vertical_slash,sparsity=0.9,preset=paper",
+    "method=vertical_slash,sparsity=0.9,preset=paper,window=256",
     "method=vertical_slash+snapkv,sparsity=0.9,snapkv.window=128",
     "method=vertical_slash+snapkv,sparsity=0.9,vertical_slash.window=128",
     "method=block_sparse,sparsity=0.9",
     "method=block_sparse,sparsity=0.9,block_size=32",
+    "method=block_sparse,sparsity=0.9,subdiagonal=True",
+    "method=block_sparse,sparsity=0.9,preset=paper",
+    "method=block_sparse,sparsity=0.9,preset=paper,subdiagonal=False",
     "method=block_sparse,top_k=32",
 ]
 
@@ -664,10 +699,11 @@ def test_defaults_written_out_change_no_description() -> None:
         base = typed(arguments)
         found = parse(base)
         for phase, method in found.methods.items():
-            for knob, value in method.knobs().items():
+            for knob in method.knobs():
                 decided = found.sparsities[phase] is not None and knob in method.budget_knobs
-                if not decided and not {knob, f"{method.name}.{knob}"} & set(base):
-                    more = parse({**base, f"{method.name}.{knob}": value})
+                # A typed window is not cut to shorter prompts.
+                if knob != "window" and not decided and not {knob, f"{method.name}.{knob}"} & set(base):
+                    more = parse({**base, f"{method.name}.{knob}": getattr(method, knob)})
                     assert more.describe() == found.describe()
 
 

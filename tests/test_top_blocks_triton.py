@@ -66,13 +66,15 @@ def test_top_blocks(
     elif kind == "apart":
         key *= 2.0 ** torch.linspace(-50, 50, blocks).round()[torch.randperm(blocks), None]
     states = query.to(DEVICE), key.to(DEVICE)
-    most = max(2, blocks)
-    for budget, extra in ((2, 0), (2, blocks), (most, 0), (source.randint(2, most), source.randint(0, blocks))):
+    near = source.choice((1, 2))
+    least, most = near + 1, max(near + 1, blocks)
+    drawn = source.randint(least, most), source.randint(0, blocks)
+    for budget, extra in ((least, 0), (least, blocks), (most, 0), drawn):
         monkeypatch.setattr(triton, "SPLIT", source.choice((16, 512)))
         monkeypatch.setattr(triton, "SCORE_ELEMENTS", source.choice((1, 1 << 26)))
-        found, counts = top_blocks(*states, budget, extra, backend="triton")
-        expected, expected_counts = top_blocks(*states, budget, extra, backend="naive")
-        assert torch.equal(found, expected) and torch.equal(counts, expected_counts), (budget, extra)
+        found, counts = top_blocks(*states, budget, extra, near=near, backend="triton")
+        expected, expected_counts = top_blocks(*states, budget, extra, near=near, backend="naive")
+        assert torch.equal(found, expected) and torch.equal(counts, expected_counts), (budget, extra, near)
 
 
 def test_top_blocks_refuses_what_it_cannot_do() -> None:
@@ -84,6 +86,10 @@ def test_top_blocks_refuses_what_it_cannot_do() -> None:
     for budget, extra in ((1, 0), (2, 10), (2, -1)):
         with pytest.raises(ValueError, match="expected at least 2, and 0 to 9"):
             top_blocks(query, query, budget, extra)
+    with pytest.raises(ValueError, match="budget=2.*expected at least 3"):
+        top_blocks(query, query, 2, near=2)
+    with pytest.raises(ValueError, match="near=3 given; expected 1 or 2"):
+        top_blocks(query, query, 5, near=3)
 
 
 @pytest.mark.parametrize("columns", [None, "shared", "own"])

@@ -16,9 +16,15 @@ MOST_BLOCKS = 1 << 15
 
 
 def top_blocks(
-    pooled_queries: Tensor, pooled_keys: Tensor, budget: int, extra: int = 0, *, backend: str = "auto"
+    pooled_queries: Tensor,
+    pooled_keys: Tensor,
+    budget: int,
+    extra: int = 0,
+    *,
+    near: int = 1,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The best causal key blocks of each query block, the first and its own always included.
+    """The best causal key blocks of each query block, the first and the `near` nearest always included.
 
     Row i takes min(budget, i + 1) blocks, the last `extra` rows one more where there is one. Ties go to later blocks.
     Neither a positive scale nor a softcap would change the order of the scores, so there is none.
@@ -26,8 +32,9 @@ def top_blocks(
     Args:
         pooled_queries: `(H, n, D)` fp32.
         pooled_keys: `(H_kv, n, D)` fp32 with `H % H_kv == 0`.
-        budget: at least 2.
+        budget: at least `near` + 1.
         extra: 0 to n.
+        near: 1 for the block on the diagonal, 2 for the one just left of it, too.
         backend: `auto`, `naive` or `triton`. From 32768 blocks on `auto` is `naive`.
 
     Returns:
@@ -44,8 +51,10 @@ def top_blocks(
         )
     if pooled_queries.dtype != torch.float32 or pooled_keys.dtype != torch.float32:
         raise ValueError(f"dtypes are {pooled_queries.dtype} and {pooled_keys.dtype}; expected torch.float32")
-    if budget < 2 or not 0 <= extra <= blocks:
-        raise ValueError(f"budget={budget}, extra={extra} given; expected at least 2, and 0 to {blocks}")
+    if near not in (1, 2):
+        raise ValueError(f"near={near} given; expected 1 or 2")
+    if budget < near + 1 or not 0 <= extra <= blocks:
+        raise ValueError(f"budget={budget}, extra={extra} given; expected at least {near + 1}, and 0 to {blocks}")
     chosen = choose(backend, pooled_queries.device)
     if chosen == "triton" and blocks > MOST_BLOCKS:
         if backend == "triton":
@@ -54,5 +63,5 @@ def top_blocks(
     if chosen == "triton":
         from . import triton
 
-        return triton.forward(pooled_queries, pooled_keys, budget, extra)
-    return naive.forward(pooled_queries, pooled_keys, budget, extra)
+        return triton.forward(pooled_queries, pooled_keys, budget, extra, near)
+    return naive.forward(pooled_queries, pooled_keys, budget, extra, near)

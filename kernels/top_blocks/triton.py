@@ -27,7 +27,7 @@ TILE_Q, TILE_K = 64, 128
 VALUE_STEPS = 16
 
 
-def forward(pooled_queries: Tensor, pooled_keys: Tensor, budget: int, extra: int) -> tuple[Tensor, Tensor]:
+def forward(pooled_queries: Tensor, pooled_keys: Tensor, budget: int, extra: int, near: int) -> tuple[Tensor, Tensor]:
     heads, blocks, dim = pooled_queries.shape
     pooled_queries, pooled_keys = pooled_queries.contiguous(), pooled_keys.contiguous()
     budget = min(budget, blocks)
@@ -68,6 +68,7 @@ def forward(pooled_queries: Tensor, pooled_keys: Tensor, budget: int, extra: int
             width,
             budget,
             extra,
+            NEAR=near,
             TILE_K=TILE_K,
             PADDED=padded,
             VALUE_STEPS=VALUE_STEPS,
@@ -152,6 +153,7 @@ def _choose_kernel(
     width,
     budget,
     extra,
+    NEAR: tl.constexpr,
     TILE_K: tl.constexpr,
     PADDED: tl.constexpr,
     VALUE_STEPS: tl.constexpr,
@@ -161,9 +163,9 @@ def _choose_kernel(
     head = tl.program_id(1).to(tl.int64)
     row = first + place
     taken_blocks = tl.minimum(budget + (row >= blocks - extra).to(tl.int32), row + 1)
-    free = taken_blocks - 2  # besides the first block and the row's own
+    free = taken_blocks - 1 - NEAR  # besides the first block and the nearest
     columns = tl.arange(0, PADDED)
-    open_ = (columns > 0) & (columns < row)
+    open_ = (columns > 0) & (columns <= row - NEAR)
     # What lies behind the row is loaded up to a whole tile, so that loads are wide, and not looked at.
     held = tl.cdiv(row, TILE_K) * TILE_K
     score = tl.load(scores + (head * rows + place) * stride + columns, mask=columns < held, other=0.0)
@@ -173,7 +175,7 @@ def _choose_kernel(
     low = tl.min(tl.where(open_, order, 0x7FFFFFFF), 0)
     order = tl.where(open_, order, -0x80000000)
     high = tl.max(order, 0)
-    reached = row - 1
+    reached = row - NEAR
     step = 0
     while (free > 0) & (low < high) & (reached > free):
         # Halving values takes some log2(n) steps where scores spread evenly, halving bit patterns at most 32 anyhow.
@@ -196,7 +198,7 @@ def _choose_kernel(
         ties = tl.sum(equal, 0)
         before = tl.cumsum(equal, 0) - equal
         chosen = chosen & ((order > low) | (ties - before <= free - (reached - ties)))
-    chosen = chosen | (columns == 0) | (columns == row)
+    chosen = chosen | (columns == 0) | ((columns > row - NEAR) & (columns <= row))
     target = indices + (head * blocks + row) * width
     tl.store(target + tl.cumsum(chosen.to(tl.int32), 0) - 1, columns, mask=chosen)
     if taken_blocks < width:

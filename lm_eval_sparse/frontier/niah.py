@@ -117,6 +117,7 @@ class Niah(Recipe):
 
     name = "niah"
     version = 2
+    paper_window = 512
 
     def draft(self, length: int, seed: int, index: int, forced: bool) -> NiahDraft:
         return NiahDraft(rng(self.name, self.version, length, seed, index), forced)

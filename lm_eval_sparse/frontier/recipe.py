@@ -100,6 +100,9 @@ class Recipe(ABC):
     #: Units without which the question cannot be asked or the twin's candidates are too few. A leaf whose prompts have
     #: no room for them drops out.
     least_units: int = 0
+    #: Last queries whose attention votes in `vertical_slash` and `flexprefill_vs` under `preset=paper`. The paper has
+    #: 512 for NIAH and Story Retrieval, 256 elsewhere (section 3).
+    paper_window: int = 256
 
     def find(self, given: Mapping[str, Any]) -> None:  # noqa: B027 (most tasks need no data)
         """Get hold of the data that documents are made from; `given` is the task's metadata.

@@ -108,6 +108,7 @@ class StoryRetrieval(Recipe):
     version = 2
     twin_keeps_units = True
     least_units = 1
+    paper_window = 512
 
     def draft(self, length: int, seed: int, index: int, forced: bool) -> StoryRetrievalDraft:
         return StoryRetrievalDraft(rng(self.name, self.version, length, seed, index), forced)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import read_bytes
-from ..protocol import SKIPPED, SharedPrompt, mean_sparsities, stats_of
+from ..protocol import SKIPPED, Prompt, SharedPrompt, mean_sparsities, stats_of
 from ..values import whole
 from . import recipe
 from .fill import DoesNotFit, Filler, fit, fit_both
@@ -133,6 +133,7 @@ class FrontierTask(ConfigurableTask):
         self.length = whole(where, "length", given.get("length"), 1, _LONGEST)
         self.samples, self.seed = samples(where, metadata), seed(where, metadata)
         self.strict = strict(where, metadata)
+        self.paper_window = whole(where, "paper_window", self.recipe.paper_window, 1, _LONGEST)
         self.question_first = question_first(where, metadata)
         self.VERSION = self.recipe.version
         # What the leaf is wins over whatever model arguments of the same name lm-eval has merged in.
@@ -201,7 +202,8 @@ class FrontierTask(ConfigurableTask):
 
         fingerprint = self._prepare(meter_for(self.config.metadata, chat_template), render)
         # lm-eval's own key for cached requests has neither lengths nor generation arguments nor samples.
-        key = json.dumps([fingerprint, self.config.generation_kwargs, samples], sort_keys=True, default=str)
+        decides = [fingerprint, self.config.generation_kwargs, samples, self.paper_window]
+        key = json.dumps(decides, sort_keys=True, default=str)
         super().build_all_requests(
             samples=samples,
             cache_requests=cache_requests,
@@ -393,7 +395,9 @@ class FrontierTask(ConfigurableTask):
         ]
 
     def _arguments(self, doc: dict[str, Any], ctx: Any) -> list[tuple[Any, Any]]:
-        return [(ctx, deepcopy(self.config.generation_kwargs))]
+        # Chat APIs get their messages as another type.
+        prompt = Prompt(ctx, self.paper_window) if isinstance(ctx, str) else ctx
+        return [(prompt, deepcopy(self.config.generation_kwargs))]
 
     def _stub_arguments(self) -> list[tuple[Any, Any]]:
         return [(_STUB, {"until": [], "max_gen_toks": 1, "do_sample": False})]
@@ -439,7 +443,8 @@ class ForcedFrontierTask(FrontierTask):
         if not isinstance(ctx, str):
             raise UserError(f"{self.config.task} needs log-likelihoods, which this model type does not give for chats")
         return [
-            (SharedPrompt(ctx + forced, len(ctx)), continuation) for forced, continuation in self.recipe.requests(doc)
+            (SharedPrompt(ctx + forced, len(ctx), self.paper_window), continuation)
+            for forced, continuation in self.recipe.requests(doc)
         ]
 
     def _stub_arguments(self) -> list[tuple[Any, Any]]:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..kernels.estimators import pool_both
 from ..kernels.layout import BLOCK_SIZES, BlockLayout, causal_pairs
 from ..kernels.top_blocks import top_blocks
@@ -27,6 +28,8 @@ class BlockSparse(PrefillMethod):
     Knobs:
         top_k: key blocks that a query block reads, the first and the diagonal one included.
         block_size: 16 as in the paper, 32, 64 or 128.
+        subdiagonal: whether the key block just left of the diagonal is always read, too. The paper's text does not say
+            so; its code does, and made its numbers: `preset=paper` sets it.
     """
 
     name: ClassVar[str] = "block_sparse"
@@ -39,18 +42,40 @@ class BlockSparse(PrefillMethod):
 
     top_k: int = 64
     block_size: int = 16
+    subdiagonal: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number("top_k", self.top_k, 2, math.inf, whole=True, example=64)
         one_of("block_size", self.block_size, BLOCK_SIZES)
+        if not isinstance(self.subdiagonal, bool):
+            raise UserError(f"subdiagonal={self.subdiagonal!r} is not accepted: give True or False")
+        if self.top_k < self._forced:
+            raise UserError(
+                f"top_k={self.top_k} cannot hold the {self._forced} blocks that are always read with subdiagonal=True "
+                f"(the first, the one on the diagonal and the one left of it): give top_k={self._forced} or more, or "
+                "leave subdiagonal out"
+            )
+
+    @property
+    def _near(self) -> int:
+        """Key blocks up to the diagonal that every query block reads."""
+        return 1 + self.subdiagonal
+
+    @property
+    def _forced(self) -> int:
+        """Key blocks that every query block reads, where there are so many."""
+        return 1 + self._near
 
     def knobs_for(self, sparsity: float, length: int, geometry: Geometry | None = None) -> BlockSparse:
         """The largest `top_k` that stays within the budget; `select` spends what is left on the last rows."""
-        return replace(self, top_k=row_budgets(length, int(self.block_size), 1 - sparsity)[0])
+        return replace(self, top_k=self._budgets(sparsity, length)[0])
+
+    def _budgets(self, sparsity: float, length: int) -> tuple[int, int]:
+        return row_budgets(length, int(self.block_size), 1 - sparsity, self._forced)
 
     def largest_sparsity(self, length: int) -> float:
-        return 1 - uniform_pairs(length, int(self.block_size), 2) / causal_pairs(length)
+        return 1 - uniform_pairs(length, int(self.block_size), self._forced) / causal_pairs(length)
 
     def too_short(self, sparsity: float | None, length: int) -> str | None:
         if sparsity is None:
@@ -61,8 +86,9 @@ class BlockSparse(PrefillMethod):
                 else None
             )
         if self.largest_sparsity(length) < sparsity:
+            always = "first key block, diagonal and subdiagonal" if self.subdiagonal else "first key block and diagonal"
             return (
-                f"prompt of {length} tokens is too short for sparsity {sparsity:g} (first key block and diagonal "
+                f"prompt of {length} tokens is too short for sparsity {sparsity:g} ({always} "
                 f"are always kept: at most {max(0.0, self.largest_sparsity(length)):.3f} there)"
             )
         return None
@@ -74,9 +100,9 @@ class BlockSparse(PrefillMethod):
         heads, length, dim = query.shape
         kv_heads, block = key.shape[0], int(self.block_size)
         blocks = -(-length // block)
-        budget, extra = (int(self.top_k), 0) if sparsity is None else row_budgets(length, block, 1 - sparsity)
+        budget, extra = (int(self.top_k), 0) if sparsity is None else self._budgets(sparsity, length)
         # Neither the scale nor a softcap changes the order of scores.
-        indices, counts = top_blocks(*pool_both(query, key, block), budget, extra)
+        indices, counts = top_blocks(*pool_both(query, key, block), budget, extra, near=self._near)
         return Selection(
             layout=BlockLayout(indices, counts, length, block, block),
             estimator_flops=heads * (2 * blocks * blocks * dim + length * dim) + kv_heads * length * dim,
@@ -107,15 +133,15 @@ def uniform_pairs(length: int, block: int, count: int, extra: int = 0) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def row_budgets(length: int, block: int, density: float) -> tuple[int, int]:
+def row_budgets(length: int, block: int, density: float, least: int) -> tuple[int, int]:
     """Blocks per query block for an executed density: a number for all, and in how many last rows one more is read.
 
-    The number is the largest within the density, and at least the two forced blocks; with the extra ones the density
-    is met as closely as whole blocks can.
+    The number is the largest within the density, and at least `least`, the forced blocks; with the extra ones the
+    density is met as closely as whole blocks can.
     """
     blocks = -(-length // block)
     goal = density * causal_pairs(length)
-    low, high = 2, max(2, blocks)
+    low, high = least, max(least, blocks)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if uniform_pairs(length, block, middle) <= goal else (low, middle)

@@ -8,7 +8,9 @@ is promised; what was executed is in the results as always.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..errors import UserError, nearest
 from .base import Method
@@ -46,14 +48,44 @@ _PAGES = {
     128000: (6400, 8544, 12800, 17056, 25600, 38400, 51200, 64000, 76800, 89600),
 }
 
-#: method -> budgets, knobs, and by prompt length the knobs' values for each budget.
-PAPER: dict[str, tuple[tuple[float, ...], tuple[str, ...], dict[int, tuple]]] = {
-    "vertical_slash": (TEN, ("verticals", "slashes"), {n: tuple((c, c) for c in row) for n, row in _COUNTS.items()}),
-    "flexprefill_vs": (SEVEN, ("alpha", "min_budget"), _COVERAGE),
-    "block_sparse": (SEVEN, ("top_k",), {n: tuple((k,) for k in row) for n, row in _BLOCKS.items()}),
-    "snapkv": (TEN, ("capacity",), {n: tuple((c,) for c in row) for n, row in _CAPACITY.items()}),
-    "ada_snapkv": (TEN, ("capacity",), {n: tuple((c,) for c in row) for n, row in _CAPACITY.items()}),
-    "quest": (TEN, ("budget",), {n: tuple((b,) for b in row) for n, row in _PAGES.items()}),
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a preset has for one method.
+
+    Attributes:
+        budgets: the columns, as shares that are kept.
+        names: the knobs that a cell gives.
+        rows: prompt length (tokens) -> the knobs' values for each budget.
+        fixed: knobs that are the same in every cell. What is typed comes before them, and before the window.
+        window: `window` for prompts whose task does not say one (`protocol.Prompt`); None where no task decides it.
+    """
+
+    budgets: tuple[float, ...]
+    names: tuple[str, ...]
+    rows: dict[int, tuple]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    window: int | None = None
+
+    def column(self, sparsity: float) -> int | None:
+        """Index of the budget that `sparsity` names, to two digits as the paper prints them, or None."""
+        found = [i for i, budget in enumerate(self.budgets) if abs(1 - budget - sparsity) < 0.005]
+        return found[0] if found else None
+
+
+def _rows(table: dict[int, tuple], knobs: int = 1) -> dict[int, tuple]:
+    """Rows of cells whose `knobs` knobs have the same value."""
+    return {length: tuple((value,) * knobs for value in row) for length, row in table.items()}
+
+
+#: Table 3; windows, and the block left of the diagonal that the authors' code forces: section 3.
+PAPER: dict[str, Parameters] = {
+    "vertical_slash": Parameters(TEN, ("verticals", "slashes"), _rows(_COUNTS, 2), window=256),
+    "flexprefill_vs": Parameters(SEVEN, ("alpha", "min_budget"), _COVERAGE, window=256),
+    "block_sparse": Parameters(SEVEN, ("top_k",), _rows(_BLOCKS), fixed={"subdiagonal": True}),
+    "snapkv": Parameters(TEN, ("capacity",), _rows(_CAPACITY)),
+    "ada_snapkv": Parameters(TEN, ("capacity",), _rows(_CAPACITY)),
+    "quest": Parameters(TEN, ("budget",), _rows(_PAGES)),
 }
 PRESETS = {"paper": PAPER}
 
@@ -68,24 +100,24 @@ def check(preset: str, method: Method, sparsity: float | None) -> None:
     table = PRESETS[preset]
     if method.name not in table:
         raise UserError(f"preset={preset} has no parameters for {method.name} (it has {', '.join(table)})")
-    budgets, _, rows = table[method.name]
-    accepted = ", ".join(f"{1 - budget:.3g}" for budget in budgets)
+    own = table[method.name]
+    accepted = ", ".join(f"{1 - budget:.3g}" for budget in own.budgets)
     if sparsity is None:
         raise UserError(f"preset={preset} needs the sparsity whose parameters are meant: give one of {accepted}")
     if sparsity == 0:
         return
-    if _column(budgets, sparsity) is None:
+    if own.column(sparsity) is None:
         raise UserError(
             f"preset={preset} has no parameters of {method.name} for sparsity={sparsity:g}: give {accepted}"
         )
-    for nominal in rows:
+    for nominal in own.rows:
         try:
             lookup(preset, method, sparsity, nominal).check_native()
         except UserError as error:
             given = ", ".join(
                 f"{name}={getattr(method, name)}"
                 for name, default in method.knobs().items()
-                if getattr(method, name) != default
+                if getattr(method, name) != own.fixed.get(name, default)
             )
             raise UserError(
                 f"preset={preset} does not go with {given} at {nominal} tokens ({error}): leave {given} out, or leave "
@@ -93,25 +125,35 @@ def check(preset: str, method: Method, sparsity: float | None) -> None:
             ) from error
 
 
+def fixed(preset: str | None, name: str) -> Mapping[str, Any]:
+    """The knobs that a preset has for a method at all lengths and sparsities; none of an unknown preset or method."""
+    own = PRESETS.get(preset or "", {}).get(name)
+    return {} if own is None else own.fixed
+
+
+def window(preset: str | None, name: str, told: int | None = None) -> int | None:
+    """`window` of a method for prompts whose task says `told`; None where the task does not decide it."""
+    own = PRESETS.get(preset or "", {}).get(name)
+    default = None if own is None else own.window
+    return default if default is None or told is None else told
+
+
 def shortest(preset: str, method: type[Method]) -> int:
     """The shortest prompt, in tokens, that the preset has parameters for."""
-    return math.ceil(FILL * min(PRESETS[preset][method.name][2]))
+    return math.ceil(FILL * min(PRESETS[preset][method.name].rows))
 
 
 def lookup(preset: str, method: Method, sparsity: float, length: int) -> Method:
-    """`method` with the preset's knobs for a prompt of `length` tokens; raises `UserError` for a length it lacks."""
-    budgets, names, rows = PRESETS[preset][method.name]
-    for nominal, row in rows.items():
+    """`method` with the preset's knobs for a prompt of `length` tokens; raises `UserError` for a length it lacks.
+
+    What the preset has for all cells, and the window, are left as they are: they may have been typed.
+    """
+    own = PRESETS[preset][method.name]
+    for nominal, row in own.rows.items():
         if FILL * nominal <= length <= nominal:
-            return replace(method, **dict(zip(names, row[_column(budgets, sparsity)], strict=True)))
-    spans = ", ".join(f"{math.ceil(FILL * nominal)}-{nominal}" for nominal in rows)
+            return replace(method, **dict(zip(own.names, row[own.column(sparsity)], strict=True)))
+    spans = ", ".join(f"{math.ceil(FILL * nominal)}-{nominal}" for nominal in own.rows)
     raise UserError(
         f"preset={preset} has no parameters of {method.name} for a prompt of {length} tokens (it has {spans}): "
         "use tasks of those lengths, or leave preset out to have the knobs solved for the sparsity"
     )
-
-
-def _column(budgets: tuple[float, ...], sparsity: float) -> int | None:
-    """Index of the budget that `sparsity` names, to two digits as the paper prints them, or None."""
-    found = [i for i, budget in enumerate(budgets) if abs(1 - budget - sparsity) < 0.005]
-    return found[0] if found else None

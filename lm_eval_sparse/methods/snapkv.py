@@ -28,7 +28,7 @@ class SnapKV(EvictionMethod):
 
     Knobs:
         capacity: tokens that each KV head keeps (on average), forced ones included.
-        window: last queries that vote.
+        window: last queries that vote, fewer where the prompt is shorter, unless it is typed.
         kernel: width of the average pooling over keys, odd; zeros are padded at both ends.
         sinks, local: first and last tokens that are always kept: 4 and 128, fewer where a requested sparsity leaves no
             room for them; what is typed is kept.
@@ -130,7 +130,7 @@ class SnapKV(EvictionMethod):
             total=kv_heads * min(method.capacity, length),
             estimator_flops=window_flops(heads, method.window, length, dim),
             estimator_bytes=query.element_size() * dim * (kv_heads * length + heads * min(method.window, length)),
-            knobs={name: getattr(method, name) for name in method.knobs()},
+            knobs={**{name: getattr(method, name) for name in method.knobs()}, "window": min(method.window, length)},
         )
 
     def _scores(self, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -91,7 +91,12 @@ class VerticalSlashMethod(PrefillMethod):
             count_selected=lambda: pattern.selected_pairs(n_vertical, n_slash),
             estimator_flops=window_flops(heads, int(self.window), length, dim),
             estimator_bytes=query.element_size() * dim * (key.shape[0] * length + heads * min(self.window, length)),
-            knobs={"tile": pattern.tile, "near": pattern.near, "sinks": pattern.sinks, "window": self.window},
+            knobs={
+                "tile": pattern.tile,
+                "near": pattern.near,
+                "sinks": pattern.sinks,
+                "window": min(self.window, length),
+            },
         )
 
 
@@ -101,7 +106,8 @@ class VerticalSlash(VerticalSlashMethod):
 
     Knobs:
         verticals, slashes: columns and diagonals that each query head reads, the forced ones included.
-        window: last queries that vote; the paper takes 512 for NIAH and Story Retrieval, else 256.
+        window: last queries that vote, fewer where the prompt is shorter, unless it is typed. `preset=paper` leaves it
+            to the task: 512 for NIAH and Story Retrieval, else 256.
         sinks, near: first columns and nearest diagonals that are always read; `near` is 64 by default.
         tile: 16, 32, 64 or 128; 64 by default. Where a requested sparsity leaves no room for the defaults of `near` and
             `tile` they shrink; what is typed is kept.

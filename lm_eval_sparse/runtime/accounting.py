@@ -248,6 +248,9 @@ class Ledger:
         for name in PHASES:
             phase = dict(stats[name])
             calls, backends = phase.pop("calls"), phase.pop("backends")
+            if (window := phase.pop("window", None)) is not None:
+                number = sum(calls.get(kind, 0) for kind in ("sparse", "fallback"))
+                merge_knobs(self.knobs[name], {"window": [window * number, window, window, number]})
             self._add_phase(name, phase, calls, backends)
 
     def _add_phase(

@@ -8,9 +8,9 @@ change what is selected.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,24 +52,65 @@ class Assignment:
         sparsity: requested sparsity, or None when the native knobs rule.
         preset: name of the table that turns the sparsity into knobs, or None.
         argument: the model argument that asked for the sparsity.
+        typed: the knobs that were typed, each with the name it was typed under.
     """
 
     method: Method
     sparsity: float | None
     preset: str | None = None
     argument: str = "sparsity"
+    typed: Mapping[str, str] = field(default_factory=dict)
 
-    def at(self, length: int) -> tuple[Any, float | None]:
-        """The method and the sparsity that it has to meet itself, for a prompt of `length` tokens."""
+    def at(self, length: int, window: int | None = None) -> tuple[Any, float | None]:
+        """The method and the sparsity that it has to meet itself, for a prompt of `length` tokens.
+
+        `window` is what the prompt's task says, which counts where the preset leaves it to tasks and none was typed.
+        """
         if self.preset is None:
             return self.method, self.sparsity
-        return presets.lookup(self.preset, self.method, self.sparsity, length), None
+        method = presets.lookup(self.preset, self.method, self.sparsity, length)
+        if self.window_by_task:
+            method = replace(method, window=presets.window(self.preset, method.name, window))
+        return method, None
+
+    @property
+    def window_by_task(self) -> bool:
+        """Whether each prompt's task decides the method's window."""
+        return "window" not in self.typed and presets.window(self.preset, self.method.name) is not None
+
+    @property
+    def window(self) -> int | None:
+        """The window of last queries that was typed. One that was not is cut to the prompt where it is longer."""
+        looks_back = "window" in self.typed and self.method.phase != "decode"
+        return self.method.window if looks_back else None
+
+    def lacks_window(self, length: int) -> str | None:
+        """Why a prompt of `length` tokens runs dense that is shorter than the typed window, or None."""
+        if self.window is None or length >= self.window:
+            return None
+        return f"prompt of {length} tokens is shorter than {self.typed['window']}={self.window}"
+
+    def check_window(self, shortest: int, longest: int) -> None:
+        """Raise `UserError` when no prompt, of `shortest` to `longest` tokens, has the window that was typed."""
+        if self.lacks_window(longest) is None:
+            return
+        name = self.typed["window"]
+        raise UserError(
+            f"{name}={self.window} was typed, and no prompt has so many tokens (the shortest {shortest}, the longest "
+            f"{longest}): type {name}={longest} or less ({shortest} for all to have it), or leave {name} out"
+        )
 
     def check_length(self, length: int) -> None:
         """Raise `UserError` when the sparsity is promised for a prompt of `length` tokens but out of reach there."""
         method, sparsity = self.at(length)
         if sparsity is None or length < PROMISED_LENGTH:
             return
+        if (lacking := self.lacks_window(length)) is not None:
+            name = self.typed["window"]
+            raise UserError(
+                f"{lacking}, and {self.argument}={sparsity:g} is promised from {PROMISED_LENGTH} tokens on: type "
+                f"{name}={length} or less, or leave {name} out"
+            )
         largest = method.largest_sparsity(length)
         if largest < sparsity:
             raise UserError(
@@ -154,6 +195,8 @@ class Runtime:
         self.rows: list[RowCounts] | None = None
         #: Tokens of the prompt of the running batch, padding included; earlier chunks are prefill too.
         self.prompt = 0
+        #: The window that the task of the running batch says, if any.
+        self.task_window: int | None = None
         #: The batch's cache. Without one there is nothing to evict and no decode phase.
         self.cache: SparseCache | None = None
         #: What attends while answers are decoded token by token from a cache of its own.
@@ -162,20 +205,31 @@ class Runtime:
         self._starts: list[int] | None = None
 
     @contextmanager
-    def running(self, rows: Sequence[RowCounts], cache: SparseCache | None = None, prompt: int = 0) -> Iterator[None]:
-        """Count into `rows` and work on `cache` inside the block."""
-        self.rows, self.cache, self.prompt = list(rows), cache, prompt
+    def running(
+        self,
+        rows: Sequence[RowCounts],
+        cache: SparseCache | None = None,
+        prompt: int = 0,
+        window: int | None = None,
+    ) -> Iterator[None]:
+        """Count into `rows` and work on `cache` inside the block. `window` is what their task says."""
+        self.rows, self.cache, self.prompt, self.task_window = list(rows), cache, prompt, window
         try:
             yield
             settle(rows)
         finally:
-            self.rows, self.cache, self.prompt = None, None, 0
+            self.rows, self.cache, self.prompt, self.task_window = None, None, 0, None
 
     def check_lengths(self, lengths: Iterable[int]) -> None:
         """Raise `UserError` when a prompt of one of these lengths (tokens) cannot be run as requested."""
         for length in sorted(set(lengths)):
             for assignment in self.plan.phases.values():
                 assignment.check_length(length)
+
+    def check_windows(self, shortest: int, longest: int) -> None:
+        """Raise `UserError` when a window was typed that no prompt has, of `shortest` to `longest` tokens."""
+        for assignment in self.plan.phases.values():
+            assignment.check_window(shortest, longest)
 
     def new_cache(
         self, config: Any, reserve: int, storages: Sequence[Storage] | None = None, prompt: int = 0
@@ -328,8 +382,8 @@ class Runtime:
         """Whether this row's prefill is sparse in an eligible layer; counts a fallback when it is too short."""
         if self.plan.prefill is None:
             return False
-        method, sparsity = self.plan.prefill.at(length)
-        reason = method.too_short(sparsity, length)
+        method, sparsity = self.plan.prefill.at(length, self.task_window)
+        reason = self.plan.prefill.lacks_window(length) or method.too_short(sparsity, length)
         if reason is None:
             return True
         self.plan.prefill.check_length(length)
@@ -348,7 +402,7 @@ class Runtime:
         scale: float,
         softcap: float | None,
     ) -> SparseRow:
-        method, sparsity = self.plan.prefill.at(query.shape[1])
+        method, sparsity = self.plan.prefill.at(query.shape[1], self.task_window)
         selection = chosen(
             method,
             index,
@@ -430,9 +484,9 @@ class Runtime:
             if counts is not None:
                 counts.add(index, heads, "dense", None, **everything)
             return None
-        method, sparsity = self.plan.eviction.at(length)
+        method, sparsity = self.plan.eviction.at(length, self.task_window)
         self.plan.eviction.check_length(length)
-        if reason := method.too_short(sparsity, length):
+        if reason := self.plan.eviction.lacks_window(length) or method.too_short(sparsity, length):
             if counts is not None:
                 counts.reasons[reason] += 1
                 counts.add(index, heads, "fallback", None, **everything)
