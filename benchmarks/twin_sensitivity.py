@@ -60,7 +60,7 @@ SPARSITY = 0.95
 PHASES = ("prefill", "eviction", "decode")
 SINKS = 4
 #: Keys that the rows of a batch hold together, at most: candidates of a ranking are scored side by side.
-KEYS_SIDE_BY_SIDE = 300_000
+KEYS_SIDE_BY_SIDE = 100_000
 #: By how much dense must beat the floor, besides 3 standard errors, to count as well above it.
 MARGIN = {"bits_per_char": 0.1}
 USUAL_MARGIN = 0.05
@@ -343,7 +343,10 @@ def spawn(options: argparse.Namespace) -> list[dict[str, Any]]:
         for part in range(options.processes):
             lines = Path(folder) / f"{part}.jsonl"
             own = [*sys.argv[1:], "--part", f"{part}/{options.processes}", "--lines", str(lines)]
-            running.append((lines, subprocess.Popen([sys.executable, __file__, *own])))
+            devices = torch.cuda.device_count() if options.device == "cuda" else 0
+            # Each takes the next device, where there are several.
+            place = {"CUDA_VISIBLE_DEVICES": str(part % devices)} if devices > 1 else {}
+            running.append((lines, subprocess.Popen([sys.executable, __file__, *own], env={**os.environ, **place})))
         for lines, process in running:
             if process.wait():
                 raise SystemExit(f"part {lines.stem} ended with exit status {process.returncode}")
@@ -364,15 +367,15 @@ def verdict(
 ) -> dict[str, Any]:
     """How a score that is better the higher it is falls, document by document.
 
-    `responds`: by 2 standard errors or more. Else `insensitive` where dense is above `floor` by 3 standard errors and
-    `margin`, and `at floor` where it is not: then nothing can be said with this model.
+    `at floor` where dense is not above `floor` by 3 standard errors and `margin`: then nothing can be said with this
+    model. Else `responds` where it falls by 2 standard errors or more, and `insensitive` where it does not.
     """
     fall, error = mean_and_error([a - b for a, b in zip(dense, destroyed, strict=True)])
     above, above_error = mean_and_error([a - b for a, b in zip(dense, floor, strict=True)])
-    if fall > 0 and fall >= 2 * error:
-        word = "responds"
+    if not above >= max(3 * above_error, margin):
+        word = "at floor"
     else:
-        word = "insensitive" if above >= max(3 * above_error, margin) else "at floor"
+        word = "responds" if fall > 0 and fall >= 2 * error else "insensitive"
     return {"fall": fall, "error": error, "above": above, "above_error": above_error, "verdict": word}
 
 
@@ -424,9 +427,9 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"Dense against attention that looks at nothing, at sparsity {SPARSITY} in one phase: in prefill the first "
         "block and a local window, in eviction the first and the last tokens, in decode random pages. Falls are paired "
         "over documents, ± standard error; ↓ marks a metric that is better the lower it is, its falls count rises. "
-        "**responds**: falls by 2 standard errors or more. **insensitive**: does not, though dense is above both "
-        "chance and what it scores without the context by 3 standard errors and a margin (.05; .1 bits). **at floor**: "
-        "neither; nothing can be said with this model.",
+        "**at floor**: dense is not above both chance and what it scores without the context by 3 standard errors and "
+        "a margin (.05; .1 bits); nothing can be said with this model. Else **responds**: falls by 2 standard errors "
+        "or more; **insensitive**: does not.",
         "",
     ]
     for name, run in content["runs"].items():
@@ -477,7 +480,8 @@ def main() -> None:
         return
     content: dict[str, Any] = {"sparsity": SPARSITY, "runs": {}}
     for path in options.merge:
-        content["runs"] |= json.loads(path.read_text())["runs"]
+        for name, run in json.loads(path.read_text())["runs"].items():
+            content["runs"][name] = {**run, "leaves": summary(run["rows"])}
     if not options.merge:
         start, rows = time.perf_counter(), spawn(options)
         name = options.model.partition("=")[0] or "SmolLM2-135M-Instruct (embedded)"

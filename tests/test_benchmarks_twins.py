@@ -92,6 +92,7 @@ def test_one_prefill_serves_dense_and_random_decoding():
         ([0.9, 0.8, 1.0], [0.9, 0.8, 1.0], [0.2] * 3, "insensitive"),
         ([0.9, 0.8, 1.0], [1.0, 0.9, 1.0], [0.2] * 3, "insensitive"),
         ([0.9, 0.1, 0.5], [0.8, 0.3, 0.3], [0.2] * 3, "at floor"),
+        ([0.23, 0.24, 0.25], [0.1, 0.1, 0.1], [0.2] * 3, "at floor"),  # a fall from nothing
         ([0.23, 0.24, 0.25], [0.23, 0.24, 0.25], [0.2] * 3, "at floor"),  # above it by less than the margin
         ([0.0] * 3, [0.0] * 3, [0.0] * 3, "at floor"),
     ],
