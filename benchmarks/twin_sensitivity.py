@@ -88,7 +88,7 @@ class SinksAndWindow(PrefillMethod):
         heads, length, _ = query.shape
         block = self.block_size
         blocks = -(-length // block)
-        count, extra = row_budgets(length, block, 1 - (SPARSITY if sparsity is None else sparsity))
+        count, extra = row_budgets(length, block, 1 - (SPARSITY if sparsity is None else sparsity), 2)
         rows = torch.arange(blocks, device=query.device)
         counts = torch.minimum(rows + 1, count + (rows >= blocks - extra).long())
         place = torch.arange(count + 1, device=query.device)
