@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"^[^\w\n]{0,12}\d{1,6}(?!\w)[^\w\n]{0,12}|(?<![\w.,])\d{1,
 # What a model may add to a word: "(30 times)", ": 30", " - thirty times", "occurs thirty times".
 _BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
 _ADDED = re.compile(
-    r"[(\[{:=–—→]|\s-+\s|->|(?<!\w)x?\d|(?<=\S\s)(?:is|was|are|were|has|with|which|that|because|since|as|in|at|thirty|times"
+    r"[(\[{:=–—→]|\s-+\s|->|(?<!\w)x?\d|(?<=\s)(?:is|was|are|were|has|with|which|that|because|since|as|in|at|thirty|times"
     r"|appears|appeared|appearing|occurs|occurred|occurring)\b"
 )
 # Further words on the same line.

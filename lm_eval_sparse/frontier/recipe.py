@@ -26,7 +26,7 @@ _THOUGHT = re.compile(r"<(/?)(explanation|think|thinking|reasoning)>", re.IGNORE
 _CUT = re.compile(r"<(?:/(?:a(?:n(?:s(?:w(?:er?)?)?)?)?)?)?\s*$", re.IGNORECASE)
 
 _LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u20e3\ufe00-\ufe0f\ufeff]")
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 _HYPHENS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2212"), "-")
 _FENCE = re.compile(
     r"^[^\w\n`]*`{3,}[ \t]*"
@@ -216,7 +216,8 @@ def plain(text: str) -> str:
     """`text` without what surrounds an answer and is none of it, lines kept: code fences, HTML tags and LaTeX commands
     (what they hold stays), invisible characters; full-width forms, blanks and hyphens of any kind are the usual ones.
     """
-    text = unicodedata.normalize("NFKC", _UNSEEN.sub("", _LINE_ENDS.sub("\n", text))).translate(_HYPHENS)
+    text = _UNSEEN.sub("", _LINE_ENDS.sub("\n", text)).replace("\u20e3", ".")  # "1️⃣" is "1."
+    text = unicodedata.normalize("NFKC", text).translate(_HYPHENS)
     return _LATEX.sub(" ", _TAG.sub(" ", _BREAK.sub("\n", _FENCE.sub("", text))))
 
 

@@ -385,8 +385,8 @@ _LABEL_WORD = (
     r"(?:chapters?|ch|question|answer|[qa]|place|character|item|person|name|the|of|in|to|that|which|is|was|full|last|just|"
     rf"right|final|correct|{HERO}|she|did|acquired|bought|purchased|met|visited|reached|came|\d{{1,4}})"
 )
-# What was asked for, repeated, and a colon or the end of a cell: "Chapter 12, item:", "The item she acquired is:".
-_LABEL = re.compile(rf"(?:{_LABEL_WORD}\b(?:[^\w:|]|_){{0,6}})+[:|](?:\W|_)*", re.IGNORECASE)
+# What was asked for, repeated, and a colon, a dash or the end of a cell: "Chapter 12, item:", "The item is:".
+_LABEL = re.compile(rf"(?:{_LABEL_WORD}\b(?:[^\w:|]|_){{0,6}})+(?:[:|=]|(?<= )[-–—→] )(?:\W|_)*", re.IGNORECASE)
 _CHAPTER = re.compile(r"chapter[ *_]{1,4}\d{1,4}\b[\W_]*(?=\w)", re.IGNORECASE)
 _ARTICLE = re.compile(r"(?:an?|the)\b[\W_]+")
 _AGAIN = re.compile(r"\s*(?:[,;/|]|\b(?:and|or)\b)\s*")
@@ -400,8 +400,9 @@ def normalise(answer: str) -> str:
     """
     text = re.sub(r"[*`~]+", "", " ".join(plain(answer).lower().split()))
     text = text[_BEFORE.match(text).end() :]
-    while label := _LABEL.match(text) or _CHAPTER.match(text):
-        text = text[label.end() :]
+    for _ in range(3):  # "Answer: Item: …"
+        if label := _LABEL.match(text) or _CHAPTER.match(text):
+            text = text[label.end() :]
     if article := _ARTICLE.match(text):
         text = text[article.end() :]
     text = _core(text)

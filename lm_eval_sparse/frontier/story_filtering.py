@@ -207,7 +207,7 @@ def _columns(lines: Sequence[str]) -> list[str]:
     for line in lines:
         cells = line.strip().strip("|").split("|")
         if len(cells) == 1:
-            column = None
+            column = None if line.strip() else column
         elif column is None:
             heads = (i for i, cell in enumerate(cells) if "chapter" in cell.lower() and not re.search(r"\d", cell))
             column, width = next(heads, None), len(cells)

@@ -146,8 +146,8 @@ def _lines(block: str) -> list[str]:
         if (asked := _ASKED.match(line)) and not _TYPE.search(asked.group(1).lower()):
             line = line[asked.end() :]
         name = normalise(line)
-        leads = not lines and line.rstrip(" \t*_").endswith((":", "?")) and _is_remark(name, ())
-        if name and not leads:
+        leads = line.rstrip(" \t*_").endswith((":", "?")) and _is_remark(name, ())
+        if name and (lines or not leads and normalise(f"{name}:")):  # with a colon a label is nothing
             lines.append(name)
     return lines
 

@@ -171,9 +171,9 @@ def parse(text: str) -> dict[int, str]:
     """The numbered lines of an answer: number -> normalised rest of the line.
 
     Read from the first answer block that has any, or without a block from the whole text. The first line of a number
-    counts; the question repeated is no part of it; a number (and the question) alone belongs to the line below. Several
-    answers may stand on one line when their numbers follow one another. Numbers without any punctuation ("3 Name")
-    count where no others do.
+    counts; the question repeated is no part of it; a number alone belongs to the line below, and so does a question,
+    unless a line of its number has a name. Several answers may stand on one line when their numbers follow one another.
+    Numbers without any punctuation ("3 Name") count where no others do.
     """
     return answer_or_all(text, _lines) or {}
 
@@ -181,15 +181,14 @@ def parse(text: str) -> dict[int, str]:
 def _lines(block: str) -> dict[int, str]:
     marked: dict[int, str] = {}
     unmarked: dict[int, str] = {}
-    waiting: tuple[dict[int, str], int, bool] | None = None
+    below: dict[int, str] = {}  # a repeated question; it may be a copy of all questions, and the answers come later
+    waiting: tuple[dict[int, str], int] | None = None
     for line in plain(block).splitlines():
         start = _LINE.match(line)
         if not start:
             if waiting and (name := normalise(line)):
-                found, number, _ = waiting
+                found, number = waiting
                 found.setdefault(number, name)
-                waiting = None
-            elif waiting and waiting[2]:  # a question without an answer, as in a copy of the questions
                 waiting = None
             continue
         found = marked if (start.group(1) + start.group(3)).strip() else unmarked
@@ -205,5 +204,5 @@ def _lines(block: str) -> dict[int, str]:
             if name := normalise(piece[asked.end() :] if asked else piece):
                 found.setdefault(number, name)
             else:
-                waiting = found, number, bool(asked)
-    return marked or unmarked
+                waiting = below if asked else found, number
+    return {**below, **(marked or unmarked)}

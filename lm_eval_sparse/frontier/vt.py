@@ -39,7 +39,7 @@ _SAID = """
     in on of to from by with through for at into after before until between about
     equal equals equalling assigned assign assigns assignment copy copies copied copying share shares shared hold holds
     get gets take takes pass passed directly indirectly direct indirect likewise starting start starts ends end
-    sure yes okay done total text given found form know empty unknown
+    sure yes okay done total text given found form know empty unknown thinking summary conclusion
 """
 _WORDS = frozenset(_SAID.split())
 
