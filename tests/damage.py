@@ -1,4 +1,4 @@
-"""Strategies for input that is nearly right: values, JSON, lines and bytes with a few things wrong."""
+"""Strategies for input that is nearly right (values, JSON, lines and bytes with a few things wrong), and how many."""
 
 from __future__ import annotations
 
@@ -6,7 +6,22 @@ import copy
 import json
 from typing import Any
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+THOROUGH = settings.get_current_profile_name() == "fuzz"
+
+
+def examples(count: int, seconds: float = 2) -> Any:
+    """So many examples, the same in every run; with `--fuzz` fifty times more, others in every run. None may hang."""
+    return settings(
+        max_examples=count * 50 if THOROUGH else count,
+        deadline=1000 * seconds,
+        derandomize=not THOROUGH,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
 
 #: What stands where something else should.
 ODD: list[Any] = [

@@ -52,6 +52,7 @@ CASES = [
     ("story_retrieval", ASKED, tagged("Question 1: Apple Orchard\n2) gustav"), 1.0),
     ("story_filtering", BARE, tagged("the 3rd, 17th and 120th"), 1.0),
     ("story_filtering", BARE, tagged("3rd chapter"), 1 / 3),
+    ("story_retrieval", ASKED, "1. Apple Orchard\n2. Gustav", 1.0),
 ]
 
 

@@ -9,8 +9,6 @@ import time
 
 import pytest
 from frontier_common import KINDS, StandIn, build, leaf, tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lm_eval_sparse.frontier.niah import Niah, NiahDraft, parse
 from lm_eval_sparse.protocol import MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
@@ -188,7 +186,23 @@ OUTPUTS = [
     ("value a character long", ALL.replace(V[1], V[1] + "q"), 0.75),
     ("value a group long", ALL.replace(V[1], V[1] + "-44444444"), 0.75),
     ("malformed value on a shared line", f"1. {K[0]}: oops 2. {K[1]}: {V[1]}", 0.25),
-    ("value on the next line", f"1. {K[0]}:\n{V[0]}", 0.0),
+    ("value on the next line", f"1. {K[0]}:\n{V[0]}", 0.25),
+    ("values on the next lines", "\n".join(f"{i + 1}. {K[i]}:\n{V[i]}" for i in range(4)), 1.0),
+    ("keys and values on lines of their own", "\n\n".join(f"{i + 1}.\n{K[i]}\n{V[i]}" for i in range(4)), 1.0),
+    ("in a sentence", "\n".join(f"{i + 1}. The value for {K[i]} is {V[i]}." for i in range(4)), 1.0),
+    ("as in the list", "\n".join(f"{i + 1}. Stored under {K[i]}: {V[i]}." for i in range(4)), 1.0),
+    ("sentences on one line", " ".join(f"{i + 1}. The value for {K[i]} is {V[i]}." for i in range(4)), 1.0),
+    ("key 1, value 1", "\n".join(f"Key {i + 1}: {K[i]}\nValue {i + 1}: {V[i]}" for i in range(4)), 1.0),
+    ("key 1, value 1 on a line", "\n".join(f"Key {i + 1}: {K[i]}, value {i + 1}: {V[i]}" for i in range(4)), 1.0),
+    ("JSON", "\n".join(f'"{i + 1}": {{\n  "key": "{K[i]}",\n  "value": "{V[i]}"\n}},' for i in range(4)), 1.0),
+    ("an explanation below", f"{ALL}\n\nI found them beside {V[0]} and {K[0]}.", 1.0),
+    ("pair given twice on a line", ALL.replace(V[1], f"{V[1]} ({K[1]}: {V[1]})"), 1.0),
+    ("a second value on a line", ALL.replace(V[1], f"{V[1]} or {V[0]}"), 0.75),
+    ("a second value in brackets", ALL.replace(V[1], f"{V[1]} ({V[0]})"), 0.75),
+    ("a wrong value before the right one", ALL.replace(V[1], f"not {V[0]} but {V[1]}"), 0.75),
+    ("a second value on the next line", f"1. {K[0]}:\n{V[0]}\n{V[1]}", 0.0),
+    ("a bare number before a malformed key", f"3 {K[2]}: {V[2]}\n4 {K[3]}x: {V[3]}", 0.25),
+    ("keys first, then the lines", "\n".join(f"{i + 1}. {K[i]}" for i in range(4)) + f"\n\n{ALL}", 1.0),
     ("empty", "", 0.0),
     ("blank", " \n\t ", 0.0),
     ("empty tags", "<answer></answer>", 0.0),
@@ -209,29 +223,6 @@ def test_hand_written_outputs(output, share):
     start = time.perf_counter()
     assert Niah().score(DOC, output) == {"acc": share}
     assert time.perf_counter() - start < 1
-
-
-codes = st.from_regex(CODE, fullmatch=True)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.tuples(codes, codes), min_size=4, max_size=4, unique=True),
-    st.sets(st.integers(1, 4)),
-    st.sampled_from(["{}. {}: {}", "({}) `{}` -> `{}`", '{}) "{}" = "{}"', "| {} | {} | {} |", "**{}.** {}: **{}**"]),
-    st.booleans(),
-)
-def test_score_is_the_share_of_lines_given(pairs, given_lines, style, tagged):
-    doc = {"keys": [k for k, _ in pairs], "values": [v for _, v in pairs]}
-    text = "\n".join(style.format(i, *pairs[i - 1]) for i in sorted(given_lines))
-    text = f"<explanation>x</explanation><answer>{text}</answer>" if tagged else text
-    assert Niah().score(doc, text)["acc"] == len(given_lines) / 4
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.text())
-def test_any_text_can_be_scored(text):
-    assert Niah().score(DOC, text) == {"acc": 0.0}
 
 
 def test_parse_returns_what_was_written():

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 from frontier_common import KINDS, StandIn, build, leaf, tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.frontier import qa, qa_data
@@ -759,6 +757,12 @@ SQUAD_OUTPUTS = [
     ("one word more", tagged("Rhine valley"), 0.67),  # 2·1/(2+1); against the other 2·1/(2+2)
     ("a sentence", tagged("It is the Rhine river in Germany"), 0.5),  # 2·2/(6+2) against the longer reference
     ("wrong", tagged("Danube"), 0.0),
+    ("label", tagged("**Answer:** Rhine"), 1.0),
+    ("label as a sentence", tagged("The answer is: the Rhine river."), 1.0),
+    ("label alone", tagged("Answer:"), 0.0),
+    ("LaTeX", tagged("$\\boxed{\\text{Rhine}}$"), 1.0),
+    ("full-width", tagged("Ｒｈｉｎｅ．"), 1.0),
+    ("over lines", tagged("the Rhine\nriver"), 1.0),
     ("joined by a hyphen", tagged("Rhine-river"), 0.0),  # one word, as SQuAD's own script has it
     ("100 KB of noise", NOISE, 0.0),
     ("100 KB of noise, then the answer", NOISE + tagged("Rhine"), 1.0),
@@ -840,6 +844,14 @@ CHOICE_OUTPUTS = [
     ("number", B, tagged("2"), 0.0),
     ("wrong", B, tagged("C"), 0.0),
     ("right and a wrong one", B, tagged("B, C"), 0.0),
+    ("right and a wrong one, with texts", B, tagged("(B) a dog (C) vitamin B"), 0.0),
+    ("right and not a wrong one", B, tagged("The answer is B, not A."), 1.0),
+    ("boxed", B, tagged("$\\boxed{\\text{B}}$"), 1.0),
+    ("full-width", B, tagged("Ｂ．"), 1.0),
+    ("HTML", B, tagged("<b>B</b>"), 1.0),
+    ("several, texts in brackets", AC, tagged("A (to sign up) and C (vitamin B)"), 1.0),
+    ("several, texts behind dashes", AC, tagged("A - to sign up, C - vitamin B"), 1.0),
+    ("several, boxed", AC, tagged("\\boxed{A}, \\boxed{C}"), 1.0),
     ("no tags", B, "B", 0.0),
     ("empty", B, "", 0.0),
     ("empty tags", B, "<answer></answer>", 0.0),
@@ -899,27 +911,6 @@ def test_letters_of_more_or_fewer_options():
     assert letters("C", 2) == frozenset() and letters("AB", 2) == {"A", "B"}
     assert letters("I think it is C.", 10) == {"C"}
     assert letters("I", 10) == {"I"} and letters("A, I", 10) == {"A", "I"}
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    st.sets(st.sampled_from("ABCD"), min_size=1),
-    st.sampled_from([", ", " and ", "; ", "\n", " / ", ",", ""]),
-    st.sampled_from(["{}", "{}.", "({})", "**{}**", "The answer is {}", "Options {}", "“{}”", " {} \n"]),
-)
-def test_any_usual_list_of_letters_is_read(right, between, style):
-    doc = {"options": ["x"] * 4, "letters": sorted(right)}
-    for order in (sorted(right), sorted(right, reverse=True)):
-        assert Toefl().score(doc, tagged(style.format(between.join(order)))) == {"exact_match": 1.0}
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.text())
-def test_any_text_can_be_scored(text):
-    for recipe, doc in ((Squad(), SQUAD), (Toefl(), AC)):
-        assert set(recipe.score(doc, text).values()) == {0.0}  # without tags
-        (score,) = recipe.score(doc, f"<answer>{text}").values()
-        assert 0 <= score <= 1
 
 
 # -------------------------------------------------------------------------------------------------------------- twins

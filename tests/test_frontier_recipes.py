@@ -680,7 +680,9 @@ WORDS = [
     ("<answer>\r\nx\r\n</answer>\r\n", ["x"]),
     ("I write <answer> and </answer>. <answer>x</answer>", ["and"]),
     ("<answer >x</answer>", None),
-    ("<answer>x</ans", ["x</ans"]),
+    ("<answer>x</ans", ["x"]),
+    ("<answer>x<", ["x"]),
+    ("<answer>x</ans y", ["x</ans", "y"]),
     ("</answer><answer>x", ["x"]),
 ]
 

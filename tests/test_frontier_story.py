@@ -312,7 +312,7 @@ def test_gold_answers_of_two_hundred_documents(name):
         wrapped = f"<explanation>I read 2 chapters.</explanation>\n<answer>\n{target}\n</answer>"
         assert recipe.score(doc, wrapped) == {metric: 1.0}
         assert recipe.score(doc, wrapped.upper()) == {metric: 1.0}
-        assert recipe.score(doc, target) == {metric: 0.0}  # no tags
+        assert recipe.score(doc, target) == {metric: float(name == "story_retrieval")}  # no tags
         assert recipe.score(doc, "") == {metric: 0.0}
 
 
@@ -402,8 +402,25 @@ def lines(style: str, change: Callable[[str], str] = str) -> str:
 RETRIEVAL = [
     ("gold", f"<answer>\n{ALL}\n</answer>", 1.0),
     ("tags on the lines", f"<answer>{ALL}</answer>", 1.0),
-    ("no tags", ALL, 0.0),
-    ("only the closing tag", f"{ALL}\n</answer>", 0.0),
+    ("no tags", ALL, 1.0),
+    ("no tags, text around", f"The 4 answers:\n\n{ALL}\n\nThese are the 4 answers.", 1.0),
+    ("no tags, three of four", "\n".join(LINES[:3]), 0.75),
+    ("only the closing tag", f"{ALL}\n</answer>", 1.0),
+    ("tags with nothing, lines outside", f"{ALL}\n<answer></answer>", 0.0),
+    ("questions copied", "\n".join(f"{i}. Chapter {i + 3}: which item did Nora acquire?" for i in range(1, 5)), 0.0),
+    (
+        "questions copied, then lines",
+        "\n".join(f"{i}. Chapter 9: which item did Nora acquire?" for i in range(1, 5)) + f"\n\nAnswers:\n{ALL}",
+        1.0,
+    ),
+    ("questions repeated", lines("{}. Chapter 9: to which place did Nora come? {}"), 1.0),
+    ("questions repeated above", lines("{}. Chapter 9: to which place did Nora come?\n   **Answer:** {}"), 1.0),
+    ("names on the next lines", lines("{}.\n   {}"), 1.0),
+    ("JSON on one line", '{"1": "Harbour Market", "2": "Ambrose", "3": "ornate brass bowl", "4": "tiny oak box"}', 1.0),
+    ("table with the kind", lines("| {} | Chapter 7 | item | {} |"), 1.0),
+    ("a second name", lines("{}. {}, Gustav"), 0.0),
+    ("a second name in brackets", lines("{}. {} (or Gustav)"), 0.0),
+    ("a name twice", "<answer>1. Harbour Market, harbour market\n2. Ambrose / Ambrose</answer>", 0.5),
     ("never closed", f"<answer>\n{ALL}", 1.0),
     ("cut off in the third name", f"<answer>\n{ALL}"[: len("<answer>\n") + ALL.index("brass")], 0.5),
     ("explanation first", f"<explanation>1. I read.\n2. Done.</explanation>\n<answer>{ALL}</answer>", 1.0),
@@ -445,7 +462,7 @@ RETRIEVAL = [
     ("in a sentence", lines("{}. Nora came to the {}"), 0.0),
     ("Windows line ends", f"<answer>\r\n{ALL}\r\n</answer>".replace("\n", "\r\n"), 1.0),
     ("old Mac line ends", f"<answer>\r{ALL}\r</answer>".replace("\n", "\r"), 1.0),
-    ("all on one line", f"<answer>{' '.join(LINES)}</answer>", 0.0),
+    ("all on one line", f"<answer>{' '.join(LINES)}</answer>", 1.0),
     ("no numbers", f"<answer>{chr(10).join(VALUES)}</answer>", 0.0),
     ("other order, numbers right", f"<answer>{chr(10).join(reversed(LINES))}</answer>", 1.0),
     ("two swapped", f"<answer>1. Ambrose\n2. Harbour Market\n{LINES[2]}\n{LINES[3]}</answer>", 0.5),
@@ -483,7 +500,7 @@ MULTIHOP = [
     ("never closed, rambling below", "<answer>\nornate brass bowl\n\nI hope this helps.", 1.0),
     ("cut off", "<answer>ornate brass", 0.0),
     ("cut-off tag", "<answer>ornate brass bowl\n</ans", 1.0),
-    ("cut-off tag on the line", "<answer>ornate brass bowl</ans", 0.0),
+    ("cut-off tag on the line", "<answer>ornate brass bowl</ans", 1.0),
     ("upper-case tags", "<ANSWER>Ornate Brass Bowl</ANSWER>", 1.0),
     ("article", "<answer>the ornate brass bowl</answer>", 1.0),
     ("an", "<answer>An ornate brass bowl.</answer>", 1.0),
@@ -497,12 +514,34 @@ MULTIHOP = [
     ("list mark", "<answer>- ornate brass bowl</answer>", 1.0),
     ("sentence", "<answer>It was the ornate brass bowl.</answer>", 0.0),
     ("two items", "<answer>ornate brass bowl, tiny oak box</answer>", 0.0),
-    ("second line ignored", "<answer>ornate brass bowl\ntiny oak box</answer>", 1.0),
+    ("another item below", "<answer>ornate brass bowl\nworn tin comb</answer>", 0.0),
+    ("two more items below", "<answer>ornate brass bowl\nworn tin comb\nplain jade saucer</answer>", 0.0),
+    ("the item of the question below", "<answer>ornate brass bowl\ntiny oak box</answer>", 0.0),
+    ("an invented item below", "<answer>ornate brass bowl\n\nshiny plastic knob</answer>", 0.0),
+    ("another item in a remark below", "<answer>ornate brass bowl\nIt may also be the worn tin comb.</answer>", 0.0),
+    ("numbered items", "<answer>1. ornate brass bowl\n2. worn tin comb</answer>", 0.0),
+    ("a remark below", "<answer>ornate brass bowl\n\nShe bought it just before the tiny oak box.</answer>", 1.0),
+    ("twice", "<answer>ornate brass bowl\nOrnate brass bowl</answer>", 1.0),
+    ("twice on a line", "<answer>ornate brass bowl, ornate brass bowl</answer>", 1.0),
+    ("label on a line of its own", "<answer>Item:\nornate brass bowl</answer>", 1.0),
+    ("bold label on a line of its own", "<answer>**Final answer:**\n\nthe ornate brass bowl</answer>", 1.0),
+    ("over two lines", "<answer>ornate brass\nbowl</answer>", 1.0),
+    ("over three lines", "<answer>the ornate\nbrass\nbowl</answer>", 1.0),
+    ("over two lines, then another", "<answer>ornate brass\nbowl\nworn tin comb</answer>", 0.0),
+    ("code fence", "<answer>\n```text\nornate brass bowl\n```\n</answer>", 1.0),
+    ("no-break spaces", "<answer>ornate\u00a0brass\u00a0bowl</answer>", 1.0),
+    ("LaTeX", "<answer>$\\boxed{\\text{ornate brass bowl}}$</answer>", 1.0),
+    (
+        "as in the question",
+        "<answer>The item acquired last before the tiny oak box is: ornate brass bowl</answer>",
+        1.0,
+    ),
+    ("another item in the label", "<answer>worn tin comb or, before the tiny oak box: ornate brass bowl</answer>", 0.0),
     ("wrong line first", "<answer>tiny oak box\nornate brass bowl</answer>", 0.0),
     ("second block ignored", "<answer>ornate brass bowl</answer><answer>tiny oak box</answer>", 1.0),
     ("first block wrong", "<answer>tiny oak box</answer><answer>ornate brass bowl</answer>", 0.0),
     ("first block empty", "<answer> </answer><answer>ornate brass bowl</answer>", 1.0),
-    ("tags named before", "Then <answer> and </answer>: <answer>ornate brass bowl</answer>", 0.0),
+    ("tags named before", "Then <answer> and </answer>: <answer>ornate brass bowl</answer>", 1.0),
     ("open tag named before", "Then <answer>: <answer>ornate brass bowl</answer>", 1.0),
     ("target itself", "<answer>tiny oak box</answer>", 0.0),
     ("words missing", "<answer>brass bowl</answer>", 0.0),
@@ -555,6 +594,23 @@ FILTERING = [
     ("count named, 3 is not given", "<answer>The 3 such chapters: 17, 25</answer>", 2 / 3),
     ("remarks", "<answer>Chapter 3: nothing\nChapter 17: only a sale\nChapter 25: nothing</answer>", 1.0),
     ("duplicates", "<answer>3, 3, 17, 25, 25</answer>", 1.0),
+    ("counts behind a colon", "<answer>Chapter 3: 0 items\nChapter 17: 0 items\nChapter 25: 0 items</answer>", 1.0),
+    ("counts alone", "<answer>Chapter 3: 0, Chapter 17: 0, Chapter 25: 0</answer>", 1.0),
+    ("counts without chapters", "<answer>3: 0\n17: 0\n25: 0</answer>", 1.0),
+    ("of 40", "<answer>Chapter 3 (of 40), Chapter 17, Chapter 25</answer>", 1.0),
+    ("of 40 without brackets", "<answer>3, 17 and 25 of 40</answer>", 1.0),
+    ("counts in brackets", "<answer>3 (0 items), 17 (0 items, 1 sale), 25</answer>", 1.0),
+    ("a number in brackets", "<answer>3 (26), 17, 25</answer>", 0.75),
+    ("chapters, then a number", "<answer>Chapter 3, Chapter 17, Chapter 25, 26</answer>", 0.75),
+    ("a number, then chapters", "<answer>26, Chapter 3, Chapter 17, Chapter 25</answer>", 0.75),
+    ("a number behind a sentence", "<answer>Chapters 3, 17 and 25 have none; in 26 there is none</answer>", 0.75),
+    ("table with counts", "<answer>| Chapter | Items |\n|---|---|\n| 3 | 0 |\n| 17 | 0 |\n| 25 | 0 |</answer>", 1.0),
+    ("numbered table", "<answer>| # | Chapter |\n|---|---|\n| 1 | 3 |\n| 2 | 17 |\n| 3 | 25 |</answer>", 1.0),
+    ("table without a head", "<answer>| 3 | 17 | 25 | 26 |</answer>", 0.75),
+    ("list numbers on one line", "<answer>1) 3, 2) 17, 3) 25</answer>", 1.0),
+    ("JSON object", '<answer>{"1": 3, "2": 17, "3": 25}</answer>', 1.0),
+    ("total below", "<answer>3, 17, 25\nTotal: 3</answer>", 1.0),
+    ("full-width", "<answer>３，１７，２５</answer>", 1.0),
     ("two right", "<answer>3, 17</answer>", 2 / 3),
     ("one right", "<answer>Chapter 17</answer>", 1 / 3),
     ("one wrong", "<answer>3, 17, 26</answer>", 0.5),
@@ -602,15 +658,6 @@ def test_hand_written_outputs(name, output, score):
     assert time.perf_counter() - start < 1
 
 
-@every_task
-@settings(deadline=None, max_examples=100)
-@given(text=st.text(), digits=st.text("0123456789 .,:)chapter\n-"))
-def test_any_text_can_be_scored(name, text, digits):
-    for inner in (text, digits, text + digits):
-        (score,) = RECIPES[name].score(DOCS[name], f"<answer>{inner}").values()
-        assert 0 <= score <= 1
-
-
 JOINS = [", ", "; ", " ", "\n", " and ", ", Chapter ", "\n- Chapter ", "/"]
 
 
@@ -629,7 +676,7 @@ def test_number_lists_are_read_as_written(numbers, join, order):
 
 def test_parse_returns_what_was_written():
     assert parse_lines("<answer>2. The Harbour Market.\n7) Ambrose</answer>") == {2: "harbour market", 7: "ambrose"}
-    assert parse_lines("2. Ambrose") == {} and parse_numbers("17") == set()
+    assert parse_lines("2. Ambrose") == {2: "ambrose"} and parse_numbers("17") == set()
 
 
 # ------------------------------------------------------------------------------------------------------------- twins

@@ -11,8 +11,6 @@ from itertools import islice, product
 
 import pytest
 from frontier_common import StandIn, build, leaf
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lm_eval_sparse.frontier.vt import Vt
 from lm_eval_sparse.protocol import set_active_lm
@@ -211,7 +209,7 @@ OUTPUTS = [
     ("mixed-case tags", f"<Answer>\n{ALL}\n</Answer>", 5, 5),
     ("no closing tag", f"<explanation>So.</explanation><answer>\n{ALL}", 5, 5),
     ("only a closing tag", f"{ALL}\n</answer>", 5, 5),
-    ("cut off within the fourth name", f"<answer>\n{ALL}"[: len("<answer>\n") + 3 * 7 + 3], 3, 5),
+    ("cut off within the fourth name", f"<answer>\n{ALL}"[: len("<answer>\n") + 3 * 7 + 3], 3, 6),
     ("cut off within the tag", f"<answer>{ALL}</ans", 5, 5),
     ("doubled tags", f"<answer><answer>{ALL}</answer></answer>", 5, 5),
     ("two blocks, first right", f"<answer>{ALL}</answer><answer>{W[0]}</answer>", 5, 5),
@@ -263,8 +261,8 @@ OUTPUTS = [
     ("in prose without tags", f"I found these after three steps: first {G[0]}, then {' and '.join(G[1:])}.", 5, 5),
     ("prose with a known variable in lower case", f"<answer>{ALL} and no other</answer>", 5, 6),
     ("prose with two known variables", f"<answer>Other names: about {ALL}</answer>", 5, 7),
-    ("prose in capitals", f"<answer>THESE NAMES SHARE 48213: {ALL}</answer>", 5, 8),
-    ("all capitals, one word", f"<answer>FINAL: {ALL}</answer>", 5, 6),
+    ("prose in capitals", f"<answer>THESE NAMES SHARE 48213: {ALL}</answer>", 5, 5),
+    ("all capitals, one word", f"<answer>FINAL: {ALL}</answer>", 5, 5),
     ("possessive", f"<answer>{G[0]}'s, {', '.join(G[1:])}</answer>", 5, 5),
     ("each twice", f"{ALL}, {ALL}", 5, 5),
     ("each twice in two cases", f"{ALL}, {ALL.lower()}", 5, 5),
@@ -277,14 +275,28 @@ OUTPUTS = [
     ("all forty", ", ".join(DOC["variables"]), 5, 40),
     ("invented names", "CCCCC, CCCCD, CCCCE, CCCCH, CCCCI", 0, 10),
     ("an invented name", f"{ALL}, CCCCC", 5, 6),
-    ("an invented name in lower case is a word", f"{ALL}, ccccc", 5, 5),
-    ("names of four and six letters", f"{ALL}, QWXY, QWXYAB", 5, 5),
-    ("a name with a digit", f"{', '.join(G[:4])}, HJSD1", 4, 5),
+    ("an invented name in lower case", f"{ALL}, ccccc", 5, 6),
+    ("names of four and six letters", f"{ALL}, QWXY, QWXYAB", 5, 7),
+    ("a name with a digit", f"{', '.join(G[:4])}, HJSD1", 4, 6),
     ("one letter off", f"{', '.join(G[:4])}, HJSDJ", 4, 6),
-    ("glued", "".join(G), 0, 5),
-    ("VAR glued to a name", f"VAR{G[0]}, {', '.join(G[1:])}", 4, 5),
-    ("two glued", f"{G[0]}{G[1]}, {', '.join(G[2:])}", 3, 5),
+    ("glued", "".join(G), 0, 6),
+    ("VAR glued to a name", f"VAR{G[0]}, {', '.join(G[1:])}", 4, 6),
+    ("two glued", f"{G[0]}{G[1]}, {', '.join(G[2:])}", 3, 6),
     ("hyphens between", "-".join(G), 5, 5),
+    ("invented names of other lengths", f"<answer>{ALL}, DBPNSX, ABC, XYZXYZ</answer>", 5, 8),
+    ("a longer name for the fifth", f"<answer>{', '.join(G[:4])}, DBPNSX</answer>", 4, 6),
+    ("invented names on lines", "\n".join([*G, "abcdef", "Xyz"]), 5, 7),
+    ("an invented name among blanks", f"{' '.join(G)} DBPNSX", 5, 6),
+    ("an invented name, lower case, among blanks", f"{' '.join(G).lower()} dbpnsx", 5, 6),
+    ("an invented name with its value", f"{', '.join(f'{g}: 48213' for g in G)}, dbpnsx: 48213", 5, 6),
+    ("an invented name in prose", f"The names are {', '.join(G[:4])} and DBPNSX.", 4, 6),
+    ("prose with a word between commas", f"Indeed, the variables are, finally, {ALL}.", 5, 5),
+    ("remarks in brackets", ", ".join(f"{g} (copied)" for g in G), 5, 5),
+    ("remarks behind a dash", "\n".join(f"- {g} – somewhere initially" for g in G), 5, 5),
+    ("another name in a remark", f"{ALL} (not {W[0]})", 5, 6),
+    ("a table with words", "\n".join(f"| {i} | {g} | initially |" for i, g in enumerate(G)), 5, 5),
+    ("the form copied", "<answer>first name, second name, and so on</answer>", 0, 5),
+    ("full-width letters", "、".join(G).translate({i: i + 0xFEE0 for i in range(65, 91)}), 5, 5),
     ("the number alone", "48213", 0, 5),
     ("empty", "", 0, 5),
     ("blank", " \r\n\t ", 0, 5),
@@ -321,8 +333,8 @@ def test_hand_written_outputs(output, both, either):
 
 @pytest.mark.parametrize("word", ["ÉTOILE", "ÜBERAL", "FEDERŸ"])
 def test_letters_of_other_languages_are_letters(word):
-    """Six letters are no name, whatever five of them are."""
-    assert Vt().score(DOC, f"<answer>{ALL}, {word}</answer>") == {"iou": 1.0}
+    """Of a word with such a letter the others are no word of their own."""
+    assert Vt().score(DOC, f"<answer>{ALL}, {word}</answer>") == {"iou": pytest.approx(5 / 6)}
 
 
 @pytest.mark.parametrize("mark", ["*", "***", "~~", "_", "__"])
@@ -330,30 +342,3 @@ def test_names_may_be_emphasised(mark):
     """Markdown writes emphasis with underscores as well as with stars."""
     text = ", ".join(f"{mark}{name}{mark}" for name in G)
     assert Vt().score(DOC, f"<answer>{text}</answer>") == {"iou": 1.0}
-
-
-names = st.text(string.ascii_uppercase, min_size=5, max_size=5)
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    st.lists(names, min_size=40, max_size=40, unique=True),
-    st.sets(st.integers(0, 39)),
-    st.sampled_from(["{}", "VAR {}", "`{}`", "- {}\n", "({})", '"{}"', "{} = 12345"]),
-    st.sampled_from([", ", "\n", " and ", "\r\n", "; "]),
-    st.booleans(),
-    st.booleans(),
-)
-def test_the_score_is_the_overlap_of_what_was_given(variables, given_ones, style, between, lower, tagged):
-    doc = {"names": variables[:5], "value": "12345", "variables": sorted(variables)}
-    text = between.join(style.format(variables[i]) for i in sorted(given_ones))
-    text = text.lower() if lower else text
-    text = f"<explanation>so</explanation><answer>{text}</answer>" if tagged else text
-    right = set(range(5))
-    assert Vt().score(doc, text) == {"iou": pytest.approx(len(given_ones & right) / len(given_ones | right))}
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.text())
-def test_any_text_can_be_scored(text):
-    assert 0 <= Vt().score(DOC, text)["iou"] <= 1

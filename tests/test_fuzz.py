@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from attack_rows import ggufs
 from attack_rows.shared import result
-from damage import damaged, file_of, json_values, lines_of, odd, text, torn
-from hypothesis import HealthCheck, given, settings
+from damage import damaged, examples, file_of, json_values, lines_of, odd, text, torn
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlitedict import SqliteDict
 
@@ -32,19 +32,6 @@ from lm_eval_sparse.frontier.task import check_metadata
 from lm_eval_sparse.methods import METHODS
 from lm_eval_sparse.model import SparseHFLM
 from lm_eval_sparse.protocol import MeasuredText
-
-THOROUGH = settings.get_current_profile_name() == "fuzz"
-
-
-def examples(count: int, seconds: float = 2) -> Any:
-    """So many examples, the same in every run; with `--fuzz` fifty times more, others in every run. None may hang."""
-    return settings(
-        max_examples=count * 50 if THOROUGH else count,
-        deadline=1000 * seconds,
-        derandomize=not THOROUGH,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow],
-    )
 
 
 def is_one_line(message: str) -> bool:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from .recipe import Message, Recipe, first_answer, ranking_chance, ranking_scores, rng
+from .recipe import Message, Recipe, first_answer, plain, ranking_chance, ranking_scores, rng
 
 COMMON = 10
 COMMON_TIMES = 30
@@ -25,11 +24,18 @@ RARE_TIMES = 3
 _LISTS = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
 # The number of an entry: at the start of a line with or without punctuation ("#1 word", "12 word"), later with it.
 _NUMBER = re.compile(r"^[^\w\n]{0,12}\d{1,6}(?!\w)[^\w\n]{0,12}|(?<![\w.,])\d{1,6}\s?[.):]\s{0,4}(?=[^\W\d])")
-# What a model may add to a word: "(30 times)", ": 30", " - thirty times", ", which is common".
-_ADDED = re.compile(r"[(\[:;,=|\t–—]|\s-+\s|->|→")
+# What a model may add to a word: "(30 times)", ": 30", " - thirty times", "occurs thirty times".
+_BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
+_ADDED = re.compile(
+    r"[(\[{:=–—→]|\s-+\s|->|(?<!\w)x?\d|(?<=\s)(?:is|was|are|were|has|with|which|that|because|since|as|in|at|thirty|times"
+    r"|appears|appeared|appearing|occurs|occurred|occurring)\b"
+)
+# Further words on the same line.
+_FURTHER = re.compile(r"[,;/|&+\t、，；]|\b(?:and|or)\b")
 # "the word oak", "word: oak"; but "word" alone may be an answer.
-_LABEL = re.compile(r"^[^\w\n]*(?:the\s+)?word\b\s*:?\s*(?=[^\W\d_])|^[^\w\n]*the\s+(?=[^\W\d_])")
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_LABEL = re.compile(r"(?:the\s+)?word\b[^\w\n]*(?=[^\W\d_])|the\s+(?=[^\W\d_])")
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+_OUTSIDE = re.compile(r"[\W_]*")
 
 _INTRO = (
     "Below is a long numbered list of words in random order. {common} of the words occur {common_times} times each, "
@@ -184,7 +190,7 @@ class Cwe(Recipe):
         return CweDraft(rng(self.name, self.version, length, seed, index), forced)
 
     def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
-        """`iou` of the words in numbered lines and the gold ones; without an answer block 0."""
+        """`iou` of the words in numbered lines and the gold ones, see `parse`; without an answer block 0."""
         gold = set(doc["words"])
         found = first_answer(text, parse) or set()
         return {"iou": len(found & gold) / len(found | gold)}
@@ -216,18 +222,51 @@ class Cwe(Recipe):
 
 
 def parse(text: str) -> set[str]:
-    """The words of an answer's numbered lines, in lower case. Lines without a number do not count.
+    """The words of an answer's numbered lines, in lower case. Lines without a number do not count, but for one below a
+    number that stands alone.
 
-    What follows a word in brackets or after a colon, a comma or a dash is ignored. An entry of several words counts
-    as its first, unless all of it is one word of the pool ("contact lens").
+    All words of a line count: those before its first comma (or "and", "/", …), and behind one a single word or words of
+    the pool. What a model adds is ignored: what stands in brackets, after a colon, a dash, a number or a verb ("oak
+    appears thirty times"), and phrases behind a comma. Two words are one where the pool has them ("contact lens").
     """
-    found = set()
-    for line in unicodedata.normalize("NFC", text).splitlines():
+    found: set[str] = set()
+    waiting = False
+    for line in plain(text).lower().splitlines():
         numbers = list(_NUMBER.finditer(line))
         for number, following in zip(numbers, [*numbers[1:], None], strict=False):
-            entry = line[number.end() : following.start() if following else None].lower()
-            entry = _LABEL.sub("", entry)
-            if words := _WORD.findall(_ADDED.split(entry, maxsplit=1)[0]):
-                whole = " ".join(words)
-                found.add(whole if whole in _words() else words[0])
+            named = _named(line[number.end() : following.start() if following else None])
+            found |= named
+            waiting = not named
+        if waiting and not numbers and (named := _named(line)):
+            found |= named
+            waiting = False
     return found
+
+
+def _named(entry: str) -> set[str]:
+    """The words that an entry gives."""
+    entry = entry[_OUTSIDE.match(entry).end() :]
+    if label := _LABEL.match(entry):
+        entry = entry[label.end() :]
+    first, *further = _FURTHER.split(_ADDED.split(_BRACKETS.sub(" ", entry), maxsplit=1)[0])
+    found = set(_items(first))
+    for piece in further:
+        items = _items(piece)
+        if len(items) == 1 or _words().issuperset(items):
+            found.update(items)
+    return found
+
+
+def _items(text: str) -> list[str]:
+    """Words, two of them as one where the pool has them."""
+    words, items = _WORD.findall(text), []
+    i = 0
+    while i < len(words):
+        single = words[i].replace("-", " ")
+        if (pair := " ".join(words[i : i + 2])) in _words():
+            items.append(pair)
+            i += pair.count(" ") + 1
+        else:
+            items.append(single if single in _words() else words[i])
+            i += 1
+    return items

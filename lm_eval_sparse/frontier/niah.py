@@ -14,15 +14,27 @@ from bisect import insort
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import Message, Recipe, first_answer, has_answer_tag, rng, slot_scores
+from .recipe import Message, Recipe, answer_or_all, plain, rng, slot_scores
 
 TARGETS = 4
 
 _ALPHABET = string.ascii_lowercase + string.digits
-_CODE = r"(?<![\w-])[A-Za-z0-9]{8}(?:-[A-Za-z0-9]{8}){3}(?![\w-])"
-# An answer line starts with its number, then the key, with any punctuation (quotes, brackets, markup) between.
-_NUMBERED_KEY = re.compile(rf"(?<![\w-])(\d{{1,2}})[^\w\n]{{1,8}}(?:[Kk]ey[^\w\n]{{1,4}})?({_CODE})")
+# Not part of a longer code: no group more on either side.
+_CODE = r"(?<![^\W_])(?<![^\W_]{2}-)[A-Za-z0-9]{8}(?:[-–—][A-Za-z0-9]{8}){3}(?!-?[^\W_])"
 _VALUE = re.compile(_CODE)
+# A line of the answer starts with its number, whatever punctuation (quotes, brackets, markup) stands around it; one
+# without any has a code on its line ("4 keys were found" numbers nothing). Within a line a number starts a further one
+# where it is set off by punctuation ("1. … 2. …") and is not that of a value ("value 1: …").
+_NUMBER = re.compile(
+    rf"""
+    ^(?:[^\w\n]|_)*(?:[^\w\s]|_|\b(?:key|entry|pair|question|answer|index|id|no|q|a))[^\w\n]{{0,4}}(\d{{1,2}})(?!\w)
+    |^[ \t]*(\d{{1,2}})(?!\w)(?=[ \t]*$|[ \t]*[^\w\s]|[^\n]*?{_CODE})
+    |(?<![\w.:-])(?<!value[ ])
+        (\d{{1,2}})(?:[.):\]]{{1,2}}[^\w\n]{{0,4}}\s|[^\w\n]{{1,8}}(?:key[^\w\n]{{1,4}})?(?={_CODE}))
+    """,
+    re.VERBOSE | re.MULTILINE | re.IGNORECASE,
+)
+_BLANK_LINE = re.compile(r"\n[ \t]*\n")
 
 _INTRO = (
     "Below is a long list of entries. Each entry gives one key and the value stored under it. "
@@ -123,7 +135,8 @@ class Niah(Recipe):
         return NiahDraft(rng(self.name, self.version, length, seed, index), forced)
 
     def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
-        """`acc`: share of the four numbered lines with the right key (case counts) and value (case does not)."""
+        """`acc`: share of the four numbered lines with the right key (case counts) and value (case does not), and no
+        other code."""
         found = parse(text)
         right = [found.get(i) == pair for i, pair in enumerate(zip(doc["keys"], doc["values"], strict=True), 1)]
         return {"acc": sum(right) / len(right)}
@@ -155,19 +168,30 @@ def _requests(keys: Sequence[str], values: Sequence[str]) -> list[tuple[str, str
     return requests
 
 
-def parse(text: str) -> dict[int, tuple[str, str]]:
-    """The numbered key-value lines of an answer: number -> (key as written, value in lower case).
+def parse(text: str) -> dict[int, tuple[str, ...]]:
+    """The numbered lines of an answer: number -> (key as written, value in lower case, and what other codes it has).
 
-    Read from the first answer block that has such a line, or without a block from the whole text. The first line of a
-    number counts.
+    Read from the first answer block that has such a line, or without a block from the whole text. A line may say
+    anything around its codes, and go on in the next ones: it ends where another number starts one, or at a blank line
+    once it has its value. The first line of a number with two codes counts; a code given twice is given once.
     """
-    return first_answer(text, _lines) or ({} if has_answer_tag(text) else _lines(text))
+    return answer_or_all(text, _lines) or {}
 
 
-def _lines(text: str) -> dict[int, tuple[str, str]]:
-    found: dict[int, tuple[str, str]] = {}
-    for line in text.splitlines():
-        for start in _NUMBERED_KEY.finditer(line):
-            if value := _VALUE.search(line, start.end()):
-                found.setdefault(int(start.group(1)), (start.group(2), value.group().lower()))
+def _lines(text: str) -> dict[int, tuple[str, ...]]:
+    text = plain(text)
+    starts = list(_NUMBER.finditer(text))
+    found: dict[int, tuple[str, ...]] = {}
+    for start, following in zip(starts, [*starts[1:], None], strict=False):
+        codes: dict[str, str] = {}
+        last = start.end()
+        for code in _VALUE.finditer(text, last, following.start() if following else len(text)):
+            if len(codes) > 1 and _BLANK_LINE.search(text, last, code.start()):
+                break
+            written = re.sub("[–—]", "-", code.group())
+            codes.setdefault(written.lower(), written)
+            last = code.end()
+        if len(codes) > 1:
+            key, *others = codes.values()
+            found.setdefault(int(start[start.lastindex]), (key, *map(str.lower, others)))
     return found

@@ -29,7 +29,7 @@ from .. import files, paths, sealed
 from ..errors import UserError
 from . import qa_data
 from .qa_data import DataSet, Item
-from .recipe import Message, Recipe, Unavailable, first_answer, option_scores, rng, slot_scores
+from .recipe import Message, Recipe, Unavailable, first_answer, option_scores, plain, rng, slot_scores
 from .store import keep
 
 logger = logging.getLogger(__name__)
@@ -435,9 +435,10 @@ class Squad(Qa):
         """`f1`: of the set of words in the answer block against that of a reference, the best of all references.
 
         Words are in lower case, without punctuation, and "a", "an", "the", "and", "or", "about", "to" do not count,
-        except in an answer or reference that has no other words. Rounded to .01; 0 without an answer block.
+        except in an answer or reference that has no other words; nor does "Answer:" before the answer. Rounded to
+        .01; 0 without an answer block.
         """
-        answer = first_answer(text, words)
+        answer = first_answer(text, lambda block: words(_ANSWER_LABEL.sub("", plain(block))))
         scores = [_f1(answer or frozenset(), words(reference)) for reference in doc["references"]]
         return {"f1": round(max(scores), 2)}
 
@@ -460,6 +461,10 @@ class Squad(Qa):
         return {"exact": 0.0}
 
 
+_ANSWER_LABEL = re.compile(
+    r"\A[\W_]*(?:the\s+)?(?:(?:final|correct|short)\s+)?answer(?:\s+is)?[*_\"'\s]{0,8}:(?=.*\w)",
+    re.IGNORECASE | re.DOTALL,
+)
 _EMPTY_WORDS = frozenset(("a", "an", "the", "and", "or", "about", "to"))
 
 
@@ -476,7 +481,7 @@ _without_punctuation = _WithoutPunctuation()
 
 def words(text: str) -> frozenset[str]:
     """The words of an answer that count, see `Squad.score`."""
-    found = unicodedata.normalize("NFC", text).lower().translate(_without_punctuation).split()
+    found = plain(text).lower().translate(_without_punctuation).split()
     return frozenset(found) - _EMPTY_WORDS or frozenset(found)
 
 
@@ -499,7 +504,7 @@ class Choice(Qa):
 
     def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
         """`exact_match`: 1 when the letters in the answer block are exactly the right ones, see `letters`."""
-        found = first_answer(text, lambda block: letters(block, len(doc["options"])))
+        found = first_answer(text, lambda block: letters(plain(block), len(doc["options"])))
         return {"exact_match": float(found == frozenset(doc["letters"]))}
 
     def requests(self, doc: dict[str, Any]) -> list[tuple[str, str]]:
@@ -557,14 +562,18 @@ _FRAME = frozenset(
 )
 # A letter that is refused ("Option A is wrong, so C") is no label: such a line is read letter by letter.
 _REFUSED = re.compile(
-    r"\W{0,6}(?:is|are|was|seems)?\W{0,6}(?:not|isn['’]t|aren['’]t|wrong|incorrect|false|out)\b", re.IGNORECASE
+    r"[^\w,;]{0,6}(?:is|are|was|seems)?[^\w,;]{0,6}(?:not|isn['’]t|aren['’]t|wrong|incorrect|false|out)\b",
+    re.IGNORECASE,
 )
 # Words after which "A" is a letter, not the article, and "I" no pronoun: "A and C", "A is right".
 _AFTER = frozenset(
     ("and", "or", "und", "oder", "et", "ou", "is", "are", "ist", "est", "sind", "sont", "because", "as", "plus")
 )
-# Further options on a line that begins with one: "A. some text; C. other text".
-_FURTHER = re.compile(r"(?:[,;/&]|\b(?:and|or))[^\w\n]{0,6}([A-Z])\b[^\w\s]{0,4}[.):][^\w\n]{0,6}(?=[^\W\d_])")
+# Further options on a line that begins with one: "A. some text; C. other text", "(A) some text (C) other text".
+_FURTHER = re.compile(
+    r"(?:(?:[,;/&]|\b(?:and|or))[^\w\n]{0,6}|\s\(?(?=[A-Z]\)))([A-Z])\b"
+    r"(?:[^\w\s]{0,4}[.):]|\s\(|\s[-–—]\s)[^\w\n]{0,6}(?=[^\W\d_])"
+)
 
 
 def letters(block: str, options: int) -> frozenset[str]:

@@ -10,6 +10,7 @@ import hashlib
 import math
 import random
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,6 +22,20 @@ _OPEN = re.compile(r"<answer>", re.IGNORECASE)
 _CLOSE = re.compile(r"</answer>", re.IGNORECASE)
 _ENDED = re.compile(r"</(explanation|think|thinking|reasoning)$", re.IGNORECASE)
 _THOUGHT = re.compile(r"<(/?)(explanation|think|thinking|reasoning)>", re.IGNORECASE)
+# What is left of a closing tag when the tokens run out within it.
+_CUT = re.compile(r"<(?:/(?:a(?:n(?:s(?:w(?:er?)?)?)?)?)?)?\s*$", re.IGNORECASE)
+
+_LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
+_HYPHENS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2212"), "-")
+_FENCE = re.compile(
+    r"^[^\w\n`]*`{3,}[ \t]*"
+    r"(?:json|python|text|txt|plaintext|plain|markdown|md|xml|html|yaml|csv|bash|latex|answer)?[ \t]*$",
+    re.MULTILINE | re.IGNORECASE,
+)
+_BREAK = re.compile(r"</?(?:br|p|li|ul|ol|tr|table|div)\b[^<>\n]{0,80}>", re.IGNORECASE)
+_TAG = re.compile(r"</?[A-Za-z][\w-]{0,20}(?: [^<>\n]{0,80})?/?>")
+_LATEX = re.compile(r"\\(?:begin|end)\{\w{1,20}\*?\}|\\[A-Z]?[a-z]+")
 
 
 class Unavailable(Exception):
@@ -189,14 +204,24 @@ def first_answer(text: str, parse: Callable[[str], T]) -> T | None:
             blocks.append((doubt(opened[-1].start()), opened[-1].end(), end[0]))
         begin = end[1]
     for _, start, end in sorted(blocks):
-        if found := parse(text[start:end]):
+        block = text[start:end]
+        if found := parse(_CUT.sub("", block) if end == len(text) else block):
             return found
     return None
 
 
-def has_answer_tag(text: str) -> bool:
-    """Whether an answer block begins anywhere in `text`."""
-    return _OPEN.search(text) is not None
+def answer_or_all(text: str, parse: Callable[[str], T]) -> T | None:
+    """As `first_answer`, but where no answer block begins anywhere, what `parse` finds in all of `text`."""
+    return first_answer(text, parse) if _OPEN.search(text) else parse(text)
+
+
+def plain(text: str) -> str:
+    """`text` without what surrounds an answer and is none of it, lines kept: code fences, HTML tags and LaTeX commands
+    (what they hold stays), invisible characters; full-width forms, blanks and hyphens of any kind are the usual ones.
+    """
+    text = _UNSEEN.sub("", _LINE_ENDS.sub("\n", text)).replace("\u20e3", ".")  # "1️⃣" is "1."
+    text = unicodedata.normalize("NFKC", text).translate(_HYPHENS)
+    return _LATEX.sub(" ", _TAG.sub(" ", _BREAK.sub("\n", _FENCE.sub("", text))))
 
 
 def _thoughts(text: str) -> list[tuple[int, int]]:

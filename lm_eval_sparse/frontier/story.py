@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .recipe import Message
+from .recipe import Message, plain
 
 T = TypeVar("T")
 
@@ -380,21 +380,37 @@ INTRO = (
 _TWICE = "The question is written twice, once before the story and once after it, so that you know what to look for."
 
 _CORE = re.compile(r"[^\W_](?:.*[^\W_])?")
-_LABEL = re.compile(
-    r"(?:chapter \d{1,4}\b)?[\W_]{0,6}(?:(?:place|character|item|answer)\b)?[\W_]{0,6}:[\W_]*", re.IGNORECASE
+_BEFORE = re.compile(r"[\W_]*")
+_LABEL_WORD = (
+    r"(?:chapters?|ch|question|answer|[qa]|place|character|item|person|name|the|of|in|to|that|which|is|was|full|last|just|"
+    rf"right|final|correct|{HERO}|she|did|acquired|bought|purchased|met|visited|reached|came|\d{{1,4}})"
 )
+# What was asked for, repeated, and a colon, a dash or the end of a cell: "Chapter 12, item:", "The item is:".
+_LABEL = re.compile(rf"(?:{_LABEL_WORD}\b(?:[^\w:|]|_){{0,6}})+(?:[:|=]|(?<= )[-–—→] )(?:\W|_)*", re.IGNORECASE)
+_CHAPTER = re.compile(r"chapter[ *_]{1,4}\d{1,4}\b[\W_]*(?=\w)", re.IGNORECASE)
 _ARTICLE = re.compile(r"(?:an?|the)\b[\W_]+")
+_AGAIN = re.compile(r"\s*(?:[,;/|]|\b(?:and|or)\b)\s*")
 
 
 def normalise(answer: str) -> str:
     """`answer` in lower case, without what a model may put around a name: quotes, markup, a leading article, a label.
 
-    A label is what was asked for, repeated, and a colon: "Chapter 12, item: …". Words after the name stay.
+    A label is what was asked for, repeated, and a colon: "Chapter 12, item: …". A name that is given again counts once.
+    All other words stay: the answer has to be the name.
     """
-    core = _CORE.search(" ".join(answer.lower().split()))
-    text = core.group() if core else ""
-    if label := _LABEL.match(text):
-        text = text[label.end() :]
+    text = re.sub(r"[*`~]+", "", " ".join(plain(answer).lower().split()))
+    text = text[_BEFORE.match(text).end() :]
+    for _ in range(3):  # "Answer: Item: …"
+        if label := _LABEL.match(text) or _CHAPTER.match(text):
+            text = text[label.end() :]
     if article := _ARTICLE.match(text):
         text = text[article.end() :]
-    return text
+    text = _core(text)
+    parts = {_core(part) for part in _AGAIN.split(text)}
+    return parts.pop() if len(parts) == 1 else text
+
+
+def _core(text: str) -> str:
+    """`text` from its first letter or digit to its last."""
+    core = _CORE.search(text)
+    return core.group() if core else ""

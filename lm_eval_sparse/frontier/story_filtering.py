@@ -10,15 +10,34 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import Message, Recipe, first_answer, ranking_chance, ranking_scores, rng
+from .recipe import Message, Recipe, first_answer, plain, ranking_chance, ranking_scores, rng
 from .story import HERO, INTRO, MOST, Chapter, Story, message
 
 MISSING = 3
 
 # A number in an answer, with the word "chapter" before it if there is one.
-_NUMBER = re.compile(r"(?:\b(chapters?|ch\.?)[\W_]{0,6}|(?<![^\W_]))(\d+)(st|nd|rd|th)?(?![^\W_])", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"(?:\b(chapters?|ch\.?)(?:[\W_]{0,3}(?:numbers?|nos?)\b)?[\W_]{0,6}|(?<![^\W_]))(\d+)(st|nd|rd|th)?(?![^\W_])",
+    re.IGNORECASE,
+)
 _CHAPTER_FOLLOWS = re.compile(r"[.):\]]?[*_`\"'“„«([ \t]{0,8}(?:such[ \t]+)?chapters?\b", re.IGNORECASE)
-_LIST_NUMBER = re.compile(r"[^\w\n]*(\d+)[.):\]](?=[^\w\n]*[ \t*_|])(?=.*\d)")
+# A number with one of these behind it counts something else: "0 items".
+_COUNTED = re.compile(
+    r"[*_`\"' \t]{1,4}(?:items?|purchases?|objects?|things?|sales?|bought|sold|times|in total|altogether|such)\b",
+    re.IGNORECASE,
+)
+# Nor is one a chapter that follows one of these: "of 40", "Total: 3".
+_NOT_A_CHAPTER = re.compile(r"\b(?:of|total|count)\b[\W_]*$", re.IGNORECASE)
+_VALUE = re.compile(r"[\s*_`\"']*[:=][\s*_`\"']*")
+# What may stand between the chapters of a list.
+_JOIN = re.compile(
+    r"(?:.*[,;.])?(?:[^\w:=]|_|\b(?:and|or|in|also|then|finally|lastly|plus|as|well|numbers?|no)\b)*",
+    re.IGNORECASE | re.DOTALL,
+)
+_BRACKET = re.compile(r"\d(?:[^\w\n(]|_){0,4}\(([^()\n]*)\)")
+_LIST_NUMBER = re.compile(r"(?:[^\w\n]|_)*(\d+)[*_`\"']{0,3}[.):\]](?=[^\w\n]*[ \t*_|\"'])(?=.*\d)")
+# List numbers on one line: "1) 3, 2) 17, 3) 25".
+_LISTED = re.compile(r"(?<![^\W_])(\d+)[*_`\"']{0,3}[.):\]][*_`\"']{0,3}\s[*_`\"'\[(]{0,3}(?=\d)")
 
 _INTRO = f"{INTRO} There are also chapters in which she buys nothing at all, and you will be asked to find them."
 _QUESTION = f"In which chapters did {HERO} buy nothing? There {{are}}."
@@ -157,22 +176,62 @@ def _candidate(number: int) -> str:
 def parse(text: str) -> set[int]:
     """The chapter numbers in the first answer block that has any.
 
-    Every whole number counts, however the numbers are joined, except those that number or count the chapters: one
-    with "chapter" right after it ("2. Chapter 17", "3 chapters:"), unless "chapter" stands right before it as well,
-    and at the start of a line one with a point, bracket or colon and a further number after it ("2) 17"), when these
-    run 1, 2, 3, … from line to line. Ranges are not expanded: the format asks for each number.
+    Every whole number counts, however the numbers are joined, except those that number the lines of a list (1, 2, 3, …)
+    or count something: with "chapters" or "items" right after it, "of" before it, after a colon behind another number.
+    Where a line has "Chapter 17", only numbers that such a one is joined to by commas and the like are chapters; and in
+    a table with a column of chapters, only those in it. Ranges are not expanded: the format asks for each number.
     """
     return first_answer(text, _numbers) or set()
 
 
 def _numbers(block: str) -> set[int]:
-    lines = block.splitlines()
-    listed = [match for line in lines if (match := _LIST_NUMBER.match(line))]
-    is_list = [match.group(1) for match in listed] == [str(i) for i in range(1, len(listed) + 1)]
-    found = set()
+    lines = _columns(plain(block).splitlines())
+    starts = [_LIST_NUMBER.match(line) for line in lines]
+    is_list = _is_count([start.group(1) for start in starts if start])
+    found: set[int] = set()
+    for line, start in zip(lines, starts, strict=True):
+        listed = list(_LISTED.finditer(line))
+        if len(listed) > 1 and _is_count([number.group(1) for number in listed]):
+            line = _LISTED.sub(" ", line)
+        elif is_list and start:
+            line = line[start.end() :]
+        found |= _chapters(line)
+    return found
+
+
+def _is_count(numbers: Sequence[str]) -> bool:
+    return [number.lstrip("0") for number in numbers] == [str(i) for i in range(1, len(numbers) + 1)]
+
+
+def _columns(lines: Sequence[str]) -> list[str]:
+    """The lines, and of those of a table with a column of chapters that column alone."""
+    kept: list[str] = []
+    column, width = None, 0
     for line in lines:
-        start = match.end() if is_list and (match := _LIST_NUMBER.match(line)) else 0
-        for number in _NUMBER.finditer(line, start):
-            if number.group(1) or number.group(3) or not _CHAPTER_FOLLOWS.match(line, number.end()):
-                found.add(int(number.group(2)[:9]))
+        cells = line.strip().strip("|").split("|")
+        if len(cells) == 1:
+            column = None if line.strip() else column
+        elif column is None:
+            heads = (i for i, cell in enumerate(cells) if "chapter" in cell.lower() and not re.search(r"\d", cell))
+            column, width = next(heads, None), len(cells)
+        kept.append(cells[column] if column is not None and len(cells) == width else line)
+    return kept
+
+
+def _chapters(line: str) -> set[int]:
+    """The chapters that one line names."""
+    numbers = list(_NUMBER.finditer(line))
+    named = any(number.group(1) for number in numbers)
+    remarks = [match.span(1) for match in _BRACKET.finditer(line) if named or re.search(r"[^\W\d_]", match.group(1))]
+    found: set[int] = set()
+    end = None  # of the number before
+    for number in numbers:
+        between = line[end or 0 : number.start()]
+        joined = end is None or bool(_JOIN.fullmatch(between) if named else not _VALUE.fullmatch(between))
+        counts = _CHAPTER_FOLLOWS.match(line, number.end()) or _COUNTED.match(line, number.end())
+        counts = counts or _NOT_A_CHAPTER.search(between)
+        aside = any(start <= number.start() < stop for start, stop in remarks)
+        if number.group(1) or number.group(3) or not (counts or aside or not joined):
+            found.add(int(number.group(2)[:9]))
+        end = number.end()
     return found

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import Message, Recipe, first_answer, rng, slot_scores
-from .story import HERO, INTRO, LONGEST_ITEM, MOST, Chapter, Story, message, normalise
+from .recipe import Message, Recipe, first_answer, plain, rng, slot_scores
+from .story import HERO, INTRO, LONGEST_ITEM, MOST, TYPES, Chapter, Story, message, normalise
 
 _INTRO = f"{INTRO} You will be asked about the order in which she acquired two of the items."
 _QUESTION = f"Which item did {HERO} acquire last before she acquired the {{item}}?"
@@ -42,7 +42,14 @@ Answer:
 """
 
 
-_BEFORE = re.compile(r"^[^\w\n]*(?:\d{1,2}[.):]\s+)?[^\w\n]*(?:acquired last before [^:\n]{1,80}:)?", re.IGNORECASE)
+# How the twin's answer begins, and the question: "Acquired last before the …:".
+_ASKED = re.compile(r"(?:[\W_]*answer[^\w\n]*:)?([^:?]{0,60})\bbefore\b[^:?]{1,80}[:?]", re.IGNORECASE)
+_LIST_NUMBER = re.compile(r"(?:[^\w\n]|_)*\d{1,2}[.):](?:\s+|(?=\W))")
+# Words that make a line a remark ("I hope this helps."), so that it is no further item.
+_REMARK = re.compile(
+    r"\b(?:i|you|she|nora|it|this|that|these|here|is|was|are|were|has|had|chapter|chapters|note|explanation|because|hope)\b"
+)
+_TYPE = re.compile(rf"\b(?:{'|'.join(TYPES)})\b")
 
 
 class StoryMultihopDraft:
@@ -96,8 +103,17 @@ class StoryMultihop(Recipe):
         return StoryMultihopDraft(rng(self.name, self.version, length, seed, index), forced)
 
     def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
-        """`exact_match`: 1 when the answer block names the item (`normalise`), else 0, also without an answer."""
-        return {"exact_match": float(parse(text) == normalise(doc["value"]))}
+        """`exact_match`: 1 when the answer block names the item and no other (`parse`), else 0, also without an answer.
+
+        The item may be broken over lines. Lines below it may be remarks, which may name the item of the question.
+        """
+        lines, value = parse(text), normalise(doc["value"])
+        known = [normalise(doc[name]) for name in ("value", "item") if name in doc]
+        for count in range(1, len(value.split()) + 1):
+            if " ".join(lines[:count]) == value:
+                rest = lines[count:]
+                return {"exact_match": float(all(line == value or _is_remark(line, known) for line in rest))}
+        return {"exact_match": 0.0}
 
     def requests(self, doc: dict[str, Any]) -> list[tuple[str, str]]:
         return [_request(doc["item"], doc["value"])]
@@ -122,12 +138,27 @@ def _request(item: str, value: str) -> tuple[str, str]:
     return f"Acquired last before the {item}:", f" {value}"
 
 
-def parse(text: str) -> str:
-    """The first line with a word in it of the first answer block that has one, normalised; "" when there is none."""
-    return first_answer(text, _first_line) or ""
+def parse(text: str) -> list[str]:
+    """The normalised lines of the first answer block that has a word in it, without list numbers, labels and lines that
+    only lead up to the answer ("Here is the item:")."""
+    return first_answer(text, _lines) or []
 
 
-def _first_line(block: str) -> str:
-    """Without a list number, and without "Acquired last before …:", which is how the twin's answer begins."""
-    lines = (normalise(_BEFORE.sub("", line)) for line in block.splitlines())
-    return next(filter(None, lines), "")
+def _lines(block: str) -> list[str]:
+    lines: list[str] = []
+    for line in plain(block).splitlines():
+        line = _LIST_NUMBER.sub("", line, count=1) if _LIST_NUMBER.match(line) else line
+        if (asked := _ASKED.match(line)) and not _TYPE.search(asked.group(1).lower()):
+            line = line[asked.end() :]
+        name = normalise(line)
+        leads = line.rstrip(" \t*_").endswith((":", "?")) and _is_remark(name, ())
+        if name and (lines or not leads and normalise(f"{name}:")):  # with a colon a label is nothing
+            lines.append(name)
+    return lines
+
+
+def _is_remark(line: str, known: Sequence[str]) -> bool:
+    """Whether a line reads as a sentence and names no item beside the `known` ones."""
+    for item in known:
+        line = line.replace(item, "")
+    return bool(_REMARK.search(line)) and not _TYPE.search(line)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import Message, Recipe, first_answer, rng, slot_scores
+from .recipe import Message, Recipe, answer_or_all, plain, rng, slot_scores
 from .story import CHARACTERS, HERO, INTRO, LONGEST_ITEM, MOST, PLACES, Chapter, Story, message, normalise
 
 QUESTIONS = 16
@@ -23,8 +23,16 @@ _ASK = {
     "item": f"which item did {HERO} acquire?",
 }
 _LONGEST = {"place": max(PLACES, key=len), "character": max(CHARACTERS, key=len), "item": LONGEST_ITEM}
-# An answer line starts with its number; punctuation, brackets or markup may stand around it.
-_LINE = re.compile(r"[^\w\n]*(?:(?:question|answer|q|a)[ \t.]{0,2})?(\d{1,2})(?!\w)[\W_]+([^\W_].*)", re.IGNORECASE)
+# An answer line starts with its number; punctuation, brackets or markup may stand around it, or the word "question".
+_LINE = re.compile(
+    r"((?:[^\w\n]|_)*(?:(?:question|answer|q|a|no)(?!\w)[ \t.#*]{0,3}|[qa](?=\d))?)(\d{1,2})(?!\w)([\W_]*)",
+    re.IGNORECASE,
+)
+# The next number, where several answers stand on one line. That of a chapter is none.
+_NEXT = re.compile(
+    r"(?<=[\s,;|}])(?<!chapter )(?<!chapters )(?<!ch\. )[^\w\s]{0,3}(\d{1,2})[\"'*_]{0,3}[.):\]|]", re.IGNORECASE
+)
+_ASKED = re.compile(r".{0,40}?\b(?:which|what|whom?|where)\b[^?]{0,200}\?", re.IGNORECASE)
 
 _INTRO = f"{INTRO} You will be asked about {{count}}."
 _QUESTION = "Answer {count} about the story:\n{questions}"
@@ -114,7 +122,7 @@ class StoryRetrieval(Recipe):
         return StoryRetrievalDraft(rng(self.name, self.version, length, seed, index), forced)
 
     def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
-        """`acc`: share of the questions whose numbered line in the answer block has the right name (`normalise`)."""
+        """`acc`: share of the questions whose numbered line is the right name (`normalise`), see `parse`."""
         found = parse(text)
         right = [found.get(i) == normalise(value) for i, value in enumerate(doc["values"], 1)]
         return {"acc": sum(right) / max(len(right), 1)}
@@ -166,16 +174,41 @@ def _requests(asked: Sequence[Sequence[Any]], values: Sequence[str]) -> list[tup
 
 
 def parse(text: str) -> dict[int, str]:
-    """The numbered lines of the first answer block that has any: number -> normalised rest of the line.
+    """The numbered lines of an answer: number -> normalised rest of the line.
 
-    The first line of a number counts; a line with a number and nothing else is none.
+    Read from the first answer block that has any, or without a block from the whole text. The first line of a number
+    counts; the question repeated is no part of it; a number alone belongs to the line below, and so does a question,
+    unless a line of its number has a name. Several answers may stand on one line when their numbers follow one another.
+    Numbers without any punctuation ("3 Name") count where no others do.
     """
-    return first_answer(text, _lines) or {}
+    return answer_or_all(text, _lines) or {}
 
 
 def _lines(block: str) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for line in block.splitlines():
-        if match := _LINE.match(line):
-            found.setdefault(int(match.group(1)), normalise(match.group(2)))
-    return found
+    marked: dict[int, str] = {}
+    unmarked: dict[int, str] = {}
+    below: dict[int, str] = {}  # a repeated question; it may be a copy of all questions, and the answers come later
+    waiting: tuple[dict[int, str], int] | None = None
+    for line in plain(block).splitlines():
+        start = _LINE.match(line)
+        if not start:
+            if waiting and (name := normalise(line)):
+                found, number = waiting
+                found.setdefault(number, name)
+                waiting = None
+            continue
+        found = marked if (start.group(1) + start.group(3)).strip() else unmarked
+        first, rest = int(start.group(2)), line[start.end() :]
+        pieces, begin = [], 0
+        for following in _NEXT.finditer(rest):
+            if int(following.group(1)) == first + len(pieces) + 1:
+                pieces.append(rest[begin : following.start()])
+                begin = following.end()
+        waiting = None
+        for number, piece in enumerate([*pieces, rest[begin:]], first):
+            asked = _ASKED.match(piece)
+            if name := normalise(piece[asked.end() :] if asked else piece):
+                found.setdefault(number, name)
+            else:
+                waiting = below if asked else found, number
+    return {**below, **(marked or unmarked)}

@@ -14,13 +14,34 @@ from bisect import insort
 from collections.abc import Sequence
 from typing import Any
 
-from .recipe import Message, Recipe, first_answer, has_answer_tag, ranking_chance, ranking_scores, rng
+from .recipe import Message, Recipe, answer_or_all, plain, ranking_chance, ranking_scores, rng
 
 CHAINS = 8
 HOPS = 4
 
-# No further letter or digit of the Latin alphabets may touch it; markup, and other scripts, may.
-_NAME = re.compile(r"(?<![A-Za-z0-9\u00c0-\u024f])[A-Za-z]{5}(?![A-Za-z0-9\u00c0-\u024f])")
+# Letters of other scripts, and markup, may touch a name.
+_TOKEN = re.compile(r"[A-Za-z0-9\u00c0-\u024f]+")
+_FIGURE = re.compile(r"\d+(?:st|nd|rd|th)?", re.IGNORECASE)
+_POSSESSIVE = re.compile(r"(?<=\w)['’]s\b", re.IGNORECASE)
+# What stands in brackets behind a word is a remark on it.
+_REMARK = re.compile(r"(?<=\w)([^\w\n(]{0,4})\(([^()\n]*)\)")
+_SEPARATOR = re.compile(r"[,;/&+•·、，。\t]|->|=>|[→⇒]|\b(?:and|or)\b", re.IGNORECASE)
+# What follows one of these is a remark on what stands before.
+_ASIDE = re.compile(r"[=:|–—]|\s-+\s")
+# Of what sentences, labels and headings around names are made. None of them is a name, unless the text has it as one.
+_SAID = """
+    var vars variable variables name names value values let set list answer answers result results solution output
+    final correct following explanation reason note chain chains step steps index no number numbers source how via
+    the a an this that these those it its they their there here which who what whose where i we you my
+    is are was were be been being have has had do does did can will would must should may
+    and or not nor but so if then than thus hence therefore because since as also only too both all each every any none
+    other others same one two three four five six seven eight nine ten first second third fourth fifth last next finally
+    in on of to from by with through for at into after before until between about
+    equal equals equalling assigned assign assigns assignment copy copies copied copying share shares shared hold holds
+    get gets take takes pass passed directly indirectly direct indirect likewise starting start starts ends end
+    sure yes okay done total text given found form know empty unknown thinking summary conclusion
+"""
+_WORDS = frozenset(_SAID.split())
 
 _INTRO = (
     "Below is a text with assignments in it. Some give a variable a number, as in VAR A = 1, others give it the value "
@@ -156,17 +177,54 @@ def _request(name: str, value: str) -> tuple[str, str]:
 
 
 def parse(text: str, variables: Sequence[str]) -> set[str]:
-    """The variable names of an answer, in capitals: read from the first answer block that has any, or without
-    a block from all of it.
+    """The names that an answer gives, in capitals: read from the first answer block that has any, or without a block
+    from all of it.
 
-    A name is a word of five letters in capitals, or in any case when it is one of the document's `variables`: words
-    such as "value" or "which" around the names are no answer, and invented names are.
+    In a line that is a list every word is given as a name, whatever its length and case, but for VAR, for numbers and
+    for remarks (in brackets, behind a dash or a colon). In a line of prose, and in remarks, names are words in capitals
+    and, in any case, the document's `variables`.
     """
-    known = set(variables)
+    known = frozenset(variables)
 
     def names(part: str) -> set[str]:
-        return {
-            word.upper() for word in _NAME.findall(part) if word.isupper() or word.upper() in known
-        }  # VAR has three letters
+        return {name for line in plain(part).splitlines() for name in _given(line, known)}
 
-    return first_answer(text, names) or (set() if has_answer_tag(text) else names(text))
+    return answer_or_all(text, names) or set()
+
+
+def _given(line: str, known: frozenset[str]) -> set[str]:
+    """The names that one line gives."""
+    line = _POSSESSIVE.sub("", line)
+    named = {token.upper() for token in _TOKEN.findall(line) if _stands_out(token, known)}
+    given: set[str] = set()
+    for item in _SEPARATOR.split(_REMARK.sub(r"\1", line)):
+        first = _first(item, known)
+        tokens = [token for token in _TOKEN.findall(first) if not _FIGURE.fullmatch(token) and token.lower() != "var"]
+        if _is_prose(tokens, known):
+            return named
+        given.update(token.upper() for token in tokens)
+    return given | named
+
+
+def _first(item: str, known: frozenset[str]) -> str:
+    """What an item says before its remarks, and without a label: "Answer: …" has one, "x: 12345" has none."""
+    label, colon, rest = item.partition(":")
+    tokens = _TOKEN.findall(rest)
+    has_value = tokens and all(_FIGURE.fullmatch(token) for token in tokens)
+    if colon and not has_value and not any(_stands_out(token, known) for token in _TOKEN.findall(label)):
+        item = rest
+    return next(filter(_TOKEN.search, _ASIDE.split(item)), "")
+
+
+def _stands_out(token: str, known: frozenset[str]) -> bool:
+    """Whether a word is a name wherever it stands."""
+    if token.upper() in known:
+        return True
+    return len(token) > 1 and token.isupper() and not token[0].isdigit() and token.lower() not in _WORDS
+
+
+def _is_prose(tokens: Sequence[str], known: frozenset[str]) -> bool:
+    """Whether one item of a line (its words between commas) is no name, nor several."""
+    if any(token.lower() in _WORDS and token.upper() not in known for token in tokens):
+        return True
+    return len(tokens) > 1 and 2 * sum(_stands_out(token, known) for token in tokens) <= len(tokens)
