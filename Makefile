@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python (3.10-3.13), pip and make:
-#   make demo   set up, run the main job on a real model, draw score against measured sparsity
+#   make demo   set up, run a real model dense and sparse, draw score against measured sparsity
 #   make test   set up, check style, run the tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,11 +16,13 @@ $(VENV)/.installed: pyproject.toml lm_eval_sparse/__init__.py $(wildcard patches
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+SPARSE_HF := $(BIN)/lm_eval --model sparse-hf --tasks forced_frontier_niah_4k --apply_chat_template --limit 8
 demo: install
 	rm -rf $(DEMO)
-	$(BIN)/lm_eval --model sparse-hf --model_args method=flexprefill,sparsity=0.9 --tasks frontier_niah_4k,forced_frontier_niah_4k --limit 5 --output_path $(DEMO)/main
-	$(BIN)/python examples/sparsity_curve.py --method vertical_slash snapkv quest --sparsity 0 0.5 0.9 --limit 2 --backend gather --output_path $(DEMO)/sweep
-	$(BIN)/lm-eval-sparse plot $(DEMO)/sweep --output $(DEMO)/curve.png --output $(DEMO)/curve.html
+	$(SPARSE_HF) --model_args method=dense,sparsity=0 --output_path $(DEMO)/results/dense
+	$(SPARSE_HF) --model_args method=block_sparse,sparsity=0.9,backend=gather --output_path $(DEMO)/results/block_sparse_0.9
+	$(BIN)/python examples/sparsity_curve.py --method block_sparse flexprefill --sparsity 0 0.8 0.9 --apply_chat_template --limit 8 --backend gather --answer 1 --output_path $(DEMO)/results
+	$(BIN)/lm-eval-sparse plot $(DEMO)/results --output $(DEMO)/curve.png --output $(DEMO)/curve.html
 	@echo "Look at $(DEMO)/curve.png or open $(DEMO)/curve.html"
 
 lint: install

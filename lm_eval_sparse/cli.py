@@ -30,11 +30,12 @@ class Command:
 
 def _methods(argv: list[str]) -> None:
     parser = Parser(prog=f"{PROGRAM} methods", description=COMMANDS["methods"].summary)
-    parser.parse_args(argv)
-    from lm_eval_sparse.methods import table
-    from lm_eval_sparse.output import say
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/methods.md")
+    options = parser.parse_args(argv)
+    from lm_eval_sparse.methods import listing, table
+    from lm_eval_sparse.output import columns, say
 
-    say(table())
+    say(table() if options.markdown else listing(columns()))
 
 
 def _plot(argv: list[str]) -> int | None:
@@ -63,7 +64,7 @@ def _new_task(argv: list[str]) -> int | None:
 
 #: Our sub-commands, in the order of the help text. A new one is one function and one line here.
 COMMANDS: dict[str, Command] = {
-    "methods": Command("methods", "print the table of sparse-attention methods and their knobs", _methods),
+    "methods": Command("methods", "print the sparse-attention methods and their knobs", _methods),
     "plot": Command("plot RESULTS... --output FILE", "draw score against measured sparsity", _plot),
     "show": Command("show TASK --index I", "print a document of a task: prompt, evidence, gold answer", _show),
     "check-task": Command("check-task PATH", "check a task folder: names, lengths, scores, leaks, chance", _check_task),

@@ -6,11 +6,21 @@ Knows streams only.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from typing import TextIO
 
 from .errors import UserError
 from .files import why
+
+#: Columns of what commands print, whatever the terminal has: a narrower one breaks lines itself, and longer lines are
+#: hard to read.
+NARROWEST, WIDEST = 60, 100
+
+
+def columns() -> int:
+    """Columns to print in: those of the terminal (or of `COLUMNS`), within bounds; the most where there is none."""
+    return min(max(shutil.get_terminal_size((WIDEST, 24)).columns, NARROWEST), WIDEST)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,32 @@ def test_picture_and_page_are_written_whole(tmp_path: Path, capsys: pytest.Captu
     assert "0.9000" in text and "data:image/png;base64," in text and "http" not in text
     assert sorted(path.name for path in image.parent.iterdir()) == ["curve.html", "curve.png"]
     assert "wrote" in capsys.readouterr().out
+
+
+def test_names_beside_lines_do_not_overlap() -> None:
+    for _ in range(300):
+        wanted = [random.choice([0.0, 1.0, random.random()]) for _ in range(random.randint(1, 9))]
+        gap = random.choice([0.05, 0.1, 0.3])
+        places = picture.spread(wanted, gap)
+        gap = min(gap, 1 / max(len(wanted) - 1, 1))
+        ordered = sorted(zip(places, wanted, strict=True))
+        assert all(b[0] - a[0] > gap - 1e-9 and b[1] >= a[1] for a, b in zip(ordered, ordered[1:], strict=False))
+        assert ordered[0][0] >= -1e-9 and ordered[-1][0] <= 1 + 1e-9
+        apart = sorted(wanted)
+        if all(b - a >= gap for a, b in zip(apart, apart[1:], strict=False)):
+            assert places == pytest.approx(wanted)  # nothing moves without need
+    assert picture.spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_styles_and_titles(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row for s in (0.0, 0.9) for row in records(result("niah", 0.5, s))]
+    ((key, members),) = picture.panels(rows).items()
+    assert picture._common_title([(key, members)]) == "niah, model, 20 documents a point"
+    assert picture._common_title([(key, members), (("other", *key[1:]), members)]) is None
+    seen: list[dict[Any, dict[str, str]]] = []
+    monkeypatch.setattr(picture, "_picture", lambda found, styles: seen.append(styles) or b"")
+    picture.draw([replace(rows[1], method=f"m{n}") for n in range(picture.MOST_METHODS)])
+    assert len({tuple(style.values()) for style in seen[0].values()}) == picture.MOST_METHODS == 64
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def many(tasks: int, methods: int = 1) -> list[Record]:
 
 def test_panels_stand_in_a_grid() -> None:
     one, four, five = (size(picture.draw(many(count))[0]) for count in (1, 4, 5))
-    assert four[0] > 3 * one[0] / 1.5 and one[1] == four[1] and five == (four[0], 2 * four[1])
+    assert four[0] > 3 * one[0] / 1.5 and one[1] == four[1] and five[0] == four[0] and 1.7 < five[1] / four[1] < 2
 
 
 def test_a_picture_is_bounded_and_a_page_has_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +362,7 @@ def test_a_task_that_is_not_there_is_refused_although_others_are(tmp_path: Path)
 
 def test_methods_that_cannot_be_told_apart_are_refused() -> None:
     assert picture.draw(many(1, picture.MOST_METHODS))
-    with pytest.raises(UserError, match="holds? 61 methods"):
+    with pytest.raises(UserError, match="hold 65 methods"):
         picture.draw(many(1, picture.MOST_METHODS + 1))
 
 

@@ -78,21 +78,27 @@ def test_without_lm_eval_one_line_says_what_to_type(
     assert "pip install 'lm_eval[hf]" in line
 
 
-def test_methods_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    stand_in = ModuleType("lm_eval_sparse.methods")
-    stand_in.table = lambda: "| method |"
-    monkeypatch.setitem(sys.modules, "lm_eval_sparse.methods", stand_in)
+@pytest.mark.parametrize("columns, width", [("80", 80), ("400", 100), ("7", 60)])
+def test_methods_fit_the_terminal(
+    columns: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval_sparse.methods import METHODS
+
+    monkeypatch.setenv("COLUMNS", columns)
     assert cli.main(["methods"]) == 0
-    assert capsys.readouterr().out == "| method |\n"
-    assert cli.main(["methods", "--all"]) == 1
-    assert capsys.readouterr().err == (
-        "lm-eval-sparse: error: unrecognized arguments: --all; type 'lm-eval-sparse methods --help'\n"
-    )
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width and "|" not in shown and "\x1b" not in shown
+    paragraphs = {text.split(" ")[0]: " ".join(text.split()) for text in shown.split("\n\n")}
+    for name, method in METHODS.items():
+        assert f"{name} ({'any phase' if method.phase == 'any' else method.phase}) " in paragraphs[name]
+        assert method.paper in paragraphs[name] and method.kv in paragraphs[name]
+        assert all(f" {knob}={default} " in paragraphs[name] for knob, default in method.knobs().items())
 
 
-def test_real_methods_table_names_flexprefill(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["methods"]) == 0
-    assert "flexprefill" in capsys.readouterr().out
+def test_documented_table_of_methods_is_the_generated_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", "--markdown"]) == 0
+    page = (Path(__file__).resolve().parent.parent / "docs" / "methods.md").read_text()
+    assert (table := capsys.readouterr().out) in page and "| `flexprefill` |" in table
 
 
 @pytest.mark.parametrize("status, expected", [(None, 0), (0, 0), (3, 3)])
@@ -110,13 +116,6 @@ def test_plot_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, status: int | 
     monkeypatch.setitem(sys.modules, "lm_eval_sparse.analysis.curve", curve)
     assert cli.main(["plot", "results", "--output", "a.png"]) == expected
     assert seen == [["results", "--output", "a.png"]]
-
-
-def test_documented_table_of_methods_is_the_generated_one() -> None:
-    from lm_eval_sparse.methods import table
-
-    page = (Path(__file__).resolve().parent.parent / "docs" / "methods.md").read_text()
-    assert table() in page
 
 
 #: A sub-command of ours without what it needs, or with what it does not know -> what the complaint must name.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from lm_eval.tasks import TaskManager
 from tiny import tiny_llama
 
 from lm_eval_sparse import cli, frontier, protocol
-from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.frontier import show
+from lm_eval_sparse.errors import UserError, plain
+from lm_eval_sparse.frontier import document, show
 from lm_eval_sparse.frontier.leaves import BUILT_IN, LENGTHS, TaskFolder
 from lm_eval_sparse.frontier.recipe import Unavailable
 from lm_eval_sparse.patches.register_tasks import task_folders
@@ -85,7 +86,7 @@ def available(name: str) -> bool:
 @pytest.mark.parametrize("forced", ["", "forced_"])
 def test_show_on_every_task(name, forced, command, tokenizers):
     leaf = f"{forced}frontier_{name}_4k"
-    status, out, err = command("show", leaf, "--index", 1, "--tokenizer", tokenizers("digits"))
+    status, out, err = command("show", leaf, "--index", 1, "--tokenizer", tokenizers("digits"), "--full")
     if not available(name):
         assert status == 1 and f"{leaf} is skipped: " in one_line(err)
         return
@@ -102,7 +103,7 @@ def test_show_on_every_task(name, forced, command, tokenizers):
         assert abs(float(depth) - 100 * int(first) / 4096) < 0.06
         start = piece.split(" ⏎ ")[0].split(" […] ")[0]
         assert start in tokenizer("digits").decode(tokenizer("digits").encode(prompt)[int(first) - 1 :])
-    assert max(map(len, head.splitlines())) < 330
+    assert max(map(len, head.splitlines())) <= 100
 
 
 def test_show_renders_the_template_and_ignores_an_active_model(command, tokenizers, monkeypatch):
@@ -110,7 +111,8 @@ def test_show_renders_the_template_and_ignores_an_active_model(command, tokenize
 
     protocol.set_active_lm(StandIn("bytes", max_length=128))
     status, out, _ = command(
-        "show", "frontier_vt_4k", "--index", 0, "--tokenizer", tokenizers("digits"), "--apply_chat_template"
+        *("show", "frontier_vt_4k", "--index", 0, "--tokenizer", tokenizers("digits"), "--apply_chat_template"),
+        "--full",
     )
     prompt = out.partition("\nprompt ---")[2].partition("\n")[2].removesuffix("\n")
     # The template ends in a line end, print adds another.
@@ -130,10 +132,76 @@ def test_show_takes_the_embedded_tokenizer_by_default(command, tokenizers, monke
 def test_show_marks_evidence_on_a_terminal_only(tokenizers):
     task = show.load_leaves(show.manager(task_folders(), {}), ["frontier_niah_4k"])["frontier_niah_4k"]
     reader = show.Reader.of(tokenizers("bpe"), {}, False)
-    plain, coloured = (show.describe(task, 0, reader, colour) for colour in (False, True))
+    found = show.read(task, 0, reader)
+    plain, coloured = (document.terminal(found, 100, colour=colour) for colour in (False, True))
     assert coloured.count("\x1b[1;33m") == coloured.count("\x1b[0m") == 4
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
     assert re.findall(r"\x1b\[1;33m(Stored under .*\.)\x1b\[0m", coloured)
+
+
+@pytest.mark.parametrize("columns, width", [("80", 80), ("500", 100), ("3", 60)])
+def test_show_fits_the_terminal_and_folds_the_context(columns, width, command, tokenizers, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    leaf = ["show", "frontier_niah_4k", "--index", 0, "--tokenizer", tokenizers("digits"), "--apply_chat_template"]
+    _, out, _ = command(*leaf)
+    _, full, _ = command(*leaf, "--full")
+    assert max(map(len, out.splitlines())) <= width
+    prompt = full.partition("\nprompt ---")[2].partition("\n")[2].removesuffix("\n")
+    intro, _, rest = prompt.partition("List of entries:\n")
+    context, _, after = rest.partition("\n\n")
+    shown = out.partition("\nprompt, the context folded")[2].partition("\n")[2].removesuffix("\n")
+    joined = " ".join(shown.split())
+    for whole in (intro, after):  # nothing of question and instructions is folded
+        assert " ".join(whole.split()) in joined
+    evidence = re.findall(r"Stored under (\S+): (\S+)\.", " ".join(shown.split()))
+    keys = re.findall(r"^\d\. (\S+)$", intro, re.MULTILINE)
+    assert len(keys) == 4 and set(keys) < {key for key, _ in evidence} and len(evidence) < len(context.splitlines())
+    notes = re.findall(r"^  … (\d+) lines?, (\d+) tokens …$", shown, re.MULTILINE)
+    inside = shown.partition("List of entries:\n")[2].partition("\n\n")[0].splitlines()
+    kept = [line for line in inside if not line.startswith("  … ")]
+    if width == 100:  # an entry is a row
+        assert sum(int(lines) for lines, _ in notes) == len(context.splitlines()) - len(kept)
+    assert set(kept) <= set(context.splitlines()) or width < 100
+    assert sum(int(tokens) for _, tokens in notes) < 4096
+
+
+def test_show_writes_markdown(command, tokenizers):
+    leaf = ["show", "forced_frontier_niah_4k", "--index", 0, "--tokenizer", tokenizers("bpe"), "--markdown"]
+    _, folded, _ = command(*leaf)
+    _, full, _ = command(*leaf, "--full")
+    for page in (folded, full):
+        assert page.startswith("# forced_frontier_niah_4k, teacher-forced twin\n") and page.count("\n```text\n") == 3
+        assert page.count("\n| ") == 5 and "## Prompt\n" in page
+    assert " tokens …\n" in folded and " tokens …\n" not in full and len(folded) < 0.7 * len(full)
+
+
+def test_rows_hold_all_of_a_text_and_fit():
+    for _ in range(300):
+        text = "".join(random.choice("ab   \n漢\x1b") for _ in range(random.randint(0, 80)))
+        width, last = random.randint(6, 14), 0
+        for start, end in document.rows(text, width):
+            row = plain(text[start:end])
+            assert len(row) + row.count("漢") <= width and "\n" not in row
+            assert text[last:start] in ("", " ", "\n", " \n")
+            last = end
+        assert text[last:] in ("", " ")
+
+
+def test_long_evidence_and_unknown_contexts_are_folded():
+    lines = [f"line {n}" for n in range(200)]
+    prompt = "\n".join(lines)
+    span = (prompt.index("line 50"), prompt.index("line 90") - 1)
+    piece = document.Piece(prompt[slice(*span)], span)
+    found = document.Document({"task": "t"}, "gold", [piece], prompt, show.context_of({"input": "?"}, prompt), len)
+    parts = document.folded(
+        document.Document(**{**vars(found), "tokens": lambda at: prompt.count("\n", 0, at)}), width=80
+    )
+    shown = [part if isinstance(part, str) else prompt[slice(*part)] for part in parts]
+    assert shown == [
+        *lines[:14], "35 lines, 34 tokens", *lines[49:55], "30 lines of evidence, 29 tokens", *lines[85:91],
+        "95 lines, 94 tokens", *lines[186:],
+    ]  # fmt: skip
+    assert show.context_of({"input": "b\nc", "context": [2, 3]}, "<user>b\nc") == (8, 9)
 
 
 def test_show_takes_metadata_and_other_folders(command, tokenizers, folder):

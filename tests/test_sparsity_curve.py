@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lm_eval_sparse import embedded
+from lm_eval_sparse import embedded, frontier
 from lm_eval_sparse.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "sparsity_curve.py"
@@ -50,7 +50,6 @@ def script(manager: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "TaskManager", lambda: manager)
     monkeypatch.setattr(module, "EvaluationTracker", Tracker)
     monkeypatch.setattr(module, "simple_evaluate", evaluate)
-    monkeypatch.setattr(module, "make_table", lambda results: "")
     return module
 
 
@@ -62,7 +61,15 @@ def results(limit: Any = 2, **model_args: Any) -> dict[str, Any]:
         "backend": "gather",
         "pretrained": embedded.NAME,
     }
-    metadata = {"version": 1, "samples": 100, "seed": 0, "length": 4096, "prompt_tokens": 4096, "config_source": "/x"}
+    version = frontier.recipe("niah").version
+    metadata = {
+        "version": version,
+        "samples": 100,
+        "seed": 0,
+        "length": 4096,
+        "prompt_tokens": 4096,
+        "config_source": "/x",
+    }
     return {
         "results": {TASK: {"exact,none": 0.5}},
         "configs": {TASK: {"task": TASK, "metadata": metadata}},
@@ -77,13 +84,53 @@ def command(output: Path, *more: str) -> list[str]:
     return [*given, "--output_path", str(output), *more]
 
 
-def test_each_run_once(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_run_once(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     sparsities = ("--sparsity", "0", "0.5", "0.5", "0.9")
     script.main(command(tmp_path, *sparsities))
-    assert script.ran == [("dense", 0.0), ("quest", 0.5), ("quest", 0.9)]
+    assert script.ran == [("dense", 0.0), ("quest", 0.5), ("quest", 0.9)] and not caplog.records
     capsys.readouterr()
     script.main(command(tmp_path, *sparsities))
     assert len(script.ran) == 3 and capsys.readouterr().out.count("done before") == 3
+
+
+def test_a_table_of_all_runs_and_results_of_the_command_line(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"method": "dense", "sparsity": 0, "pretrained": embedded.NAME}
+    content = results(**arguments) | {"higher_is_better": {TASK: {"exact": True}}}
+    content["config"] |= {"gen_kwargs": {}, "limit": 2.0}  # as `lm_eval` writes them
+    content["results"][TASK] |= {"exact_stderr,none": 0.25, "sample_len": 2}
+    file = tmp_path / "dense" / "m" / "results_before.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(content))
+    script.main(command(tmp_path, "--sparsity", "0"))
+    assert not script.ran
+    _, _, table = capsys.readouterr().out.partition(f"\n{TASK}\n")
+    header, first, *_ = table.splitlines()
+    assert header.split() == ["method", "requested", "measured", "n", "exact", "↑"]
+    assert first.split() == ["dense", "0", "0.0000", "2", "0.500", "±", "0.250"]
+
+
+def test_answers_stand_under_each_other(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        def __init__(self, **settings: Any):
+            self.settings, self.templated = settings, False
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool) -> list[str]:
+            (request,) = requests
+            assert self.templated and request.args[0] == "PROMPT1. key: ab"
+            return ["cdefghi" if self.settings["method"] == "dense" else "\x1b[2Jx"]
+
+    monkeypatch.setattr(script, "SparseHFLM", Model)
+    runs = [{"method": "dense", "sparsity": 0.0}, {"method": "quest", "sparsity": 0.9}]
+    assert script.answers("PROMPT", "1. key:", " abcdefghi", runs, True).splitlines() == [
+        "asked                  1. key:",
+        "gold                   abcdefghi",
+        "dense                  ab|cdefghi",
+        "quest at sparsity 0.9  ab|\\x1b[2Jx",
+    ]
 
 
 def changed(path: str, value: Any) -> str:
@@ -160,6 +207,8 @@ REFUSED = {
     "--limit -1": "limit=-1",
     "--limit 2.5": "limit=2.5",
     "--limit many": "limit=many",
+    "--answer -1": "answer=-1",
+    "--answer first": "answer=first",
     "--output_path /dev/null/x": "--output_path /dev/null/x",
     "--output_path file": "--output_path file",
     "--output_path ~nosuchuser/x": "nosuchuser",

@@ -15,7 +15,7 @@ from test_frontier_commands import DRAFT, NAME, cache, command, folder, one_line
 
 from lm_eval_sparse import errors, output
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.frontier import apart, elsewhere, show, yamls
+from lm_eval_sparse.frontier import apart, document, elsewhere, show, yamls
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -287,11 +287,15 @@ def test_show_writes_control_characters_out(tokenizers):  # noqa: F811
         recipe=recipe, instances=[Some(doc=doc, args=(evil, {}))], build_all_requests=lambda **kwargs: None,
     )  # fmt: skip
     reader = show.Reader.of(tokenizers("bytes"), {}, False)
-    plain, coloured = (show.describe(task, 0, reader, colour) for colour in (False, True))
-    assert plain.rpartition("-\n")[2] == errors.plain(evil) and evil.count("\n") == 1
-    assert all(c.isprintable() or c in "\n\t" for c in plain)
-    assert coloured.count("\x1b") == 2 and "\x1b[1;33mtwo\\x1b[2J\x1b[0m" in coloured
-    assert coloured.replace("\x1b[1;33m", "").replace("\x1b[0m", "") == plain
+    found = show.read(task, 0, reader)
+    for full in (True, False):
+        plain, coloured = (document.terminal(found, 100, colour=colour, full=full) for colour in (False, True))
+        assert plain.rpartition("-\n")[2] == errors.plain(evil) and evil.count("\n") == 1
+        assert all(c.isprintable() or c in "\n\t" for c in plain)
+        assert coloured.count("\x1b") == 2 and "\x1b[1;33mtwo\\x1b[2J\x1b[0m" in coloured
+        assert coloured.replace("\x1b[1;33m", "").replace("\x1b[0m", "") == plain
+        page = document.markdown(found, 100, full=full)
+        assert all(c.isprintable() or c in "\n\t" for c in page) and errors.plain(evil) in page
 
 
 def test_a_reader_who_has_seen_enough(tmp_path):

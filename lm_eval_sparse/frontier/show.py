@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 from bisect import bisect_right
@@ -20,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 from .. import paths
 from ..cli import PROGRAM, Parser
 from ..embedded import NAME, ensure, is_embedded
-from ..errors import UserError, nearest, plain
+from ..errors import UserError, nearest
 from ..files import brief
+from ..output import columns
 from ..patches.register_tasks import task_folders
-from . import apart
+from . import apart, document
+from .document import Document, Piece
 from .leaves import is_built_in
 from .metadata import TOKENIZER_OPTIONS, add_options, check_keys, limit, loader_options, read_metadata, read_number
 from .meter import CannotLoad, load_tokenizer
@@ -34,9 +37,8 @@ if TYPE_CHECKING:  # they take seconds, and a process that has them cannot be sp
 
     from .task import FrontierTask
 
-_LONG = 300
-_MANY = 12
-_MARK, _PLAIN = "\x1b[1;33m", "\x1b[0m"
+#: Lines at both ends of a prompt that stay where it is not known what its context is.
+_UNKNOWN = 12
 
 
 def main(argv: list[str]) -> int:
@@ -49,6 +51,8 @@ def main(argv: list[str]) -> int:
     add_options(parser)
     parser.add_argument("--apply_chat_template", action="store_true", help="render the tokenizer's chat template")
     parser.add_argument("--include_path", metavar="DIR", help="folder with more tasks, as in lm_eval")
+    parser.add_argument("--full", action="store_true", help="the whole prompt, nothing folded or broken into rows")
+    parser.add_argument("--markdown", action="store_true", help="write Markdown")
     options = parser.parse_args(argv)
     index = read_number("--index", options.index, 0)
     metadata = read_metadata(options.metadata)
@@ -58,6 +62,7 @@ def main(argv: list[str]) -> int:
     check_leaf_name(options.task, folders)  # before anything is loaded
     if is_built_in(options.task):  # recipes from elsewhere may read more
         check_keys(metadata)
+    width = columns()
     colour = sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def work(progress: apart.Progress) -> int:
@@ -65,7 +70,11 @@ def main(argv: list[str]) -> int:
         try:
             with quiet():
                 task = load_leaves(manager(folders, metadata), [options.task])[options.task]
-            text = describe(task, index, reader, colour)
+            found = read(task, index, reader)
+            if options.markdown:
+                text = document.markdown(found, width, full=options.full)
+            else:
+                text = document.terminal(found, width, colour=colour, full=options.full)
         except UserError:
             raise
         except BaseException as error:  # code of the task's author
@@ -250,8 +259,8 @@ def told(error: BaseException, folder: Path) -> str:
 # --------------------------------------------------------------------------------------------------------- the document
 
 
-def describe(task: FrontierTask, index: int, reader: Reader, colour: bool) -> str:
-    """Document `index` of `task`, in full. Raises `UserError` when there is none or the leaf is skipped."""
+def read(task: FrontierTask, index: int, reader: Reader) -> Document:
+    """Document `index` of `task`. Raises `UserError` when there is none or the leaf is skipped."""
     name = task.config.task
     if index < task.samples:  # or nothing is written
         try:
@@ -268,60 +277,44 @@ def describe(task: FrontierTask, index: int, reader: Reader, colour: bool) -> st
         raise UserError(f"--index {index} given, but {name} has documents 0 to {most}{more}")
     doc, prompt = task.instances[0].doc, prompt_of(task.instances[0])
     position, tokens = reader.positions(prompt), len(reader.tok_encode(prompt))
-    metadata = task.config.metadata
-    kind = "teacher-forced twin" if task.forced else "answered by generation"
-    lines = [
-        f"task       {name}, {kind}",
-        f"document   {index} of 0 to {len(task.eval_docs) - 1}, seed {task.seed}",
-        f"length     {tokens} tokens of {metadata.get('prompt_tokens', task.length)}",
-        f"tokenizer  {reader.name}, {'with its' if reader.chat else 'no'} chat template",
-    ]
+    facts = {
+        "task": f"{name}, {'teacher-forced twin' if task.forced else 'answered by generation'}",
+        "document": f"{index} of 0 to {len(task.eval_docs) - 1}, seed {task.seed}",
+        "length": f"{tokens} tokens of {task.config.metadata.get('prompt_tokens', task.length)}",
+        "tokenizer": f"{reader.name}, {'with its' if reader.chat else 'no'} chat template",
+    }
     if task.forced:
         chance = task.recipe.chance(doc)
-        given = ", ".join(f"{metric} {value:.4g}" for metric, value in chance.items()) or "not known"
-        lines.append(f"chance     {given}")
-    lines += ["", "gold answer", *(f"  {line}" for line in str(doc["target"]).splitlines())]
-    pieces = task.recipe.evidence(doc)
-    lines += ["", f"evidence: {len(pieces)} (first token, depth in the prompt)"]
-    spans = []
-    for piece in pieces:
-        at = prompt.find(piece)
+        facts["chance"] = ", ".join(f"{metric} {value:.4g}" for metric, value in chance.items()) or "not known"
+    pieces = []
+    for text in task.recipe.evidence(doc):
+        at = prompt.find(text)
         if at < 0:
-            where = f"{'?':>7}      ?"
+            pieces.append(Piece(text, None))
         else:
-            spans.append((at, at + len(piece)))
-            where = f"{position(at):>7}  {100 * position(at) / max(tokens, 1):4.1f}%"
-        lines.append(f"{where}  {abridged(piece)}")
-    if task.forced:
-        lines += ["", f"requests: {len(task.instances)} (forced text | continuation)", *_requests(task.instances)]
-    # Texts may be anyone's, and a terminal would obey their control characters. The marks are ours.
-    shown = _marked(prompt, spans) if colour else plain(prompt)
-    return "\n".join([*map(plain, lines), "", f"prompt {'-' * 112}", shown])
+            pieces.append(Piece(text, (at, at + len(text)), position(at), position(at) / max(tokens, 1)))
+    requests = [(str(one.args[0])[len(prompt_of(one)) :], str(one.args[1])) for one in task.instances]
+    return Document(
+        facts=facts,
+        gold=str(doc["target"]),
+        pieces=pieces,
+        prompt=prompt,
+        context=context_of(doc, prompt),
+        tokens=position,
+        requests=requests if task.forced else (),
+    )
 
 
-def abridged(text: str, longest: int = _LONG) -> str:
-    """`text` on one line, its middle left out when it is long."""
-    line = text.replace("\n", " ⏎ ")
-    half = (longest - 20) // 2
-    return line if len(line) <= longest else f"{line[:half]} […] {line[-half:]}"
+def context_of(doc: Mapping[str, Any], prompt: str) -> tuple[int, int]:
+    """Where the context stands in the rendered prompt, in characters.
 
-
-def _requests(instances: list[Any]) -> list[str]:
-    rows = []
-    for number, instance in enumerate(instances):
-        forced, continuation = str(instance.args[0])[len(prompt_of(instance)) :], str(instance.args[1])
-        tail = forced if len(forced) <= 80 else f"…{forced[-80:]}"
-        rows.append(f"{number:>7}  {tail!r} | {abridged(continuation, 120)!r}")
-    if len(rows) > _MANY:
-        rows[_MANY - 2 : -1] = [f"         … {len(rows) - _MANY + 1} more …"]
-    return rows
-
-
-def _marked(prompt: str, spans: list[tuple[int, int]]) -> str:
-    parts, last = [], 0
-    for start, end in sorted(spans):
-        start = max(start, last)  # pieces may overlap
-        if end > start:
-            parts += [plain(prompt[last:start]), _MARK, plain(prompt[start:end]), _PLAIN]
-            last = end
-    return "".join([*parts, plain(prompt[last:])])
+    Where the document does not say, or its template has changed the text, all but the first and the last lines.
+    """
+    at = prompt.find(doc["input"])
+    if "context" in doc and at >= 0:
+        start, end = doc["context"]
+        return at + start, at + end
+    ends = [match.start() for match in re.finditer("\n", prompt)]
+    if len(ends) <= 2 * _UNKNOWN:
+        return len(prompt), len(prompt)
+    return ends[_UNKNOWN - 1] + 1, ends[-_UNKNOWN]

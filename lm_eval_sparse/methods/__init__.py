@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from .ada_snapkv import AdaSnapKV
 from .base import (
     PROMISED_LENGTH,
@@ -55,6 +57,7 @@ __all__ = [
     "SnapKV",
     "VerticalSlash",
     "check_page_size",
+    "listing",
     "table",
 ]
 
@@ -72,3 +75,25 @@ def table() -> str:
             f"| {knobs} | {cls.paper} |"
         )
     return "\n".join(lines)
+
+
+def listing(width: int) -> str:
+    """The same as text of at most `width` columns: a paragraph per method, knobs as they are typed."""
+
+    def wrapped(text: str, name: str | None = None) -> str:
+        first, later = ("", "") if name is None else (f"  {name:<9}", " " * 11)
+        return textwrap.fill(text, width, initial_indent=first, subsequent_indent=later, break_on_hyphens=False)
+
+    head = "Sparse-attention methods by phase. Knobs are model arguments, here with their defaults."
+    paragraphs = [wrapped(head)]
+    for cls in METHODS.values():
+        allocation = "" if cls.allocation == "-" else f"{cls.allocation}; "
+        fields = {
+            "selects": "all keys" if cls.unit == "-" else f"{cls.unit}, by {cls.importance}",
+            "budget": f"{allocation}KV: {cls.kv}",
+            "knobs": "  ".join(f"{name}={default}" for name, default in cls.knobs().items()) or "none",
+            "paper": cls.paper,
+        }
+        title = f"{cls.name} ({'any phase' if cls.phase == 'any' else cls.phase})"
+        paragraphs.append("\n".join([title, *(wrapped(value, name) for name, value in fields.items())]))
+    return "\n\n".join(paragraphs)
