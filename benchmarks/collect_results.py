@@ -1,7 +1,7 @@
 """Gather result files of several methods into one JSON file and one table, for the docs.
 
 python benchmarks/collect_results.py OUT/sweep --output docs/results/methods_niah_4k
-python benchmarks/collect_results.py OUT/all --tasks --output docs/results/twins   # many tasks, a line for each metric
+python benchmarks/collect_results.py OUT/all --tasks --output docs/results/tasks   # many tasks, a line for each metric
 """
 
 from __future__ import annotations

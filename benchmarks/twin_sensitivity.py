@@ -435,7 +435,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     for name, run in content["runs"].items():
         facts = ", ".join(f"{key} {value}" for key, value in run["versions"].items() if value)
         chat = "with" if run["chat"] else "without"
-        lines += [f"## {name}", "", f"{run['device']}, {run['dtype']}, {chat} chat template; {facts}.", ""]
+        note = f" {run['note']}" if run.get("note") else ""
+        lines += [f"## {name}", "", f"{run['device']}, {run['dtype']}, {chat} chat template; {facts}.{note}", ""]
         rows = []
         for leaf, one in run["leaves"].items():
             short = leaf.removeprefix("forced_frontier_")
@@ -467,6 +468,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--note", help="a sentence on the model, for the table")
     parser.add_argument("--rows", help="a folder that keeps what was measured, should the run be cut off")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
@@ -490,6 +492,7 @@ def main() -> None:
             "versions": versions(),
             "dtype": options.dtype,
             "chat": options.chat,
+            "note": options.note,
             "seconds": time.perf_counter() - start,
             "leaves": summary(rows),
             "rows": rows,

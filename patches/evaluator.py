@@ -1,10 +1,10 @@
 """lm-eval's evaluator: measured sparsity in every logged sample and under the table, and there also the leaves that
-did not run.
+did not run; and means of groups without twins that are insensitive in some phase.
 
 Works around: a model type can add figures to the results as a whole (`get_model_info`) but not to a logged
 sample of a task that it does not own, nor to the table that is printed, and a task cannot say there that it dropped
 out. Delete the first part when lm-eval lets a response carry metadata into logged samples, the second when model types
-and tasks can print.
+and tasks can print, the third when a task can stay out of its group's means.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def apply(module: Any) -> None:
     `make_table` after it has imported the evaluator.
     """
     utils = importlib.import_module("lm_eval.utils")
+    groups = importlib.import_module("lm_eval.api.group")
     for owner, name, wrap in (
         (module, "evaluate", _with_sample_stats),
+        (groups.Group, "aggregate", _without_insensitive),
         (utils, "make_table", _with_figures),
     ):
         function = getattr(owner, name)
@@ -33,6 +35,22 @@ def apply(module: Any) -> None:
             wrapped = wrap(function)
             wrapped._lm_eval_sparse = True
             setattr(owner, name, wrapped)
+
+
+def _without_insensitive(aggregate: Any) -> Any:
+    """Means over twins that respond in every phase, so that runs of any phase, and dense ones, have the same."""
+
+    @functools.wraps(aggregate)
+    def wrapper(self: Any, task_metrics: Any) -> Any:
+        metrics = {name: value for name, value in task_metrics.items() if not _insensitive(self, name)}
+        return aggregate(self, metrics)
+
+    def _insensitive(group: Any, name: str) -> bool:
+        tasks = {task.task_name: task for task in group.get_all_tasks()}
+        metadata = getattr(getattr(tasks.get(name), "config", None), "metadata", None)
+        return isinstance(metadata, dict) and bool(metadata.get("insensitive"))
+
+    return wrapper
 
 
 def is_ours(lm: Any) -> bool:
@@ -71,7 +89,7 @@ def _with_figures(make_table: Any) -> Any:
     @functools.wraps(make_table)
     def wrapper(result_dict: Any, column: str = "results", *args: Any, **kwargs: Any) -> str:
         table = make_table(result_dict, column, *args, **kwargs)
-        if column == "results" and (left_out := not_run(result_dict)):
+        if column == "results" and (left_out := not_run(result_dict) + not_in_means(result_dict)):
             table = f"{table}\n{left_out}"
         figures = ""
         if column == "results":
@@ -94,6 +112,23 @@ def not_run(result_dict: Any) -> str:
         if isinstance(metadata, dict) and (reason := metadata.get("skipped")):
             reasons.setdefault(label(reason, 1000), []).append(label(name))
     return "".join(f"Not run: {', '.join(names)}: {reason}\n" for reason, names in reasons.items())
+
+
+def not_in_means(result_dict: Any) -> str:
+    """A line for each group's leaves that its means leave out; empty when there are none."""
+    from lm_eval_sparse.analysis.labels import label
+
+    lines = []
+    configs = result_dict.get("configs") or {}
+    for group, names in (result_dict.get("group_subtasks") or {}).items():
+        found = {}
+        for name in names if group in (result_dict.get("groups") or {}) else ():
+            metadata = configs.get(name, {}).get("metadata") if isinstance(configs.get(name), dict) else None
+            if isinstance(metadata, dict) and metadata.get("insensitive") and not metadata.get("skipped"):
+                found[name] = " and ".join(map(str, metadata["insensitive"]))
+        lines += [f"Not in the means of {label(group)}: {label(name)} (insensitive in {phase})\n" for name, phase in
+                  found.items()]  # fmt: skip
+    return "".join(lines)
 
 
 def _distinct(responses: Any) -> list[dict[str, Any]]:

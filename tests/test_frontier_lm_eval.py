@@ -9,7 +9,7 @@ import pytest
 from frontier_common import TASKS, StandIn, tokenizer
 from lm_eval.tasks import TaskManager
 
-from lm_eval_sparse import frontier, protocol
+from lm_eval_sparse import frontier, patches, protocol
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.protocol import MeasuredText, set_active_lm
 
@@ -301,3 +301,20 @@ def test_a_model_object_needs_the_tokenizer_named(tiny):
         model=lm, tasks=["frontier_niah_4k"], task_manager=manager(tokenizer=tiny), limit=1, bootstrap_iters=0
     )
     assert results["results"]["frontier_niah_4k"]["acc,none"] == 1.0
+
+
+def test_a_twin_that_is_insensitive_in_a_phase_stays_out_of_means():
+    """In every run, so that means of dense and sparse runs are over the same twins."""
+    patches.install()
+    lm = StandIn(max_length=4700, answer=lambda request: (-float(len(request.args[1])), False))
+    results = evaluate(lm, ["forced_frontier"], limit=1, metadata={"samples": 1})
+    own = {name: row["average_precision,none"] for name, row in results["results"].items()
+           if "average_precision,none" in row and name != "forced_frontier"}  # fmt: skip
+    assert {name.removeprefix("forced_frontier_") for name in own} == {"vt_4k", "cwe_4k", "story_filtering_4k"}
+    kept = [value for name, value in own.items() if "cwe" not in name]
+    assert results["groups"]["forced_frontier"]["average_precision,none"] == pytest.approx(sum(kept) / 2)
+    assert own["forced_frontier_cwe_4k"] not in kept
+    assert results["configs"]["forced_frontier_cwe_4k"]["metadata"]["insensitive"] == ["prefill"]
+    table = lm_eval.utils.make_table(results)
+    assert "Not in the means of forced_frontier: forced_frontier_cwe_4k (insensitive in prefill)\n" in table
+    assert table.count("Not in the means") == 1

@@ -176,6 +176,9 @@ class Cwe(Recipe):
     name = "cwe"
     version = 2
     least_units = COMMON
+    # Counting is the work of the step that answers: it reads all keys of a dense cache, and each copy of a word is one
+    # whatever the prompt's own attention saw.
+    insensitive = ("prefill",)
 
     def identity(self) -> list[Any]:
         """The version of the word list's package and the list itself."""

@@ -112,6 +112,10 @@ class Recipe(ABC):
     #: format's instructions. Needed where the question or the answer depends on them; elsewhere the room that shorter
     #: instructions leave is better used for more units.
     twin_keeps_units: bool = False
+    #: Phases in which attention may be destroyed without the twin's scores falling, though dense attention does well
+    #: (benchmarks/twin_sensitivity.py): they say nothing about methods of these. `task` keeps such a twin's leaves out
+    #: of groups' means.
+    insensitive: tuple[str, ...] = ()
     #: Units without which the question cannot be asked or the twin's candidates are too few. A leaf whose prompts have
     #: no room for them drops out.
     least_units: int = 0

@@ -427,6 +427,12 @@ class ForcedFrontierTask(FrontierTask):
 
     forced = True
 
+    def download(self, dataset_kwargs: Mapping[str, Any] | None = None, **options: Any) -> None:
+        """As for generated leaves. A twin that is insensitive in a phase says so in its metadata."""
+        super().download(dataset_kwargs, **options)
+        if self.recipe.insensitive:
+            self.config.metadata = {**self.config.metadata, "insensitive": list(self.recipe.insensitive)}
+
     def _reserve(self, meter: Meter, drafts: Iterable[Draft]) -> int:
         """Tokens kept free after the prompt: the longest forced answer of any document of the leaf."""
         answers = [draft.answer for draft in drafts]
