@@ -471,7 +471,12 @@ def test_documents_differ_and_the_twin_has_the_same_gold(name, qa_folder):
     for a, b in zip(generated, forced, strict=True):
         same = {k: v for k, v in a.items() if k not in ("input", "span", "context")}
         assert same == {k: v for k, v in b.items() if k not in ("input", "span", "context")}
-        assert a["input"] != b["input"] and one.evidence(a) == one.evidence(b)
+        assert a["input"] != b["input"]
+        if name == "cwe":  # the twin's list has the same words in another order
+            lists = [sorted(line.split(". ")[1] for line in one.evidence(doc)[0].splitlines()) for doc in (a, b)]
+            assert lists[0] == lists[1]
+        else:
+            assert one.evidence(a) == one.evidence(b)
         assert "<answer>" in a["input"] and "<answer>" not in b["input"]
 
 
