@@ -98,6 +98,11 @@ def noted(metadata: Any) -> dict[str, Any]:
     return {name: value for name, value in dict(metadata or {}).items() if name not in NOTED}
 
 
+def own(metadata: dict[str, Any], model_args: dict[str, Any]) -> dict[str, Any]:
+    """A task's metadata without the model arguments, which `lm_eval` adds to it."""
+    return {name: value for name, value in metadata.items() if (name, value) not in model_args.items()}
+
+
 def said(content: dict[str, Any]) -> dict[str, Any]:
     """The same of a results file. Raises `AttributeError` or `TypeError` when it has another shape."""
     run, configs = content["config"], content.get("configs", {})
@@ -106,7 +111,7 @@ def said(content: dict[str, Any]) -> dict[str, Any]:
         "model arguments": given,
         "model": run.get("model"),
         "limit": run.get("limit"),
-        "tasks": {name: noted(task.get("metadata")) for name, task in configs.items()},
+        "tasks": {name: own(noted(task.get("metadata")), run["model_args"]) for name, task in configs.items()},
         "chat template": bool(content.get("chat_template")),
         "gen_kwargs": run.get("gen_kwargs") or None,  # `lm_eval` writes {}
         "system instruction": content.get("system_instruction"),

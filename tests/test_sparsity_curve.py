@@ -101,6 +101,7 @@ def test_a_table_of_all_runs_and_results_of_the_command_line(
     arguments = {"method": "dense", "sparsity": 0, "pretrained": embedded.NAME}
     content = results(**arguments) | {"higher_is_better": {TASK: {"exact": True}}}
     content["config"] |= {"gen_kwargs": {}, "limit": 2.0}  # as `lm_eval` writes them
+    content["configs"][TASK]["metadata"] |= {"method": "dense", "sparsity": 0}
     content["results"][TASK] |= {"exact_stderr,none": 0.25, "sample_len": 2}
     file = tmp_path / "dense" / "m" / "results_before.json"
     file.parent.mkdir(parents=True)
@@ -171,6 +172,7 @@ OTHERS = {
     "chat template": changed("chat_template", "{{ x }}"),
     "metadata": changed(f"configs/{TASK}/metadata/samples", 5),
     "more metadata": changed(f"configs/{TASK}/metadata/depth", 5),
+    "metadata of other arguments": changed(f"configs/{TASK}/metadata/sparsity", 0.9),
     "gen_kwargs": changed("config/gen_kwargs", "max_gen_toks=5"),
     "system instruction": changed("system_instruction", "x"),
 }
