@@ -363,15 +363,17 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def verdict(
-    dense: Sequence[float], destroyed: Sequence[float], floor: Sequence[float], margin: float
+    dense: Sequence[float], destroyed: Sequence[float], floors: Sequence[Sequence[float]], margin: float
 ) -> dict[str, Any]:
     """How a score that is better the higher it is falls, document by document.
 
-    `at floor` where dense is not above `floor` by 3 standard errors and `margin`: then nothing can be said with this
-    model. Else `responds` where it falls by 2 standard errors or more, and `insensitive` where it does not.
+    `at floor` where dense is not above each of `floors` by 3 standard errors and `margin`: then nothing can be said
+    with this model; the figures are those of the floor that it is least above. Else `responds` where it falls by 2
+    standard errors or more, and `insensitive` where it does not.
     """
     fall, error = mean_and_error([a - b for a, b in zip(dense, destroyed, strict=True)])
-    above, above_error = mean_and_error([a - b for a, b in zip(dense, floor, strict=True)])
+    each = [mean_and_error([a - b for a, b in zip(dense, floor, strict=True)]) for floor in floors]
+    above, above_error = min(each, key=lambda one: one[0] - max(3 * one[1], margin))
     if not above >= max(3 * above_error, margin):
         word = "at floor"
     else:
@@ -391,8 +393,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for metric, higher in mine[0]["better"].items():
             sign = 1 if higher else -1
             of = {way: [sign * row["scores"][way][metric] for row in mine] for way in mine[0]["scores"]}
-            chance = [sign * row["chance"].get(metric, -sign * math.inf) for row in mine]
-            floor = [max(pair) for pair in zip(chance, of["without context"], strict=True)]
+            floors = [of["without context"]]
+            if metric in mine[0]["chance"]:
+                floors.append([sign * row["chance"][metric] for row in mine])
             metrics[metric] = {
                 "higher_is_better": higher,
                 "means": {way: [sign * m, e] for way, (m, e) in ((w, mean_and_error(v)) for w, v in of.items())},
@@ -400,7 +403,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 if metric in mine[0]["chance"]
                 else None,
                 "phases": {
-                    phase: verdict(of["dense"], of[phase], floor, MARGIN.get(metric, USUAL_MARGIN)) for phase in PHASES
+                    phase: verdict(of["dense"], of[phase], floors, MARGIN.get(metric, USUAL_MARGIN)) for phase in PHASES
                 },
             }
         words = {phase: [one["phases"][phase]["verdict"] for one in metrics.values()] for phase in PHASES}

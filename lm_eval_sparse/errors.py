@@ -40,9 +40,9 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
-def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
+def nearest(word: str, known: Iterable[str], n: int = 3, cutoff: float = 0.5) -> str:
     """Return a phrase such as `; did you mean 'gamma'?`, or the empty string when nothing is close."""
-    close = difflib.get_close_matches(str(word), list(known), n=n, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), list(known), n=n, cutoff=cutoff)
     if not close:
         return ""
     return "; did you mean " + " or ".join(repr(name) for name in close) + "?"

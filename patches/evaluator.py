@@ -9,6 +9,7 @@ and tasks can print, the third when a task can stay out of its group's means.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -42,15 +43,19 @@ def _without_insensitive(aggregate: Any) -> Any:
 
     @functools.wraps(aggregate)
     def wrapper(self: Any, task_metrics: Any) -> Any:
-        metrics = {name: value for name, value in task_metrics.items() if not _insensitive(self, name)}
-        return aggregate(self, metrics)
-
-    def _insensitive(group: Any, name: str) -> bool:
-        tasks = {task.task_name: task for task in group.get_all_tasks()}
-        metadata = getattr(getattr(tasks.get(name), "config", None), "metadata", None)
-        return isinstance(metadata, dict) and bool(metadata.get("insensitive"))
+        tasks = self.get_all_tasks()
+        kept = [task for task in tasks if not _insensitive(getattr(task.config, "metadata", None))]
+        if not kept or len(kept) == len(tasks):  # a group of nothing else has its mean
+            return aggregate(self, task_metrics)
+        group = copy.copy(self)
+        group.get_all_tasks = lambda *args, **kwargs: kept
+        return aggregate(group, task_metrics)
 
     return wrapper
+
+
+def _insensitive(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and bool(metadata.get("insensitive"))
 
 
 def is_ours(lm: Any) -> bool:
@@ -118,16 +123,22 @@ def not_in_means(result_dict: Any) -> str:
     """A line for each group's leaves that its means leave out; empty when there are none."""
     from lm_eval_sparse.analysis.labels import label
 
+    configs, subtasks = result_dict.get("configs") or {}, result_dict.get("group_subtasks") or {}
+    metadata = {name: config.get("metadata") for name, config in configs.items() if isinstance(config, dict)}
+
+    def leaves(name: str, seen: tuple[str, ...] = ()) -> list[str]:
+        if not subtasks.get(name) or name in seen:
+            return [name]
+        return [leaf for part in subtasks[name] for leaf in leaves(part, (*seen, name))]
+
     lines = []
-    configs = result_dict.get("configs") or {}
-    for group, names in (result_dict.get("group_subtasks") or {}).items():
-        found = {}
-        for name in names if group in (result_dict.get("groups") or {}) else ():
-            metadata = configs.get(name, {}).get("metadata") if isinstance(configs.get(name), dict) else None
-            if isinstance(metadata, dict) and metadata.get("insensitive") and not metadata.get("skipped"):
-                found[name] = " and ".join(map(str, metadata["insensitive"]))
-        lines += [f"Not in the means of {label(group)}: {label(name)} (insensitive in {phase})\n" for name, phase in
-                  found.items()]  # fmt: skip
+    for group in result_dict.get("groups") or {}:
+        ours = list(dict.fromkeys(leaves(group)))
+        out = [name for name in ours if _insensitive(metadata.get(name))]
+        for name in out if len(out) < len(ours) else ():
+            if not metadata[name].get("skipped"):
+                phases = " and ".join(map(str, metadata[name]["insensitive"]))
+                lines.append(f"Not in the means of {label(group)}: {label(name)} (insensitive in {label(phases)})\n")
     return "".join(lines)
 
 

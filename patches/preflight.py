@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from lm_eval_sparse.files import brief
 from lm_eval_sparse.harness import MODEL
 from lm_eval_sparse.patches.evaluator import is_ours
 from lm_eval_sparse.values import Takes, is_number, is_whole
+
+logger = logging.getLogger("lm_eval_sparse")
 
 
 def apply(module: ModuleType) -> None:
@@ -113,18 +116,26 @@ def _with_preflight(simple_evaluate: Any) -> Any:
 
 
 def _check_keys(options: Mapping[str, Any]) -> None:
-    """Raise `UserError` for metadata that nothing reads, where all tasks are ours and we know what they read."""
+    """Raise `UserError` for metadata that nothing reads, where all tasks are ours and we know what they read.
+
+    Beside other tasks, which may read more, what looks like a slip is a warning.
+    """
     from lm_eval_sparse.frontier.leaves import is_built_in
-    from lm_eval_sparse.frontier.metadata import check_keys
+    from lm_eval_sparse.frontier.metadata import KNOWN, check_keys
 
     metadata, given = options["metadata"], options["model_args"] or {}
-    if all(is_built_in(task) for task in options["tasks"]):
-        if isinstance(given, str):
-            from lm_eval.utils import simple_parse_args_string
+    if isinstance(given, str):
+        from lm_eval.utils import simple_parse_args_string
 
-            given = simple_parse_args_string(given)
-        # lm-eval puts the model arguments among the metadata.
-        check_keys(key for key in metadata if key not in given)
+        given = simple_parse_args_string(given)
+    # lm-eval puts the model arguments among the metadata.
+    typed = [key for key in metadata if key not in given]
+    if all(is_built_in(task) for task in options["tasks"]):
+        check_keys(typed)
+        return
+    for key in typed:
+        if key not in KNOWN and (close := nearest(key, KNOWN, cutoff=0.8)):
+            logger.warning("no frontier task reads %s, which --metadata gives%s", brief(key), close)
 
 
 def _with_known_samples(evaluate: Any) -> Any:

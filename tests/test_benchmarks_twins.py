@@ -98,11 +98,12 @@ def test_one_prefill_serves_dense_and_random_decoding():
     ],
 )
 def test_verdicts(dense, destroyed, floor, word):
-    found = twins.verdict(dense, destroyed, floor, 0.05)
+    found = twins.verdict(dense, destroyed, [[-9.0] * 3, floor], 0.05)
     falls = [a - b for a, b in zip(dense, destroyed, strict=True)]
     assert found["verdict"] == word
     assert found["fall"] == pytest.approx(sum(falls) / 3)
     assert found["error"] == pytest.approx(statistics.stdev(falls) / 3**0.5)
+    assert found["above"] == pytest.approx(statistics.fmean(dense) - floor[0])
 
 
 def test_a_metric_that_is_better_the_lower_it_is_falls_when_it_rises():

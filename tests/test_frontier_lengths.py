@@ -353,6 +353,7 @@ def test_limits_from_names(no_active_lm, tmp_path):
     assert limit(pretrained=path, max_model_len="3000") == 3000
     assert limit(tokenizer=path) is None
     assert limit(model="x", tokenizer=path, base_url="http://localhost") == 2047  # what lm-eval cuts prompts to
+    assert limit(model="x", tokenizer=path, base_url="http://localhost", max_length=4500) == 4499
 
 
 def test_no_tokenizer_is_one_clear_line(no_active_lm, tmp_path):

@@ -318,3 +318,25 @@ def test_a_twin_that_is_insensitive_in_a_phase_stays_out_of_means():
     table = lm_eval.utils.make_table(results)
     assert "Not in the means of forced_frontier: forced_frontier_cwe_4k (insensitive in prefill)\n" in table
     assert table.count("Not in the means") == 1
+
+
+def test_groups_of_groups_name_what_their_means_leave_out(tmp_path):
+    patches.install()
+    rows = "aggregate_metric_list: [{metric: average_precision, aggregation: mean, weight_by_size: false}]\n"
+    leaves = "[forced_frontier_vt_4k, forced_frontier_cwe_4k]"
+    (tmp_path / "inner.yaml").write_text(f"group: inner\ntask: {leaves}\n{rows}")
+    (tmp_path / "outer.yaml").write_text(f"group: outer\ntask: [inner]\n{rows}")
+    (tmp_path / "alone.yaml").write_text(f"group: alone\ntask: [forced_frontier_cwe_8k]\n{rows}")
+    lm = StandIn(answer=lambda request: (-float(len(request.args[1])), False))
+    set_active_lm(lm)
+    names = TaskManager(include_path=[str(TASKS), str(tmp_path)], include_defaults=False, metadata={"samples": 1})
+    results = lm_eval.simple_evaluate(
+        model=lm, tasks=["outer", "alone"], task_manager=names, limit=1, bootstrap_iters=0, device="cpu"
+    )
+    own = {name: row.get("average_precision,none") for name, row in results["results"].items()}
+    assert own["outer"] == own["inner"] == own["forced_frontier_vt_4k"] != own["forced_frontier_cwe_4k"]
+    assert own["alone"] == own["forced_frontier_cwe_8k"]  # what a group is all of has its mean
+    table = lm_eval.utils.make_table(results)
+    assert sorted(line.partition(":")[0] for line in table.splitlines() if line.startswith("Not in")) == [
+        "Not in the means of inner", "Not in the means of outer"
+    ]  # fmt: skip

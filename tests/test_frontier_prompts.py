@@ -129,6 +129,17 @@ def test_answers_have_what_is_asked_for_or_what_the_model_takes(limit, given, pr
     assert task.config.metadata["answer_tokens"] == (given or 1024)
 
 
+def test_what_is_typed_for_a_further_run_of_a_task_holds():
+    """lm-eval writes it into the very dictionary that an earlier run, whose model had less room, has left."""
+    lm, task = active("digits", max_length=4096 + 404), leaf("vt")
+    build(task, lm, limit=1)
+    assert task.instances[0].args[1]["max_gen_toks"] == 404
+    task.set_config("generation_kwargs", {"max_gen_toks": 64, "do_sample": True}, update=True)
+    build(task, lm, limit=1)
+    asked = task.instances[0].args[1]
+    assert (asked["max_gen_toks"], asked["do_sample"]) == (64, True)
+
+
 # -------------------------------------------------------------------------------------------------- the question once
 
 

@@ -188,10 +188,11 @@ def _check_files(folder: Path) -> None:
 
 def _limit(metadata: Mapping[str, Any], tokenizer: Any) -> int | None:
     """As lm-eval's model types do: the model argument, else the config, else the tokenizer."""
-    if (given := limit("", metadata)) is not None:
+    given = limit("", metadata)
+    if metadata.get("base_url"):  # lm-eval's API models keep one token free
+        return (_API_MAX_LENGTH if given is None else given) - 1
+    if given is not None:
         return given
-    if metadata.get("base_url"):
-        return _API_MAX_LENGTH - 1
     config = getattr(metadata.get("pretrained"), "config", None)
     if isinstance(metadata.get("pretrained"), str):
         config = _load_config(metadata["pretrained"], tuple(loader_options("", metadata, MODEL_OPTIONS).items()))

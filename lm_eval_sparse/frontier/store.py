@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 #: Bytes of a file and of a line in it that are read: some fifty times what they have at 128k tokens.
 MOST_BYTES = 4 << 30
 MOST_LINE = 64 << 20
+
+_NAMED = re.compile(r"(?P<leaf>[a-z0-9_]+)-(?:v(?P<version>\d+)-)?\d+-[0-9a-f]{24}\.jsonl")
 
 _warned = False
 
@@ -40,23 +42,26 @@ def keep(path: Path, content: bytes) -> None:
         logger.warning("cannot keep %s (%s); it is made again in every run", path, files.why(error))
 
 
-def forget_older(leaf: str, version: int) -> None:
-    """Remove the documents that an earlier version of a task wrote, and say so: they are made anew.
+def forget_older(versions: Mapping[str, int]) -> None:
+    """Remove the documents that earlier versions of tasks wrote, and say so in a line: they are made anew.
 
-    `leaf` is the recipe's name, for twins behind `forced_`. Files of version 1 had no version in their names.
+    `versions` holds the present version by recipe, for twins behind `forced_`. Files of version 1 had no version in
+    their names. Nothing is removed where nobody would hear of it.
     """
-    older = re.compile(rf"{re.escape(leaf)}-(?:v(\d+)-)?\d+-[0-9a-f]{{24}}\.jsonl")
-    removed: dict[int, int] = {}
+    if not logger.isEnabledFor(logging.WARNING):
+        return
+    removed: dict[str, int] = {}
     with contextlib.suppress(OSError):
         for path in cache_dir().iterdir():
-            if (match := older.fullmatch(path.name)) and (found := int(match.group(1) or 1)) < version:
+            match = _NAMED.fullmatch(path.name)
+            if match and int(match["version"] or 1) < versions.get(match["leaf"], 0):
                 with contextlib.suppress(OSError):
                     path.unlink()
-                    removed[found] = removed.get(found, 0) + 1
-    for found, files_removed in sorted(removed.items()):
+                    removed[match["leaf"]] = removed.get(match["leaf"], 0) + 1
+    if removed:
         logger.warning(
-            "%s: documents of version %d were in the cache (%d files, removed); those of version %d are made anew",
-            *(leaf, found, files_removed, version),
+            "documents of earlier versions of %s were in the cache (%d files, removed); they are made anew",
+            *(", ".join(sorted(removed)), sum(removed.values())),
         )
 
 

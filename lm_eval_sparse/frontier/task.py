@@ -30,6 +30,7 @@ from ..protocol import SKIPPED, Prompt, SharedPrompt, mean_sparsities, stats_of
 from ..values import whole
 from . import recipe
 from .fill import DoesNotFit, Filler, fit, fit_both
+from .leaves import BUILT_IN
 from .metadata import check_metadata, question_first, samples, seed, strict
 from .meter import Meter, meter_for
 from .recipe import Draft, Message, Unavailable
@@ -62,6 +63,9 @@ _ANSWERED = 64
 _CAPS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 #: What a leaf's metadata says of one run.
 _SETTLED = ("skipped", "prompt_tokens", "answer_tokens")
+
+#: Versions of this package's documents, by what they are called in the cache.
+_VERSIONS = {f"{twin}{folder.name}": folder.version for folder in BUILT_IN for twin in ("", "forced_")}
 
 _SENTINEL = "{the prompt}"
 _STUB = "This leaf is skipped."
@@ -122,7 +126,8 @@ class FrontierTask(ConfigurableTask):
         config["process_results"] = "process_results"
         self._skipped: str | None = None
         self._told: str | None = None
-        self._capped: tuple[Any, Any] = (None, None)
+        #: The most tokens of an answer in this run, by the name that lm-eval knows it under.
+        self._room: dict[str, int] = {}
         super().__init__(config=config, **kwargs)
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None, **_: Any) -> None:
@@ -202,7 +207,7 @@ class FrontierTask(ConfigurableTask):
 
         fingerprint = self._prepare(meter_for(self.config.metadata, chat_template), render)
         # lm-eval's own key for cached requests has neither lengths nor generation arguments nor samples.
-        decides = [fingerprint, self.config.generation_kwargs, samples, self.paper_window]
+        decides = [fingerprint, self.config.generation_kwargs, self._room, samples, self.paper_window]
         key = json.dumps(decides, sort_keys=True, default=str)
         super().build_all_requests(
             samples=samples,
@@ -225,8 +230,7 @@ class FrontierTask(ConfigurableTask):
             return self._draft(index, forced)
 
         self.config.metadata = {k: v for k, v in self.config.metadata.items() if k not in _SETTLED}
-        if self.config.generation_kwargs == self._capped[0]:  # by an earlier call, for another model
-            self.config.generation_kwargs = self._capped[1]
+        self._room = {}
         if self._unavailable:
             self._skip(self._unavailable)
             return self._unavailable
@@ -276,7 +280,7 @@ class FrontierTask(ConfigurableTask):
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         leaf = f"{'forced_' if self.forced else ''}{self.recipe.name}"
         store = DocumentStore(f"{leaf}-v{self.recipe.version}-{self.length}", fingerprint)
-        forget_older(leaf, self.recipe.version)
+        forget_older({**_VERSIONS, leaf: self.recipe.version})
         filler = Filler(count)
 
         def make(index: int) -> dict[str, Any]:
@@ -349,10 +353,7 @@ class FrontierTask(ConfigurableTask):
         """Let no answer have more tokens than the model takes behind the prompt. Returns what the results say of it."""
         key, cap = self._cap()
         room = cap if limit is None else min(cap, limit - budget)
-        if self.config.generation_kwargs is not None:
-            given = self.config.generation_kwargs
-            self.config.generation_kwargs = {**given, key: room}
-            self._capped = (self.config.generation_kwargs, given)
+        self._room = {key: room}
         if room < cap:
             logger.warning(
                 "%s: answers may have %d instead of %d tokens, which is what the model takes behind the prompt",
@@ -397,7 +398,7 @@ class FrontierTask(ConfigurableTask):
     def _arguments(self, doc: dict[str, Any], ctx: Any) -> list[tuple[Any, Any]]:
         # Chat APIs get their messages as another type.
         prompt = Prompt(ctx, self.paper_window) if isinstance(ctx, str) else ctx
-        return [(prompt, deepcopy(self.config.generation_kwargs))]
+        return [(prompt, {**deepcopy(self.config.generation_kwargs or {}), **self._room})]
 
     def _stub_arguments(self) -> list[tuple[Any, Any]]:
         return [(_STUB, {"until": [], "max_gen_toks": 1, "do_sample": False})]
