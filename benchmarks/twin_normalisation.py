@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,12 +140,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     patches.install()
-    from lm_eval_sparse.model import SparseHFLM
+    from lm_eval_sparse.model import SparseHFLM, device_name
 
     lm = SparseHFLM(device=arguments.device)
     report: dict[str, Any] = {
         "model": lm.model_label,
-        "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor(),
+        "device": device_name(torch.device(arguments.device)),
         "chat_template": arguments.apply_chat_template,
         "versions": {
             "lm_eval_sparse": lm_eval_sparse.__version__,
