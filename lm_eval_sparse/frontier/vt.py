@@ -211,7 +211,7 @@ def _given(line: str, known: frozenset[str], tagged: bool) -> set[str]:
     words = [token for item in items for token in item if _is_word(token, known)]
     others = [token.upper() for item in items for token in item if not _is_word(token, known)]
     sentence = any(len(item) > 1 and _is_word(token, known) for item in items for token in item)
-    if not tagged and (words or 2 * len(named) < len(others)):
+    if sentence and not tagged:
         return named
     alone = [] if sentence or not others else [token.upper() for token in words]
     return named.union(others, alone)
