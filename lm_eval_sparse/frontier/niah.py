@@ -177,7 +177,8 @@ def parse(text: str) -> dict[int, tuple[str, ...]]:
 
     Read from the first answer block that has such a line, or without a block from the whole text. A line may say
     anything around its codes, and go on in the next ones: it ends where another number starts one, or at a blank line
-    once it has its value, unless "or" and the like lead on to a further one. The first line of a number with two codes counts; a code given twice is given once.
+    once it has its value, unless "or" and the like lead on to a further one. The first line of a number with two
+    codes counts; a code given twice is given once.
     """
     return answer_or_all(text, _lines) or {}
 

@@ -491,9 +491,9 @@ def words(text: str) -> frozenset[str]:
 
 def _readings(block: str) -> list[frozenset[str]]:
     """The words of an answer without its label, and also without its list number; none for a block without words."""
-    text = plain(block)
-    unlabelled = (_ANSWER_LABEL.sub("", form) for form in (text, _ONE.sub("", text)))
-    return [found for form in (*unlabelled, text, block) if (found := words(form))]
+    forms = plain(block), _ONE.sub("", plain(block))
+    unlabelled = (_ANSWER_LABEL.sub("", form) for form in forms)
+    return [found for form in (*unlabelled, block) if (found := words(form))]
 
 
 def _f1(answer: frozenset[str], reference: frozenset[str]) -> float:
@@ -573,7 +573,7 @@ _FRAME = frozenset(
 )
 # A letter that is refused is not given: "A is wrong, so C", "B, not C".
 _REFUSED = re.compile(
-    r"[*_`\"'”» \t)\]]*(?:(?:is|are|was|were|seems|can|could)\s+(?:clearly\s+|also\s+)?(?:not|wrong|incorrect|false|out)"
+    r"[*_`\"'”» \t)\]]*(?:(?:is|are|was|were|seems|can|could)\s+(?:clearly\s+)?(?:not|wrong|incorrect|false|out)"
     r"|(?:is|are|was|were|ca|could)n['’]t|cannot)\b",
     re.IGNORECASE,
 )

@@ -393,7 +393,8 @@ _SENTENCE = re.compile(
 )
 # Behind a name: "(Chapter 4)", ", Chapter 4", " - chapter 4", "(item)".
 _BEHIND = re.compile(
-    r"(?<=[^\W_])[\W_]+(?:in\s+|from\s+)?chapter[ *_]{1,4}\d{1,4}[\W_]*\Z|(?<=[^\W_])[^\w([]*[(\[](?:item|place|character)[)\]][\W_]*\Z"
+    r"(?<=[^\W_])[\W_]+(?:in\s+|from\s+)?chapter[ *_]{1,4}\d{1,4}[\W_]*\Z"
+    r"|(?<=[^\W_])[^\w([]*[(\[](?:item|place|character)[)\]][\W_]*\Z"
 )
 _ARTICLE = re.compile(r"(?:an?|the)\b[\W_]+")
 _AGAIN = re.compile(r"\s*(?:[,;/|]|\b(?:and|or)\b)\s*")

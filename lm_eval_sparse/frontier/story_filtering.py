@@ -34,7 +34,8 @@ _JOIN = re.compile(r"(?:[\s,;&/]|\b(?:and|or)\b)*", re.IGNORECASE)
 _RANGE = re.compile(r"[*_]{0,3}\s*(?:[-–—]|\.{2,3}|…|\b(?:to|through|until)\b)\s*[*_]{0,3}", re.IGNORECASE)
 _LONGEST_RANGE = 10_000
 _LIST_NUMBER = re.compile(
-    r"(?:[^\w\n]|_)*(?:(?:number|no|item|answer)\b[ \t.#]{0,3})?(\d+)(?:st|nd|rd|th)?[*_`\"']{0,3}[.):\]](?=[^\w\n]*[ \t*_|\"'])(?=.*\d)",
+    r"(?:[^\w\n]|_)*(?:(?:number|no|item|answer)\b[ \t.#]{0,3})?(\d+)(?:st|nd|rd|th)?"
+    r"[*_`\"']{0,3}[.):\]](?=[^\w\n]*[ \t*_|\"'])(?=.*\d)",
     re.IGNORECASE,
 )
 # List numbers on one line: "1) 3, 2) 17, 3) 25".
