@@ -713,6 +713,11 @@ def test_number_lists_are_read_as_written(numbers, join, order):
         assert parse_numbers(f"<answer>\n{listed}\n</answer>") == numbers
 
 
+def test_chapters_one_two_and_three_with_counts_are_no_list():
+    answer = "<answer>Chapter 1: 0, Chapter 2: 0, Chapter 3: 0</answer>"
+    assert RECIPES["story_filtering"].score({"numbers": [1, 2, 3]}, answer) == {"iou": 1.0}
+
+
 def test_parse_returns_what_was_written():
     assert parse_lines("<answer>2. The Harbour Market.\n7) Ambrose</answer>") == {2: "harbour market", 7: "ambrose"}
     assert parse_lines("2. Ambrose") == {2: "ambrose"} and parse_numbers("17") == set()

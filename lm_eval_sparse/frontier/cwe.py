@@ -40,79 +40,18 @@ _LABEL = re.compile(
     r"(?:the\s+)?(?:(?:first|second|third|last|next|most|common|frequent|[a-z]{3,5}th)\s+)*words?\b[*_\"'\s]*:[^\w\n]*(?=[^\W\d_])"
     r"|(?:the\s+)?word\b[^\w\n]*(?=[^\W\d_])|the\s+(?=[^\W\d_])"
 )
-_HEDGES = frozenset(
-    ["or", "and", "also", "maybe", "perhaps", "possibly", "probably", "likely", "either", "even", "rather"]
-)
+_HEDGING = """
+    or and also maybe perhaps possibly probably likely either even rather
+"""
+_HEDGES = frozenset(_HEDGING.split())
 # What may be said of a word of the list.
-_NOTE = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "it",
-        "is",
-        "was",
-        "of",
-        "in",
-        "at",
-        "with",
-        "as",
-        "each",
-        "time",
-        "times",
-        "thirty",
-        "noun",
-        "nouns",
-        "adjective",
-        "adjectives",
-        "verb",
-        "verbs",
-        "word",
-        "words",
-        "plural",
-        "singular",
-        "common",
-        "most",
-        "frequent",
-        "frequently",
-        "often",
-        "very",
-        "list",
-        "listed",
-        "text",
-        "total",
-        "count",
-        "counts",
-        "counted",
-        "exactly",
-        "about",
-        "around",
-        "approximately",
-        "occurrence",
-        "occurrences",
-        "occurs",
-        "appears",
-        "appearing",
-        "occurring",
-        "repeated",
-        "found",
-        "mentioned",
-        "seen",
-        "yes",
-        "correct",
-        "right",
-        "sure",
-        "same",
-        "high",
-        "top",
-        "first",
-        "last",
-        "done",
-        "end",
-        "note",
-        "answer",
-    ]
-)
+_SAID = """
+    the a an it is was of in at with as each time times thirty noun nouns adjective adjectives verb verbs word words
+    plural singular common most frequent frequently often very list listed text total count counts counted exactly
+    about around approximately occurrence occurrences occurs appears appearing occurring repeated found mentioned
+    seen yes correct right sure same high top first last done end note answer
+"""
+_NOTE = frozenset(_SAID.split())
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _OUTSIDE = re.compile(r"[\W_]*")
 

@@ -39,7 +39,10 @@ _LIST_NUMBER = re.compile(
     re.IGNORECASE,
 )
 # List numbers on one line: "1) 3, 2) 17, 3) 25".
-_LISTED = re.compile(r"(?<![^\W_])(\d+)(?:st|nd|rd|th)?[*_`\"']{0,3}[.):\]][*_`\"']{0,3}\s[*_`\"'\[(]{0,3}(?=\d)")
+_LISTED = re.compile(
+    r"(?<![^\W_])(?<!chapter )(\d+)(?:st|nd|rd|th)?[*_`\"']{0,3}[.):\]][*_`\"']{0,3}\s[*_`\"'\[(]{0,3}(?=\d)",
+    re.IGNORECASE,
+)
 
 _INTRO = f"{INTRO} There are also chapters in which she buys nothing at all, and you will be asked to find them."
 _QUESTION = f"In which chapters did {HERO} buy nothing? There {{are}}."
