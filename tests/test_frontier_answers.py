@@ -34,7 +34,7 @@ CASES = [
     ("vt", VT, f"<think>Is it <answer>{VT['names'][0]}</answer>? No.</think>\n{tagged(ALL)}", 1.0),
     ("vt", VT, f"<think>\n<answer>{VT['names'][0]}</answer>\n</think>\n{tagged(ALL)}", 1.0),
     ("cwe", CWE, tagged("1. word: oak\n2. the word mist\n3. word\n4. the end"), 0.6),  # "end" is wrong
-    ("quality", ONE, tagged("A is incorrect; the answer is C"), 0.0),  # all letters count: A and C
+    ("quality", ONE, tagged("A is incorrect; the answer is C"), 1.0),  # a letter that is refused is not given
     ("quality", FIRST, tagged("A is incorrect; the answer is C"), 0.0),
     ("quality", FIRST, tagged("Option A is wrong, so C"), 0.0),
     ("quality", FIRST, tagged("A is not right, C is"), 0.0),

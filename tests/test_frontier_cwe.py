@@ -60,7 +60,7 @@ def test_the_pool_is_the_word_list_of_the_package(word_list):
     assert abs(len(word_list) - 8_063) < 60  # of 2.2.0; later releases differ by a few words
     assert set(cwe.pool()) == word_list and len(cwe.pool()) == len(word_list)
     for word in word_list:
-        assert cwe.parse(f"1. {word}") == {word}  # every word can be answered
+        assert cwe.parse(f"1. {word}") == ({word}, set())  # every word can be answered
 
 
 def test_two_hundred_documents_are_built_as_the_paper_says(word_list):
@@ -346,6 +346,14 @@ OUTPUTS = [
     ("a word behind a comma", tagged(lines(words=[*G[:9], f"{G[9]}, abacus"])), 10, 11),
     ("words behind a slash", tagged(lines(words=[*G[:9], f"{G[9]}/abacus/bread"])), 10, 12),
     ("a word behind and", tagged(lines(words=[*G[:9], f"{G[9]} and abacus"])), 10, 11),
+    *((f"hedged{x!r}", tagged(lines() + x), 10, 11) for x in (
+        ": abacus", " (abacus)", " - abacus", " -> abacus", " = abacus", "\nabacus", "\nor abacus", ", maybe abacus",
+        " and perhaps abacus", " (and abacus)", " or abacus",
+    )),
+    ("30 times each below", tagged(f"{lines()}\n30 times each."), 10, 10),
+    ("a heading behind the number", tagged(lines().replace("1. ", "1. The most common words: ", 1)), 10, 10),
+    ("the form's words as labels", tagged(lines("{i}. first word: {w}")), 10, 10),
+    *((verb, tagged(lines(f"{{i}}. {{w}} {verb} 30 times")), 10, 10) for verb in ("found", "repeated", "listed")),
     ("joined by a hyphen", tagged(lines(words=[*G[:9], f"{G[9]}-abacus"])), 9, 11),
     ("in a sentence", tagged(lines("{i}. {w} occurs 30 times in the list")), 10, 10),
     ("emoji for numbers", tagged(lines("{i}\ufe0f\u20e3 {w}")), 10, 10),

@@ -198,6 +198,8 @@ OUTPUTS = [
     ("an explanation below", f"{ALL}\n\nI found them beside {V[0]} and {K[0]}.", 1.0),
     ("pair given twice on a line", ALL.replace(V[1], f"{V[1]} ({K[1]}: {V[1]})"), 1.0),
     ("a second value on a line", ALL.replace(V[1], f"{V[1]} or {V[0]}"), 0.75),
+    ("or a second value below a blank line", ALL.replace(V[1], f"{V[1]}\n\n   or {V[0]}\n"), 0.75),
+    ("numbers of keys in brackets", "\n".join(f"{i + 1}. {K[i]} (key {i + 1}): {V[i]}" for i in range(4)), 1.0),
     ("a second value in brackets", ALL.replace(V[1], f"{V[1]} ({V[0]})"), 0.75),
     ("a wrong value before the right one", ALL.replace(V[1], f"not {V[0]} but {V[1]}"), 0.75),
     ("a second value on the next line", f"1. {K[0]}:\n{V[0]}\n{V[1]}", 0.0),

@@ -792,6 +792,10 @@ def test_squad_outputs(output, score):
         ("don’t", "don't", 1.0),
         ("1990–1995", "1990-1995", 1.0),
         ("...", "...", 0.0),
+        ("\\alpha", "\\alpha", 1.0),
+        ("Denver Broncos", "1. Denver Broncos", 1.0),
+        ("Denver Broncos", "The answer is Denver Broncos", 1.0),
+        ("1. FC Köln", "1. FC Köln", 1.0),
     ],
 )
 def test_f1_by_hand(reference, answer, score):
@@ -835,7 +839,33 @@ CHOICE_OUTPUTS = [
     ("text only, capital article", A, tagged("A dog"), 0.0),
     ("text only, letter in it", B, tagged("to get vitamin B"), 1.0),  # cannot be told from an answer
     ("text with a letter in it", {**AC, "letters": ["C"]}, tagged("C. vitamin B"), 1.0),
-    ("text with a list in it", {**AC, "letters": ["C"]}, tagged("C. vitamins A, B, D."), 1.0),
+    (
+        "text with a list in it",
+        {"options": ["x", "y", "vitamins A, B, D"], "letters": ["C"]},
+        tagged("C. vitamins A, B, D."),
+        1.0,
+    ),
+    ("another text with a list in it", {**AC, "letters": ["C"]}, tagged("C. vitamins A, B, D."), 0.0),
+    *(
+        (x, B, tagged(x), 0.0)
+        for x in (
+            "B, maybe D",
+            "B and perhaps D",
+            "B, possibly also D",
+            "B is right, and so is D",
+            "B (and D)",
+            "B or D",
+            "B\nor D",
+            "B. A quick way to B or D",
+            "b, maybe d",
+            "not B",
+            "The answer is not B",
+            "It cannot be B",
+            "B is not right",
+        )
+    ),
+    ("reasons", AC, tagged("A is correct because X; C is correct because Y"), 1.0),
+    ("a wrong one is refused first", B, tagged("A is wrong, B"), 1.0),
     ("None", A, tagged("None"), 0.0),
     ("Answer", A, tagged("Answer"), 0.0),
     ("ANSWER", A, tagged("ANSWER"), 0.0),

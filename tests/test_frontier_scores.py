@@ -37,6 +37,15 @@ BLOCKS = [
     "<think>\n<answer>?</answer>\n</think>\n<answer>{}</answer>", "<answer>\n```text\n{}\n```",
 ]  # fmt: skip
 ENDS = ["\n", "\r\n", "\n\n", "\r", "  \n", "\u2028"]
+#: A right answer and one more: each costs as much as if it were given outright.
+HEDGES = [
+    "{r}, maybe {x}",
+    "{r} and perhaps {x}",
+    "{r} (and {x})",
+    "{r} or {x}",
+    "{r}\nor {x}",
+    "{r}, possibly also {x}",
+]
 CASES = [str, str.lower, str.upper, str.title]
 
 blocks, ends, cases = st.sampled_from(BLOCKS), st.sampled_from(ENDS), st.sampled_from(CASES)
@@ -91,7 +100,11 @@ def test_vt_lists(variables, source, join, inner, case, block, added):
     text = placed(block, join.join(inner.format(name) for name in given_ones))
     expected = 5 / (5 + len(wrong))
     assert score("vt", doc, text) == pytest.approx(expected)
-    assert score("vt", doc, placed(block, join.join(map(case, doc["names"])))) == 1
+    right = join.join(map(case, doc["names"]))
+    assert score("vt", doc, placed(block, right)) == 1
+    hedged = source.choice(HEDGES).format(r=right, x=invented[0])
+    tags = block if "<" in block else "<answer>{}</answer>"
+    assert score("vt", doc, placed(tags, hedged)) == pytest.approx(5 / 6)
 
 
 @examples(100)
@@ -129,9 +142,12 @@ def test_cwe(words, source, style, inner, case, block, end, said):
     right = source.sample(words[:10], 10)
     text = listed([inner.format(case(word)) + said for word in right], style)
     assert score("cwe", doc, placed(block, text, end)) == 1
-    further = source.choice([" {}", ", {}", " and {}", "/{}", " or {}", "; {}"])
+    further = source.choice(
+        ["{r} {x}", "{r}, {x}", "{r}/{x}", "{r}; {x}", "{r}: {x}", "{r} - {x}", "{r} -> {x}", "{r}\n{x}", *HEDGES]
+    )
     at = source.randrange(10)
-    decoys = [word + further.format(words[10]) if i == at else word for i, word in enumerate(right)]
+    assume(words[10] not in cwe._NOTE | cwe._HEDGES)
+    decoys = [further.format(r=word, x=words[10]) if i == at else word for i, word in enumerate(right)]
     pair = f"{right[at]} {words[10]}" in cwe.pool()
     assert score("cwe", doc, placed(block, listed(decoys, style), end)) == pytest.approx(9 / 11 if pair else 10 / 11)
     assert score("cwe", doc, placed(block, listed([*right, *words[10:13]], style), end)) == pytest.approx(10 / 13)
@@ -173,6 +189,7 @@ def test_niah(drawn, source, style, pair, end, block, hyphen):
     wrong, k, v = drawn[8], drawn[at], drawn[4 + at]
     for line in (
         f"{lines[at]} {wrong}", pair.format(k=k, v=wrong), pair.format(k=wrong, v=v), pair.format(k=f"{k}x", v=v),
+        *(hedge.format(r=lines[at], x=wrong) for hedge in HEDGES), f"{lines[at]}\n\n  or {wrong}",
         pair.format(k=k, v=f"{wrong} or {v}"), pair.format(k=k, v=v[:-1]), pair.format(k=v, v=k), k,
     ):  # fmt: skip
         assert changed(line) == 0.75
@@ -186,6 +203,7 @@ def test_niah(drawn, source, style, pair, end, block, hyphen):
 
 values = st.lists(st.sampled_from([*story.PLACES, *story.CHARACTERS, *ITEMS]), min_size=8, max_size=16, unique=True)
 LABELS = [
+    "{} (Chapter 7)", "{}, Chapter 7", "{} - Chapter 7", "{} (item)", "The item is the {}.", "place {}",
     "{}", "the {}", "A {}", "Chapter 7: {}", "Chapter 12, item: {}", "**Place:** {}", "Answer: {}", "Chapter 7 - {}",
     "{}, {}", "Chapter 3: which character did Nora meet? {}",
     "Chapter 3: which item did Nora acquire?\n   Answer: {}", "Item acquired: the {}",
@@ -212,6 +230,7 @@ def test_story_retrieval(right, source, style, inner, case, end, label, block):
         others[0],
         f"{name} x",
         f"x: {name}",
+        *(hedge.format(r=name, x=others[0]) for hedge in HEDGES if "\n" not in hedge),
     ):
         text = listed([*lines[:at], label.format(wrong, wrong), *lines[at + 1 :]], style)
         assert score("story_retrieval", doc, placed(block, text, end)) == pytest.approx(1 - 1 / len(right))
@@ -244,7 +263,10 @@ def test_story_multihop(value, other, source, way, inner, case, block, end):
     for wrong in (
         f"{text}\n{other}", f"{other}\n{text}", f"{text}\n- {other}\n- tiny tin spoon", way.format(*[other] * 2),
         way.format(*[f"{value}, {other}"] * 2), way.format(*[f"{value} {other}"] * 2), f"{text}\nshiny plastic knob",
-        f"{text}\nIt could be the {other} as well.", way.format(*[f"{value} or tiny tin spoon"] * 2),
+        *(hedge.format(r=shown, x=f"the {source.choice([other, 'gold ring'])}") for hedge in HEDGES),
+        f"{text}\nWait, it is the silver mirror.",
+        f"{text}\nIt could be the {other} as well.",
+        way.format(*[f"{value} or tiny tin spoon"] * 2),
     ):  # fmt: skip
         assert score("story_multihop", doc, placed(block, wrong, end)) == 0
     assert score("story_multihop", doc, text) == 0  # no tags
@@ -277,6 +299,9 @@ def test_story_filtering(numbers, source, way, block, end, case):
     assert score("story_filtering", doc, placed(block, text, end)) == 1
     for more in (f"\nChapter {others[0]}", f"\n{others[0]}" if "1. " not in way else f"\n4. {others[0]}"):
         assert score("story_filtering", doc, placed(block, text + more, end)) == pytest.approx(3 / 4)
+    for hedge in HEDGES if "|" not in way else []:  # of a table one column counts
+        hedged = hedge.format(r=text, x=others[0])
+        assert score("story_filtering", doc, placed(block, hedged, end)) == pytest.approx(3 / 4)
     if way.startswith(("{},", "Chapter {},", "[", "`")):
         joined = way.rstrip("]`{}") and f"{others[0]}, {others[1]}, {text}"
         assert score("story_filtering", doc, placed(block, joined, end)) == pytest.approx(3 / 5)
@@ -350,6 +375,11 @@ def test_choices(right, source, inner, around_all, between, block, end):
         assert score(task, doc, written([*order, order[0]])) == 1  # given twice
         for letters in ([*order, wrong], [wrong, *order], [wrong, *order[1:]]):
             assert score(task, doc, written(letters)) == 0
+        for hedge in HEDGES:
+            assert (
+                score(task, doc, placed(block, hedge.format(r=around_all.format(between.join(order)), x=wrong), end))
+                == 0
+            )
         texts = [f"{letter}. {OPTIONS['ABCD'.index(letter)]}" for letter in order]
         assert score(task, doc, placed(block, "\n".join(texts), end)) == 1
         assert score(task, doc, placed(block, "\n".join([*texts, f"{wrong}. it"]), end)) == 0

@@ -458,7 +458,13 @@ RETRIEVAL = [
     ("chapter label", lines("{}. Chapter 7: {}"), 1.0),
     ("kind label", lines("{}. Item: the {}"), 1.0),
     ("bold label", lines("{}. **Chapter 7**: {}"), 1.0),
-    ("chapter behind the name", lines("{}. {} (Chapter 7)"), 0.0),
+    ("chapter in brackets behind the name", lines("{}. {} (Chapter 7)"), 1.0),
+    ("chapter behind a comma", lines("{}. {}, Chapter 7"), 1.0),
+    ("chapter behind a dash", lines("{}. {} - Chapter 7"), 1.0),
+    ("kind behind the name", lines("{}. {} (item)"), 1.0),
+    ("kind before the name", lines("{}. place {}"), 1.0),
+    ("Answer to question 1", lines("Answer to question {}: {}"), 1.0),
+    ("a second name before the chapter", lines("{}. {} or Gustav (Chapter 7)"), 0.0),
     ("in a sentence", lines("{}. Nora came to the {}"), 0.0),
     ("Windows line ends", f"<answer>\r\n{ALL}\r\n</answer>".replace("\n", "\r\n"), 1.0),
     ("old Mac line ends", f"<answer>\r{ALL}\r</answer>".replace("\n", "\r"), 1.0),
@@ -517,6 +523,19 @@ MULTIHOP = [
     ("another item below", "<answer>ornate brass bowl\nworn tin comb</answer>", 0.0),
     ("two more items below", "<answer>ornate brass bowl\nworn tin comb\nplain jade saucer</answer>", 0.0),
     ("the item of the question below", "<answer>ornate brass bowl\ntiny oak box</answer>", 0.0),
+    *(
+        (x, f"<answer>ornate brass bowl\n{x}</answer>", 0.0)
+        for x in (
+            "Wait, it is the silver mirror.",
+            "I think it is the gold ring",
+            "Actually it was a golden mirror",
+            "or perhaps the gold ring",
+            "She bought the silver mirror.",
+        )
+    ),
+    ("the item is", "<answer>The item is the ornate brass bowl.</answer>", 1.0),
+    ("chapter behind the item", "<answer>ornate brass bowl (Chapter 4)</answer>", 1.0),
+    ("what it is below", "<answer>ornate brass bowl\nThis is the last item she bought before.</answer>", 1.0),
     ("an invented item below", "<answer>ornate brass bowl\n\nshiny plastic knob</answer>", 0.0),
     ("another item in a remark below", "<answer>ornate brass bowl\nIt may also be the worn tin comb.</answer>", 0.0),
     ("numbered items", "<answer>1. ornate brass bowl\n2. worn tin comb</answer>", 0.0),
@@ -617,7 +636,27 @@ FILTERING = [
     ("one too many", "<answer>3, 17, 25, 26</answer>", 0.75),
     ("all wrong", "<answer>1, 2, 4</answer>", 0.0),
     ("every chapter", f"<answer>{', '.join(map(str, range(1, 31)))}</answer>", 0.1),
-    ("range", "<answer>3-25</answer>", 2 / 3),
+    ("range", "<answer>3-25</answer>", 3 / 23),
+    ("range in words", "<answer>3 to 25</answer>", 3 / 23),
+    ("dashes between", "<answer>3 - 17 - 25</answer>", 1.0),
+    *(
+        (f"hedged{x!r}", f"<answer>Chapters 3, 17, 25{x}</answer>", 3 / 4)
+        for x in (
+            ", maybe 20",
+            " and perhaps 20",
+            " (and 20)",
+            ": 20",
+            " or 20",
+            "\nor 20",
+            ", 0",
+        )
+    ),
+    ("hedged within", "<answer>Chapters 3 (and 20), 17, 25</answer>", 3 / 4),
+    ("ordinals as list numbers", "<answer>1st: 3, 2nd: 17, 3rd: 25</answer>", 1.0),
+    ("Number 1", "<answer>Number 1: 3\nNumber 2: 17\nNumber 3: 25</answer>", 1.0),
+    ("counts behind an arrow", "<answer>Chapter 3 -> 0\nChapter 17 -> 0\nChapter 25 -> 0</answer>", 1.0),
+    ("the set of", "<answer>the set of 3, 17, 25</answer>", 1.0),
+    ("a total of", "<answer>a total of 3: 3, 17, 25</answer>", 1.0),
     ("no tags", "3, 17, 25", 0.0),
     ("numbers in the explanation", "<explanation>3, 17, 25</explanation><answer></answer>", 0.0),
     ("never closed", "<answer>3, 17, 25", 1.0),
@@ -672,6 +711,11 @@ def test_number_lists_are_read_as_written(numbers, join, order):
     for style in ("{}. Chapter {}", "{}) {}", "({}) Chapter {}.", "**{}.** {}"):
         listed = "\n".join(style.format(i, number) for i, number in enumerate(shuffled, 1))
         assert parse_numbers(f"<answer>\n{listed}\n</answer>") == numbers
+
+
+def test_chapters_one_two_and_three_with_counts_are_no_list():
+    answer = "<answer>Chapter 1: 0, Chapter 2: 0, Chapter 3: 0</answer>"
+    assert RECIPES["story_filtering"].score({"numbers": [1, 2, 3]}, answer) == {"iou": 1.0}
 
 
 def test_parse_returns_what_was_written():

@@ -23,17 +23,35 @@ RARE_TIMES = 3
 
 _LISTS = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
 # The number of an entry: at the start of a line with or without punctuation ("#1 word", "12 word"), later with it.
-_NUMBER = re.compile(r"^[^\w\n]{0,12}\d{1,6}(?!\w)[^\w\n]{0,12}|(?<![\w.,])\d{1,6}\s?[.):]\s{0,4}(?=[^\W\d])")
+_NUMBER = re.compile(
+    r"^[^\w\n]{0,12}\d{1,6}(?!\w)(?!\s+(?:times|occurrences)\b)[^\w\n]{0,12}|(?<![\w.,])\d{1,6}\s?[.):]\s{0,4}(?=[^\W\d])"
+)
 # What a model may add to a word: "(30 times)", ": 30", " - thirty times", "occurs thirty times".
 _BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
 _ADDED = re.compile(
     r"[(\[{:=–—→]|\s-+\s|->|(?<!\w)x?\d|(?<=\s)(?:is|was|are|were|has|with|which|that|because|since|as|in|at|thirty|times"
-    r"|appears|appeared|appearing|occurs|occurred|occurring)\b"
+    r"|appears|appeared|appearing|occurs|occurred|occurring"
+    r"|(?:found|repeated|listed|counted|seen|used|mentioned|comes|came)(?=\s+(?:\d|thirty\b|in\b)))\b"
 )
 # Further words on the same line.
 _FURTHER = re.compile(r"[,;/|&+\t、，；]|\b(?:and|or)\b")
-# "the word oak", "word: oak"; but "word" alone may be an answer.
-_LABEL = re.compile(r"(?:the\s+)?word\b[^\w\n]*(?=[^\W\d_])|the\s+(?=[^\W\d_])")
+# "the word oak", "first word: oak"; but "word" alone may be an answer.
+_LABEL = re.compile(
+    r"(?:the\s+)?(?:(?:first|second|third|last|next|most|common|frequent|[a-z]{3,5}th)\s+)*words?\b[*_\"'\s]*:[^\w\n]*(?=[^\W\d_])"
+    r"|(?:the\s+)?word\b[^\w\n]*(?=[^\W\d_])|the\s+(?=[^\W\d_])"
+)
+_HEDGING = """
+    or and also maybe perhaps possibly probably likely either even rather
+"""
+_HEDGES = frozenset(_HEDGING.split())
+# What may be said of a word of the list.
+_SAID = """
+    the a an it is was of in at with as each time times thirty noun nouns adjective adjectives verb verbs word words
+    plural singular common most frequent frequently often very list listed text total count counts counted exactly
+    about around approximately occurrence occurrences occurs appears appearing occurring repeated found mentioned
+    seen yes correct right sure same high top first last done end note answer
+"""
+_NOTE = frozenset(_SAID.split())
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _OUTSIDE = re.compile(r"[\W_]*")
 
@@ -195,8 +213,8 @@ class Cwe(Recipe):
     def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
         """`iou` of the words in numbered lines and the gold ones, see `parse`; without an answer block 0."""
         gold = set(doc["words"])
-        found = first_answer(text, parse) or set()
-        return {"iou": len(found & gold) / len(found | gold)}
+        found, further = first_answer(text, parse) or (set(), set())
+        return {"iou": len(found & gold) / len(found | further | gold)}
 
     def requests(self, doc: dict[str, Any]) -> list[tuple[str, str]]:
         """One request per common word and per rare one, as the first of the answer."""
@@ -224,15 +242,19 @@ class Cwe(Recipe):
         return sorted([*doc["words"], *doc["rare"]])
 
 
-def parse(text: str) -> set[str]:
-    """The words of an answer's numbered lines, in lower case. Lines without a number do not count, but for one below a
-    number that stands alone.
+def parse(text: str) -> tuple[set[str], set[str]] | None:
+    """The words of an answer's numbered lines, in lower case, and those of the pool that stand alone on lines below.
+
+    The latter are not given as asked, so that they can cost and not gain; None without numbered words. A line without
+    a number is read as a numbered one where the number stands alone above it.
 
     All words of a line count: those before its first comma (or "and", "/", …), and behind one a single word or words of
     the pool. What a model adds is ignored: what stands in brackets, after a colon, a dash, a number or a verb ("oak
-    appears thirty times"), and phrases behind a comma. Two words are one where the pool has them ("contact lens").
+    appears thirty times"), and phrases behind a comma; but a single word of the pool counts there too, unless it is
+    said of words (`_NOTE`). Two words are one where the pool has them ("contact lens").
     """
     found: set[str] = set()
+    further: set[str] = set()
     waiting = False
     for line in plain(text).lower().splitlines():
         numbers = list(_NUMBER.finditer(line))
@@ -243,7 +265,9 @@ def parse(text: str) -> set[str]:
         if waiting and not numbers and (named := _named(line)):
             found |= named
             waiting = False
-    return found
+        elif found and not numbers:
+            further |= _single(line)
+    return (found, further) if found else None
 
 
 def _named(entry: str) -> set[str]:
@@ -251,13 +275,23 @@ def _named(entry: str) -> set[str]:
     entry = entry[_OUTSIDE.match(entry).end() :]
     if label := _LABEL.match(entry):
         entry = entry[label.end() :]
-    first, *further = _FURTHER.split(_ADDED.split(_BRACKETS.sub(" ", entry), maxsplit=1)[0])
+    brackets = _BRACKETS.findall(entry)
+    said, *added = _ADDED.split(_BRACKETS.sub(" ", entry), maxsplit=1)
+    first, *further = _FURTHER.split(said)
     found = set(_items(first))
     for piece in further:
-        items = _items(piece)
+        items = [item for item in _items(piece) if item not in _HEDGES]
         if len(items) == 1 or _words().issuperset(items):
             found.update(items)
+    for piece in [*brackets, *added]:
+        found.update(*map(_single, _FURTHER.split(piece)))
     return found
+
+
+def _single(text: str) -> set[str]:
+    """The word of the pool that `text` is, beside what is said of words."""
+    items = [item for item in _items(text) if item not in _HEDGES and item not in _NOTE]
+    return set(items) if len(items) == 1 and items[0] in _words() else set()
 
 
 def _items(text: str) -> list[str]:

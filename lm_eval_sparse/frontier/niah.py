@@ -29,12 +29,16 @@ _NUMBER = re.compile(
     rf"""
     ^(?:[^\w\n]|_)*(?:[^\w\s]|_|\b(?:key|entry|pair|question|answer|index|id|no|q|a))[^\w\n]{{0,4}}(\d{{1,2}})(?!\w)
     |^[ \t]*(\d{{1,2}})(?!\w)(?=[ \t]*$|[ \t]*[^\w\s]|[^\n]*?{_CODE})
-    |(?<![\w.:-])(?<!value[ ])
+    |(?<![\w.:-])(?<!value[ ])(?<![(]key[ ])
         (\d{{1,2}})(?:[.):\]]{{1,2}}[^\w\n]{{0,4}}\s|[^\w\n]{{1,8}}(?:key[^\w\n]{{1,4}})?(?={_CODE}))
     """,
     re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
-_BLANK_LINE = re.compile(r"\n[ \t]*\n")
+# A blank line ends a line that has its value, unless a further value follows: "or X".
+_BLANK_LINE = re.compile(
+    r"\n[ \t]*\n(?!\W*(?:(?:or|and|also|maybe|perhaps|possibly|alternatively|else|it|is|may|be)\b\W*)+\Z)",
+    re.IGNORECASE,
+)
 
 _INTRO = (
     "Below is a long list of entries. Each entry gives one key and the value stored under it. "
@@ -173,7 +177,8 @@ def parse(text: str) -> dict[int, tuple[str, ...]]:
 
     Read from the first answer block that has such a line, or without a block from the whole text. A line may say
     anything around its codes, and go on in the next ones: it ends where another number starts one, or at a blank line
-    once it has its value. The first line of a number with two codes counts; a code given twice is given once.
+    once it has its value, unless "or" and the like lead on to a further one. The first line of a number with two
+    codes counts; a code given twice is given once.
     """
     return answer_or_all(text, _lines) or {}
 
@@ -186,7 +191,7 @@ def _lines(text: str) -> dict[int, tuple[str, ...]]:
         codes: dict[str, str] = {}
         last = start.end()
         for code in _VALUE.finditer(text, last, following.start() if following else len(text)):
-            if len(codes) > 1 and _BLANK_LINE.search(text, last, code.start()):
+            if len(codes) > 1 and _BLANK_LINE.search(text[last : code.start()]):
                 break
             written = re.sub("[–—]", "-", code.group())
             codes.setdefault(written.lower(), written)

@@ -435,11 +435,12 @@ class Squad(Qa):
         """`f1`: of the set of words in the answer block against that of a reference, the best of all references.
 
         Words are in lower case, without punctuation, and "a", "an", "the", "and", "or", "about", "to" do not count,
-        except in an answer or reference that has no other words; nor does "Answer:" before the answer. Rounded to
-        .01; 0 without an answer block.
+        except in an answer or reference that has no other words. Where the answer begins with a list number,
+        "Answer:" or "The answer is", or has LaTeX commands, the better of its readings with and without them counts.
+        Rounded to .01; 0 without an answer block.
         """
-        answer = first_answer(text, lambda block: words(_ANSWER_LABEL.sub("", plain(block))))
-        scores = [_f1(answer or frozenset(), words(reference)) for reference in doc["references"]]
+        answers = first_answer(text, _readings) or [frozenset()]
+        scores = [_f1(answer, words(reference)) for reference in doc["references"] for answer in answers]
         return {"f1": round(max(scores), 2)}
 
     def requests(self, doc: dict[str, Any]) -> list[tuple[str, str]]:
@@ -462,9 +463,10 @@ class Squad(Qa):
 
 
 _ANSWER_LABEL = re.compile(
-    r"\A[\W_]*(?:the\s+)?(?:(?:final|correct|short)\s+)?answer(?:\s+is)?[*_\"'\s]{0,8}:(?=.*\w)",
+    r"\A[\W_]*(?:the\s+)?(?:(?:final|correct|short)\s+)?answer(?:(?:\s+is)?[*_\"'\s]{0,8}:|\s+is\b)(?=.*\w)",
     re.IGNORECASE | re.DOTALL,
 )
+_ONE = re.compile(r"\A[\W_]*1[.)][\W_]*\s(?=.*\w)", re.DOTALL)
 _EMPTY_WORDS = frozenset(("a", "an", "the", "and", "or", "about", "to"))
 
 
@@ -481,8 +483,17 @@ _without_punctuation = _WithoutPunctuation()
 
 def words(text: str) -> frozenset[str]:
     """The words of an answer that count, see `Squad.score`."""
-    found = plain(text).lower().translate(_without_punctuation).split()
-    return frozenset(found) - _EMPTY_WORDS or frozenset(found)
+    for form in (plain(text), text):  # of nothing but a LaTeX command, as in some references, plain text has nothing
+        if found := frozenset(form.lower().translate(_without_punctuation).split()):
+            return found - _EMPTY_WORDS or found
+    return frozenset()
+
+
+def _readings(block: str) -> list[frozenset[str]]:
+    """The words of an answer without its label, and also without its list number; none for a block without words."""
+    forms = plain(block), _ONE.sub("", plain(block))
+    unlabelled = (_ANSWER_LABEL.sub("", form) for form in forms)
+    return [found for form in (*unlabelled, block) if (found := words(form))]
 
 
 def _f1(answer: frozenset[str], reference: frozenset[str]) -> float:
@@ -504,7 +515,7 @@ class Choice(Qa):
 
     def score(self, doc: dict[str, Any], text: str) -> dict[str, float]:
         """`exact_match`: 1 when the letters in the answer block are exactly the right ones, see `letters`."""
-        found = first_answer(text, lambda block: letters(plain(block), len(doc["options"])))
+        found = first_answer(text, lambda block: letters(plain(block), len(doc["options"]), doc["options"]))
         return {"exact_match": float(found == frozenset(doc["letters"]))}
 
     def requests(self, doc: dict[str, Any]) -> list[tuple[str, str]]:
@@ -560,40 +571,65 @@ _FRAME = frozenset(
     + ("choice", "choices", "is", "are", "both", "and", "or", "und", "oder", "et", "ou")
     + ("as", "well", "plus", "also")
 )
-# A letter that is refused ("Option A is wrong, so C") is no label: such a line is read letter by letter.
+# A letter that is refused is not given: "A is wrong, so C", "B, not C".
 _REFUSED = re.compile(
-    r"[^\w,;]{0,6}(?:is|are|was|seems)?[^\w,;]{0,6}(?:not|isn['’]t|aren['’]t|wrong|incorrect|false|out)\b",
+    r"[*_`\"'”» \t)\]]*(?:(?:is|are|was|were|seems|can|could)\s+(?:clearly\s+)?(?:not|wrong|incorrect|false|out)"
+    r"|(?:is|are|was|were|ca|could)n['’]t|cannot)\b",
+    re.IGNORECASE,
+)
+_REFUSED_BEFORE = re.compile(
+    r"(?:\bnot|n['’]t|\bcannot|\bnever|\bneither|\bnor|\brather\s+than|\binstead\s+of)"
+    r"(?:\s+(?:be|the|answer|option|letter|choice|is))*[\W_]*\Z",
     re.IGNORECASE,
 )
 # Words after which "A" is a letter, not the article, and "I" no pronoun: "A and C", "A is right".
 _AFTER = frozenset(
-    ("and", "or", "und", "oder", "et", "ou", "is", "are", "ist", "est", "sind", "sont", "because", "as", "plus")
+    (
+        "and",
+        "or",
+        "und",
+        "oder",
+        "et",
+        "ou",
+        "is",
+        "are",
+        "ist",
+        "est",
+        "sind",
+        "sont",
+        "because",
+        "as",
+        "plus",
+        "was",
+        "seems",
+    )
 )
-# Further options on a line that begins with one: "A. some text; C. other text", "(A) some text (C) other text".
-_FURTHER = re.compile(
-    r"(?:(?:[,;/&]|\b(?:and|or))[^\w\n]{0,6}|\s\(?(?=[A-Z]\)))([A-Z])\b"
-    r"(?:[^\w\s]{0,4}[.):]|\s\(|\s[-–—]\s)[^\w\n]{0,6}(?=[^\W\d_])"
-)
 
 
-def letters(block: str, options: int) -> frozenset[str]:
-    """The option letters that an answer gives, among the first `options` of the alphabet.
+def letters(block: str, options: int, texts: Sequence[str] = ()) -> frozenset[str]:
+    """The option letters that an answer gives, among the first `options` of the alphabet; `texts` are the options.
 
-    First, lines that begin with letters ("B", "b", "B. the text", "(B)", "**A, C**", "AC", "The answer is A and C")
-    count with these letters, and with further labels behind commas or semicolons ("A. one text; C. another"). When
-    no line does, capital letters that stand alone count wherever they are. Letters within words never count, nor do
-    the words "A" and "I" before another word; letters run together ("AC") count in capitals, and in lower case where
-    they are all there is on a line.
+    Letters at the beginning of a line count in any case ("B", "b", "B. the text", "(B)", "**A, C**", "ac", "The answer
+    is A and C"), and capitals that stand alone anywhere, single or run together ("AC"), but for those within an
+    option's text behind a letter. Letters within words never count, nor do the words "A" and "I" before another word,
+    nor a letter that is refused ("A is wrong", "not A").
     """
     own = string.ascii_uppercase[:options]
+    said = re.compile(
+        "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if len(text) > 1) or r"(?!)", re.I
+    )
     found: set[str] = set()
     for line in block.splitlines():
-        found |= _labels(line, own)
-    return frozenset(found or _alone(block, own))
+        given, end = _labels(line, own)
+        rest = said.sub(" ; ", line[end:]) if given else line[end:]
+        if given and not _REFUSED.match(rest):
+            found |= given
+        found |= _alone(rest, own, small=bool(given))
+    return frozenset(found)
 
 
-def _labels(line: str, own: str) -> set[str]:
-    """The letters at the beginning of a line."""
+def _labels(line: str, own: str) -> tuple[set[str], int]:
+    """The letters at the beginning of a line, and where they end."""
     found: list[str] = []
     single_lower = ended = 0
     for token in _TOKEN.finditer(line):
@@ -610,18 +646,19 @@ def _labels(line: str, own: str) -> set[str]:
             if single_lower and found and not line[ended : token.start()].strip():
                 found.pop()
             break
-    if found and _REFUSED.match(line, ended):
-        return set()
-    if found:
-        found += [letter for letter in _FURTHER.findall(line, ended) if letter in own]
-    return set(found)
+    return set(found), ended
 
 
-def _alone(block: str, own: str) -> set[str]:
-    """Capital letters, single or run together, that stand alone anywhere."""
+def _alone(text: str, own: str, small: bool) -> set[str]:
+    """Capital letters, single or run together, that stand alone anywhere; with `small` also single small ones."""
     found: set[str] = set()
-    for token in _TOKEN.finditer(block):
-        if token.group().isupper() and (run := _run(token.group(), own)) and not _is_article(block, token, own):
+    for token in _TOKEN.finditer(text):
+        word = token.group()
+        is_given = word.isupper() or small and len(word) == 1 and word != "i"
+        if not is_given or not (run := _run(word, own)) or _is_article(text, token, own):
+            continue
+        before = text[max(token.start() - 40, 0) : token.start()]
+        if not _REFUSED_BEFORE.search(before) and not _REFUSED.match(text, token.end()):
             found.update(run)
     return found
 

@@ -388,6 +388,14 @@ _LABEL_WORD = (
 # What was asked for, repeated, and a colon, a dash or the end of a cell: "Chapter 12, item:", "The item is:".
 _LABEL = re.compile(rf"(?:{_LABEL_WORD}\b(?:[^\w:|]|_){{0,6}})+(?:[:|=]|(?<= )[-–—→] )(?:\W|_)*", re.IGNORECASE)
 _CHAPTER = re.compile(r"chapter[ *_]{1,4}\d{1,4}\b[\W_]*(?=\w)", re.IGNORECASE)
+_SENTENCE = re.compile(
+    r"(?:the\s+)?(?:(?:final|correct|right)\s+)?(?:item|place|character|answer)\s+(?:(?:is|was)\s+)?(?=\w)"
+)
+# Behind a name: "(Chapter 4)", ", Chapter 4", " - chapter 4", "(item)".
+_BEHIND = re.compile(
+    r"(?<=[^\W_])[\W_]+(?:in\s+|from\s+)?chapter[ *_]{1,4}\d{1,4}[\W_]*\Z"
+    r"|(?<=[^\W_])[^\w([]*[(\[](?:item|place|character)[)\]][\W_]*\Z"
+)
 _ARTICLE = re.compile(r"(?:an?|the)\b[\W_]+")
 _AGAIN = re.compile(r"\s*(?:[,;/|]|\b(?:and|or)\b)\s*")
 
@@ -395,7 +403,8 @@ _AGAIN = re.compile(r"\s*(?:[,;/|]|\b(?:and|or)\b)\s*")
 def normalise(answer: str) -> str:
     """`answer` in lower case, without what a model may put around a name: quotes, markup, a leading article, a label.
 
-    A label is what was asked for, repeated, and a colon: "Chapter 12, item: …". A name that is given again counts once.
+    A label is what was asked for, repeated: "Chapter 12, item: …", "The item is …", "… (Chapter 12)". A name that is
+    given again counts once.
     All other words stay: the answer has to be the name.
     """
     text = re.sub(r"[*`~]+", "", " ".join(plain(answer).lower().split()))
@@ -403,6 +412,10 @@ def normalise(answer: str) -> str:
     for _ in range(3):  # "Answer: Item: …"
         if label := _LABEL.match(text) or _CHAPTER.match(text):
             text = text[label.end() :]
+    if sentence := _SENTENCE.match(text):
+        text = text[sentence.end() :]
+    if behind := _BEHIND.search(text, max(0, len(text) - 80)):
+        text = text[: behind.start()]
     if article := _ARTICLE.match(text):
         text = text[article.end() :]
     text = _core(text)

@@ -26,18 +26,23 @@ _COUNTED = re.compile(
     r"[*_`\"' \t]{1,4}(?:items?|purchases?|objects?|things?|sales?|bought|sold|times|in total|altogether|such)\b",
     re.IGNORECASE,
 )
-# Nor is one a chapter that follows one of these: "of 40", "Total: 3".
-_NOT_A_CHAPTER = re.compile(r"\b(?:of|total|count)\b[\W_]*$", re.IGNORECASE)
-_VALUE = re.compile(r"[\s*_`\"']*[:=][\s*_`\"']*")
-# What may stand between the chapters of a list.
-_JOIN = re.compile(
-    r"(?:.*[,;.])?(?:[^\w:=]|_|\b(?:and|or|in|also|then|finally|lastly|plus|as|well|numbers?|no)\b)*",
-    re.IGNORECASE | re.DOTALL,
+# Nor is one a chapter that a total is given by, or that follows another and "of": "Total: 3", "25 of 40".
+_TOTAL = re.compile(r"\b(?:total|count)\b(?:[\W_]|\b(?:of|is)\b)*$", re.IGNORECASE)
+_OF = re.compile(r"[\W_]*(?:out\s+)?of[\W_]*", re.IGNORECASE)
+# What may stand between the chapters of a list: a 0 behind anything else counts something, as in "3: 0".
+_JOIN = re.compile(r"(?:[\s,;&/]|\b(?:and|or)\b)*", re.IGNORECASE)
+_RANGE = re.compile(r"[*_]{0,3}\s*(?:[-–—]|\.{2,3}|…|\b(?:to|through|until)\b)\s*[*_]{0,3}", re.IGNORECASE)
+_LONGEST_RANGE = 10_000
+_LIST_NUMBER = re.compile(
+    r"(?:[^\w\n]|_)*(?:(?:number|no|item|answer)\b[ \t.#]{0,3})?(\d+)(?:st|nd|rd|th)?"
+    r"[*_`\"']{0,3}[.):\]](?=[^\w\n]*[ \t*_|\"'])(?=.*\d)",
+    re.IGNORECASE,
 )
-_BRACKET = re.compile(r"\d(?:[^\w\n(]|_){0,4}\(([^()\n]*)\)")
-_LIST_NUMBER = re.compile(r"(?:[^\w\n]|_)*(\d+)[*_`\"']{0,3}[.):\]](?=[^\w\n]*[ \t*_|\"'])(?=.*\d)")
 # List numbers on one line: "1) 3, 2) 17, 3) 25".
-_LISTED = re.compile(r"(?<![^\W_])(\d+)[*_`\"']{0,3}[.):\]][*_`\"']{0,3}\s[*_`\"'\[(]{0,3}(?=\d)")
+_LISTED = re.compile(
+    r"(?<![^\W_])(?<!chapter )(\d+)(?:st|nd|rd|th)?[*_`\"']{0,3}[.):\]][*_`\"']{0,3}\s[*_`\"'\[(]{0,3}(?=\d)",
+    re.IGNORECASE,
+)
 
 _INTRO = f"{INTRO} There are also chapters in which she buys nothing at all, and you will be asked to find them."
 _QUESTION = f"In which chapters did {HERO} buy nothing? There {{are}}."
@@ -176,10 +181,10 @@ def _candidate(number: int) -> str:
 def parse(text: str) -> set[int]:
     """The chapter numbers in the first answer block that has any.
 
-    Every whole number counts, however the numbers are joined, except those that number the lines of a list (1, 2, 3, …)
-    or count something: with "chapters" or "items" right after it, "of" before it, after a colon behind another number.
-    Where a line has "Chapter 17", only numbers that such a one is joined to by commas and the like are chapters; and in
-    a table with a column of chapters, only those in it. Ranges are not expanded: the format asks for each number.
+    Every whole number counts, however the numbers are joined and hedged, except those that number the lines of a list
+    (1, 2, 3, …) or count something: with "chapters" or "items" right after it, "total" before it, "of" between it and
+    another number, and a 0 that is no item of a list ("Chapter 3: 0"). In a table with a column of chapters only those
+    in it count. A range gives all of its chapters.
     """
     return first_answer(text, _numbers) or set()
 
@@ -221,17 +226,28 @@ def _columns(lines: Sequence[str]) -> list[str]:
 def _chapters(line: str) -> set[int]:
     """The chapters that one line names."""
     numbers = list(_NUMBER.finditer(line))
-    named = any(number.group(1) for number in numbers)
-    remarks = [match.span(1) for match in _BRACKET.finditer(line) if named or re.search(r"[^\W\d_]", match.group(1))]
+    gaps = [line[a.end() : b.start()] for a, b in zip(numbers, numbers[1:], strict=False)]
     found: set[int] = set()
-    end = None  # of the number before
-    for number in numbers:
-        between = line[end or 0 : number.start()]
-        joined = end is None or bool(_JOIN.fullmatch(between) if named else not _VALUE.fullmatch(between))
-        counts = _CHAPTER_FOLLOWS.match(line, number.end()) or _COUNTED.match(line, number.end())
-        counts = counts or _NOT_A_CHAPTER.search(between)
-        aside = any(start <= number.start() < stop for start, stop in remarks)
-        if number.group(1) or number.group(3) or not (counts or aside or not joined):
-            found.add(int(number.group(2)[:9]))
-        end = number.end()
+    before: int | None = None  # the chapter before, if it may begin a range
+    for i, number in enumerate(numbers):
+        gap = gaps[i - 1] if i else line[: number.start()]
+        value = int(number.group(2)[:9])
+        if not (number.group(1) or number.group(3)) and _counts(line, number, value, gap, first=not i):
+            before = None
+            continue
+        if before is not None and before < value <= before + _LONGEST_RANGE and _RANGE.fullmatch(gap):
+            found.update(range(before, value))
+            before = None
+        else:
+            # "3 - 17 - 25" is a list
+            chain = i + 1 < len(gaps) and _RANGE.fullmatch(gaps[i]) and _RANGE.fullmatch(gaps[i + 1])
+            before = None if chain or i and _RANGE.fullmatch(gap) else value
+        found.add(value)
     return found
+
+
+def _counts(line: str, number: re.Match[str], value: int, gap: str, first: bool) -> bool:
+    """Whether a number, `gap` after the one before it, says how many there are and not which."""
+    if _CHAPTER_FOLLOWS.match(line, number.end()) or _COUNTED.match(line, number.end()) or _TOTAL.search(gap):
+        return True
+    return not first and bool(_OF.fullmatch(gap) or value == 0 and not _JOIN.fullmatch(gap))

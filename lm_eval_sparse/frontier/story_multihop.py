@@ -49,6 +49,13 @@ _LIST_NUMBER = re.compile(r"(?:[^\w\n]|_)*\d{1,2}[.):](?:\s+|(?=\W))")
 _REMARK = re.compile(
     r"\b(?:i|you|she|nora|it|this|that|these|here|is|was|are|were|has|had|chapter|chapters|note|explanation|because|hope)\b"
 )
+# A line below the answer that says which item it is ("it was the tin cup") gives one more, whatever it calls it.
+_CLAIM = re.compile(
+    r"\b(?:(?:it|this|that|item|answer)(?:['’]s|\s+(?:is|was|were|(?:may|might|could|must|should)\s+be))"
+    r"|bought|acquired|purchased|got)\s+(?:also\s+|rather\s+|actually\s+|perhaps\s+|maybe\s+)?(?:an?|the|her|my)\s+"
+    r"(?!(?:full\s+|right\s+|correct\s+|last\s+|only\s+|same\s+|final\s+|other\s+)*"
+    r"(?:item|items|one|answer|name|purchase|object|thing|last|chapter|story)\b)\w"
+)
 _TYPE = re.compile(rf"\b(?:{'|'.join(TYPES)})\b")
 
 
@@ -161,4 +168,4 @@ def _is_remark(line: str, known: Sequence[str]) -> bool:
     """Whether a line reads as a sentence and names no item beside the `known` ones."""
     for item in known:
         line = line.replace(item, "")
-    return bool(_REMARK.search(line)) and not _TYPE.search(line)
+    return bool(_REMARK.search(line)) and not _TYPE.search(line) and not _CLAIM.search(line)

@@ -25,7 +25,8 @@ _ASK = {
 _LONGEST = {"place": max(PLACES, key=len), "character": max(CHARACTERS, key=len), "item": LONGEST_ITEM}
 # An answer line starts with its number; punctuation, brackets or markup may stand around it, or the word "question".
 _LINE = re.compile(
-    r"((?:[^\w\n]|_)*(?:(?:question|answer|q|a|no)(?!\w)[ \t.#*]{0,3}|[qa](?=\d))?)(\d{1,2})(?!\w)([\W_]*)",
+    r"((?:[^\w\n]|_)*(?:(?:answer\s+to\s+question|question|answer|q|a|no)(?!\w)[ \t.#*]{0,3}|[qa](?=\d))?)"
+    r"(\d{1,2})(?!\w)([\W_]*)",
     re.IGNORECASE,
 )
 # The next number, where several answers stand on one line. That of a chapter is none.

@@ -11,7 +11,7 @@ import random
 import re
 import string
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .recipe import Message, Recipe, answer_or_all, plain, ranking_chance, ranking_scores, rng
@@ -23,8 +23,10 @@ HOPS = 4
 _TOKEN = re.compile(r"[A-Za-z0-9\u00c0-\u024f]+")
 _FIGURE = re.compile(r"\d+(?:st|nd|rd|th)?", re.IGNORECASE)
 _POSSESSIVE = re.compile(r"(?<=\w)['’]s\b", re.IGNORECASE)
-# What stands in brackets behind a word is a remark on it.
-_REMARK = re.compile(r"(?<=\w)([^\w\n(]{0,4})\(([^()\n]*)\)")
+# What stands in brackets behind a word is a remark on it, but for further names: "(or X)".
+_REMARK = re.compile(
+    r"(?<=\w)([^\w\n(]{0,4})\((?!\W*(?:and|or|also|plus|maybe|perhaps|possibly)\b)([^()\n]*)\)", re.IGNORECASE
+)
 _SEPARATOR = re.compile(r"[,;/&+•·、，。\t]|->|=>|[→⇒]|\b(?:and|or)\b", re.IGNORECASE)
 # What follows one of these is a remark on what stands before.
 _ASIDE = re.compile(r"[=:|–—]|\s-+\s")
@@ -40,6 +42,8 @@ _SAID = """
     equal equals equalling assigned assign assigns assignment copy copies copied copying share shares shared hold holds
     get gets take takes pass passed directly indirectly direct indirect likewise starting start starts ends end
     sure yes okay done total text given found form know empty unknown thinking summary conclusion
+    indeed right namely respectively asked ask go goes going maybe perhaps possibly probably likely well just again
+    below above along initially contain contains containing having with whose could might please see thank that's
 """
 _WORDS = frozenset(_SAID.split())
 
@@ -180,51 +184,61 @@ def parse(text: str, variables: Sequence[str]) -> set[str]:
     """The names that an answer gives, in capitals: read from the first answer block that has any, or without a block
     from all of it.
 
-    In a line that is a list every word is given as a name, whatever its length and case, but for VAR, for numbers and
-    for remarks (in brackets, behind a dash or a colon). In a line of prose, and in remarks, names are words in capitals
-    and, in any case, the document's `variables`.
+    In a block every word is given as a name, whatever its length and case, but for VAR, for numbers, for `_WORDS`, for
+    labels made of these ("Answer: …") and for remarks (in brackets, behind a dash or a colon). A word of `_WORDS` that
+    stands alone between commas is a name as well, unless the line is a sentence. In remarks, and in sentences outside
+    of any block, names are words in capitals and, in any case, the document's `variables`.
     """
     known = frozenset(variables)
+    tagged = "<answer>" in text.lower()
 
     def names(part: str) -> set[str]:
-        return {name for line in plain(part).splitlines() for name in _given(line, known)}
+        return {name for line in plain(part).splitlines() for name in _given(line, known, tagged)}
 
     return answer_or_all(text, names) or set()
 
 
-def _given(line: str, known: frozenset[str]) -> set[str]:
+def _given(line: str, known: frozenset[str], tagged: bool) -> set[str]:
     """The names that one line gives."""
     line = _POSSESSIVE.sub("", line)
-    named = {token.upper() for token in _TOKEN.findall(line) if _stands_out(token, known)}
-    given: set[str] = set()
-    for item in _SEPARATOR.split(_REMARK.sub(r"\1", line)):
-        first = _first(item, known)
-        tokens = [token for token in _TOKEN.findall(first) if not _FIGURE.fullmatch(token) and token.lower() != "var"]
-        if _is_prose(tokens, known):
-            return named
-        given.update(token.upper() for token in tokens)
-    return given | named
+    remarks = [token for remark in _REMARK.finditer(line) for token in _TOKEN.findall(remark.group(2))]
+    named = {token.upper() for token in remarks if _stands_out(token, known)}
+    items: list[list[str]] = []
+    for item in map(_unlabelled(known), _SEPARATOR.split(_REMARK.sub(r"\1", line))):
+        named.update(token.upper() for token in _TOKEN.findall(item) if _stands_out(token, known))
+        parts = ([t for t in _TOKEN.findall(part) if not _is_filler(t)] for part in _ASIDE.split(item))
+        items.append(next(filter(None, parts), []))
+    words = [token for item in items for token in item if _is_word(token, known)]
+    others = [token.upper() for item in items for token in item if not _is_word(token, known)]
+    sentence = any(len(item) > 1 and _is_word(token, known) for item in items for token in item)
+    if sentence and not tagged:
+        return named
+    alone = [] if sentence or not others else [token.upper() for token in words]
+    return named.union(others, alone)
 
 
-def _first(item: str, known: frozenset[str]) -> str:
-    """What an item says before its remarks, and without a label: "Answer: …" has one, "x: 12345" has none."""
-    label, colon, rest = item.partition(":")
-    tokens = _TOKEN.findall(rest)
-    has_value = tokens and all(_FIGURE.fullmatch(token) for token in tokens)
-    if colon and not has_value and not any(_stands_out(token, known) for token in _TOKEN.findall(label)):
-        item = rest
-    return next(filter(_TOKEN.search, _ASIDE.split(item)), "")
+def _unlabelled(known: frozenset[str]) -> Callable[[str], str]:
+    """Takes the label from an item: "Answer: …" has one, "x: 12345" has none."""
+
+    def without(item: str) -> str:
+        label, colon, rest = item.partition(":")
+        is_label = colon and all(_is_filler(t) or _is_word(t, known) for t in _TOKEN.findall(label))
+        return rest if is_label else item
+
+    return without
+
+
+def _is_filler(token: str) -> bool:
+    return token.lower() == "var" or bool(_FIGURE.fullmatch(token))
+
+
+def _is_word(token: str, known: frozenset[str]) -> bool:
+    return token.lower() in _WORDS and token.upper() not in known
 
 
 def _stands_out(token: str, known: frozenset[str]) -> bool:
-    """Whether a word is a name wherever it stands."""
+    """Whether a word is a name wherever it stands. One of five capitals is, even if it reads as a word: names do."""
     if token.upper() in known:
         return True
-    return len(token) > 1 and token.isupper() and not token[0].isdigit() and token.lower() not in _WORDS
-
-
-def _is_prose(tokens: Sequence[str], known: frozenset[str]) -> bool:
-    """Whether one item of a line (its words between commas) is no name, nor several."""
-    if any(token.lower() in _WORDS and token.upper() not in known for token in tokens):
-        return True
-    return len(tokens) > 1 and 2 * sum(_stands_out(token, known) for token in tokens) <= len(tokens)
+    capitals = len(token) > 1 and token.isupper() and not token[0].isdigit()
+    return capitals and (token.lower() not in _WORDS or len(token) == 5)
