@@ -68,7 +68,7 @@ def check_keys(typed: Iterable[str]) -> None:
     """Raise `UserError` for a name in --metadata that no task of this package reads, and would silently pass over."""
     if unknown := [str(key) for key in typed if key not in KNOWN]:
         raise UserError(
-            f"{OPTION}{brief(unknown[0])} is unknown{nearest(unknown[0], KNOWN)}; the frontier tasks read "
+            f"{OPTION}{brief(unknown[0])} is unknown{nearest(unknown[0], KNOWN, 1) or ';'} frontier tasks read "
             f"{', '.join(KNOWN)}"
         )
 
@@ -85,12 +85,23 @@ def seed(option: str, metadata: Mapping[str, Any]) -> int:
 
 def strict(option: str, metadata: Mapping[str, Any]) -> bool:
     """Whether a leaf that cannot run is an error."""
-    return yes_or_no(option, "strict", metadata.get("strict", False))
+    return _flag(option, "strict", metadata.get("strict", False))
 
 
 def question_first(option: str, metadata: Mapping[str, Any]) -> bool:
     """Whether the question stands before the context as well."""
-    return yes_or_no(option, "question_first", metadata.get("question_first", True))
+    return _flag(option, "question_first", metadata.get("question_first", True))
+
+
+def _flag(option: str, name: str, value: Any) -> bool:
+    """A switch that only --metadata has, so that what to type is said as one types it there."""
+    try:
+        return yes_or_no(option, name, value)
+    except UserError:
+        raise UserError(
+            f"{option}{name}={brief(value)} is not accepted: {name} must be true or false; type "
+            f"""--metadata '{{"{name}": true}}' or --metadata '{{"{name}": false}}'"""
+        ) from None
 
 
 def tokenizer_name(option: str, name: str, value: Any) -> None:

@@ -283,6 +283,8 @@ def read(task: FrontierTask, index: int, reader: Reader) -> Document:
         "length": f"{tokens} tokens of {task.config.metadata.get('prompt_tokens', task.length)}",
         "tokenizer": f"{reader.name}, {'with its' if reader.chat else 'no'} chat template",
     }
+    if not task.question_first:
+        facts["question"] = "behind the context only (question_first: false)"
     if task.forced:
         chance = task.recipe.chance(doc)
         facts["chance"] = ", ".join(f"{metric} {value:.4g}" for metric, value in chance.items()) or "not known"

@@ -97,7 +97,8 @@ class Assignment:
         name = self.typed["window"]
         raise UserError(
             f"{name}={self.window} was typed, and no prompt has so many tokens (the shortest {shortest}, the longest "
-            f"{longest}): type {name}={longest} or less ({shortest} for all to have it), or leave {name} out"
+            f"{longest}): leave {name} out for {self.method.knobs()['window']}, or type {name}={longest} or less "
+            f"({shortest} for all to have it)"
         )
 
     def check_length(self, length: int) -> None:
@@ -108,8 +109,8 @@ class Assignment:
         if (lacking := self.lacks_window(length)) is not None:
             name = self.typed["window"]
             raise UserError(
-                f"{lacking}, and {self.argument}={sparsity:g} is promised from {PROMISED_LENGTH} tokens on: type "
-                f"{name}={length} or less, or leave {name} out"
+                f"{lacking}, and {self.argument}={sparsity:g} is promised from {PROMISED_LENGTH} tokens on: leave "
+                f"{name} out for {self.method.knobs()['window']}, or type {name}={length} or less"
             )
         largest = method.largest_sparsity(length)
         if largest < sparsity:
