@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_metadata_that_tasks_take():
 KEYS = {
     "misspelt": (["frontier_niah_4k"], {"sample": 3}, None, "sample is unknown; did you mean 'samples'"),
     "misspelt, in a tag": (["frontier-4k"], {"questionfirst": False}, {}, "did you mean 'question_first'"),
-    "unlike any": (["forced_frontier"], {"zzz": 1, "seed": 1}, "a=1", "zzz is unknown; the frontier tasks read"),
+    "unlike any": (["forced_frontier"], {"zzz": 1, "seed": 1}, "a=1", "zzz is unknown; frontier tasks read"),
     "a model argument": (["frontier_niah_4k"], {"method": "quest", "seed": 1}, "method=quest,sparsity=0.5", None),
     "model arguments as an object": (["frontier_niah_4k"], {"method": "quest"}, {"method": "quest"}, None),
     "another task beside ours": (["frontier_niah_4k", "niah_single_1"], {"max_seq_lengths": [4096]}, None, None),
@@ -319,3 +320,15 @@ def test_a_document_that_there_is_none_of_writes_nothing(command, tokenizers, tm
     status, _, err = command("show", "frontier_vt_4k", "--index", 100, "--tokenizer", tokenizers("bpe"))
     assert status == 1 and "has documents 0 to 99; more with --metadata" in one_line(err)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_slip_beside_other_tasks_is_a_warning(caplog):
+    """They may read more than ours do."""
+    from lm_eval_sparse.patches import preflight
+
+    run = preflight._with_preflight(lambda model, model_args=None, tasks=None, metadata=None: None)
+    with caplog.at_level(logging.WARNING, "lm_eval_sparse"):
+        run("dummy", "a=1", ["frontier_niah_4k", "niah_single_1"], {"question_frist": False, "max_seq_lengths": [1]})
+    assert [record.getMessage() for record in caplog.records] == [
+        "no frontier task reads question_frist, which --metadata gives; did you mean 'question_first'?"
+    ]
