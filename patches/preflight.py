@@ -134,7 +134,7 @@ def _check_keys(options: Mapping[str, Any]) -> None:
         check_keys(typed)
         return
     for key in typed:
-        if key not in KNOWN and (close := nearest(key, KNOWN, cutoff=0.8)):
+        if key not in KNOWN and (close := nearest(key, KNOWN, cutoff=0.85)):
             logger.warning("no frontier task reads %s, which --metadata gives%s", brief(key), close)
 
 
