@@ -233,7 +233,8 @@ def test_prompt_and_forced_answer_never_exceed_a_tight_model(name, kind, chat, l
 def test_documents_are_the_same_whoever_makes_them(name, forced, lm, qa_folder, tmp_path, monkeypatch):
     def made(where, **kwargs):
         monkeypatch.setenv("LM_EVAL_SPARSE_CACHE", str(tmp_path / where))
-        return docs(build(leaf(name, forced=forced, qa_folder=qa_folder), lm, **kwargs), **kwargs)
+        # Few: where CWE is tight, the shortest prompt of each document is looked at.
+        return docs(build(leaf(name, forced=forced, qa_folder=qa_folder, samples=5), lm, **kwargs), **kwargs)
 
     expected = made("one", limit=3)
     assert sorted(expected) == [0, 1, 2] and len({doc["input"] for doc in expected.values()}) == 3
@@ -255,7 +256,7 @@ def test_documents_are_the_same_whoever_makes_them(name, forced, lm, qa_folder, 
 
 def _write(name, forced, qa_folder, order, barrier):
     lm = active("digits")
-    task = leaf(name, forced=forced, qa_folder=qa_folder)
+    task = leaf(name, forced=forced, qa_folder=qa_folder, samples=20)
     barrier.wait()
     build(task, lm, samples=order)
     os._exit(0 if len({i.doc_id for i in task.instances}) == len(order) else 1)
@@ -277,30 +278,32 @@ def test_two_processes_write_the_cache_at_once(name, lm, qa_folder, folder, tmp_
     (file,) = folder.iterdir()
     lines = [unsealed(line) for line in file.read_bytes().splitlines() if line]
     assert {doc["index"] for doc in lines} == {0, 1, 2} and 3 <= len(lines) <= 6
-    together = docs(build(leaf(name, qa_folder=qa_folder), lm, limit=3), limit=3)
+    together = docs(build(leaf(name, qa_folder=qa_folder, samples=20), lm, limit=3), limit=3)
     assert all(doc == together[doc["index"]] for doc in lines)
     monkeypatch.setenv("LM_EVAL_SPARSE_CACHE", str(tmp_path / "alone"))
-    assert docs(build(leaf(name, qa_folder=qa_folder), lm, limit=1), limit=1)[0] == together[0]
+    assert docs(build(leaf(name, qa_folder=qa_folder, samples=20), lm, limit=1), limit=1)[0] == together[0]
 
 
 @each
 def test_what_decides_a_document_decides_its_cache_file(name, lm, qa_folder, folder, monkeypatch):
+    few = {"qa_folder": qa_folder, "samples": 5}
+
     def files(**metadata):
-        build(leaf(name, qa_folder=qa_folder, **metadata), active("digits"), limit=1)
+        build(leaf(name, **{**few, **metadata}), active("digits"), limit=1)
         return set(folder.iterdir())
 
     first = files()
     assert len(first) == 1 == len(files(method="flexprefill", sparsity=0.9, samples=7, strict=True))
     assert len(files(seed=1)) == 2
-    build(leaf(name, qa_folder=qa_folder), active("bpe"), limit=1)
+    build(leaf(name, **few), active("bpe"), limit=1)
     with_bpe = 0 if name == "cwe" and len(set(folder.iterdir())) == 2 else 1  # where CWE does not fit
     assert len(set(folder.iterdir())) == 2 + with_bpe
     lm = active("digits")
-    build(leaf(name, qa_folder=qa_folder), lm, limit=1, chat=True)
-    build(leaf(name, qa_folder=qa_folder), lm, limit=1, system_instruction=SYSTEM)
-    build(leaf(name, forced=True, qa_folder=qa_folder), lm, limit=1)
+    build(leaf(name, **few), lm, limit=1, chat=True)
+    build(leaf(name, **few), lm, limit=1, system_instruction=SYSTEM)
+    build(leaf(name, forced=True, **few), lm, limit=1)
     assert len(set(folder.iterdir())) == 5 + with_bpe
-    build(leaf(name, qa_folder=qa_folder, question_first=False), lm, limit=1)
+    build(leaf(name, **few, question_first=False), lm, limit=1)
     assert len(set(folder.iterdir())) == 6 + with_bpe
     before = set(folder.iterdir())
     monkeypatch.setattr(type(recipe(name)), "version", 99)
