@@ -284,7 +284,8 @@ def test_show_writes_control_characters_out(tokenizers):  # noqa: F811
     recipe = Some(evidence=lambda doc: ["two\x1b[2J"], chance=lambda doc: {})
     task = Some(
         config=Some(task="frontier_x_4k", metadata={}), samples=1, eval_docs=[doc], forced=False, seed=0, length=9,
-        question_first=True, recipe=recipe, instances=[Some(doc=doc, args=(evil, {}))], build_all_requests=lambda **kwargs: None,
+        question_first=True, recipe=recipe, instances=[Some(doc=doc, args=(evil, {}))],
+        build_all_requests=lambda **kwargs: None,
     )  # fmt: skip
     reader = show.Reader.of(tokenizers("bytes"), {}, False)
     found = show.read(task, 0, reader)
