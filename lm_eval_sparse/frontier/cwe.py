@@ -194,8 +194,8 @@ class Cwe(Recipe):
     name = "cwe"
     version = 2
     least_units = COMMON
-    # Counting is the work of the step that answers: it reads all keys of a dense cache, and each copy of a word is one
-    # whatever the prompt's own attention saw.
+    # Measured. Why is a conjecture: the step that answers reads every copy of a word in a dense cache, and can count by
+    # itself whatever the prompt's own attention saw.
     insensitive = ("prefill",)
 
     def identity(self) -> list[Any]:

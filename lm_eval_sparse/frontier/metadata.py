@@ -67,10 +67,9 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
 def check_keys(typed: Iterable[str]) -> None:
     """Raise `UserError` for a name in --metadata that no task of this package reads, and would silently pass over."""
     if unknown := [str(key) for key in typed if key not in KNOWN]:
-        raise UserError(
-            f"{OPTION}{brief(unknown[0])} is unknown{nearest(unknown[0], KNOWN, 1) or ';'} frontier tasks read "
-            f"{', '.join(KNOWN)}"
-        )
+        close = nearest(unknown[0], KNOWN, 1)
+        known = f"{f'{close} Frontier' if close else '; frontier'} tasks read {', '.join(KNOWN)}"
+        raise UserError(f"{OPTION}{brief(unknown[0])} is unknown{known}")
 
 
 def samples(option: str, metadata: Mapping[str, Any]) -> int:
