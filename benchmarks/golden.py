@@ -26,15 +26,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import numpy as np  # noqa: E402
-import tiny  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from lm_eval.api.instance import Instance  # noqa: E402
+import numpy as np
+import tiny
+import torch
+import transformers
+from lm_eval.api.instance import Instance
 
-from lm_eval_sparse import patches  # noqa: E402
-from lm_eval_sparse.methods import METHODS  # noqa: E402
-from lm_eval_sparse.model import SparseHFLM  # noqa: E402
+from lm_eval_sparse import patches
+from lm_eval_sparse.methods import METHODS
+from lm_eval_sparse.model import SparseHFLM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -82,8 +82,8 @@ class Watch:
         self.lists: list[list[np.ndarray]] = []
         self.names: list[str] = []
         self.on = False
-        for cls in {owner for cls in METHODS.values() for owner in cls.__mro__ if "select" in vars(owner)}:
-            self._wrap(cls)
+        for owner in {base for cls in METHODS.values() for base in cls.__mro__ if "select" in vars(base)}:
+            self._wrap(owner)
 
     def _wrap(self, cls: type) -> None:
         select = cls.select
@@ -178,6 +178,11 @@ def record(name: str, options: dict[str, Any], lengths: list[int], answer: int, 
     }
 
 
+def file_name(key: str) -> str:
+    """The file of a record's lists."""
+    return f"{key.replace(' ', '_').replace('|', '-').replace('/', '_')}.npz"
+
+
 def cases(models: list[str], lengths: list[int]) -> list[tuple[str, str, dict[str, Any], list[int], int]]:
     found = []
     for model in models:
@@ -204,9 +209,7 @@ def record_all(options: argparse.Namespace) -> None:
         if options.lists:
             options.lists.mkdir(parents=True, exist_ok=True)
             flat = {f"{i}_{j}": part for i, parts in enumerate(watch.lists) for j, part in enumerate(parts)}
-            np.savez_compressed(
-                options.lists / f"{key.replace(' ', '_').replace('|', '-').replace('/', '_')}.npz", **flat
-            )
+            np.savez_compressed(options.lists / file_name(key), **flat)
         print(f"{key}: {time.perf_counter() - start:.1f} s", flush=True)
         options.output.write_text(json.dumps({"about": about(), "records": records}, indent=1))
 
@@ -253,7 +256,7 @@ def compare(options: argparse.Namespace) -> None:
             calls = [i for i, (a, b) in enumerate(zip(old["selections"], new["selections"], strict=False)) if a != b]
             words += f"; {len(calls)} of {len(old['selections'])} selections ({len(new['selections'])} now)"
             if options.lists and len(old["selections"]) == len(new["selections"]):
-                name = f"{key.replace(' ', '_').replace('|', '-').replace('/', '_')}.npz"
+                name = file_name(key)
                 words += f", overlap at least {overlap(options.lists[0] / name, options.lists[1] / name, calls):.4f}"
         if "scores" in parts:
             off = max(abs(a[0] - b[0]) for a, b in zip(old["scores"], new["scores"], strict=True))
