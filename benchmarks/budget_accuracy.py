@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import lm_eval_sparse
-from lm_eval_sparse.kernels.estimators import PageBounds, update_bounds
+from lm_eval_sparse.kernels.estimate import PageBounds, update_bounds
 from lm_eval_sparse.kernels.layout import causal_pairs
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import METHODS, DecodeContext, DecodeMethod, EvictionMethod, Method, PrefillMethod
@@ -57,8 +57,8 @@ def structured_states(length: int, seed: int) -> tuple[Tensor, Tensor]:
 def real_states(length: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Queries and keys of every layer of the embedded model on one prompt."""
     from lm_eval_sparse import patches
-    from lm_eval_sparse.model import SparseHFLM
-    from lm_eval_sparse.runtime.attention import Runtime
+    from lm_eval_sparse.model.lm import SparseHFLM
+    from lm_eval_sparse.runtime.session import Runtime
 
     patches.install()
     lm = SparseHFLM(device=device, max_length=length + 512)

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lm_eval_sparse.analysis.results import PHASES, find, load, records
+from lm_eval_sparse.results.load import PHASES, find, load, records
 
 
 def gather(content: dict[str, Any]) -> dict[str, Any]:

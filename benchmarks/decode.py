@@ -39,14 +39,14 @@ from prefill import check_options, reason_of, say, short, table, versions, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lm_eval_sparse.kernels.append import append
-from lm_eval_sparse.kernels.block_sparse_prefill import fa4
-from lm_eval_sparse.kernels.estimators import PageBounds, page_scores, update_bounds
-from lm_eval_sparse.kernels.page_select import PageBudget
-from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.cache.append import append
+from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.estimate import PageBounds, page_scores, update_bounds
+from lm_eval_sparse.kernels.index.pages import PageBudget
+from lm_eval_sparse.kernels.prefill import fa4
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import DecodeContext
-from lm_eval_sparse.methods.quest import Quest
+from lm_eval_sparse.methods.decode.quest import Quest
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 #: Calls in a graph, at most and at least, and milliseconds that they should take together.

@@ -46,12 +46,12 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from prefill import check_options, reason_of, say, table, versions, write  # noqa: E402
 
-from lm_eval_sparse import embedded  # noqa: E402
-from lm_eval_sparse.config import parse  # noqa: E402
 from lm_eval_sparse.errors import UserError  # noqa: E402
 from lm_eval_sparse.methods import METHODS, PHASE_ARGUMENTS  # noqa: E402
-from lm_eval_sparse.model import SparseHFLM  # noqa: E402
-from lm_eval_sparse.runtime import decoding  # noqa: E402
+from lm_eval_sparse.methods.plan import parse  # noqa: E402
+from lm_eval_sparse.model import embedded  # noqa: E402
+from lm_eval_sparse.model.lm import SparseHFLM  # noqa: E402
+from lm_eval_sparse.runtime import steps as decoding  # noqa: E402
 
 Row = dict[str, Any]
 

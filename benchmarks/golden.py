@@ -34,7 +34,7 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_sparse import patches
 from lm_eval_sparse.methods import METHODS
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model.lm import SparseHFLM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -71,8 +71,10 @@ REAL: dict[str, dict[str, Any]] = {
     "three phases": {"method": "flexprefill+ada_snapkv+quest", "prefill_sparsity": 0.8, "kv_sparsity": 0.5,
                      "decode_sparsity": 0.9},
 }  # fmt: skip
-PRESET = {f"{name} paper": {"method": name, "sparsity": 0.9, "preset": "paper"}
-          for name in ("vertical_slash", "flexprefill_vs", "block_sparse", "snapkv", "ada_snapkv", "quest")}  # fmt: skip
+PRESET = {
+    f"{name} paper": {"method": name, "sparsity": 0.9, "preset": "paper"}
+    for name in ("vertical_slash", "flexprefill_vs", "block_sparse", "snapkv", "ada_snapkv", "quest")
+}
 
 
 class Watch:

@@ -37,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lm_eval_sparse.kernels import estimators
-from lm_eval_sparse.kernels.block_sparse_prefill import BACKENDS, block_sparse_prefill, fa4
+from lm_eval_sparse.kernels import estimate as estimators
 from lm_eval_sparse.kernels.layout import BlockLayout, causal_pairs
+from lm_eval_sparse.kernels.prefill import BACKENDS, block_sparse_prefill, fa4
 from lm_eval_sparse.methods import METHODS, PrefillMethod
 
 DEVICE = "cuda"

@@ -140,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     patches.install()
-    from lm_eval_sparse.model import SparseHFLM, device_name
+    from lm_eval_sparse.model.lm import SparseHFLM, device_name
 
     lm = SparseHFLM(device=arguments.device)
     report: dict[str, Any] = {

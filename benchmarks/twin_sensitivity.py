@@ -39,8 +39,8 @@ from prefill import say, table, versions, write  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from lm_eval_sparse.frontier.leaves import BUILT_IN  # noqa: E402
+from lm_eval_sparse.kernels.decode import PageSelection  # noqa: E402
 from lm_eval_sparse.kernels.layout import BlockLayout  # noqa: E402
-from lm_eval_sparse.kernels.paged_decode import PageSelection  # noqa: E402
 from lm_eval_sparse.methods.base import (  # noqa: E402
     DecodeContext,
     DecodeMethod,
@@ -50,11 +50,11 @@ from lm_eval_sparse.methods.base import (  # noqa: E402
     PrefillMethod,
     Selection,
 )
-from lm_eval_sparse.methods.block_sparse import row_budgets  # noqa: E402
-from lm_eval_sparse.model import Context, SparseHFLM, device_name  # noqa: E402
+from lm_eval_sparse.methods.prefill.block_sparse import row_budgets  # noqa: E402
+from lm_eval_sparse.model.lm import Context, SparseHFLM, device_name  # noqa: E402
 from lm_eval_sparse.runtime.accounting import RowCounts  # noqa: E402
-from lm_eval_sparse.runtime.attention import Assignment, Plan  # noqa: E402
 from lm_eval_sparse.runtime.cache import SparseCache  # noqa: E402
+from lm_eval_sparse.runtime.session import Assignment, Plan  # noqa: E402
 
 SPARSITY = 0.95
 PHASES = ("prefill", "eviction", "decode")

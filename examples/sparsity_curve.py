@@ -22,14 +22,16 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from transformers.utils import logging as transformers_logging
 
-from lm_eval_sparse import config, embedded, paths, values
+from lm_eval_sparse import paths, values
 from lm_eval_sparse.analysis import curve
-from lm_eval_sparse.analysis.results import below, load, read
-from lm_eval_sparse.cli import Parser
+from lm_eval_sparse.cli.app import Parser
 from lm_eval_sparse.errors import UserError, install_excepthook, nearest, plain
-from lm_eval_sparse.files import brief
 from lm_eval_sparse.frontier import show
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.methods import plan as config
+from lm_eval_sparse.model import embedded
+from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.results.files import brief
+from lm_eval_sparse.results.load import below, load, read
 
 #: What a task's metadata says that its file does not.
 NOTED = ("config_source", "data", "prompt_tokens", "skipped")

@@ -2,7 +2,7 @@
 
 import sys
 
-from lm_eval_sparse.cli import main
+from lm_eval_sparse.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

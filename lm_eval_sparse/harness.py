@@ -12,8 +12,8 @@ from typing import Any
 
 from . import masking
 from .errors import UserError, nearest
-from .files import why
 from .paths import is_dir
+from .results.files import why
 
 MODEL = "sparse-hf"
 

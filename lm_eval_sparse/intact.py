@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import files
 from .errors import UserError
+from .results import files
 
 _MOST_RECORD = 1 << 20
 #: Nanoseconds. A clock of files ticks in steps of up to 10 ms: what changed so lately may change without a trace.

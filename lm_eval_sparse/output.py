@@ -11,7 +11,7 @@ import sys
 from typing import TextIO
 
 from .errors import UserError
-from .files import why
+from .results.files import why
 
 #: Columns of what commands print, whatever the terminal has: a narrower one breaks lines itself, and longer lines are
 #: hard to read.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import why
+from .results.files import why
 
 #: The variable that names the folder of our caches, and the folder without it.
 CACHE = "LM_EVAL_SPARSE_CACHE"

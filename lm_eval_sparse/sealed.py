@@ -10,8 +10,8 @@ import hashlib
 import json
 from typing import Any
 
-from . import files
 from .errors import UserError
+from .results import files
 
 _HEAD = b'{"sha256": "'
 _NECK = b'", '

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import UserError
-from .files import brief
 from .masking import shown
+from .results.files import brief
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def is_ours(lm: Any) -> bool:
     """Whether `lm` is a sparse-hf model, under a response cache or not."""
     import sys
 
-    model = sys.modules.get("lm_eval_sparse.model")
+    model = sys.modules.get("lm_eval_sparse.model.lm")
     return model is not None and isinstance(getattr(lm, "lm", lm), model.SparseHFLM)
 
 
@@ -98,7 +98,7 @@ def _with_figures(make_table: Any) -> Any:
             table = f"{table}\n{left_out}"
         figures = ""
         if column == "results":
-            from lm_eval_sparse.analysis.results import figures_table
+            from lm_eval_sparse.results.load import figures_table
 
             figures = figures_table(result_dict)
         # Names come from files and from the Hub, and a terminal would obey the control characters in them.

@@ -11,7 +11,7 @@ Works around, in lm-eval up to 0.4.13:
 - `gated=True` asks huggingface.co whatever HF_ENDPOINT is; when that fails the samples are published ungated.
 
 Trackers that `preflight` has marked save their local files through lm-eval's own code and push through
-`lm_eval_sparse.hub`. Delete when the oldest supported lm-eval pushes results without samples, reports failed
+`lm_eval_sparse.hub.upload`. Delete when the oldest supported lm-eval pushes results without samples, reports failed
 uploads and uploads only its own run; keep what `preflight` refuses then still needs refusing.
 """
 
@@ -32,9 +32,11 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from lm_eval_sparse import embedded, endings, hub, paths
+from lm_eval_sparse import endings, paths
 from lm_eval_sparse.errors import UserError, nearest
 from lm_eval_sparse.harness import MODEL
+from lm_eval_sparse.hub import upload as hub
+from lm_eval_sparse.model import embedded
 from lm_eval_sparse.patches import saving
 from lm_eval_sparse.values import yes_or_no
 

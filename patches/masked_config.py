@@ -13,8 +13,8 @@ from typing import Any
 
 from lm_eval_sparse import masking
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.files import brief
 from lm_eval_sparse.harness import MODEL
+from lm_eval_sparse.results.files import brief
 from lm_eval_sparse.values import yes_or_no
 
 #: Settings that are true or false, and those that hold names and values.

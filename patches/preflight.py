@@ -18,9 +18,9 @@ from typing import Any
 
 from lm_eval_sparse import paths
 from lm_eval_sparse.errors import UserError, nearest
-from lm_eval_sparse.files import brief
 from lm_eval_sparse.harness import MODEL
 from lm_eval_sparse.patches.evaluator import is_ours
+from lm_eval_sparse.results.files import brief
 from lm_eval_sparse.values import Takes, is_number, is_whole
 
 logger = logging.getLogger("lm_eval_sparse")
@@ -186,11 +186,11 @@ def _check(options: dict[str, Any]) -> None:
     if options["gen_kwargs"]:
         from lm_eval.utils import simple_parse_args_string
 
-        from lm_eval_sparse import sampling
+        from lm_eval_sparse.model import sampling
 
         typed = options["gen_kwargs"]
         sampling.check_early(simple_parse_args_string(typed) if isinstance(typed, str) else typed)
-    from lm_eval_sparse import response_cache
+    from lm_eval_sparse.model import response_cache
     from lm_eval_sparse.patches import hub_tracker
 
     tracker = options["evaluation_tracker"]

@@ -11,7 +11,7 @@ from types import ModuleType
 NAME = "sparse-hf"
 #: A string, resolved by lm-eval on first use: listing models must not import torch, and an entry-point object
 #: would collide with `@register_model` on 0.4.13.
-TARGET = "lm_eval_sparse.model:SparseHFLM"
+TARGET = "lm_eval_sparse.model.lm:SparseHFLM"
 
 
 def apply(module: ModuleType) -> None:

@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_sparse import masking, sample_files
-from lm_eval_sparse.files import read_json, why
+from lm_eval_sparse import masking
+from lm_eval_sparse.results import sample_files
+from lm_eval_sparse.results.files import read_json, why
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.files import why, write_whole
+from lm_eval_sparse.results.files import why, write_whole
 
 #: Where `patches.evaluator` leaves the figures in lm-eval's results.
 KEY = "sparse_stats"

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from lm_eval_sparse import paths
-from lm_eval_sparse.embedded import is_embedded
+from lm_eval_sparse.model.embedded import is_embedded
 from lm_eval_sparse.patches.evaluator import is_ours
 from lm_eval_sparse.protocol import active_lm
 

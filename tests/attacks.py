@@ -2,7 +2,7 @@
 
     python -m tests.attacks [--area AREA] [--name PART] [--log FILE.jsonl] [--real] [--slow]
 
-Rows run in this process, as `lm_eval_sparse.cli.main` is called by the script, without lm-eval's thousands of own
+Rows run in this process, as `lm_eval_sparse.cli.app.main` is called by the script, without lm-eval's thousands of own
 tasks; `--real` runs every twentieth as a process of its own. To measure another version of the package, run this file
 by its path with that version first on PYTHONPATH.
 """
@@ -176,8 +176,9 @@ def _alone(frontier: bool) -> Iterator[None]:
     """No network, no embedded model, no list of lm-eval's own tasks; our own where a row names them."""
     from lm_eval.tasks import TaskManager
 
-    from lm_eval_sparse import embedded, patches
+    from lm_eval_sparse import patches
     from lm_eval_sparse.frontier import show
+    from lm_eval_sparse.model import embedded
     from lm_eval_sparse.patches.register_tasks import task_folders
 
     patches.install()
@@ -276,7 +277,7 @@ class Ran:
 
 def _in_process(argv: list[str], variables: dict[str, str | None], work: Path, limit: float, frontier: bool) -> Ran:
     global _streams
-    from lm_eval_sparse import cli
+    from lm_eval_sparse.cli import app as cli
 
     _streams = _streams or Streams()
     status: int | None = None

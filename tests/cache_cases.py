@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lm_eval_sparse.kernels.append import append
-from lm_eval_sparse.kernels.compaction import compact
-from lm_eval_sparse.kernels.estimators import PageBounds, page_scores, update_bounds
-from lm_eval_sparse.kernels.page_select import PageBudget, budget_pages, choose_pages, select_pages
-from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.cache.append import append
+from lm_eval_sparse.kernels.cache.compact import compact
+from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.estimate import PageBounds, page_scores, update_bounds
+from lm_eval_sparse.kernels.index.pages import PageBudget, budget_pages, choose_pages, select_pages
 from lm_eval_sparse.kernels.ragged import RaggedKV
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 200)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
 from lm_eval_sparse.kernels.ragged import RaggedKV
 
 #: Relative error of an output, by its dtype. A softcap multiplies the rounding of what it bounds.

@@ -29,8 +29,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.kernels.decode import PageSelection
 from lm_eval_sparse.kernels.layout import BlockLayout
-from lm_eval_sparse.kernels.paged_decode import PageSelection
 from lm_eval_sparse.methods import (
     METHODS,
     DecodeContext,
@@ -40,7 +40,7 @@ from lm_eval_sparse.methods import (
     PrefillMethod,
     Selection,
 )
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model.lm import SparseHFLM
 from tests import families
 
 #: Tokens of a prompt: more than any window or chunk of the tiny models.

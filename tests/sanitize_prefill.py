@@ -14,7 +14,7 @@ import time
 import torch
 from prefill_cases import Draw, random_call
 
-from lm_eval_sparse.kernels.block_sparse_prefill import BACKENDS, block_sparse_prefill_rows
+from lm_eval_sparse.kernels.prefill import BACKENDS, block_sparse_prefill_rows
 from lm_eval_sparse.methods import METHODS
 
 HALF = torch.bfloat16

@@ -23,17 +23,17 @@ from lm_eval.api.instance import Instance
 from torch import Tensor
 
 from lm_eval_sparse import patches
-from lm_eval_sparse.config import parse
 from lm_eval_sparse.kernels.layout import BlockLayout
 from lm_eval_sparse.methods import BlockSparse, FlexPrefill, FlexPrefillVS, Quest, SnapKV, VerticalSlash
-from lm_eval_sparse.methods.vertical_slash import Pattern
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.methods.plan import parse
+from lm_eval_sparse.methods.prefill.vertical_slash import Pattern
+from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import stats_of
 from lm_eval_sparse.runtime import accounting
 from lm_eval_sparse.runtime.accounting import Ledger, RowCounts
-from lm_eval_sparse.runtime.attention import COVERED, Runtime
-from lm_eval_sparse.runtime.decoding import Decoder, Row
 from lm_eval_sparse.runtime.masks import FULL
+from lm_eval_sparse.runtime.session import COVERED, Runtime
+from lm_eval_sparse.runtime.steps import Decoder, Row
 
 patches.install()
 

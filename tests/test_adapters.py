@@ -12,7 +12,7 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM
 
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model.lm import SparseHFLM
 
 #: lm-eval cuts the embeddings to the tokenizer's size under an adapter; a model of that size keeps them.
 SIZE = {"vocab_size": len(tiny.tiny_tokenizer())}

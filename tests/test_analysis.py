@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lm_eval_sparse.analysis import curve, picture
-from lm_eval_sparse.analysis.results import figures_table, find, load, records
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.results.load import figures_table, find, load, records
 
 
 def result(task: str, exact: float, sparsity: float | None, model: str = "org/model", **more: Any) -> dict[str, Any]:

@@ -12,12 +12,12 @@ import torch
 from lm_eval.utils import simple_parse_args_string
 from safetensors.torch import load_file, save_file
 
-from lm_eval_sparse import arguments
-from lm_eval_sparse.arguments import ARGUMENTS, check_all
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.files import DEEPEST, parse_json, read_bytes, write_whole
-from lm_eval_sparse.loading import Whole
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model import arguments
+from lm_eval_sparse.model.arguments import ARGUMENTS, check_all
+from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.model.load import Whole
+from lm_eval_sparse.results.files import DEEPEST, parse_json, read_bytes, write_whole
 from lm_eval_sparse.values import FLAG, MAYBE, whole, yes_or_no
 
 #: Of every kind that a command line or a Python program may bring.

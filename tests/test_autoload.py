@@ -348,7 +348,7 @@ def test_an_entry_point_that_came_first_is_kept(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(registry, "model_registry", mine)
     register_model.apply(ModuleType("lm_eval.models"))
     register_model.apply(ModuleType("lm_eval.models"))
-    assert mine._objs == {"sparse-hf": "lm_eval_sparse.model:SparseHFLM"}
+    assert mine._objs == {"sparse-hf": "lm_eval_sparse.model.lm:SparseHFLM"}
 
     theirs = registry.Registry("model")
     monkeypatch.setattr(registry, "model_registry", theirs)

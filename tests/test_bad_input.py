@@ -27,9 +27,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_adapters import lora
 
-from lm_eval_sparse import cli, embedded, patches
+from lm_eval_sparse import patches
+from lm_eval_sparse.cli import app as cli
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model import embedded
+from lm_eval_sparse.model.lm import SparseHFLM
 
 patches.install()
 
@@ -631,7 +633,7 @@ original = manager.TaskManager.__init__
 manager.TaskManager.__init__ = lambda self, *a, **k: original(self, *a, **{**k, "include_defaults": False})
 """
 PLAIN = QUICK + "from lm_eval.__main__ import cli_evaluate\ncli_evaluate()"
-OURS = QUICK + "from lm_eval_sparse.cli import main\nsys.exit(main())"
+OURS = QUICK + "from lm_eval_sparse.cli.app import main\nsys.exit(main())"
 
 
 def process(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess[str]:

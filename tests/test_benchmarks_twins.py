@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import DecodeContext
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import SharedPrompt
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

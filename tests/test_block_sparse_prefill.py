@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lm_eval_sparse.kernels import backends
-from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill, block_sparse_prefill_rows, fa4, flex
 from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout, block_lengths, causal_pairs, tile_pairs
+from lm_eval_sparse.kernels.prefill import block_sparse_prefill, block_sparse_prefill_rows, fa4, flex
 
 LENGTHS = (1, 16, 17, 63, 127, 333, 1000)
 
@@ -244,7 +244,7 @@ def test_check_finds_broken_lists(entry: int, count: int, message: str) -> None:
 @pytest.fixture
 def fresh_reasons() -> Iterator[None]:
     """Why a backend cannot run is remembered, and said once; forget it before and after."""
-    from lm_eval_sparse.kernels import block_sparse_prefill as operator
+    from lm_eval_sparse.kernels import prefill as operator
 
     remembered = (backends.triton_unavailable, fa4.unavailable_reason, operator._warn_once)
     for function in remembered:
@@ -393,7 +393,7 @@ def test_several_rows(backend: str) -> None:
 @needs_flex
 def test_a_kernel_that_would_run_uncompiled_is_not_called_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past its limit of variants the compiler only warns and runs L x L attention; that must fall back and say so."""
-    from lm_eval_sparse.kernels import block_sparse_prefill as operator
+    from lm_eval_sparse.kernels import prefill as operator
 
     monkeypatch.setattr(operator, "_broken", {})
     layout, _ = random_layout(200, 64, 64, 4, 0.5, torch.Generator().manual_seed(1))

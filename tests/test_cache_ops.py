@@ -29,10 +29,10 @@ from cache_cases import (
 )
 from prefill_cases import interpreter_missing
 
-from lm_eval_sparse.kernels.append import append
-from lm_eval_sparse.kernels.compaction import compact
-from lm_eval_sparse.kernels.estimators import PageBounds, page_scores, update_bounds
-from lm_eval_sparse.kernels.page_select import PageBudget, budget_pages, choose_pages, select_pages
+from lm_eval_sparse.kernels.cache.append import append
+from lm_eval_sparse.kernels.cache.compact import compact
+from lm_eval_sparse.kernels.estimate import PageBounds, page_scores, update_bounds
+from lm_eval_sparse.kernels.index.pages import PageBudget, budget_pages, choose_pages, select_pages
 from lm_eval_sparse.kernels.ragged import RaggedKV
 
 pytestmark = [
@@ -137,8 +137,8 @@ def test_a_step(draw: Draw, backend: str, page_size: int, monkeypatch: pytest.Mo
     for overlap in (True, False):
         for case in cases(draw, backend, page_size, room=3, steps=1):
             if backend == "triton":
-                from lm_eval_sparse.kernels.page_select import triton as chooser
-                from lm_eval_sparse.kernels.paged_decode import triton as attention
+                from lm_eval_sparse.kernels.decode import triton as attention
+                from lm_eval_sparse.kernels.index.pages import triton as chooser
 
                 # Short sequences take several programs, too.
                 monkeypatch.setattr(chooser, "SCORE_BYTES", draw.rng.choice((16, 1 << 14)))

@@ -15,9 +15,10 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from lm_eval_sparse import card_text, cards, hub, markdown, reproduce
 from lm_eval_sparse.errors import UserError, plain
-from lm_eval_sparse.sample_files import sample_configs, sample_file_name
+from lm_eval_sparse.hub import card_text, cards, markdown, reproduce
+from lm_eval_sparse.hub import upload as hub
+from lm_eval_sparse.results.sample_files import sample_configs, sample_file_name
 
 DATE = "2026-01-01T00-00-00.000000"
 TOKEN = "hf_" + "Ab3" * 8

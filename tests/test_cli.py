@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from lm_eval_sparse import __version__, cli
+from lm_eval_sparse import __version__
+from lm_eval_sparse.cli import app as cli
 
 
 @pytest.fixture

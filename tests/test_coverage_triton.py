@@ -13,8 +13,9 @@ import torch
 from prefill_cases import interpreter_missing
 from torch import Tensor
 
-from lm_eval_sparse.kernels import backends, coverage
-from lm_eval_sparse.kernels.estimators import WindowBlocks, pool, window_blocks
+from lm_eval_sparse.kernels import backends
+from lm_eval_sparse.kernels.estimate import WindowBlocks, pool, window_blocks
+from lm_eval_sparse.kernels.index import top_p_blocks as coverage
 from lm_eval_sparse.kernels.layout import causal_pairs
 from lm_eval_sparse.methods import FlexPrefill
 
@@ -142,7 +143,7 @@ def test_a_density_is_met_on_maps_that_are_all_ties(make: Any, density: float):
 
 
 def test_lists_are_sized_by_the_longest_where_room_for_all_would_be_large(monkeypatch: pytest.MonkeyPatch):
-    from lm_eval_sparse.kernels.coverage import triton as on_device
+    from lm_eval_sparse.kernels.index.top_p_blocks import triton as on_device
 
     monkeypatch.setattr(on_device, "LIST_BYTES", 0)
     want, found = both(*plain(2, 1, 333, 16), 16, [True, False], rest=0.6)

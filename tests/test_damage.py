@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from cache_damage import STRANGE, clear, spoil
 
-from lm_eval_sparse import embedded, files, intact, sealed
+from lm_eval_sparse import intact, sealed
 from lm_eval_sparse.frontier import qa, qa_data, store
 from lm_eval_sparse.frontier.qa import Squad
 from lm_eval_sparse.frontier.store import DocumentStore
+from lm_eval_sparse.model import embedded
+from lm_eval_sparse.results import files
 
 SEEDS = range(100)
 

@@ -16,11 +16,11 @@ import tiny
 import torch
 from test_decoding import all_stats, generate
 
-from lm_eval_sparse import embedded
-from lm_eval_sparse import model as model_module
-from lm_eval_sparse.model import SparseHFLM
-from lm_eval_sparse.runtime import decoding
-from lm_eval_sparse.runtime.decoding import Decoder
+from lm_eval_sparse.model import embedded
+from lm_eval_sparse.model import lm as model_module
+from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.runtime import steps as decoding
+from lm_eval_sparse.runtime.steps import Decoder
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

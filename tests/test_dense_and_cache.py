@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Gemma3TextConfig, LlamaConfig
 
 from lm_eval_sparse.kernels.dense import dense_attention
-from lm_eval_sparse.runtime.attention import dense_keys
 from lm_eval_sparse.runtime.cache import PreallocatedLayer, SparseCache
+from lm_eval_sparse.runtime.session import dense_keys
 
 
 def definition(query: Tensor, key: Tensor, value: Tensor, softcap, window, starts) -> Tensor:

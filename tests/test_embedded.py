@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_sparse import embedded
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.model import embedded
 
 ROOT = Path(embedded.__file__).resolve().parent.parent
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -7,8 +7,8 @@ import random
 import pytest
 from frontier_common import KINDS, tokenizer
 
-from lm_eval_sparse.encoding import SharedEncoder
 from lm_eval_sparse.frontier import recipe
+from lm_eval_sparse.model.encoding import SharedEncoder
 
 ENDS = ["Answer:\n", "Answer: ", "Answer:\n\n", "x", "", "<|im_end|>\n<|im_start|>assistant\n", "\n \n", "end.\n\n\n"]
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import tiny
 
-from lm_eval_sparse import cli, endings, patches
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse import endings, patches
+from lm_eval_sparse.cli import app as cli
+from lm_eval_sparse.model.lm import SparseHFLM
 
 patches.install()
 
@@ -108,7 +109,7 @@ import os, sys
 from lm_eval.tasks import TaskManager
 original = TaskManager.__init__
 TaskManager.__init__ = lambda self, *a, **k: original(self, *a, **{**k, "include_defaults": False})
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model.lm import SparseHFLM
 SparseHFLM.loglikelihood = lambda *a, **k: os.kill(os.getpid(), 15)
 from lm_eval.__main__ import cli_evaluate
 cli_evaluate()

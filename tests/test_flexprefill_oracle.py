@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_eval_sparse.kernels.estimators import window as estimators
+from lm_eval_sparse.kernels.estimate import window as estimators
 from lm_eval_sparse.kernels.layout import BlockLayout
 from lm_eval_sparse.methods import FlexPrefill, Geometry, Selection
 

@@ -17,7 +17,8 @@ from frontier_common import tokenizer
 from lm_eval.tasks import TaskManager
 from tiny import tiny_llama
 
-from lm_eval_sparse import cli, frontier, protocol
+from lm_eval_sparse import frontier, protocol
+from lm_eval_sparse.cli import app as cli
 from lm_eval_sparse.errors import UserError, plain
 from lm_eval_sparse.frontier import document, show
 from lm_eval_sparse.frontier.leaves import BUILT_IN, LENGTHS, TaskFolder

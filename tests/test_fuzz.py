@@ -21,17 +21,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlitedict import SqliteDict
 
-from lm_eval_sparse import files, gguf_check, hub, masking, response_cache
-from lm_eval_sparse.analysis import curve, results
-from lm_eval_sparse.config import argument_names, parse, split
+from lm_eval_sparse import masking
+from lm_eval_sparse.analysis import curve
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.frontier import qa_data, show
 from lm_eval_sparse.frontier.recipe import Unavailable
 from lm_eval_sparse.frontier.store import DocumentStore
 from lm_eval_sparse.frontier.task import check_metadata
+from lm_eval_sparse.hub import upload as hub
 from lm_eval_sparse.methods import METHODS
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.methods.plan import argument_names, parse, split
+from lm_eval_sparse.model import gguf_check, response_cache
+from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import MeasuredText
+from lm_eval_sparse.results import files
+from lm_eval_sparse.results import load as results
 
 
 def is_one_line(message: str) -> bool:
@@ -271,7 +275,7 @@ _FIELDS_OF_GENERATION = st.sampled_from([
 @examples(300)
 @given(st.dictionaries(_FIELDS_OF_GENERATION | text, json_values, max_size=4))
 def test_arguments_of_generation(place: Place, arguments: dict[str, Any]) -> None:
-    from lm_eval_sparse import sampling
+    from lm_eval_sparse.model import sampling
 
     place.holds(sampling.check_early, arguments)
 

@@ -23,12 +23,12 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel, WatermarkingConfig
 
-from lm_eval_sparse import sampling
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.files import brief
-from lm_eval_sparse.model import SparseHFLM
-from lm_eval_sparse.sampling import FIELDS
-from lm_eval_sparse.sampling import check as check_generation
+from lm_eval_sparse.model import sampling
+from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.model.sampling import FIELDS
+from lm_eval_sparse.model.sampling import check as check_generation
+from lm_eval_sparse.results.files import brief
 
 #: Fields that say something about the file, or hold what nobody can give here.
 UNTRIED = {"transformers_version", "_from_model_config", "_commit_hash"}

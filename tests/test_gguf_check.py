@@ -11,8 +11,8 @@ import gguf
 import numpy as np
 import pytest
 
-from lm_eval_sparse import gguf_check
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.model import gguf_check
 
 
 def write(path: Path, tokens: int = 20, alignment: int | None = None, order=gguf.GGUFEndian.LITTLE) -> Path:

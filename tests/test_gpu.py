@@ -13,11 +13,11 @@ import tiny
 import torch
 from test_sparse_hf import PAIRS, PROMPTS, generate, score
 
-from lm_eval_sparse.kernels.estimators import PageBounds, update_bounds
-from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.estimate import PageBounds, update_bounds
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import METHODS, DecodeContext, EvictionMethod
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model.lm import SparseHFLM
 
 pytestmark = [
     pytest.mark.gpu,

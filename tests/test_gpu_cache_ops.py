@@ -34,11 +34,11 @@ from cache_cases import (
 )
 from torch import Tensor
 
-from lm_eval_sparse.kernels.append import append
-from lm_eval_sparse.kernels.compaction import compact
-from lm_eval_sparse.kernels.estimators import PageBounds, page_scores, update_bounds
-from lm_eval_sparse.kernels.page_select import MOST_PAGES, PageBudget, choose_pages, select_pages
-from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.cache.append import append
+from lm_eval_sparse.kernels.cache.compact import compact
+from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.estimate import PageBounds, page_scores, update_bounds
+from lm_eval_sparse.kernels.index.pages import MOST_PAGES, PageBudget, choose_pages, select_pages
 from lm_eval_sparse.kernels.ragged import RaggedKV
 
 DEVICE = "cuda"
@@ -399,7 +399,7 @@ def test_a_row_does_not_depend_on_others(draw: Draw, shared: bool) -> None:
 @pytest.mark.parametrize("keep", [None, 0.05, 0.4])
 def test_a_choice_does_not_depend_on_others(draw: Draw, keep: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor on how large the programs are that score pages, which follows from their number."""
-    from lm_eval_sparse.kernels.page_select import triton as kernel
+    from lm_eval_sparse.kernels.index.pages import triton as kernel
 
     heads, rows, size = 8, 4, 16
     lengths = [draw.rng.choice((1, 16, 17, 5000, draw.rng.randrange(1, 131072))) for _ in range(rows)]
@@ -435,7 +435,7 @@ def test_a_choice_does_not_depend_on_others(draw: Draw, keep: float | None, monk
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_ways_to_choose_round_alike(draw: Draw, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages whose scores differ by nothing but rounding: which of them are chosen shows each bit of the scores."""
-    from lm_eval_sparse.kernels.page_select import triton as kernel
+    from lm_eval_sparse.kernels.index.pages import triton as kernel
 
     heads, dim, size, pages = 4, 128, 16, 3000
     base = torch.randn(dim, device=DEVICE)

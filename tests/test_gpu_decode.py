@@ -17,7 +17,7 @@ import torch
 from decode_cases import Case, Draw, every_page, one_of, random_case
 from torch import Tensor
 
-from lm_eval_sparse.kernels.paged_decode import paged_decode
+from lm_eval_sparse.kernels.decode import paged_decode
 from lm_eval_sparse.kernels.ragged import RaggedKV
 
 DEVICE = "cuda"

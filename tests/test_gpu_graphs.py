@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lm_eval_sparse.runtime.decoding import Decoder
+from lm_eval_sparse.runtime.steps import Decoder
 from tests.test_decoding import generate, lm_of, prompts_of
 
 pytestmark = pytest.mark.gpu

@@ -31,15 +31,11 @@ from prefill_cases import (
 )
 from torch import Tensor
 
-from lm_eval_sparse.kernels.block_sparse_prefill import (
-    BACKENDS,
-    block_sparse_prefill,
-    block_sparse_prefill_rows,
-)
-from lm_eval_sparse.kernels.estimators import window_blocks, window_sums
-from lm_eval_sparse.kernels.estimators.pooling import pool, pool_both
+from lm_eval_sparse.kernels.estimate import window_blocks, window_sums
+from lm_eval_sparse.kernels.estimate.pooling import pool, pool_both
+from lm_eval_sparse.kernels.index.top_blocks import top_blocks
 from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout, causal_pairs
-from lm_eval_sparse.kernels.top_blocks import top_blocks
+from lm_eval_sparse.kernels.prefill import BACKENDS, block_sparse_prefill, block_sparse_prefill_rows
 from lm_eval_sparse.methods import METHODS, PrefillMethod
 
 DEVICE = "cuda"
@@ -164,7 +160,7 @@ def test_operator(draw: Draw, combination: Combination) -> None:
             outs, used = block_sparse_prefill_rows(*call.inputs, **options, backend="triton", outs=call.outs)
             assert used == "triton" and outs[0] is call.outs[0]
         else:
-            from lm_eval_sparse.kernels.block_sparse_prefill import triton
+            from lm_eval_sparse.kernels.prefill import triton
 
             choice = triton.Tiling(*case.tiling, 8 if case.block_q * case.tiling[0] >= 128 else 4, 2)
             triton.forward_rows(*call.inputs, call.scale, call.softcap, call.outs, choice)

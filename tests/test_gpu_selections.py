@@ -35,10 +35,10 @@ from test_sparse_hf import generate, score, sparse
 from torch import Tensor
 
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels import compaction
-from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill
+from lm_eval_sparse.kernels.cache import compact as compaction
+from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
 from lm_eval_sparse.kernels.layout import BlockLayout
-from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.prefill import block_sparse_prefill
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.runtime.selections import DEBUGGED
 

@@ -17,8 +17,11 @@ import yaml
 from huggingface_hub import constants
 from loopback_hub import LoopbackHub, Repo, Token
 
-from lm_eval_sparse import card_text, cards, cli, embedded, hub
+from lm_eval_sparse.cli import app as cli
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.hub import card_text, cards
+from lm_eval_sparse.hub import upload as hub
+from lm_eval_sparse.model import embedded
 from lm_eval_sparse.patches import hub_tracker
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -680,7 +683,7 @@ def test_command_line_refuses_before_compute(
     token: str,
     words: str,
 ) -> None:
-    from lm_eval_sparse.model import SparseHFLM
+    from lm_eval_sparse.model.lm import SparseHFLM
 
     monkeypatch.setattr(SparseHFLM, "__init__", lambda *args, **kwargs: pytest.fail("the model was built"))
     monkeypatch.setenv("HF_TOKEN", token)

@@ -14,7 +14,8 @@ from urllib.parse import quote
 import pytest
 import tiny
 
-from lm_eval_sparse import cli, harness, masking, patches
+from lm_eval_sparse import harness, masking, patches
+from lm_eval_sparse.cli import app as cli
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.patches import saving
 

@@ -23,9 +23,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_eval_sparse.kernels.estimators import PageBounds, update_bounds
+from lm_eval_sparse.kernels.decode import PageSelection
+from lm_eval_sparse.kernels.estimate import PageBounds, update_bounds
 from lm_eval_sparse.kernels.layout import BlockLayout
-from lm_eval_sparse.kernels.paged_decode import PageSelection
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import AdaSnapKV, BlockSparse, FlexPrefillVS, Quest, SnapKV, VerticalSlash
 from lm_eval_sparse.methods.base import DecodeContext, EvictionSelection, Selection

@@ -14,18 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill, flex
-from lm_eval_sparse.kernels.block_sparse_prefill import gather as prefill_gather
 from lm_eval_sparse.kernels.dense import dense_attention
-from lm_eval_sparse.kernels.estimators import (
-    diagonal_sums,
-    pool,
-    sum_blocks,
-    window_flops,
-    window_sums,
-)
-from lm_eval_sparse.kernels.estimators import window as window_estimator
+from lm_eval_sparse.kernels.estimate import diagonal_sums, pool, sum_blocks, window_flops, window_sums
+from lm_eval_sparse.kernels.estimate import window as window_estimator
 from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout
+from lm_eval_sparse.kernels.prefill import block_sparse_prefill, flex
+from lm_eval_sparse.kernels.prefill import gather as prefill_gather
 
 LENGTHS = (1, 63, 65, 257, 1000)
 HEADS = ((1, 1), (4, 2), (6, 2), (7, 1))  # query heads, KV heads

@@ -105,8 +105,8 @@ def test_metadata(wheel: Path) -> None:
     assert "License-Expression: Apache-2.0" in metadata
     assert f"Version: {lm_eval_sparse.__version__}\n" in metadata
     assert {name: dict(entry_points[name]) for name in entry_points.sections()} == {
-        "console_scripts": {"lm-eval-sparse": "lm_eval_sparse.cli:main"},
-        "lm_eval.models": {"sparse-hf": "lm_eval_sparse.model:SparseHFLM"},
+        "console_scripts": {"lm-eval-sparse": "lm_eval_sparse.cli.app:main"},
+        "lm_eval.models": {"sparse-hf": "lm_eval_sparse.model.lm:SparseHFLM"},
         "lm_eval.tasks": {"frontier": "lm_eval_sparse.tasks"},
     }
 

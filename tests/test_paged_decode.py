@@ -19,8 +19,8 @@ from prefill_cases import interpreter_missing
 from torch import Tensor
 
 from lm_eval_sparse.kernels.backends import triton_unavailable
+from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
 from lm_eval_sparse.kernels.dense import dense_attention
-from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
 from lm_eval_sparse.kernels.ragged import RaggedKV
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
@@ -81,7 +81,7 @@ def any_case(draw: Draw, backend: str, **changes: Any) -> Case:
 
 def splits_of(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes with which short sequences fill and overflow the splits of the Triton kernel."""
-    from lm_eval_sparse.kernels.paged_decode import triton as kernel
+    from lm_eval_sparse.kernels.decode import triton as kernel
 
     most, least = draw.rng.choice(((64, 128), (3, 32), (4, 16), (1, 64)))
     monkeypatch.setattr(kernel, "split_limit", lambda heads: most)

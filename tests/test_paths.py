@@ -13,9 +13,10 @@ import pytest
 from lm_eval import evaluator
 from lm_eval.loggers import EvaluationTracker
 
-from lm_eval_sparse import embedded, patches
+from lm_eval_sparse import patches
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model import embedded
+from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.paths import check_writable
 
 patches.install()

@@ -15,15 +15,15 @@ from prefill_cases import interpreter_missing
 from torch import Tensor
 
 from lm_eval_sparse.kernels import backends
-from lm_eval_sparse.kernels.coverage import APART, coverage_keys
-from lm_eval_sparse.kernels.estimators import window_sums
-from lm_eval_sparse.kernels.pattern import Pattern, rank
+from lm_eval_sparse.kernels.estimate import window_sums
+from lm_eval_sparse.kernels.index.top_p_blocks import APART, coverage_keys
+from lm_eval_sparse.kernels.index.vertical_slash import Pattern, rank
 from lm_eval_sparse.methods import AdaSnapKV, FlexPrefillVS, SnapKV, VerticalSlash
 
 if (reason := interpreter_missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from lm_eval_sparse.kernels.estimators import window_triton
+from lm_eval_sparse.kernels.estimate.window import triton as window_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -112,7 +112,7 @@ def test_pattern(rng: random.Random, length: int, tile: int) -> None:
 def test_layouts_that_do_not_fit_are_sized_by_their_longest_row(
     rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm_eval_sparse.kernels.pattern import triton as device
+    from lm_eval_sparse.kernels.index.vertical_slash import triton as device
 
     monkeypatch.setattr(device, "LIST_BYTES", 0)
     columns, diagonals = masses(rng, 2, 500)

@@ -31,16 +31,17 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill
-from lm_eval_sparse.kernels.paged_decode import paged_decode
+from lm_eval_sparse.kernels.decode import paged_decode
+from lm_eval_sparse.kernels.prefill import block_sparse_prefill
 from lm_eval_sparse.methods import METHODS, BlockSparse, FlexPrefill, Quest, VerticalSlash
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import SharedPrompt
-from lm_eval_sparse.runtime import attention, decoding
+from lm_eval_sparse.runtime import session as attention
+from lm_eval_sparse.runtime import steps as decoding
 from lm_eval_sparse.runtime.accounting import RowCounts
-from lm_eval_sparse.runtime.attention import COVERED, Runtime
 from lm_eval_sparse.runtime.cache import PreallocatedLayer
 from lm_eval_sparse.runtime.selections import COVERS
+from lm_eval_sparse.runtime.session import COVERED, Runtime
 
 SEED = int(os.environ.get("TEST_PHASES_SEED") or random.SystemRandom().randrange(1 << 31))
 #: Absolute difference of logits and log-likelihoods that rounding explains.
@@ -731,7 +732,7 @@ def generated(
     grow, growths = decoding.Decoder._grow, []
     with pytest.MonkeyPatch.context() as patch, recording(lm) as seen:
         if reserve is not None:
-            patch.setattr("lm_eval_sparse.model.RESERVE", reserve)
+            patch.setattr("lm_eval_sparse.model.lm.RESERVE", reserve)
             patch.setattr(decoding, "LEAST_GROWTH", 50)
         patch.setattr(decoding.Decoder, "_grow", lambda self: (grow(self), growths.append(1)))
         (found,) = generate(lm, [text(rng, length)], max_gen_toks=tokens)
@@ -997,7 +998,7 @@ def test_answers_scored_in_several_passes(rng: random.Random, method: str, monke
     model = model_of(rng)
     pairs = [(text(rng, length), answer(rng, tokens)) for length, tokens in ((90, 23), (51, 6), (77, 1), (10, 11))]
     expected = score(sparse(model, **knobs(method)), pairs)
-    monkeypatch.setattr("lm_eval_sparse.model.SCORE_CHUNK", 5)
+    monkeypatch.setattr("lm_eval_sparse.model.lm.SCORE_CHUNK", 5)
     for batch_size in (1, 4):
         found = score(sparse(model, **knobs(method), batch_size=batch_size), pairs)
         assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], abs=CLOSE)

@@ -24,8 +24,9 @@ from transformers.masking_utils import (
 
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels import dense
-from lm_eval_sparse.model import SparseHFLM
-from lm_eval_sparse.runtime import attention, cache, interface, probe
+from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.runtime import cache, interface, probe
+from lm_eval_sparse.runtime import session as attention
 from lm_eval_sparse.runtime.masks import sight_of
 from tests import families
 from tests.family_sweep import Answers, answers, examine, tokenizer

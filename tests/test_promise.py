@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lm_eval_sparse import patches
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.kernels.index.pages import PageBudget, budget_pages
+from lm_eval_sparse.kernels.index.pages.naive import _fill
 from lm_eval_sparse.kernels.layout import causal_pairs
-from lm_eval_sparse.kernels.page_select import PageBudget, budget_pages
-from lm_eval_sparse.kernels.page_select.naive import _fill
 from lm_eval_sparse.methods import (
     AdaSnapKV,
     BlockSparse,
@@ -25,7 +25,7 @@ from lm_eval_sparse.methods import (
     SnapKV,
     VerticalSlash,
 )
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model.lm import SparseHFLM
 
 patches.install()
 

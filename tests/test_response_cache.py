@@ -16,8 +16,8 @@ import pytest
 from cache_damage import STRANGE, clear, spoil
 from sqlitedict import SqliteDict
 
-from lm_eval_sparse import response_cache
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.model import response_cache
 from lm_eval_sparse.protocol import MeasuredFloat, MeasuredLoglikelihood, MeasuredText
 
 MINE = {"method": "dense", "requested_sparsity": None, "knobs": {"a": [1, 0.5]}}
@@ -275,7 +275,7 @@ def test_before_the_model_is_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch
     """lm-eval looks at the file after it, and would show a traceback."""
     from lm_eval import evaluator
 
-    from lm_eval_sparse.model import SparseHFLM
+    from lm_eval_sparse.model.lm import SparseHFLM
 
     monkeypatch.setattr(SparseHFLM, "__init__", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     for content in (cache.read_bytes()[:5000], b"x" * 9000):

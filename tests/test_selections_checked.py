@@ -20,11 +20,10 @@ from prefill_cases import interpreter_missing
 from test_sparse_hf import generate, score, sparse
 from torch import Tensor
 
-from lm_eval_sparse.config import parse
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels import compaction
+from lm_eval_sparse.kernels.cache import compact as compaction
+from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
 from lm_eval_sparse.kernels.layout import FAULTS, BlockLayout, listed
-from lm_eval_sparse.kernels.paged_decode import PageSelection, paged_decode
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import (
     METHODS,
@@ -35,9 +34,12 @@ from lm_eval_sparse.methods import (
     PrefillMethod,
     Selection,
 )
-from lm_eval_sparse.runtime import attention, decoding, selections
-from lm_eval_sparse.runtime.attention import Assignment, Plan
+from lm_eval_sparse.methods.plan import parse
+from lm_eval_sparse.runtime import selections
+from lm_eval_sparse.runtime import session as attention
+from lm_eval_sparse.runtime import steps as decoding
 from lm_eval_sparse.runtime.selections import COVERS, DEBUGGED
+from lm_eval_sparse.runtime.session import Assignment, Plan
 
 SEED = int(os.environ.get("SELECTIONS_SEED") or random.SystemRandom().randrange(1 << 31))
 interpreted = pytest.mark.skipif(interpreter_missing() is not None, reason=str(interpreter_missing()))

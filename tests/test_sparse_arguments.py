@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from lm_eval_sparse import config
-from lm_eval_sparse.config import SparseConfig, parse
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels.estimators import PageBounds, update_bounds
+from lm_eval_sparse.kernels.estimate import PageBounds, update_bounds
 from lm_eval_sparse.kernels.ragged import RaggedKV
 from lm_eval_sparse.methods import METHODS, PHASE_ARGUMENTS, DecodeContext, Method, presets, table
+from lm_eval_sparse.methods import plan as config
+from lm_eval_sparse.methods.plan import SparseConfig, parse
 
 
 def typed(arguments: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_sparse import __version__, patches
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, stats_of
 from lm_eval_sparse.runtime.interface import IMPLEMENTATION
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from lm_eval_sparse import embedded, frontier
+from lm_eval_sparse import frontier
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.model import embedded
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "sparsity_curve.py"
 TASK = "forced_frontier_niah_4k"

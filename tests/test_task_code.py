@@ -167,7 +167,7 @@ def test_show_says_so_too(folder, command, tokenizers):  # noqa: F811
 def test_a_process_that_task_code_ends_with_success(folder, tokenizers, tmp_path):  # noqa: F811
     edit(folder, DRAFT, DRAFT + "        __import__('os')._exit(0)\n")
     argv = ["check-task", str(folder), "--tokenizer", tokenizers("bpe"), "--lengths", "4k", "--samples", "2"]
-    done = python(f"import sys; from lm_eval_sparse.cli import main; sys.exit(main({argv!r}))", tmp_path)
+    done = python(f"import sys; from lm_eval_sparse.cli.app import main; sys.exit(main({argv!r}))", tmp_path)
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == "7 checks, 1 FAILED"
     assert "FAIL  documents            the task's code ended the process with exit status 0" in done.stdout
 

@@ -24,8 +24,10 @@ import yaml
 from lm_eval import evaluator, tasks
 from lm_eval.tasks import TaskManager
 
-from lm_eval_sparse import cli, embedded, patches
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse import patches
+from lm_eval_sparse.cli import app as cli
+from lm_eval_sparse.model import embedded
+from lm_eval_sparse.model.lm import SparseHFLM
 
 patches.install()
 
@@ -278,7 +280,7 @@ def test_the_embedded_model_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "from lm_eval.tasks import TaskManager\n"
         "known = TaskManager.__init__\n"
         "TaskManager.__init__ = lambda self, *a, **k: known(self, *a, **{**k, 'include_defaults': False})\n"
-        "from lm_eval_sparse.cli import main\n"
+        "from lm_eval_sparse.cli.app import main\n"
         "sys.exit(main())"
     )
     done = subprocess.run(

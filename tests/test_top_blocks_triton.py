@@ -9,9 +9,9 @@ import torch
 from prefill_cases import interpreter_missing
 
 from lm_eval_sparse.kernels import backends
-from lm_eval_sparse.kernels.estimators.pooling import pool, pool_both
+from lm_eval_sparse.kernels.estimate.pooling import pool, pool_both
+from lm_eval_sparse.kernels.index.top_blocks import top_blocks
 from lm_eval_sparse.kernels.layout import BlockLayout
-from lm_eval_sparse.kernels.top_blocks import top_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = backends.triton_unavailable(DEVICE) if DEVICE == "cuda" else interpreter_missing()
@@ -58,7 +58,7 @@ def test_top_blocks(
     kv_heads: int,
 ) -> None:
     """Small whole numbers multiply exactly, so that ties are the same; `apart` spreads keys over 30 magnitudes."""
-    from lm_eval_sparse.kernels.top_blocks import triton
+    from lm_eval_sparse.kernels.index.top_blocks import triton
 
     query, key = (torch.randint(-1, 2, (n, blocks, dim)).float() for n in (heads, kv_heads))
     if kind == "equal":

@@ -14,7 +14,7 @@ import transformers
 from lm_eval.api.instance import Instance
 from torch import nn
 
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.runtime import cache
 
 KNOBS: dict[str, Any] = {"method": "flexprefill+quest", "sparsity": 0.5, "backend": "gather"}

@@ -30,13 +30,13 @@ from prefill_cases import (
     strange_states,
 )
 
-from lm_eval_sparse.kernels.block_sparse_prefill import block_sparse_prefill, block_sparse_prefill_rows
 from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout
+from lm_eval_sparse.kernels.prefill import block_sparse_prefill, block_sparse_prefill_rows
 
 if (reason := interpreter_missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from lm_eval_sparse.kernels.block_sparse_prefill import triton as kernel
+from lm_eval_sparse.kernels.prefill import triton as kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 
@@ -177,7 +177,7 @@ def test_a_kernel_that_does_not_fit_gives_way(draw: Draw, monkeypatch: pytest.Mo
     """`triton` asked for: an error. `auto`: another backend, whose name is returned."""
     from triton.runtime.errors import OutOfResources
 
-    from lm_eval_sparse.kernels import block_sparse_prefill as package
+    from lm_eval_sparse.kernels import prefill as package
 
     def too_large(*_: object, **__: object) -> None:
         raise OutOfResources(300_000, 232_448, "shared memory")
@@ -196,7 +196,7 @@ def test_a_kernel_that_does_not_fit_gives_way(draw: Draw, monkeypatch: pytest.Mo
 
 
 def test_another_gluon_is_a_reason_not_a_crash(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm_eval_sparse.kernels import block_sparse_prefill as package
+    from lm_eval_sparse.kernels import prefill as package
 
     class OnHopper:
         """A tensor as far as the choice of a backend looks at it."""

@@ -21,7 +21,7 @@ from lm_eval_sparse import patches
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.frontier.niah import Niah
 from lm_eval_sparse.methods import METHODS, presets
-from lm_eval_sparse.model import SparseHFLM
+from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import Prompt, SharedPrompt, window_of
 
 patches.install()

@@ -8,13 +8,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..cli import PROGRAM, Parser
+from ..cli.app import PROGRAM, Parser
 from ..errors import UserError, nearest, plain
-from ..files import why, write_whole
 from ..paths import check_writable, cut, exists, expand, is_dir
+from ..results.files import why, write_whole
+from ..results.load import Record, find, read
 from .labels import label
 from .picture import MOST_PANELS, draw, panels
-from .results import Record, find, read
 
 SUFFIXES = (".png", ".html")
 #: Pictures of one page.

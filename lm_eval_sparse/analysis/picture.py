@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
-from ..files import why
+from ..results.files import why
+from ..results.load import Record
 from .labels import label
-from .results import Record
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TextIO
 
 from ..errors import UserError
-from ..files import why
 from ..output import say
+from ..results.files import why
 
 #: Seconds that a child gets to clean up after it was told to end.
 _PATIENCE = 5.0

@@ -20,7 +20,7 @@ from typing import Any
 
 from .. import frontier
 from ..errors import UserError
-from ..files import read_json
+from ..results.files import read_json
 from .recipe import Recipe
 
 #: Before anything else is imported: `-c` puts the working folder first, which `-P` keeps out from Python 3.11 on.

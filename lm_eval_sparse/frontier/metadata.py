@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import paths
 from ..errors import UserError, nearest
-from ..files import brief, parse_json
+from ..results.files import brief, parse_json
 from ..values import TEXT, check, whole, yes_or_no
 
 OPTION = "--metadata "

@@ -18,11 +18,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..embedded import is_embedded
 from ..errors import UserError
-from ..files import brief, why
+from ..model.embedded import is_embedded
 from ..paths import expand, is_dir
 from ..protocol import active_lm
+from ..results.files import brief, why
 from ..values import whole
 from .metadata import (
     MODEL_OPTIONS,

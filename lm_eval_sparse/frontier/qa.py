@@ -25,8 +25,9 @@ from functools import cached_property
 from itertools import accumulate, islice
 from typing import Any
 
-from .. import files, paths, sealed
+from .. import paths, sealed
 from ..errors import UserError
+from ..results import files
 from . import qa_data
 from .qa_data import DataSet, Item
 from .recipe import Message, Recipe, Unavailable, first_answer, option_scores, plain, rng, slot_scores

@@ -39,9 +39,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files, paths
+from .. import paths
 from ..errors import UserError
-from ..files import parse_json, read_bytes, why
+from ..results import files
+from ..results.files import parse_json, read_bytes, why
 from .recipe import Unavailable
 from .store import keep
 

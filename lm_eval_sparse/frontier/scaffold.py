@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 from .. import paths
-from ..cli import PROGRAM, Parser
+from ..cli.app import PROGRAM, Parser
 from ..errors import UserError
-from ..files import umask, why
 from ..output import say
+from ..results.files import umask, why
 from . import RECIPES
 from .leaves import LENGTHS, TaskFolder
 

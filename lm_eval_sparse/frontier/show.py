@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import paths
-from ..cli import PROGRAM, Parser
-from ..embedded import NAME, ensure, is_embedded
+from ..cli.app import PROGRAM, Parser
 from ..errors import UserError, nearest
-from ..files import brief
+from ..model.embedded import NAME, ensure, is_embedded
 from ..output import columns
 from ..patches.register_tasks import task_folders
+from ..results.files import brief
 from . import apart, document
 from .document import Document, Piece
 from .leaves import is_built_in

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import files, paths, sealed
+from .. import paths, sealed
+from ..results import files
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from lm_eval.api.task import ConfigurableTask
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import read_bytes
 from ..protocol import SKIPPED, Prompt, SharedPrompt, mean_sparsities, stats_of
+from ..results.files import read_bytes
 from ..values import whole
 from . import recipe
 from .fill import DoesNotFit, Filler, fit, fit_both

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..files import brief, read_bytes, why
+from ..results.files import brief, read_bytes, why
 
 #: Bounds of a file, each far above what any task has: bytes, values with all aliases written out, levels of nesting.
 _MOST_BYTES = 10 * 2**20

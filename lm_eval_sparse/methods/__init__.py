@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 
-from .ada_snapkv import AdaSnapKV
 from .base import (
     PROMISED_LENGTH,
     DecodeContext,
@@ -17,13 +16,14 @@ from .base import (
     Selection,
     check_page_size,
 )
-from .block_sparse import BlockSparse
+from .decode.quest import Quest
 from .dense import Dense
-from .flexprefill import FlexPrefill
-from .flexprefill_vs import FlexPrefillVS
-from .quest import Quest
-from .snapkv import SnapKV
-from .vertical_slash import VerticalSlash
+from .eviction.ada_snapkv import AdaSnapKV
+from .eviction.snapkv import SnapKV
+from .prefill.block_sparse import BlockSparse
+from .prefill.flexprefill import FlexPrefill
+from .prefill.flexprefill_vs import FlexPrefillVS
+from .prefill.vertical_slash import VerticalSlash
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls for cls in (Dense, VerticalSlash, FlexPrefill, FlexPrefillVS, BlockSparse, SnapKV, AdaSnapKV, Quest)

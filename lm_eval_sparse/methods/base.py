@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels.compaction import check_kept, fault
-from ..kernels.estimators import PageBounds
+from ..kernels.cache.compact import check_kept, fault
+from ..kernels.decode import PageSelection
+from ..kernels.estimate import PageBounds
 from ..kernels.layout import BlockLayout
-from ..kernels.paged_decode import PageSelection
 from ..kernels.ragged import RaggedKV
 
 #: From this prompt length on a requested sparsity is a promise: out of reach it is an error, not dense attention.

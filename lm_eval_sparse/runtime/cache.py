@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..kernels.append import append
-from ..kernels.compaction import compact
-from ..kernels.estimators import PageBounds, update_bounds
+from ..kernels.cache.append import append
+from ..kernels.cache.compact import compact
+from ..kernels.estimate import PageBounds, update_bounds
 from ..kernels.ragged import RaggedKV
 
 #: Model -> what its `forward` calls the cache.

@@ -20,8 +20,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from ..errors import UserError
-from .attention import Runtime
 from .cache import autocast
+from .session import Runtime
 
 #: The name under which transformers knows us. It must not look like one of its own implementations.
 IMPLEMENTATION = "lm_eval_sparse"

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
-    from .attention import Plan, Runtime
+    from .session import Plan, Runtime
 
 #: Share of the free memory that may be planned with: the rest is for what is not modelled, and fragmentation.
 SHARE = 0.8

@@ -23,10 +23,10 @@ from transformers.masking_utils import causal_mask_function
 from ..errors import UserError
 from ..kernels.dense import dense_attention
 from .accounting import RowCounts
-from .attention import Assignment, Plan, Runtime
 from .cache import PreallocatedLayer
 from .interface import CALL, IMPLEMENTATION, made_mask, own_function, run_mask
 from .masks import Sight, sight_of
+from .session import Assignment, Plan, Runtime
 from .trial import METHODS, Trial
 
 #: Tokens of the trial prompt: several pages and blocks, the last ones partial.

@@ -16,10 +16,12 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels import compaction, layout, paged_decode
+from ..kernels import decode as paged_decode
+from ..kernels import layout
 from ..kernels.backends import choose
+from ..kernels.cache import compact as compaction
+from ..kernels.decode import PageSelection
 from ..kernels.layout import BlockLayout, check_shapes
-from ..kernels.paged_decode import PageSelection
 from ..kernels.ragged import RaggedKV
 from ..methods import EvictionSelection
 from .memory import out_of_memory

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.decode import PageSelection
 from ..kernels.layout import BlockLayout
-from ..kernels.paged_decode import PageSelection
 from ..methods import DecodeContext, DecodeMethod, EvictionMethod, EvictionSelection, PrefillMethod, Selection
 
 #: Keys of a block and of a page.

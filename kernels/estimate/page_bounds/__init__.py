@@ -1,0 +1,178 @@
+"""Bounds of pages of keys, for methods that score whole pages (Quest)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...backends import choose
+from ...ragged import RaggedKV
+
+
+@dataclass
+class PageBounds:
+    """Smallest and largest value of each key dimension in each page, for S sequences of one flat key storage.
+
+    A sequence is what one KV head of one row holds; its page p covers its keys [p * page_size, (p + 1) * page_size).
+    Bounds are exact, so they are kept in the keys' dtype.
+
+    Attributes:
+        page_size: keys per page, a power of two.
+        low, high: `(M, D)`; page p of sequence s is row `first[s] + p`. What no keys belong to is undefined.
+        first: `(S,)` int64.
+    """
+
+    page_size: int
+    low: Tensor
+    high: Tensor
+    first: Tensor
+
+    @staticmethod
+    def empty(pages: Sequence[int], like: Tensor, page_size: int) -> PageBounds:
+        """Room for `pages[s]` pages of each sequence, one after the other.
+
+        Args:
+            like: gives dimension, dtype and device.
+
+        Raises:
+            ValueError: a page size that is no power of two.
+        """
+        if page_size < 1 or page_size & (page_size - 1):
+            raise ValueError(f"page_size={page_size} given; expected a power of two")
+        # Made on the host and moved once.
+        ends = torch.tensor([0, *pages], dtype=torch.int64).cumsum(0)
+        shape = (int(ends[-1]), like.shape[-1])
+        return PageBounds(page_size, like.new_empty(shape), like.new_empty(shape), ends[:-1].to(like.device))
+
+    def part(self, sequences: slice) -> PageBounds:
+        """Those of some of the sequences, over the same storage."""
+        return PageBounds(self.page_size, self.low, self.high, self.first[sequences])
+
+    def check(self, kv: RaggedKV) -> None:
+        """Raise ValueError unless these can be bounds of `kv`: the cheap checks that every call makes."""
+        if len(self.first) != len(kv.starts) or self.low.shape[-1] != kv.keys.shape[-1]:
+            raise ValueError(
+                f"bounds {tuple(self.low.shape)} of {len(self.first)} sequences do not fit {len(kv.starts)} sequences "
+                f"of keys {tuple(kv.keys.shape)}"
+            )
+        if self.low.dtype != kv.keys.dtype or self.low.device != kv.keys.device:
+            raise ValueError(
+                f"bounds are {self.low.dtype} on {self.low.device}, keys {kv.keys.dtype} on {kv.keys.device}"
+            )
+
+
+def update_bounds(kv: RaggedKV, bounds: PageBounds, before: Tensor, *, backend: str = "auto") -> None:
+    """Take in keys [before, lengths) of each sequence, in place; every page that they touch is computed anew.
+
+    These are the pages `before // page_size` to `(lengths - 1) // page_size`.
+
+    Args:
+        before: `(S,)` int32.
+        backend: `auto`, `naive` or `triton`.
+
+    Raises:
+        ValueError: bounds or `before` that do not fit the sequences, or an unknown backend.
+    """
+    bounds.check(kv)
+    if before.shape != kv.lengths.shape or before.dtype != torch.int32 or before.device != kv.lengths.device:
+        raise ValueError(
+            f"before is {tuple(before.shape)} {before.dtype} on {before.device}; expected {tuple(kv.lengths.shape)} "
+            f"torch.int32 on {kv.lengths.device}"
+        )
+    if choose(backend, kv.keys.device) == "triton":
+        from . import triton as bounds_triton
+
+        bounds_triton.update(kv, bounds, before)
+    else:
+        _update(kv, bounds, before)
+
+
+def page_scores(
+    query: Tensor, bounds: PageBounds, kv: RaggedKV, *, shared: bool, pages: int, backend: str = "auto"
+) -> Tensor:
+    """Upper bound of the score of any key of a page: `sum_d max(q_d * low_d, q_d * high_d)` (Quest, equation 2).
+
+    Defined are, for token t of a sequence, its `(lengths - T + t) // page_size` complete pages before the one that
+    the token is in. What stands behind them is undefined.
+
+    Args:
+        query: `(S, G, T, D)`, the last T tokens of each sequence.
+        shared: sum over the G query heads of a KV head, else each has scores of its own.
+        pages: a number of pages that no sequence exceeds.
+        backend: `auto`, `naive` or `triton`.
+
+    Returns:
+        `(S, 1 or G, T, pages)` fp32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
+    """
+    kv.check(query)
+    bounds.check(kv)
+    if choose(backend, query.device) == "triton":
+        from . import triton as bounds_triton
+
+        return bounds_triton.scores(query, bounds, kv, shared, pages)
+    return _scores(query, bounds, kv, shared, pages)
+
+
+def _update(kv: RaggedKV, bounds: PageBounds, before: Tensor) -> None:
+    size = bounds.page_size
+    touched = -(-kv.lengths // size) - before // size
+    most = max(touched.tolist(), default=0)
+    if most <= 0:
+        return
+    if most <= 2:  # decoding: all sequences at once
+        some = touched > 0
+        start, first, begin, end = (part[some].long() for part in (kv.starts, bounds.first, before, kv.lengths))
+        # A sequence that touches fewer pages than others does its last one again.
+        page = torch.minimum(begin[:, None] // size + torch.arange(most, device=end.device), (end[:, None] - 1) // size)
+        token = page[..., None] * size + torch.arange(size, device=end.device)
+        # Behind the end the last key is read again, which changes no bound.
+        found = kv.keys[start[:, None, None] + torch.minimum(token, end[:, None, None] - 1)]
+        row = first[:, None] + page
+        bounds.low[row], bounds.high[row] = found.amin(2), found.amax(2)
+        return
+    tables = (part.tolist() for part in (kv.starts, bounds.first, before, kv.lengths))
+    for start, first, begin, end in zip(*tables, strict=True):
+        page = begin // size
+        keys = kv.keys[start + page * size : start + end]
+        whole, row = len(keys) // size, first + page
+        if whole:
+            paged = keys[: whole * size].unflatten(0, (whole, size))
+            torch.amin(paged, 1, out=bounds.low[row : row + whole])
+            torch.amax(paged, 1, out=bounds.high[row : row + whole])
+        if len(keys) % size:
+            bounds.low[row + whole] = keys[whole * size :].amin(0)
+            bounds.high[row + whole] = keys[whole * size :].amax(0)
+
+
+def _scores(query: Tensor, bounds: PageBounds, kv: RaggedKV, shared: bool, pages: int) -> Tensor:
+    # Where q_d is positive the largest product is with the upper bound, elsewhere with the lower one. So the sum over
+    # a group is two products with two sums of queries.
+    positive, negative = query.float().clamp(min=0), query.float().clamp(max=0)
+    if shared:
+        positive, negative = positive.sum(1, keepdim=True), negative.sum(1, keepdim=True)
+    scores = positive.new_full((*positive.shape[:3], pages), float("-inf"))
+    firsts, lengths = bounds.first.tolist(), kv.lengths.tolist()
+    # One product for all heads of a row where they are alike: none may depend on other rows.
+    for begin in range(0, len(lengths), kv.heads):
+        row = slice(begin, begin + kv.heads)
+        apart = firsts[begin + 1] - firsts[begin] if kv.heads > 1 else 0
+        steps = {b - a for a, b in zip(firsts[row], firsts[row][1:], strict=False)}
+        together = len(set(lengths[row])) == 1 and steps <= {apart} and apart >= 0
+        for some in [row] if together else [slice(s, s + 1) for s in range(row.start, row.stop)]:
+            complete = max(lengths[some.start] - 1, 0) // bounds.page_size
+            dim = bounds.low.shape[-1]
+            shape, strides = (some.stop - some.start, complete, dim), (apart * dim, dim, 1)
+            low, high = (
+                bound.as_strided(shape, strides, bound.storage_offset() + firsts[some.start] * dim).float()
+                for bound in (bounds.low, bounds.high)
+            )
+            plus, minus = (part[some].flatten(1, 2) for part in (positive, negative))
+            found = plus @ high.transpose(1, 2) + minus @ low.transpose(1, 2)
+            scores[some, ..., :complete] = found.unflatten(1, positive.shape[1:3])
+    return scores

@@ -1,0 +1,1 @@
+"""Results on the Hub: upload, cards, and the command that reproduces them."""

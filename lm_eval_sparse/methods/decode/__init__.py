@@ -1,0 +1,1 @@
+"""Methods of the decode phase, one file each."""

@@ -1,0 +1,1 @@
+"""Methods that drop part of the cache, one file each."""

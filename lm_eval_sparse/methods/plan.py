@@ -1,0 +1,285 @@
+"""From `--model_args` to a checked configuration: which method fills which phase, with which knobs.
+
+Everything that can be wrong in what the user typed about sparsity is found here, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError, nearest
+from ..kernels.prefill import BACKENDS, DEBUG
+from ..runtime.session import Assignment, Plan
+from . import METHODS, PHASE_ARGUMENTS, Dense, Method, check_page_size, presets
+
+logger = logging.getLogger(__name__)
+
+#: Model arguments of sparse-hf itself, beside the knobs of the methods.
+OWN_ARGS = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug")
+
+STATS = ("basic", "full")
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """The sparse part of the model arguments, checked.
+
+    Attributes:
+        method: the names in the order of their phases, such as `flexprefill+quest`.
+        methods: method by phase; a phase that is missing is dense.
+        sparsities: requested sparsity by phase, in [0, 1); None where native knobs were given. Phases with a method.
+        preset: name of a table of knobs, or None.
+        backend: kernel choice.
+        stats: `basic`, or `full` to keep figures per layer and head.
+        debug: whether selections are checked at once on a GPU too.
+        typed: by phase, the knobs that the user typed, each with the name it was typed under.
+        arguments: the model argument that asked for each phase's sparsity.
+    """
+
+    method: str
+    methods: dict[str, Method]
+    sparsities: dict[str, float | None]
+    preset: str | None
+    backend: str
+    stats: str
+    typed: dict[str, dict[str, str]]
+    arguments: dict[str, str]
+    debug: bool = False
+
+    @property
+    def sparsity(self) -> float | None:
+        """The sparsity that all phases with a method were given, or None when they differ or knobs rule."""
+        values = set(self.sparsities.values())
+        return values.pop() if len(values) == 1 else None
+
+    @property
+    def plan(self) -> Plan:
+        """What the runtime executes. Sparsity 0 is dense attention, for every method."""
+        filled = {
+            phase: Assignment(method, self.sparsities[phase], self.preset, self.arguments[phase], self.typed[phase])
+            for phase, method in self.methods.items()
+            if self.sparsities[phase] != 0
+        }
+        return Plan(**filled, backend=self.backend, debug=self.debug)
+
+    def describe(self) -> dict[str, Any]:
+        """Methods and knobs as requested, for fingerprints and results. Solved knobs are not among them.
+
+        `window_from` says of which methods the window was typed, and so is not cut to shorter prompts, or comes from
+        the tasks.
+        """
+        sources = {
+            method.name: "typed" if "window" in self.typed[phase] else "task"
+            for phase, method in self.methods.items()
+            if "window" in self.typed[phase] or presets.window(self.preset, method.name) is not None
+        }
+        knobs = {
+            method.name: {
+                name: getattr(method, name)
+                for name in method.knobs()
+                if (self.sparsities[phase] is None or name not in method.budget_knobs)
+                and not (name == "window" and sources.get(method.name) == "task")
+            }
+            for phase, method in self.methods.items()
+        }
+        return {
+            "method": self.method,
+            "requested_sparsity": self.sparsity if self.methods else None,
+            "requested_by_phase": dict(self.sparsities),
+            "preset": self.preset,
+            "knobs": knobs,
+            **({"window_from": sources} if sources else {}),
+            "backend": self.backend,
+        }
+
+
+def knob_names() -> dict[str, str]:
+    """Every native knob and the methods that have it."""
+    owners: dict[str, list[str]] = {}
+    for cls in METHODS.values():
+        for name in cls.knobs():
+            owners.setdefault(name, []).append(cls.name)
+    return {name: "+".join(methods) for name, methods in owners.items()}
+
+
+def argument_names() -> set[str]:
+    """Everything that is ours: our own arguments, knobs, and knobs with their method's name before them."""
+    knobs = knob_names()
+    dotted = {f"{owner}.{name}" for name, owners in knobs.items() for owner in owners.split("+")}
+    return {*OWN_ARGS, *knobs, *dotted}
+
+
+def split(model_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Separate our arguments from those of the model."""
+    ours = argument_names()
+    return (
+        {name: value for name, value in model_args.items() if name in ours},
+        {name: value for name, value in model_args.items() if name not in ours},
+    )
+
+
+def parse(ours: dict[str, Any]) -> SparseConfig:
+    """Check the sparse arguments.
+
+    Raises:
+        UserError: unknown method, preset or backend, sparsity out of range or beside the knobs that it decides,
+            sparsity of a phase without a method, knobs of a method that is not in use, knob values out of range, two
+            methods for one phase.
+    """
+    given = {name: value for name, value in ours.items() if name not in OWN_ARGS}
+    names = str(ours.get("method", Dense.name)).split("+")
+    chosen = _methods(names)
+    backend = ours.get("backend", "auto")
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
+        accepted = ", ".join(("auto", *BACKENDS))
+        raise UserError(f"backend={backend!r} is unknown{nearest(backend, BACKENDS)} (accepted: {accepted})")
+    stats = ours.get("stats", STATS[0])
+    if stats not in STATS:
+        raise UserError(f"stats={stats!r} is unknown{nearest(stats, STATS)} (accepted: {', '.join(STATS)})")
+    debug = ours.get("debug")
+    if debug is None:
+        debug = os.environ.get(DEBUG, "0") not in ("", "0")
+    elif not isinstance(debug, (bool, int)) or debug not in (0, 1):
+        raise UserError(f"debug={debug!r} is not accepted: give True or False (or 1 or 0), for example debug=True")
+    sparsities = _sparsities(ours, names, chosen)
+
+    knobs, typed = _assign_knobs(given, names, chosen)
+    preset = ours.get("preset")
+    if preset is not None and not isinstance(preset, str):
+        raise UserError(f"preset={preset!r} is unknown (accepted: {', '.join(presets.PRESETS)})")
+    methods: dict[str, Method] = {}
+    for phase, cls in chosen.items():
+        decided = {name: value for name, value in knobs[phase].items() if name in cls.budget_knobs}
+        if sparsities[phase] is not None and decided:
+            _refuse_both(ours, names, phase, decided)
+        methods[phase] = cls(**{**presets.fixed(preset, cls.name), **knobs[phase]})
+        if phase == "decode":
+            check_page_size(methods[phase])
+        if sparsities[phase] is None:
+            methods[phase].check_native()
+    if preset is not None:
+        if not chosen:
+            raise UserError(f"preset={preset} needs a method; type for example method=quest,preset=paper,sparsity=0.9")
+        for phase, method in methods.items():
+            presets.check(preset, method, sparsities[phase])
+    kept, read = sparsities.get("eviction"), sparsities.get("decode")
+    if kept and read and read <= kept:
+        logger.warning(
+            "decode_sparsity=%g is measured against the whole context, of which %s keeps %g: %s has little left to "
+            "skip; give a decode_sparsity above kv_sparsity=%g",
+            read, chosen["eviction"].name, 1 - kept, chosen["decode"].name, kept,
+        )  # fmt: skip
+    arguments = {
+        phase: PHASE_ARGUMENTS[phase] if ours.get(PHASE_ARGUMENTS[phase]) is not None else "sparsity"
+        for phase in methods
+    }
+    name = "+".join(method.name for method in methods.values()) or Dense.name
+    return SparseConfig(name, methods, sparsities, preset, backend, stats, typed, arguments, bool(debug))
+
+
+def _methods(names: list[str]) -> dict[str, type[Method]]:
+    """The methods by phase, in the order of phases."""
+    chosen: dict[str, type[Method]] = {}
+    for name in names:
+        cls = METHODS.get(name)
+        if cls is None:
+            in_full = f" in method={'+'.join(names)}" if len(names) > 1 else ""
+            raise UserError(
+                f"method={name!r}{in_full} is unknown{nearest(name, METHODS)} (accepted: {', '.join(METHODS)}; "
+                "type for example method=flexprefill, or method=flexprefill+snapkv+quest for several phases)"
+            )
+        if cls.phase in chosen:
+            raise UserError(
+                f"method={'+'.join(names)!r}: {chosen[cls.phase].name} and {name} both fill the {cls.phase} phase; "
+                "give one method per phase"
+            )
+        if cls is not Dense:
+            chosen[cls.phase] = cls
+    if len(names) > 1 and Dense.name in names:
+        raise UserError(f"method={'+'.join(names)!r}: dense is what every phase without a method does; leave it out")
+    return {phase: chosen[phase] for phase in PHASE_ARGUMENTS if phase in chosen}
+
+
+def _sparsities(ours: dict[str, Any], names: list[str], chosen: dict[str, type[Method]]) -> dict[str, float | None]:
+    """Requested sparsity of each phase that a method fills: its own argument, else `sparsity=`, else None."""
+    common = ours.get("sparsity")
+    if common is not None:
+        common = check_sparsity("sparsity", common)
+        if not chosen and common > 0:
+            sparse = ", ".join(name for name in METHODS if name != Dense.name)
+            raise UserError(
+                f"sparsity={common:g} needs a method (accepted: {sparse}); type for example "
+                f"method=flexprefill,sparsity={common:g}"
+            )
+    found = dict.fromkeys(chosen, common)
+    for phase, argument in PHASE_ARGUMENTS.items():
+        if (value := ours.get(argument)) is None:
+            continue
+        value = check_sparsity(argument, value)
+        if phase not in chosen:
+            fitting = ", ".join(cls.name for cls in METHODS.values() if cls.phase == phase)
+            phases = (
+                ", ".join(f"{cls.name} fills the {at} phase" for at, cls in chosen.items()) or "all phases are dense"
+            )
+            raise UserError(
+                f"{argument}={value:g} needs a method of the {phase} phase ({fitting}), but method={'+'.join(names)} "
+                f"has none ({phases}); add one, or leave {argument} out"
+            )
+        found[phase] = value
+    return found
+
+
+def _assign_knobs(
+    given: dict[str, Any], names: list[str], chosen: dict[str, type[Method]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
+    """Typed knobs by phase, and the names they were typed under.
+
+    A knob that several chosen methods have needs its method's name before it.
+    """
+    knobs: dict[str, dict[str, Any]] = {phase: {} for phase in chosen}
+    typed: dict[str, dict[str, str]] = {phase: {} for phase in chosen}
+    for argument, value in given.items():
+        owner, _, name = argument.rpartition(".")
+        having = [phase for phase, cls in chosen.items() if name in cls.knobs() and owner in ("", cls.name)]
+        if not having:
+            owners = owner or knob_names()[name]
+            raise UserError(
+                f"{argument}={value} is a knob of {owners}, but method={'+'.join(names)} has no such knob; "
+                f"type method={owners.split('+')[0]},{name}={value} or leave it out"
+            )
+        if len(having) > 1:
+            both = [chosen[phase].name for phase in having]
+            forms = " or ".join(f"{method}.{name}={value}" for method in both)
+            raise UserError(f"{name}={value} could mean a knob of {' or of '.join(both)}: type {forms}")
+        if name in knobs[having[0]]:
+            dotted = f"{chosen[having[0]].name}.{name}"
+            raise UserError(
+                f"{name}={given[name]} and {dotted}={given[dotted]} are the same knob: leave one of them out"
+            )
+        knobs[having[0]][name] = value
+        typed[having[0]][name] = argument
+    return knobs, typed
+
+
+def _refuse_both(ours: dict[str, Any], names: list[str], phase: str, decided: dict[str, Any]) -> None:
+    argument = PHASE_ARGUMENTS[phase] if ours.get(PHASE_ARGUMENTS[phase]) is not None else "sparsity"
+    typed = ", ".join(f"{name}={value}" for name, value in decided.items())
+    raise UserError(
+        f"{argument}={float(ours[argument]):g} was given together with {typed}: give either {argument}, which is "
+        f"turned into the method's knobs, or the knobs themselves; type for example "
+        f"method={'+'.join(names)},{argument}={float(ours[argument]):g}"
+    )
+
+
+def check_sparsity(name: str, value: Any) -> float:
+    """Return the sparsity as a float in [0, 1)."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+    if not fits:
+        raise UserError(
+            f"{name}={value!r} is not accepted: give a number from 0 (dense) up to but not including 1, "
+            f"for example {name}=0.9 to skip 90% of the attention"
+        )
+    return float(value) + 0.0  # no -0.0

@@ -1,0 +1,1 @@
+"""Methods of the prefill phase, one file each."""

@@ -1,0 +1,1 @@
+"""Files of results: reading them, and the one way to write a file."""
