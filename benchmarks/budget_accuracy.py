@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 import lm_eval_sparse
-from lm_eval_sparse.kernels.estimate import PageBounds, update_bounds
-from lm_eval_sparse.kernels.layout import causal_pairs
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.estimate import update_bounds
+from lm_eval_sparse.kernels.types import PageBounds, RaggedKV, causal_pairs
 from lm_eval_sparse.methods import METHODS, DecodeContext, DecodeMethod, EvictionMethod, Method, PrefillMethod
 
 HEADS, KV_HEADS, DIM = 9, 3, 64

@@ -40,11 +40,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lm_eval_sparse.kernels.cache.append import append
-from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
-from lm_eval_sparse.kernels.estimate import PageBounds, page_scores, update_bounds
+from lm_eval_sparse.kernels.decode import paged_decode
+from lm_eval_sparse.kernels.estimate import page_scores, update_bounds
 from lm_eval_sparse.kernels.index.pages import PageBudget
 from lm_eval_sparse.kernels.prefill import fa4
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.types import PageBounds, RaggedKV, Reads
 from lm_eval_sparse.methods import DecodeContext
 from lm_eval_sparse.methods.decode.quest import Quest
 
@@ -189,7 +189,7 @@ class Caches:
 
         return kv, sum(held)
 
-    def expected(self, out: Tensor, kv: RaggedKV, selection: PageSelection | None) -> float:
+    def expected(self, out: Tensor, kv: RaggedKV, selection: Reads | None) -> float:
         """Distance of `out (S, G, 1, D)` of the first copy from fp32 attention over a sample of sequences, relative."""
         off, size = 0.0, 0.0
         for sequence in sorted({0, self.sequences // 2, self.sequences - 1}):
@@ -336,7 +336,7 @@ def new_bounds(caches: Caches, page: int) -> list[PageBounds]:
     return found
 
 
-def check_selection(selection: PageSelection, scores: Tensor, complete: int, budget: PageBudget, length: int) -> None:
+def check_selection(selection: Reads, scores: Tensor, complete: int, budget: PageBudget, length: int) -> None:
     """Raise unless the pages have the best scores, the number is right, and the current page is the last."""
     keep = budget.keep or 0.0
     wanted = min(complete, max(0, round(keep * length / budget.page_size) - 1)) + 1
@@ -379,7 +379,7 @@ def measure_quest(
     try:
         method = Quest(page_size=page)
 
-        def choose(number: int, new: bool = False) -> PageSelection:
+        def choose(number: int, new: bool = False) -> Reads:
             copy = number % caches.copies
             tokens = (caches.new_key[copy], caches.new_value[copy]) if new else None
             context = DecodeContext(caches.kv(number), caches.tokens, bounds[copy], caches.kv_heads, tokens, new)
@@ -388,7 +388,7 @@ def measure_quest(
         selections = [choose(copy) for copy in range(caches.copies)]
         reads = torch.zeros(caches.sequences, 1, 1, dtype=torch.int32, device=options.device)
 
-        def attend(number: int, selection: PageSelection) -> tuple[Tensor, str]:
+        def attend(number: int, selection: Reads) -> tuple[Tensor, str]:
             query = caches.query[number % caches.copies]
             return paged_decode(query, caches.kv(number), selection, scale=caches.scale, keys_read=reads)
 

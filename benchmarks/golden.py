@@ -33,6 +33,7 @@ import transformers
 from lm_eval.api.instance import Instance
 
 from lm_eval_sparse import patches
+from lm_eval_sparse.kernels.types import Blocks
 from lm_eval_sparse.methods import METHODS
 from lm_eval_sparse.model.lm import SparseHFLM
 
@@ -60,8 +61,8 @@ TINY: dict[str, dict[str, Any]] = {
     "two phases": {"method": "block_sparse+snapkv", "sparsity": 0.5, "stats": "full"},
 }  # fmt: skip
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3", "phi3", "gpt2", "lfm2", "deepseek_v3")
-#: Models whose answers are scored in one pass take methods of the prefill only.
-ONE_PASS = ("lfm2",)
+#: Models that take methods of the prefill only: scored in one pass, or with latent attention.
+ONE_PASS = ("lfm2", "deepseek_v3")
 
 #: Configurations of real models.
 REAL: dict[str, dict[str, Any]] = {
@@ -102,15 +103,12 @@ class Watch:
 
 def lists_of(selection: Any) -> list[np.ndarray]:
     """The lists of a selection, what lies behind their ends set to -1."""
-    layout = getattr(selection, "layout", None)
-    if layout is not None:
-        parts = [(layout.indices, layout.counts)]
-        if layout.columns is not None:
-            parts.append((layout.columns, layout.column_counts))
-    elif hasattr(selection, "pages"):
-        parts = [(selection.pages, selection.counts)]
-    else:
+    if isinstance(selection, Blocks):
         parts = [(selection.indices, selection.counts)]
+        if selection.columns is not None:
+            parts.append((selection.columns, selection.column_counts))
+    else:
+        parts = [(selection.ids, selection.counts)]
     found = []
     for ids, counts in parts:
         if ids.dim() == 3 and ids.shape[1] == 1 < counts.shape[1]:  # one list of columns, and how far each row reads

@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lm_eval_sparse.kernels import estimate as estimators
-from lm_eval_sparse.kernels.layout import BlockLayout, causal_pairs
 from lm_eval_sparse.kernels.prefill import BACKENDS, block_sparse_prefill, fa4
+from lm_eval_sparse.kernels.types import Blocks, causal_pairs
 from lm_eval_sparse.methods import METHODS, PrefillMethod
 
 DEVICE = "cuda"
@@ -144,7 +144,7 @@ def structured(heads: int, kv_heads: int, length: int, dim: int, dtype: torch.dt
     return [tensor.to(dtype) for tensor in (query, key, value)]
 
 
-def random_layout(heads: int, length: int, block: int, density: float) -> BlockLayout:
+def random_layout(heads: int, length: int, block: int, density: float) -> Blocks:
     """The first and the diagonal block, and others at random so that rows have `density` where they are long enough.
 
     Rows are drawn and listed a few at a time: the whole (H, n, n) map is never held.
@@ -168,10 +168,10 @@ def random_layout(heads: int, length: int, block: int, density: float) -> BlockL
         # What is not listed goes to the place behind the list.
         place = torch.where(mask & (place <= width), place - 1, width).long()
         indices[:, first : first + step].scatter_(-1, place, ids.to(torch.int32).expand_as(place))
-    return BlockLayout(indices[..., :width], counts, length, block, block)
+    return Blocks(indices[..., :width], counts, length, block, block)
 
 
-def executed_pairs(layout: BlockLayout) -> int:
+def executed_pairs(layout: Blocks) -> int:
     """Pairs of all heads; head by head, since counting holds several times what it counts."""
     total = 0
     for head in range(layout.heads):
@@ -185,7 +185,7 @@ def executed_pairs(layout: BlockLayout) -> int:
 
 
 def relative_error(
-    out: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout | None, scale: float
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Blocks | None, scale: float
 ) -> float:
     """Distance of `out` from fp32 attention over a sample of queries, relative; without a layout, dense."""
     heads, length, _ = query.shape
@@ -262,9 +262,7 @@ def causal(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> Te
     return q_index >= kv_index
 
 
-def flex_call(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout | None, scale: float
-) -> Callable[[], Tensor]:
+def flex_call(query: Tensor, key: Tensor, value: Tensor, layout: Blocks | None, scale: float) -> Callable[[], Tensor]:
     """FlexAttention over a layout of 128-blocks (dense causal without one), its `BlockMask` made beforehand."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -370,7 +368,7 @@ def measure_method(
         if (reason := method.too_short(sparsity, length)) is not None:
             return {**row, "skipped": reason}
 
-        def select() -> BlockLayout:
+        def select() -> Blocks:
             return method.select(query, key, scale=scale, softcap=None, sparsity=sparsity).layout
 
         def whole() -> Tensor:
@@ -421,7 +419,7 @@ def crossover(rows: list[dict[str, Any]], method: str, sparsity: float, lengths:
 # --- kernels alone -------------------------------------------------------------------------------------------------
 
 
-def kernel_call(name: str, states: list[Tensor], layout: BlockLayout, scale: float) -> Callable[[], Tensor]:
+def kernel_call(name: str, states: list[Tensor], layout: Blocks, scale: float) -> Callable[[], Tensor]:
     if name == "flex":
         if layout.block_q != 128:
             raise ValueError("FlexAttention's CUDA kernel takes blocks of 128 only")

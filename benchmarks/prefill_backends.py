@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from lm_eval_sparse.kernels.dense import dense_attention
-from lm_eval_sparse.kernels.layout import causal_pairs
 from lm_eval_sparse.kernels.prefill import block_sparse_prefill, flex
+from lm_eval_sparse.kernels.types import causal_pairs
 from lm_eval_sparse.methods import FlexPrefill
 
 

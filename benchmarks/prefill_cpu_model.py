@@ -29,8 +29,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lm_eval_sparse.kernels.layout import causal_pairs
 from lm_eval_sparse.kernels.prefill import block_sparse_prefill
+from lm_eval_sparse.kernels.types import causal_pairs
 from lm_eval_sparse.methods import METHODS
 from lm_eval_sparse.model import embedded
 from lm_eval_sparse.model.lm import SparseHFLM

@@ -26,7 +26,7 @@ import transformers  # noqa: E402
 from generate import random_llama  # noqa: E402
 from prefill import say, table, versions, write  # noqa: E402
 
-from lm_eval_sparse.model import embedded
+from lm_eval_sparse.model import embedded  # noqa: E402
 from lm_eval_sparse.model.lm import SparseHFLM, device_name  # noqa: E402
 from lm_eval_sparse.runtime import probe  # noqa: E402
 

@@ -39,14 +39,14 @@ from prefill import say, table, versions, write  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from lm_eval_sparse.frontier.leaves import BUILT_IN  # noqa: E402
-from lm_eval_sparse.kernels.decode import PageSelection  # noqa: E402
-from lm_eval_sparse.kernels.layout import BlockLayout  # noqa: E402
+from lm_eval_sparse.kernels.decode import Reads  # noqa: E402
+from lm_eval_sparse.kernels.types import Blocks  # noqa: E402
 from lm_eval_sparse.methods.base import (  # noqa: E402
     DecodeContext,
     DecodeMethod,
     EvictionMethod,
-    EvictionSelection,
     Geometry,
+    Keep,
     PrefillMethod,
     Selection,
 )
@@ -94,7 +94,7 @@ class SinksAndWindow(PrefillMethod):
         place = torch.arange(count + 1, device=query.device)
         # The first block, then the last ones up to the row's own.
         indices = torch.where(place == 0, 0, rows[:, None] - counts[:, None] + 1 + place).clamp(min=0)
-        layout = BlockLayout(
+        layout = Blocks(
             indices.to(torch.int32).expand(heads, -1, -1).contiguous(),
             counts.to(torch.int32).expand(heads, -1).contiguous(),
             *(length, block, block),
@@ -118,12 +118,12 @@ class KeepEnds(EvictionMethod):
 
     def select(
         self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> EvictionSelection:
+    ) -> Keep:
         kv_heads, length = key.shape[:2]
         kept = max(SINKS + 1, round((1 - (SPARSITY if sparsity is None else sparsity)) * length))
         tokens = torch.arange(kept, device=key.device)
         ids = torch.where(tokens < SINKS, tokens, tokens + length - kept)
-        return EvictionSelection(
+        return Keep(
             indices=ids.expand(kv_heads, -1).contiguous(),
             counts=torch.full((kv_heads,), kept, device=key.device),
             total=kv_heads * kept,
@@ -145,7 +145,7 @@ class RandomPages(DecodeMethod):
 
     page_size: int = 16
 
-    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> PageSelection:
+    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> Reads:
         steps = query.shape[2]
         keep = 1 - (SPARSITY if sparsity is None else sparsity)
         own = (context.kv.visible(steps) - 1) // self.page_size  # the page that each token is in, and how many before
@@ -160,7 +160,7 @@ class RandomPages(DecodeMethod):
         beyond = most + 1
         chosen = torch.where(place < wanted[..., None], order, beyond)
         chosen = torch.where(place == wanted[..., None], own[..., None], chosen).sort(-1).values
-        return PageSelection(
+        return Reads(
             chosen.clamp(max=most).to(torch.int32)[:, None], (wanted + 1).to(torch.int32)[:, None], self.page_size
         )
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lm_eval_sparse.kernels.cache.append import append
 from lm_eval_sparse.kernels.cache.compact import compact
-from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
-from lm_eval_sparse.kernels.estimate import PageBounds, page_scores, update_bounds
+from lm_eval_sparse.kernels.decode import paged_decode
+from lm_eval_sparse.kernels.estimate import page_scores, update_bounds
 from lm_eval_sparse.kernels.index.pages import PageBudget, budget_pages, choose_pages, select_pages
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.types import PageBounds, RaggedKV, Reads
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 200)
 PAGE_SIZES = (8, 16, 32, 64)
@@ -348,7 +348,7 @@ def check_select(
                 assert found.pages[s, g, t, : len(expected)].tolist() == expected, (s, g, t)
 
 
-def assert_same_lists(found: PageSelection, expected: PageSelection) -> None:
+def assert_same_lists(found: Reads, expected: Reads) -> None:
     counts = expected.counts.cpu()
     assert torch.equal(found.counts.cpu(), counts)
     width = min(found.pages.shape[-1], expected.pages.shape[-1])

@@ -1,6 +1,6 @@
 """Random cases of decode attention and what they must give, for the tests of its backends.
 
-Which keys a token reads is drawn first; lists of pages are written from that by the definition of `PageSelection`, and
+Which keys a token reads is drawn first; lists of pages are written from that by the definition of `Reads`, and
 attention is computed from it in fp64. It all works on the device of the source of random numbers.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.decode import paged_decode
+from lm_eval_sparse.kernels.types import RaggedKV, Reads
 
 #: Relative error of an output, by its dtype. A softcap multiplies the rounding of what it bounds.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -47,7 +47,7 @@ class Case:
 
     query: Tensor
     kv: RaggedKV
-    selection: PageSelection | None
+    selection: Reads | None
     scale: float
     softcap: float | None
     window: int | None
@@ -128,7 +128,7 @@ def random_kv(draw: Draw, lengths: Sequence[int], dim: int, value_dim: int, dtyp
 
 def random_pages(
     draw: Draw, lengths: Sequence[int], lists: int, steps: int, page_size: int
-) -> tuple[PageSelection, list[Tensor]]:
+) -> tuple[Reads, list[Tensor]]:
     """Pages of each token, few, many or all, and the keys `(Gs, T, L)` that they hold and the token sees."""
     chosen, seen = {}, []
     for s, length in enumerate(lengths):
@@ -150,7 +150,7 @@ def random_pages(
     for place, pages in chosen.items():
         ids[place][: len(pages)] = torch.tensor(pages)
         counts[place] = len(pages)
-    return PageSelection(ids.to(draw.device), counts.to(draw.device), page_size), seen
+    return Reads(ids.to(draw.device), counts.to(draw.device), page_size), seen
 
 
 def dense_keys(
@@ -218,12 +218,12 @@ def random_case(
     return Case(query, kv, selection, scale, softcap, window, seen, live, expected)
 
 
-def every_page(kv: RaggedKV, lists: int, steps: int, page_size: int) -> PageSelection:
+def every_page(kv: RaggedKV, lists: int, steps: int, page_size: int) -> Reads:
     width = -(-kv.longest // page_size)
     pages = torch.arange(width, dtype=torch.int32, device=kv.lengths.device)
     pages = pages.expand(len(kv.lengths), lists, steps, width).contiguous()
     counts = (-(-kv.visible(steps) // page_size)).to(torch.int32)[:, None].expand(-1, lists, -1).contiguous()
-    selection = PageSelection(pages, counts, page_size)
+    selection = Reads(pages, counts, page_size)
     selection.check(kv)
     return selection
 

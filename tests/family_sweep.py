@@ -29,14 +29,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels.decode import PageSelection
-from lm_eval_sparse.kernels.layout import BlockLayout
+from lm_eval_sparse.kernels.types import Blocks, Reads
 from lm_eval_sparse.methods import (
     METHODS,
     DecodeContext,
     DecodeMethod,
     EvictionMethod,
-    EvictionSelection,
+    Keep,
     PrefillMethod,
     Selection,
 )
@@ -59,7 +58,7 @@ class AllBlocks(PrefillMethod):
     def select(self, query: Any, key: Any, **options: Any) -> Selection:
         heads, length, _ = query.shape
         wanted = torch.ones(-(-length // 16), -(-length // 16), dtype=torch.bool, device=query.device).tril()
-        return Selection(BlockLayout.from_mask(wanted.expand(heads, -1, -1), length, 16, 16), 0, 0)
+        return Selection(Blocks.from_mask(wanted.expand(heads, -1, -1), length, 16, 16), 0, 0)
 
 
 class AllTokens(EvictionMethod):
@@ -67,10 +66,10 @@ class AllTokens(EvictionMethod):
 
     name, unit, importance, allocation, kv, paper = "all_tokens", "tokens", "-", "-", "evicted", "-"
 
-    def select(self, query: Any, key: Any, **options: Any) -> EvictionSelection:
+    def select(self, query: Any, key: Any, **options: Any) -> Keep:
         heads, length, _ = key.shape
         ids = torch.arange(length, device=key.device).expand(heads, -1)
-        return EvictionSelection(ids, torch.full((heads,), length, device=key.device), heads * length, 0, 0)
+        return Keep(ids, torch.full((heads,), length, device=key.device), heads * length, 0, 0)
 
 
 class AllPages(DecodeMethod):
@@ -79,12 +78,12 @@ class AllPages(DecodeMethod):
     name, unit, importance, allocation, kv, paper = "all_pages", "pages", "-", "-", "full cache", "-"
     page_size = 16
 
-    def select(self, query: Any, context: DecodeContext, **options: Any) -> PageSelection:
+    def select(self, query: Any, context: DecodeContext, **options: Any) -> Reads:
         visible = context.kv.visible(query.shape[2])
         width = max(1, -(-context.kv.longest // 16))
         pages = torch.arange(width, dtype=torch.int32, device=query.device).expand(*visible.shape, -1)
         counts = ((visible + 15) // 16).clamp(min=1).int()
-        return PageSelection(pages[:, None].contiguous(), counts[:, None].contiguous(), 16)
+        return Reads(pages[:, None].contiguous(), counts[:, None].contiguous(), 16)
 
 
 EVERYTHING = {"prefill": AllBlocks, "eviction": AllTokens, "decode": AllPages}

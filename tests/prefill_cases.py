@@ -1,7 +1,7 @@
 """Random cases of block-sparse prefill and what they must give, for the tests of its backends.
 
-Tiles and columns are drawn as booleans; lists are written from them by the definition of `BlockLayout`, and attention
-is computed from them in fp64 over all pairs of a row. Nothing of the package is used but the class `BlockLayout`. It
+Tiles and columns are drawn as booleans; lists are written from them by the definition of `Blocks`, and attention
+is computed from them in fp64 over all pairs of a row. Nothing of the package is used but the class `Blocks`. It
 all works on the device of the source of random numbers.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm_eval_sparse.kernels.layout import BlockLayout
+from lm_eval_sparse.kernels.types import Blocks
 
 
 def interpreter_missing() -> str | None:
@@ -64,7 +64,7 @@ class Draw:
 class Row:
     """A layout, and the keys `(H, n_q, L)` bool that each query block reads; its queries see those not after them."""
 
-    layout: BlockLayout
+    layout: Blocks
     keys: Tensor
 
     def pairs(self) -> Tensor:
@@ -102,7 +102,7 @@ def random_row(draw: Draw, heads: int, length: int, block_q: int, block_k: int, 
     read = tiles.repeat_interleave(block_k, -1)[..., :length]
     indices, counts = lists(tiles, draw.rng.choice((0, 1, 5)))
     if kind is None:
-        return Row(BlockLayout(indices, counts, length, block_q, block_k), read)
+        return Row(Blocks(indices, counts, length, block_q, block_k), read)
     shares = torch.tensor([draw.rng.choice((0.0, 0.0, 0.02, 0.3)) for _ in range(heads)], device=draw.device)
     visible = place <= last[:, None]
     if kind == "shared":
@@ -117,7 +117,7 @@ def random_row(draw: Draw, heads: int, length: int, block_q: int, block_k: int, 
         wanted &= visible & ~read
         columns, column_counts = lists(wanted, draw.rng.choice((0, 7)))
         read = read | wanted
-    return Row(BlockLayout(indices, counts, length, block_q, block_k, columns, column_counts), read)
+    return Row(Blocks(indices, counts, length, block_q, block_k, columns, column_counts), read)
 
 
 def lists(mask: Tensor, more: int) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,7 @@ class Call:
     queries: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
-    layouts: list[BlockLayout]
+    layouts: list[Blocks]
     outs: list[Tensor]
     out_buffers: list[Tensor]
     scale: float
@@ -212,7 +212,7 @@ class Call:
     expected: list[Tensor]
 
     @property
-    def inputs(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[BlockLayout]]:
+    def inputs(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Blocks]]:
         return self.queries, self.keys, self.values, self.layouts
 
     def check(self, outs: Sequence[Tensor] | None = None) -> None:

@@ -23,7 +23,7 @@ from lm_eval.api.instance import Instance
 from torch import Tensor
 
 from lm_eval_sparse import patches
-from lm_eval_sparse.kernels.layout import BlockLayout
+from lm_eval_sparse.kernels.types import Blocks
 from lm_eval_sparse.methods import BlockSparse, FlexPrefill, FlexPrefillVS, Quest, SnapKV, VerticalSlash
 from lm_eval_sparse.methods.plan import parse
 from lm_eval_sparse.methods.prefill.vertical_slash import Pattern
@@ -394,7 +394,7 @@ class Recorder:
             recorder.calls[module.layer_idx] += 1
             return attend(runtime, module, *args, **options)
 
-        def recorded_layout(pattern: Pattern, n_vertical: Tensor, n_slash: Tensor) -> BlockLayout:
+        def recorded_layout(pattern: Pattern, n_vertical: Tensor, n_slash: Tensor) -> Blocks:
             recorder.pattern = (
                 pattern.column_rank < n_vertical.clamp(min=pattern.sinks)[:, None],
                 pattern.diagonal_rank < n_slash.clamp(min=pattern.near)[:, None],
@@ -466,7 +466,7 @@ def table(**values: Any) -> Counts:
     return {name: np.broadcast_to(np.asarray(value, dtype=float), HEADS).copy() for name, value in values.items()}
 
 
-def of_layout(layout: BlockLayout) -> tuple[np.ndarray, np.ndarray]:
+def of_layout(layout: Blocks) -> tuple[np.ndarray, np.ndarray]:
     """`(H, L, L)` pairs that are computed, and per head the keys that its query blocks load."""
     length = layout.length
     mask, loaded = np.zeros((HEADS, length, length), dtype=bool), np.zeros(HEADS)

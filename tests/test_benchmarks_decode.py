@@ -118,14 +118,14 @@ def test_wrong_pages_are_noticed():
     length = 16 * 40 + 5
     good = torch.tensor([37, 38, 39, 40], dtype=torch.int32).repeat(3, 1)[:, None, None]
     counts = torch.full((3, 1, 1), 4, dtype=torch.int32)
-    decode.check_selection(decode.PageSelection(good, counts, 16), scores, 40, budget, length)
+    decode.check_selection(decode.Reads(good, counts, 16), scores, 40, budget, length)
     for pages, number in (([36, 38, 39, 40], 4), ([36, 37, 38, 39], 4), ([39, 40, 0, 0], 2)):
         bad = good.clone()
         bad[2, 0, 0] = torch.tensor(pages)
         wrong = counts.clone()
         wrong[2] = number
         with pytest.raises(ValueError, match="wrong pages"):
-            decode.check_selection(decode.PageSelection(bad, wrong, 16), scores, 40, budget, length)
+            decode.check_selection(decode.Reads(bad, wrong, 16), scores, 40, budget, length)
 
 
 def test_copies_keep_the_cache_cold_and_fit(monkeypatch):

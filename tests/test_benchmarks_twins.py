@@ -12,7 +12,7 @@ import tiny
 import torch
 from lm_eval.api.instance import Instance
 
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.types import RaggedKV
 from lm_eval_sparse.methods import DecodeContext
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import SharedPrompt

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lm_eval_sparse.kernels import backends
-from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout, block_lengths, causal_pairs, tile_pairs
 from lm_eval_sparse.kernels.prefill import block_sparse_prefill, block_sparse_prefill_rows, fa4, flex
+from lm_eval_sparse.kernels.types import BLOCK_SIZES, Blocks, block_lengths, causal_pairs, tile_pairs
 
 LENGTHS = (1, 16, 17, 63, 127, 333, 1000)
 
@@ -29,10 +29,10 @@ def random_layout(length: int, block_q: int, block_k: int, heads: int, density: 
     share = torch.linspace(0, 2 * density, heads)[:, None, None]
     mask = (torch.rand(heads, n_q, n_k, generator=generator) < share) & causal
     mask[:, :, 0] = True
-    return BlockLayout.from_mask(mask, length, block_q, block_k), mask
+    return Blocks.from_mask(mask, length, block_q, block_k), mask
 
 
-def definition(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layout: BlockLayout, softcap) -> Tensor:
+def definition(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layout: Blocks, softcap) -> Tensor:
     """Loop over queries: softmax over exactly the visible keys, in fp64."""
     heads, length, dim = query.shape
     group = heads // key.shape[0]
@@ -126,7 +126,7 @@ def test_half_precision_stays_close(backend: str) -> None:
 def test_full_layout_is_dense_attention(backend: str) -> None:
     generator = torch.Generator().manual_seed(5)
     causal = torch.ones(11, 11, dtype=torch.bool).tril()
-    layout = BlockLayout.from_mask(causal.expand(4, -1, -1), 333, 32, 32)
+    layout = Blocks.from_mask(causal.expand(4, -1, -1), 333, 32, 32)
     query, key, value = (torch.randn(heads, 333, 64, generator=generator) for heads in (4, 2, 2))
     out, _ = block_sparse_prefill(query, key, value, layout, backend=backend)
     dense = torch.nn.functional.scaled_dot_product_attention(
@@ -143,7 +143,7 @@ def test_keys_outside_the_layout_are_never_read(backend: str) -> None:
     mask = torch.zeros(4, 16, 16, dtype=torch.bool)
     mask[:, :, 0] = True
     mask |= torch.eye(16, dtype=torch.bool)
-    layout = BlockLayout.from_mask(mask, 500, 32, 32)
+    layout = Blocks.from_mask(mask, 500, 32, 32)
     query, key, value = (torch.randn(heads, 500, 64, generator=generator) for heads in (4, 2, 2))
     rows = slice(320, 352)  # query block 10 reads key blocks 0 and 10
     key[:, 32:320], value[:, 32:320] = float("nan"), float("nan")
@@ -165,12 +165,12 @@ def test_pairs_equal_brute_force(length: int) -> None:
         assert int(tile_pairs(length, block_q, block_k).sum()) == causal_pairs(length)
 
 
-def valid() -> tuple[list[Tensor], BlockLayout]:
+def valid() -> tuple[list[Tensor], Blocks]:
     layout, _ = random_layout(100, 32, 32, 4, 0.5, torch.Generator().manual_seed(0))
     return [torch.randn(heads, 100, 16) for heads in (4, 2, 2)], layout
 
 
-def moved(layout: BlockLayout, device: str) -> BlockLayout:
+def moved(layout: Blocks, device: str) -> Blocks:
     return replace(layout, indices=layout.indices.to(device), counts=layout.counts.to(device))
 
 
@@ -216,14 +216,14 @@ def test_bad_calls_are_refused(change, message: str) -> None:
 )
 def test_check_finds_broken_layouts(ids: list[int], block_q: int, message: str) -> None:
     indices = torch.tensor(ids, dtype=torch.int32)[None, :, None]
-    layout = BlockLayout(indices, torch.ones_like(indices[..., 0]), 100, block_q, 32)
+    layout = Blocks(indices, torch.ones_like(indices[..., 0]), 100, block_q, 32)
     with pytest.raises(ValueError, match=message):
         layout.check(1)
 
 
 def test_check_finds_duplicates() -> None:
     indices = torch.tensor([[[0, 0], [0, 1], [0, 1], [1, 1]]], dtype=torch.int32)
-    layout = BlockLayout(indices, torch.tensor([[1, 2, 2, 2]], dtype=torch.int32), 100, 32, 32)
+    layout = Blocks(indices, torch.tensor([[1, 2, 2, 2]], dtype=torch.int32), 100, 32, 32)
     with pytest.raises(ValueError, match="ascending"):
         layout.check(1)
 
@@ -235,10 +235,10 @@ def test_check_finds_duplicates() -> None:
 def test_check_finds_broken_lists(entry: int, count: int, message: str) -> None:
     indices = torch.arange(4, dtype=torch.int32).reshape(1, 4, 1)
     counts = torch.ones(1, 4, dtype=torch.int32)
-    BlockLayout(indices, counts, 100, 32, 32).check(1)
+    Blocks(indices, counts, 100, 32, 32).check(1)
     indices[0, 2], counts[0, 2] = entry, count
     with pytest.raises(ValueError, match=message):
-        BlockLayout(indices, counts, 100, 32, 32).check(1)
+        Blocks(indices, counts, 100, 32, 32).check(1)
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_flash_attention_4_missing_or_too_old(
     assert block_sparse_prefill(*states, layout)[1] == used
 
 
-def two_rows() -> tuple[list[list[Tensor]], list[BlockLayout]]:
+def two_rows() -> tuple[list[list[Tensor]], list[Blocks]]:
     rows = [valid(), valid()]
     return [list(states) for states in zip(*(states for states, _ in rows), strict=True)], [row[1] for row in rows]
 
@@ -414,12 +414,12 @@ def test_a_kernel_that_would_run_uncompiled_is_not_called_flex(monkeypatch: pyte
 def test_debugging_looks_at_what_layouts_list(monkeypatch: pytest.MonkeyPatch) -> None:
     states = [torch.randn(heads, 64, 16) for heads in (2, 1, 1)]
     twice = torch.zeros(2, 2, 2, dtype=torch.int32)
-    layout = BlockLayout(twice, torch.tensor([[1, 2], [1, 2]], dtype=torch.int32), 64, 32, 32)
+    layout = Blocks(twice, torch.tensor([[1, 2], [1, 2]], dtype=torch.int32), 64, 32, 32)
     block_sparse_prefill(*states, layout, backend="naive")
     monkeypatch.setenv("LM_EVAL_SPARSE_DEBUG", "1")
     with pytest.raises(ValueError, match="duplicate"):
         block_sparse_prefill(*states, layout, backend="naive")
-    beyond = BlockLayout(torch.full((2, 2, 1), 2, dtype=torch.int32), layout.counts.clamp(max=1), 64, 32, 32)
+    beyond = Blocks(torch.full((2, 2, 1), 2, dtype=torch.int32), layout.counts.clamp(max=1), 64, 32, 32)
     with pytest.raises(ValueError, match="outside 0..1"):
         block_sparse_prefill(*states, beyond, backend="naive")
 
@@ -429,12 +429,12 @@ def test_no_tokens_are_refused(backend: str) -> None:
     states = [torch.randn(heads, 0, 16) for heads in (2, 1, 1)]
     none = torch.zeros(2, 0, dtype=torch.int32)
     with pytest.raises(ValueError, match="at least one"):
-        block_sparse_prefill(*states, BlockLayout(none[..., None], none, 0, 32, 32), backend=backend)
+        block_sparse_prefill(*states, Blocks(none[..., None], none, 0, 32, 32), backend=backend)
 
 
 @pytest.mark.parametrize("options", [{"softcap": 0.0}, {"softcap": float("nan")}, {"scale": -1.0}, {"scale": 0.0}])
 def test_scale_and_softcap_are_positive(options: dict[str, float]) -> None:
     states = [torch.randn(heads, 40, 16) for heads in (2, 1, 1)]
-    layout = BlockLayout.from_mask(torch.ones(2, 2, 2, dtype=torch.bool).tril(), 40, 32, 32)
+    layout = Blocks.from_mask(torch.ones(2, 2, 2, dtype=torch.bool).tril(), 40, 32, 32)
     with pytest.raises(ValueError, match="expected a positive number"):
         block_sparse_prefill(*states, layout, backend="naive", **options)

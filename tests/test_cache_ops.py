@@ -31,9 +31,9 @@ from prefill_cases import interpreter_missing
 
 from lm_eval_sparse.kernels.cache.append import append
 from lm_eval_sparse.kernels.cache.compact import compact
-from lm_eval_sparse.kernels.estimate import PageBounds, page_scores, update_bounds
+from lm_eval_sparse.kernels.estimate import page_scores, update_bounds
 from lm_eval_sparse.kernels.index.pages import PageBudget, budget_pages, choose_pages, select_pages
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.types import PageBounds, RaggedKV
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered in add:RuntimeWarning"),

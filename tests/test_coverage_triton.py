@@ -16,7 +16,7 @@ from torch import Tensor
 from lm_eval_sparse.kernels import backends
 from lm_eval_sparse.kernels.estimate import WindowBlocks, pool, window_blocks
 from lm_eval_sparse.kernels.index import top_p_blocks as coverage
-from lm_eval_sparse.kernels.layout import causal_pairs
+from lm_eval_sparse.kernels.types import causal_pairs
 from lm_eval_sparse.methods import FlexPrefill
 
 if (reason := interpreter_missing()) is not None:

@@ -20,7 +20,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels import backends
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.types import RaggedKV
 from lm_eval_sparse.methods import Quest
 from lm_eval_sparse.model import lm as model_module
 from lm_eval_sparse.model.lm import SparseHFLM

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_sparse.kernels.estimate import window as estimators
-from lm_eval_sparse.kernels.layout import BlockLayout
+from lm_eval_sparse.kernels.types import Blocks
 from lm_eval_sparse.methods import FlexPrefill, Geometry, Selection
 
 #: Relative distance from a cut below which fp32 and fp64 may rightly disagree.
@@ -241,7 +241,7 @@ def triangle(length: int) -> np.ndarray:
     return np.tri(length, dtype=bool)
 
 
-def counted(layout: BlockLayout) -> tuple[list[int], list[int]]:
+def counted(layout: Blocks) -> tuple[list[int], list[int]]:
     """Executed pairs and keys read per head, counted on the dense (L, L) mask."""
     pairs, keys = [], []
     for tiles in layout.mask().numpy():
@@ -612,7 +612,7 @@ def test_automatic_block_is_the_largest_whose_forced_tiles_fit_a_quarter_of_the_
         # A lone head needs finer steps: its largest one, the second column, may not jump over the tolerance.
         tiles = np.zeros((-(-length // one.block_size),) * 2, dtype=bool)
         tiles[1:, 1] = True
-        column = BlockLayout.from_mask(torch.from_numpy(tiles)[None], length, one.block_size, one.block_size)
+        column = Blocks.from_mask(torch.from_numpy(tiles)[None], length, one.block_size, one.block_size)
         assert counted(column)[0][0] / (length * (length + 1) / 2) <= 2 * PROMISE
         assert one.block_size <= many.block_size
         met.add(many.block_size)

@@ -13,9 +13,9 @@ import tiny
 import torch
 from test_sparse_hf import PAIRS, PROMPTS, generate, score
 
-from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
-from lm_eval_sparse.kernels.estimate import PageBounds, update_bounds
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.decode import paged_decode
+from lm_eval_sparse.kernels.estimate import update_bounds
+from lm_eval_sparse.kernels.types import PageBounds, RaggedKV, Reads
 from lm_eval_sparse.methods import METHODS, DecodeContext, EvictionMethod
 from lm_eval_sparse.model.lm import SparseHFLM
 
@@ -60,9 +60,9 @@ def test_ragged_and_paged_decode(source: random.Random, steps: int, shape: tuple
     exact = RaggedKV.of(keys.double(), values.double(), starts, lengths)
     cuda = RaggedKV.of(keys.cuda(), values.cuda(), starts, lengths)
     near = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
-    for selection in (PageSelection(pages, counts, size), None):
+    for selection in (Reads(pages, counts, size), None):
         expected, _ = paged_decode(query.double(), exact, selection, scale=0.1, backend="naive")
-        moved = None if selection is None else PageSelection(pages.cuda(), counts.cuda(), size)
+        moved = None if selection is None else Reads(pages.cuda(), counts.cuda(), size)
         out, backend = paged_decode(query.cuda(), cuda, moved, scale=0.1)
         assert backend == "triton"
         torch.testing.assert_close(out.cpu().double(), expected, **near)

@@ -36,10 +36,10 @@ from torch import Tensor
 
 from lm_eval_sparse.kernels.cache.append import append
 from lm_eval_sparse.kernels.cache.compact import compact
-from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
-from lm_eval_sparse.kernels.estimate import PageBounds, page_scores, update_bounds
+from lm_eval_sparse.kernels.decode import paged_decode
+from lm_eval_sparse.kernels.estimate import page_scores, update_bounds
 from lm_eval_sparse.kernels.index.pages import MOST_PAGES, PageBudget, choose_pages, select_pages
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.types import PageBounds, RaggedKV, Reads
 
 DEVICE = "cuda"
 pytestmark = [
@@ -413,7 +413,7 @@ def test_a_choice_does_not_depend_on_others(draw: Draw, keep: float | None, monk
     budget = PageBudget(size, 64 if keep is None else None, keep, heads)
     tickets = torch.zeros(2, heads * rows, dtype=torch.int32, device=DEVICE)
 
-    def choose(first: int, last: int, longest: int) -> PageSelection:
+    def choose(first: int, last: int, longest: int) -> Reads:
         pages, part = longest // size // 16 * 16 + 16, slice(first * heads, last * heads)
         some = RaggedKV(keys, keys, kv.starts[part], kv.lengths[part], longest, heads, tickets[:, part])
         options = {"width": pages + 1, "pages": pages}

@@ -18,7 +18,7 @@ from decode_cases import Case, Draw, every_page, one_of, random_case
 from torch import Tensor
 
 from lm_eval_sparse.kernels.decode import paged_decode
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.types import RaggedKV
 
 DEVICE = "cuda"
 pytestmark = [

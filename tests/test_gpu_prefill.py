@@ -34,8 +34,8 @@ from torch import Tensor
 from lm_eval_sparse.kernels.estimate import window_blocks, window_sums
 from lm_eval_sparse.kernels.estimate.pooling import pool, pool_both
 from lm_eval_sparse.kernels.index.top_blocks import top_blocks
-from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout, causal_pairs
 from lm_eval_sparse.kernels.prefill import BACKENDS, block_sparse_prefill, block_sparse_prefill_rows
+from lm_eval_sparse.kernels.types import BLOCK_SIZES, Blocks, causal_pairs
 from lm_eval_sparse.methods import METHODS, PrefillMethod
 
 DEVICE = "cuda"
@@ -231,14 +231,14 @@ def test_strides(draw: Draw, backend: str, name: str, blocks: tuple[int, int]) -
     assert_close(block_sparse_prefill(*states, row.layout, scale=0.1, backend=backend)[0], expected)
 
 
-def banded(heads: int, length: int, block: int) -> BlockLayout:
+def banded(heads: int, length: int, block: int) -> Blocks:
     """Key block 0, the block 7 before and the own one; early query blocks read their own one only."""
     blocks = -(-length // block)
     ids = torch.arange(blocks, dtype=torch.int32, device=DEVICE)
     early = ids < 8
     indices = torch.stack([torch.where(early, ids, 0), ids - 7, ids], -1).expand(heads, -1, -1).contiguous()
     counts = torch.where(early, 1, 3).to(torch.int32).expand(heads, -1).contiguous()
-    return BlockLayout(indices, counts, length, block, block)
+    return Blocks(indices, counts, length, block, block)
 
 
 @pytest.mark.parametrize(
@@ -301,9 +301,9 @@ def test_keys_and_values_are_not_copied(block: int, backend: str) -> None:
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
-def moved(layout: BlockLayout, device: str) -> BlockLayout:
+def moved(layout: Blocks, device: str) -> Blocks:
     values = (getattr(layout, field.name) for field in fields(layout))
-    return BlockLayout(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
+    return Blocks(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -475,7 +475,7 @@ def test_top_blocks(draw: Draw, ties: bool, dim: int) -> None:
             place, "heads", kv_heads * group, kv_heads, "blocks", blocks, "budget", budget, "extra", extra, "near", near
         )
         indices, counts = top_blocks(queries, keys, budget, extra, near=near, backend="triton")
-        layout = BlockLayout(indices, counts, 16 * blocks, 16, 16)
+        layout = Blocks(indices, counts, 16 * blocks, 16, 16)
         layout.check(len(queries))
         scores = queries.double() @ keys.double().repeat_interleave(group, 0).transpose(1, 2)
         expected = best(scores, budget, extra, near)
@@ -487,7 +487,7 @@ def test_top_blocks(draw: Draw, ties: bool, dim: int) -> None:
 # --- selections ------------------------------------------------------------------------------------------------------
 
 
-def tiles_of(layout: BlockLayout) -> Tensor:
+def tiles_of(layout: Blocks) -> Tensor:
     """`(H, n_q, n_k)` bool: the listed tiles."""
     blocks_k = -(-layout.length // layout.block_k)
     valid = torch.arange(layout.indices.shape[-1], device=layout.counts.device) < layout.counts[..., None]
@@ -495,7 +495,7 @@ def tiles_of(layout: BlockLayout) -> Tensor:
     return tiles.scatter(-1, torch.where(valid, layout.indices.long(), blocks_k), True)[..., :blocks_k]
 
 
-def keys_of(layout: BlockLayout) -> Tensor:
+def keys_of(layout: Blocks) -> Tensor:
     """`(H, n_q, L)` bool: the keys that each query block reads."""
     keys = tiles_of(layout).repeat_interleave(layout.block_k, -1)[..., : layout.length]
     if layout.columns is None:

@@ -36,10 +36,9 @@ from torch import Tensor
 
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.cache import compact as compaction
-from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
-from lm_eval_sparse.kernels.layout import BlockLayout
+from lm_eval_sparse.kernels.decode import paged_decode
 from lm_eval_sparse.kernels.prefill import block_sparse_prefill
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.types import Blocks, RaggedKV, Reads
 from lm_eval_sparse.runtime.selections import DEBUGGED
 
 pytestmark = [
@@ -58,13 +57,13 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def on_gpu(layout: BlockLayout) -> BlockLayout:
+def on_gpu(layout: Blocks) -> Blocks:
     parts = ("indices", "counts", "columns", "column_counts")
     moved = {name: getattr(layout, name) for name in parts}
     return replace(layout, **{name: None if part is None else part.cuda() for name, part in moved.items()})
 
 
-def parts_of(layout: BlockLayout) -> list[Tensor]:
+def parts_of(layout: Blocks) -> list[Tensor]:
     parts = (layout.indices, layout.counts, layout.columns, layout.column_counts)
     return [part for part in parts if part is not None]
 
@@ -100,7 +99,7 @@ def test_specialised_kernels_survive_what_was_mended(rng: random.Random, block: 
     number = 6
     mask = torch.ones(4, number, number, dtype=torch.bool).tril()
     for _ in range(20):
-        layout = on_gpu(BlockLayout.from_mask(mask, number * block - 3, block, block))
+        layout = on_gpu(Blocks.from_mask(mask, number * block - 3, block, block))
         spoiled(rng, layout.indices, layout.counts)
         states = [torch.randn(heads, layout.length, 128, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)]
         for backend in ("auto", "triton"):
@@ -145,7 +144,7 @@ def test_long_lists_of_pages() -> None:
         if place is not None:
             own[..., place] = own[..., place - 1] if place else -1
         read = torch.zeros(1, 1, 1, dtype=torch.int32, device="cuda")
-        selection = PageSelection(own, counts, size)
+        selection = Reads(own, counts, size)
         paged_decode(query, kv, selection, scale=0.1, backend="triton", keys_read=read)
         assert int(read) == (length if place is None else -8 if place else -2)
 

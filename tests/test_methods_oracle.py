@@ -23,12 +23,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_eval_sparse.kernels.decode import PageSelection
-from lm_eval_sparse.kernels.estimate import PageBounds, update_bounds
-from lm_eval_sparse.kernels.layout import BlockLayout
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.estimate import update_bounds
+from lm_eval_sparse.kernels.types import Blocks, PageBounds, RaggedKV, Reads
 from lm_eval_sparse.methods import AdaSnapKV, BlockSparse, FlexPrefillVS, Quest, SnapKV, VerticalSlash
-from lm_eval_sparse.methods.base import DecodeContext, EvictionSelection, Selection
+from lm_eval_sparse.methods.base import DecodeContext, Keep, Selection
 
 #: Relative difference of two scores below which fp32 and fp64 may rightly disagree.
 NEAR = 1e-5
@@ -370,7 +368,7 @@ def case(rng: random.Random, length: int, heads: int, kv_heads: int, kind: str) 
 # ------------------------------------------------------------------------------------------------------ reading layouts
 
 
-def read_layout(layout: BlockLayout, head: int) -> tuple[np.ndarray, list[list[int]]]:
+def read_layout(layout: Blocks, head: int) -> tuple[np.ndarray, list[list[int]]]:
     """Tiles (n, n) and single columns per query block, as written in the layout."""
     tiles = np.zeros((layout.blocks_q, layout.blocks_k), dtype=bool)
     columns = []
@@ -385,7 +383,7 @@ def read_layout(layout: BlockLayout, head: int) -> tuple[np.ndarray, list[list[i
     return tiles, columns
 
 
-def brute_executed(layout: BlockLayout, head: int) -> int:
+def brute_executed(layout: Blocks, head: int) -> int:
     """Pairs that a head executes, counted on the dense (L, L) mask."""
     tiles, columns = read_layout(layout, head)
     size, length = layout.block_q, layout.length
@@ -811,7 +809,7 @@ def test_block_sparse_sparsity(length: int, heads: int, kv_heads: int, block: in
 # --------------------------------------------------------------------------------------------------- SnapKV, Ada-SnapKV
 
 
-def compare_kept(selection: EvictionSelection, kept: list[set[int]]) -> list[str]:
+def compare_kept(selection: Keep, kept: list[set[int]]) -> list[str]:
     assert selection.indices.dtype == selection.counts.dtype == torch.int64
     assert len(selection.indices) == len(selection.counts) == len(kept)
     assert selection.total == int(selection.counts.sum())
@@ -1018,7 +1016,7 @@ def complete_pages(method: Quest, sparsity: float | None, visible: int, logical:
 
 
 def compare_pages(
-    chosen: PageSelection, query: Tensor, context: DecodeContext, method: Quest, sparsity: float | None
+    chosen: Reads, query: Tensor, context: DecodeContext, method: Quest, sparsity: float | None
 ) -> tuple[int, int]:
     """Check every token whose outcome is sure; return how many lists were compared, of how many."""
     kv = context.kv

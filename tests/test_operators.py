@@ -17,9 +17,9 @@ from torch import Tensor
 from lm_eval_sparse.kernels.dense import dense_attention
 from lm_eval_sparse.kernels.estimate import diagonal_sums, pool, sum_blocks, window_flops, window_sums
 from lm_eval_sparse.kernels.estimate import window as window_estimator
-from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout
 from lm_eval_sparse.kernels.prefill import block_sparse_prefill, flex
 from lm_eval_sparse.kernels.prefill import gather as prefill_gather
+from lm_eval_sparse.kernels.types import BLOCK_SIZES, Blocks
 
 LENGTHS = (1, 63, 65, 257, 1000)
 HEADS = ((1, 1), (4, 2), (6, 2), (7, 1))  # query heads, KV heads
@@ -109,7 +109,7 @@ def row_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids_tensor, torch.tensor(counts, dtype=torch.int32)
 
 
-def random_layout(draw: Draw, heads: int, length: int, block_q: int, block_k: int) -> tuple[BlockLayout, Tensor]:
+def random_layout(draw: Draw, heads: int, length: int, block_q: int, block_k: int) -> tuple[Blocks, Tensor]:
     """A layout whose rows have columns of their own, written from its definition, and the keys `(H, n_q, L)`."""
     tiles, uncovered = random_tiles(draw, heads, length, block_q, block_k)
     in_tiles = tile_keys(tiles, length, block_k)
@@ -120,7 +120,7 @@ def random_layout(draw: Draw, heads: int, length: int, block_q: int, block_k: in
     wanted[..., 0] |= uncovered
     columns = wanted & ~in_tiles & before_end
     indices, counts = row_lists(tiles)
-    layout = BlockLayout(indices, counts, length, block_q, block_k, *row_lists(columns))
+    layout = Blocks(indices, counts, length, block_q, block_k, *row_lists(columns))
     layout.check(heads)
     return layout, in_tiles | columns
 
@@ -136,7 +136,7 @@ def test_with_columns_equals_brute_force(draw: Draw, length: int, block_q: int) 
     tiles, uncovered = random_tiles(draw, heads, length, block_q, block_k)
     keys = draw.chance(heads, length, share=draw.rng.choice((0.0, 0.1, 0.7)))
     keys[:, 0] |= uncovered.any(1)
-    bare = BlockLayout.from_mask(tiles, length, block_q, block_k)
+    bare = Blocks.from_mask(tiles, length, block_q, block_k)
     layout = bare.with_columns(keys)
     layout.check(heads)
     in_tiles = tile_keys(tiles, length, block_k)
@@ -165,7 +165,7 @@ def test_pairs_and_keys_equal_brute_force(draw: Draw, length: int) -> None:
 
 def test_columns_of_no_keys_and_of_all_keys(draw: Draw) -> None:
     tiles = torch.eye(9, dtype=torch.bool)[None].repeat(2, 1, 1)
-    bare = BlockLayout.from_mask(tiles, 257, 32, 32)
+    bare = Blocks.from_mask(tiles, 257, 32, 32)
     none = bare.with_columns(torch.zeros(2, 257, dtype=torch.bool))
     none.check(2)
     assert none.columns is not None and not none.column_counts.any()
@@ -183,13 +183,13 @@ def test_columns_of_no_keys_and_of_all_keys(draw: Draw) -> None:
         close(alone, block_sparse_prefill(*states, bare, backend=backend)[0], torch.float64)
 
 
-def small_layout() -> BlockLayout:
+def small_layout() -> Blocks:
     """One head, 100 tokens in blocks of 32: every query block reads its diagonal tile and, if it is not the first,
     keys 3 and 30 as columns."""
     indices = torch.arange(4, dtype=torch.int32).reshape(1, 4, 1)
     columns = torch.tensor([[[0, 0], [3, 30], [3, 30], [3, 30]]], dtype=torch.int32)
     counts = torch.tensor([[0, 2, 2, 2]], dtype=torch.int32)
-    return BlockLayout(indices, torch.ones(1, 4, dtype=torch.int32), 100, 32, 32, columns, counts)
+    return Blocks(indices, torch.ones(1, 4, dtype=torch.int32), 100, 32, 32, columns, counts)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_check_finds_broken_columns(row: int, ids: list[int], message: str) -> N
 def test_check_wants_a_key_for_every_query() -> None:
     """Query block 0 of 64 queries reads key block 1 only: its first 32 queries need a column, 0 at best."""
     indices = torch.tensor([[[1]]], dtype=torch.int32)
-    layout = BlockLayout(indices, torch.ones(1, 1, dtype=torch.int32), 64, 64, 32)
+    layout = Blocks(indices, torch.ones(1, 1, dtype=torch.int32), 64, 64, 32)
     for bare in (layout, layout.with_columns(torch.arange(64)[None] == 5), layout.with_columns(torch.zeros(1, 64) > 0)):
         with pytest.raises(ValueError, match="without any key"):
             bare.check(1)
@@ -224,7 +224,7 @@ def test_check_wants_a_key_for_every_query() -> None:
 
 def test_check_refuses_a_layout_without_tiles() -> None:
     """`counts` is at least 1; nothing but a ValueError may come of a layout that lists no tile at all."""
-    layout = BlockLayout.from_mask(torch.zeros(1, 2, 2, dtype=torch.bool), 64, 32, 32)
+    layout = Blocks.from_mask(torch.zeros(1, 2, 2, dtype=torch.bool), 64, 32, 32)
     with pytest.raises(ValueError):
         layout.check(1)
 
@@ -290,7 +290,7 @@ def test_prefill_reads_listed_keys_only(draw: Draw, poison: float) -> None:
     tiles[:, :, 0] = True
     tiles[:, 1:25] &= ~torch.eye(32, dtype=torch.bool)[1:25]
     columns = torch.arange(1000) % 37 == 5
-    layout = BlockLayout.from_mask(tiles, 1000, 32, 32).with_columns(columns.expand(4, -1))
+    layout = Blocks.from_mask(tiles, 1000, 32, 32).with_columns(columns.expand(4, -1))
     layout.check(4)
     query, key, value = (draw.normal(number, 1000, 64, dtype=torch.float32) for number in (4, 2, 2))
     keys = tile_keys(tiles, 1000, 32) | (columns & (torch.arange(1000) <= last_queries(1000, 32)[:, None]))
@@ -374,7 +374,7 @@ def test_half_precision_is_as_good_as_dense_attention(draw: Draw, dtype: torch.d
     )
     dense = dense_attention(query, key, value, scale=dim**-0.5)[0]
     allowed = 4 * float((dense.double() - expected).abs().max()) + 1e-2
-    layout = BlockLayout.from_mask(torch.ones(9, 9, dtype=torch.bool).tril()[None], length, 32, 32)
+    layout = Blocks.from_mask(torch.ones(9, 9, dtype=torch.bool).tril()[None], length, 32, 32)
     out, _ = block_sparse_prefill(query[0], key[0], value[0], layout, backend="gather")
     assert float((out.double() - expected).abs().max()) <= allowed  # not so for NaN
 

@@ -19,9 +19,9 @@ from prefill_cases import interpreter_missing
 from torch import Tensor
 
 from lm_eval_sparse.kernels.backends import triton_unavailable
-from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
+from lm_eval_sparse.kernels.decode import paged_decode
 from lm_eval_sparse.kernels.dense import dense_attention
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.types import RaggedKV, Reads
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 
@@ -139,7 +139,7 @@ def test_the_listed_pages_may_be_one_key(draw: Draw, width: int, backend: str) -
     kv = random_kv(draw, [65, 129], 16, 16, torch.float32)
     pages = torch.full((2, 1, 1, width), 0, dtype=torch.int32)
     pages[:, 0, 0, 0] = torch.tensor([1, 2])
-    selection = PageSelection(pages, torch.ones(2, 1, 1, dtype=torch.int32), 64)
+    selection = Reads(pages, torch.ones(2, 1, 1, dtype=torch.int32), 64)
     selection.check(kv)
     assert selection.keys_read(kv).flatten().tolist() == [1, 1]
     out, _ = paged_decode(draw.normal(2, 4, 1, 16), kv, selection, scale=1.0, backend=backend)
@@ -246,10 +246,10 @@ def test_all_pages_are_no_selection(draw: Draw, monkeypatch: pytest.MonkeyPatch)
 )
 def test_selection_check_finds_faults(ids: list[list[int]], counts: list[int], message: str) -> None:
     kv = RaggedKV.of(torch.zeros(40, 16), torch.zeros(40, 16), [3], [33])
-    good = PageSelection(torch.tensor([[[[0, 1], [1, 0]]]]).int(), torch.tensor([[[2, 1]]]).int(), 16)
+    good = Reads(torch.tensor([[[[0, 1], [1, 0]]]]).int(), torch.tensor([[[2, 1]]]).int(), 16)
     good.check(kv)  # what is not counted may be anything
     assert good.keys_read(kv).tolist() == [[[32, 16]]]
-    bad = PageSelection(torch.tensor(ids).int()[None, None], torch.tensor(counts).int()[None, None], 16)
+    bad = Reads(torch.tensor(ids).int()[None, None], torch.tensor(counts).int()[None, None], 16)
     if message == "may not see" and ids[1] == [0, 2]:
         bad.check(kv)  # the last token sees key 32
         bad = replace(bad, pages=bad.pages.flip(2))
@@ -263,10 +263,10 @@ def test_selection_check_finds_faults(ids: list[list[int]], counts: list[int], m
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def decode_call() -> tuple[Tensor, RaggedKV, PageSelection]:
+def decode_call() -> tuple[Tensor, RaggedKV, Reads]:
     kv = RaggedKV.of(torch.randn(100, 16), torch.randn(100, 24), [50, 0], [50, 33])
     pages = torch.zeros(2, 1, 3, 2, dtype=torch.int32)
-    return torch.randn(2, 4, 3, 16), kv, PageSelection(pages, torch.ones(2, 1, 3, dtype=torch.int32), 16)
+    return torch.randn(2, 4, 3, 16), kv, Reads(pages, torch.ones(2, 1, 3, dtype=torch.int32), 16)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_storage_that_does_not_fit_is_refused(change: Callable, message: str) ->
 )
 def test_pages_that_do_not_fit_are_refused(pages: tuple[int, ...], counts: tuple[int, ...], message: str) -> None:
     query, kv, _ = decode_call()
-    selection = PageSelection(torch.zeros(pages, dtype=torch.int32), torch.ones(counts, dtype=torch.int32), 16)
+    selection = Reads(torch.zeros(pages, dtype=torch.int32), torch.ones(counts, dtype=torch.int32), 16)
     with pytest.raises(ValueError, match=message):
         paged_decode(query, kv, selection, scale=1.0)
 

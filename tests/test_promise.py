@@ -15,13 +15,13 @@ from lm_eval_sparse import patches
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.index.pages import PageBudget, budget_pages
 from lm_eval_sparse.kernels.index.pages.naive import _fill
-from lm_eval_sparse.kernels.layout import causal_pairs
+from lm_eval_sparse.kernels.types import causal_pairs
 from lm_eval_sparse.methods import (
     AdaSnapKV,
     BlockSparse,
-    EvictionSelection,
     FlexPrefill,
     FlexPrefillVS,
+    Keep,
     SnapKV,
     VerticalSlash,
 )
@@ -164,10 +164,10 @@ def test_kept_tokens_of_a_new_method_are_checked(
     ids: list[list[int]], counts: list[int], total: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        EvictionSelection(torch.tensor(ids), torch.tensor(counts), total, 0, 0).check(1, 10)
+        Keep(torch.tensor(ids), torch.tensor(counts), total, 0, 0).check(1, 10)
     # What stands behind the counts is undefined.
     kept = torch.tensor([[0, 4, 9, 99], [3, 0, -7, 3]])
-    EvictionSelection(kept, torch.tensor([3, 1]), 4, 0, 0).check(2, 10)
+    Keep(kept, torch.tensor([3, 1]), 4, 0, 0).check(2, 10)
 
 
 # --- coarse knobs and few heads ---------------------------------------------------------------------------------------

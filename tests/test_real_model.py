@@ -12,9 +12,8 @@ from torch import Tensor
 
 from lm_eval_sparse import patches
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels.estimate import PageBounds, update_bounds
-from lm_eval_sparse.kernels.layout import causal_pairs
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.estimate import update_bounds
+from lm_eval_sparse.kernels.types import PageBounds, RaggedKV, causal_pairs
 from lm_eval_sparse.methods import METHODS, DecodeContext, EvictionMethod, PrefillMethod
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import Prompt

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.cache import compact as compaction
-from lm_eval_sparse.kernels.decode import PageSelection, paged_decode
-from lm_eval_sparse.kernels.layout import FAULTS, BlockLayout, listed
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.decode import paged_decode
+from lm_eval_sparse.kernels.types import Blocks, RaggedKV, Reads, listed
+from lm_eval_sparse.kernels.types.blocks import FAULTS
 from lm_eval_sparse.methods import (
     METHODS,
     DecodeContext,
     DecodeMethod,
     EvictionMethod,
-    EvictionSelection,
+    Keep,
     PrefillMethod,
     Selection,
 )
@@ -62,7 +62,7 @@ def model() -> Any:
 # --- lists: what the checks find is what is wrong -------------------------------------------------------------------
 
 
-def random_layout(rng: random.Random, kind: str | None, longest: int = 200) -> BlockLayout:
+def random_layout(rng: random.Random, kind: str | None, longest: int = 200) -> Blocks:
     """A good layout with columns of a kind, contiguous."""
     length, heads = rng.randrange(1, longest), 2
     block_q, block_k = rng.choice((16, 32, 64)), rng.choice((16, 32, 64))
@@ -72,7 +72,7 @@ def random_layout(rng: random.Random, kind: str | None, longest: int = 200) -> B
     mask = torch.rand(heads, queries, keys, generator=generator) < rng.random()
     mask &= torch.arange(keys) * block_k <= last[:, None]
     mask[..., 0] = True
-    layout = BlockLayout.from_mask(mask, length, block_q, block_k)
+    layout = Blocks.from_mask(mask, length, block_q, block_k)
     some = torch.rand(heads, queries, length, generator=generator) < rng.random()
     if kind == "shared":
         layout = layout.with_columns(some[:, 0])
@@ -93,8 +93,8 @@ def spoiled(rng: random.Random, *parts: Tensor) -> None:
         part.view(-1)[place] = max(-(2**31), min(2**31 - 1, rng.choice((*GARBAGE, near))))
 
 
-def is_nonsense(layout: BlockLayout, head: int) -> bool:
-    """By the definition of `BlockLayout`, key by key."""
+def is_nonsense(layout: Blocks, head: int) -> bool:
+    """By the definition of `Blocks`, key by key."""
     block_q, block_k, length = layout.block_q, layout.block_k, layout.length
     shared = layout.columns is not None and layout.columns.shape[1] == 1
     everything: list[int] = []
@@ -184,12 +184,12 @@ def test_the_walk_raises_the_same_flags_and_mends(rng: random.Random, kind: str 
         (lambda layout: layout.columns[1, 3].copy_(torch.tensor([5, 32])), 8),
     ],
 )
-def test_each_fault_has_its_word(change: Callable[[BlockLayout], Any], bit: int) -> None:
+def test_each_fault_has_its_word(change: Callable[[Blocks], Any], bit: int) -> None:
     """Two heads, 100 tokens in blocks of 32; block i reads blocks i - 1 and i, and two columns from the third on."""
     indices = torch.tensor([[0, 0], [0, 1], [1, 2], [1, 3]], dtype=torch.int32).repeat(2, 1, 1)
     counts = torch.tensor([1, 2, 2, 2], dtype=torch.int32).repeat(2, 1)
     columns = torch.tensor([[0, 0], [0, 0], [3, 30], [3, 30]], dtype=torch.int32).repeat(2, 1, 1)
-    layout = BlockLayout(indices, counts, 100, 32, 32, columns, torch.tensor([0, 0, 2, 2]).int().repeat(2, 1))
+    layout = Blocks(indices, counts, 100, 32, 32, columns, torch.tensor([0, 0, 2, 2]).int().repeat(2, 1))
     layout.check(2)
     change(layout)
     faults = layout.faults().tolist()
@@ -200,7 +200,7 @@ def test_each_fault_has_its_word(change: Callable[[BlockLayout], Any], bit: int)
         assert layout.walk()[3].tolist()[1] & (1 << bit)
 
 
-def random_pages(rng: random.Random, lists: int, steps: int) -> tuple[RaggedKV, PageSelection]:
+def random_pages(rng: random.Random, lists: int, steps: int) -> tuple[RaggedKV, Reads]:
     size = rng.choice((2, 8, 16))
     lengths = [rng.choice((0, steps + rng.randrange(90))) for _ in range(4)]
     width = max(-(-max(lengths) // size), 1) + rng.randrange(3)
@@ -215,10 +215,10 @@ def random_pages(rng: random.Random, lists: int, steps: int) -> tuple[RaggedKV, 
                 counts[s, g, t] = len(chosen)
     starts = [sum(lengths[:s]) for s in range(4)]
     storage = (torch.randn(max(1, sum(lengths)), 16) for _ in "kv")
-    return RaggedKV.of(*storage, starts, lengths), PageSelection(pages, counts, size)
+    return RaggedKV.of(*storage, starts, lengths), Reads(pages, counts, size)
 
 
-def wrong_lists(kv: RaggedKV, selection: PageSelection) -> Tensor:
+def wrong_lists(kv: RaggedKV, selection: Reads) -> Tensor:
     """`(S, Gs, T)` bool, page by page."""
     found = torch.zeros_like(selection.counts, dtype=torch.bool)
     steps, width = selection.pages.shape[2:]
@@ -258,7 +258,7 @@ def test_faults_of_kept_tokens(rng: random.Random) -> None:
         for head, count in enumerate(counts.tolist()):
             indices[head, :count] = torch.tensor(sorted(rng.sample(range(length), count)))
         total = int(counts.sum())
-        EvictionSelection(indices, counts, total, 0, 0).check(heads, length)
+        Keep(indices, counts, total, 0, 0).check(heads, length)
         spoiled(rng, indices, counts)
         most = min(width, length)
         wrong = []
@@ -291,7 +291,7 @@ class Prefill(PrefillMethod):
     allocation: ClassVar[str] = ""
     kv: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    spoil: ClassVar[Callable[[BlockLayout], BlockLayout | None]] = lambda layout: None
+    spoil: ClassVar[Callable[[Blocks], Blocks | None]] = lambda layout: None
     layer: ClassVar[int | None] = 1
     calls: ClassVar[list[int]] = []
 
@@ -300,7 +300,7 @@ class Prefill(PrefillMethod):
         number = -(-length // 16)
         mask = torch.eye(number, dtype=torch.bool, device=query.device).repeat(len(query), 1, 1)
         mask[..., 0] = True
-        layout = BlockLayout.from_mask(mask, length, 16, 16)
+        layout = Blocks.from_mask(mask, length, 16, 16)
         type(self).calls.append(1)
         if type(self).layer in (None, (len(type(self).calls) - 1) % LAYERS):
             layout = type(self).spoil(layout) or layout
@@ -313,14 +313,14 @@ class Eviction(EvictionMethod):
 
     name: ClassVar[str] = "bad_eviction"
     unit = importance = allocation = kv = paper = ""
-    spoil: ClassVar[Callable[[EvictionSelection], EvictionSelection | None]] = lambda kept: None
+    spoil: ClassVar[Callable[[Keep], Keep | None]] = lambda kept: None
     layer: ClassVar[int | None] = 1
     calls: ClassVar[list[int]] = []
 
-    def select(self, query: Tensor, key: Tensor, *, scale: float, softcap: Any, sparsity: Any) -> EvictionSelection:
+    def select(self, query: Tensor, key: Tensor, *, scale: float, softcap: Any, sparsity: Any) -> Keep:
         length = query.shape[1]
         ids = torch.tensor([0, 1, 2, *range(length - 20, length)], device=query.device).repeat(len(key), 1)
-        kept = EvictionSelection(ids, torch.full((len(key),), 23, device=query.device), 23 * len(key), 0, 0)
+        kept = Keep(ids, torch.full((len(key),), 23, device=query.device), 23 * len(key), 0, 0)
         type(self).calls.append(1)
         if type(self).layer in (None, (len(type(self).calls) - 1) % LAYERS):
             kept = type(self).spoil(kept) or kept
@@ -333,21 +333,21 @@ class Decode(DecodeMethod):
 
     name: ClassVar[str] = "bad_decode"
     unit = importance = allocation = kv = paper = ""
-    spoil: ClassVar[Callable[[PageSelection], PageSelection | None]] = lambda pages: None
+    spoil: ClassVar[Callable[[Reads], Reads | None]] = lambda pages: None
     layer: ClassVar[int | None] = 1
     calls: ClassVar[list[int]] = []
     own: ClassVar[bool] = False
 
     page_size: int = PAGE
 
-    def select(self, query: Tensor, context: DecodeContext, *, sparsity: Any) -> PageSelection:
+    def select(self, query: Tensor, context: DecodeContext, *, sparsity: Any) -> Reads:
         sequences, group, steps, _ = query.shape
         current = (context.kv.visible(steps) - 1) // PAGE
         pages = torch.stack([torch.zeros_like(current), current, torch.full_like(current, 10**6)], -1).int()[:, None]
         lists = group if type(self).own else 1
         pages = pages.repeat(1, lists, 1, 1)
         counts = torch.full((sequences, lists, steps), 2, dtype=torch.int32, device=query.device)
-        selection = PageSelection(pages, counts, PAGE)
+        selection = Reads(pages, counts, PAGE)
         type(self).calls.append(1)
         if type(self).layer in (None, (len(type(self).calls) - 1) % LAYERS):
             selection = type(self).spoil(selection) or selection
@@ -363,7 +363,7 @@ def change(part: str, place: Any, value: Any) -> Callable[[Any], None]:
 
 
 #: Kind of nonsense -> what it does to a good selection of some 60 tokens, and what the line says. Head 1 is to blame.
-LAYOUTS: dict[str, tuple[Callable[[BlockLayout], Any], str]] = {
+LAYOUTS: dict[str, tuple[Callable[[Blocks], Any], str]] = {
     "no key": (change("counts", (1, 2), 0), "query head 1: the layout lists fewer than one key block"),
     "too many": (
         change("counts", (1, 2), 9),
@@ -381,7 +381,7 @@ LAYOUTS: dict[str, tuple[Callable[[BlockLayout], Any], str]] = {
     "another length": (lambda layout: replace(layout, length=5), "layout is for 5 tokens"),
     "no lists": (lambda layout: replace(layout, indices=layout.indices[..., :0]), "layout lists no key block"),
 }
-KEPT: dict[str, tuple[Callable[[EvictionSelection], Any], str]] = {
+KEPT: dict[str, tuple[Callable[[Keep], Any], str]] = {
     "nothing": (change("counts", 1, 0), "KV head 1: it keeps fewer than one token, or more than 23"),
     "too many": (change("counts", 1, 24), "KV head 1: it keeps fewer than one token, or more than 23"),
     "miscounted": (change("counts", 1, 22), "KV head 0: it keeps numbers of tokens that do not add up"),
@@ -393,7 +393,7 @@ KEPT: dict[str, tuple[Callable[[EvictionSelection], Any], str]] = {
     "int32": (lambda kept: replace(kept, indices=kept.indices.int()), "indices are torch.int32"),
     "shape": (lambda kept: replace(kept, counts=kept.counts[:1]), r"expected \(2, W\)"),
 }
-PAGES: dict[str, tuple[Callable[[PageSelection], Any], str]] = {
+PAGES: dict[str, tuple[Callable[[Reads], Any], str]] = {
     "no page": (change("counts", (1, 0, 0), 0), "leaves a token without any page"),
     "too many": (change("counts", (1, 0, 0), 4), "or counts more than the 3 it lists"),
     "negative": (change("pages", (1, 0, 0, 0), -1), "may not see: it is negative"),
@@ -441,11 +441,11 @@ def test_a_nonsensical_layout(rng: random.Random, model: Any, monkeypatch: Any, 
 def test_a_query_without_any_key(rng: random.Random, model: Any, monkeypatch: Any, backend: str) -> None:
     """Wide query blocks that read a later tile only leave their first queries without a key: nan, once."""
 
-    def spoil(layout: BlockLayout) -> BlockLayout:
+    def spoil(layout: Blocks) -> Blocks:
         mask = torch.zeros(layout.heads, -(-layout.length // 64), layout.blocks_k, dtype=torch.bool)
         mask[..., 0] = True
         mask[3, 0] = torch.arange(layout.blocks_k) == 2
-        return BlockLayout.from_mask(mask, layout.length, 64, 16)
+        return Blocks.from_mask(mask, layout.length, 64, 16)
 
     bad(monkeypatch, Prefill, spoil)
     lm = sparse(model, method="bad_prefill", backend=backend)
@@ -531,10 +531,10 @@ def test_sense_is_accepted(rng: random.Random, model: Any, monkeypatch: Any, cls
 # --- what covers everything -----------------------------------------------------------------------------------------
 
 
-def every_block(layout: BlockLayout) -> BlockLayout:
+def every_block(layout: Blocks) -> Blocks:
     number = layout.blocks_q
     mask = torch.ones(layout.heads, number, number, dtype=torch.bool).tril()
-    return BlockLayout.from_mask(mask, layout.length, 16, 16)
+    return Blocks.from_mask(mask, layout.length, 16, 16)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "eviction", "decode"])
@@ -543,11 +543,11 @@ def test_what_leaves_nothing_out_is_a_fallback(rng: random.Random, model: Any, m
     prompt = prompt_of(rng)
     length = len(tiny.tiny_tokenizer()(prompt).input_ids)
 
-    def keep_all(kept: EvictionSelection) -> EvictionSelection:
+    def keep_all(kept: Keep) -> Keep:
         ids = torch.arange(length).repeat(KV_HEADS, 1)
-        return EvictionSelection(ids, torch.full((KV_HEADS,), length), KV_HEADS * length, 0, 0)
+        return Keep(ids, torch.full((KV_HEADS,), length), KV_HEADS * length, 0, 0)
 
-    def all_pages(found: PageSelection) -> PageSelection:
+    def all_pages(found: Reads) -> Reads:
         number = int(found.pages[0, 0, 0, 1]) + 1
         pages = torch.arange(number).int().repeat(*found.counts.shape, 1)
         return replace(found, pages=pages, counts=torch.full_like(found.counts, number))

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels.estimate import PageBounds, update_bounds
-from lm_eval_sparse.kernels.ragged import RaggedKV
+from lm_eval_sparse.kernels.estimate import update_bounds
+from lm_eval_sparse.kernels.types import PageBounds, RaggedKV
 from lm_eval_sparse.methods import METHODS, PHASE_ARGUMENTS, DecodeContext, Method, presets, table
 from lm_eval_sparse.methods import plan as config
 from lm_eval_sparse.methods.plan import SparseConfig, parse

@@ -11,7 +11,7 @@ from prefill_cases import interpreter_missing
 from lm_eval_sparse.kernels import backends
 from lm_eval_sparse.kernels.estimate.pooling import pool, pool_both
 from lm_eval_sparse.kernels.index.top_blocks import top_blocks
-from lm_eval_sparse.kernels.layout import BlockLayout
+from lm_eval_sparse.kernels.types import Blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = backends.triton_unavailable(DEVICE) if DEVICE == "cuda" else interpreter_missing()
@@ -101,7 +101,7 @@ def test_pairs_and_keys(source: random.Random, length: int, block_q: int, block_
         torch.arange(blocks_k) * block_k <= last[:, None]
     )
     mask[..., 0] = True
-    layout = BlockLayout.from_mask(mask, length, block_q, block_k)
+    layout = Blocks.from_mask(mask, length, block_q, block_k)
     lists = layout.columns, layout.column_counts
     share = source.choice((0, 1, source.random()))
     if columns == "shared":
@@ -109,12 +109,12 @@ def test_pairs_and_keys(source: random.Random, length: int, block_q: int, block_
         lists = layout.columns, layout.column_counts
     elif columns == "own":
         free = (torch.arange(length) <= last[:, None]) & ~mask.repeat_interleave(block_k, -1)[..., :length]
-        own = BlockLayout.from_mask((torch.rand(heads, blocks_q, length) < share) & free, length, 16, 16)
+        own = Blocks.from_mask((torch.rand(heads, blocks_q, length) < share) & free, length, 16, 16)
         lists = own.indices, own.counts
     # What lies behind the valid entries must not be looked at.
     indices = torch.where(layout.valid(), layout.indices, 1 << 30)
     parts = [part if part is None else part.to(DEVICE) for part in (indices, layout.counts, *lists)]
-    layout = BlockLayout(*parts[:2], length, block_q, block_k, *parts[2:])
+    layout = Blocks(*parts[:2], length, block_q, block_k, *parts[2:])
     for found, expected in zip(
         layout.pairs_and_keys(backend="triton"), layout.pairs_and_keys(backend="naive"), strict=True
     ):

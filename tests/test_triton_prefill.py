@@ -30,8 +30,8 @@ from prefill_cases import (
     strange_states,
 )
 
-from lm_eval_sparse.kernels.layout import BLOCK_SIZES, BlockLayout
 from lm_eval_sparse.kernels.prefill import block_sparse_prefill, block_sparse_prefill_rows
+from lm_eval_sparse.kernels.types import BLOCK_SIZES, Blocks
 
 if (reason := interpreter_missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -129,7 +129,7 @@ def test_every_tile_is_dense_attention(draw: Draw, together: int) -> None:
         n_q, n_k = (-(-length // block) for block in blocks)
         last = torch.clamp((torch.arange(n_q) + 1) * blocks[0], max=length) - 1
         causal = torch.arange(n_k) * blocks[1] <= last[:, None]
-        layout = BlockLayout.from_mask(causal.expand(3, -1, -1), length, *blocks)
+        layout = Blocks.from_mask(causal.expand(3, -1, -1), length, *blocks)
         states = [draw.normal(heads, length, 64) for heads in (3, 1, 1)]
         out = kernel.forward(*states, layout, 0.125, None, kernel.Tiling(together, 64, 4, 2))
         dense = torch.nn.functional.scaled_dot_product_attention(
@@ -151,7 +151,7 @@ def test_columns_only_where_tiles_leave_a_query_alone(draw: Draw) -> None:
         keys[:, block, tile * 16 : (tile + 1) * 16] = True
     for own in (False, True):
         lists = columns.expand(-1, 3, -1) if own else columns
-        layout = BlockLayout(indices, counts, length, block_q, 16, lists.contiguous(), counts)
+        layout = Blocks(indices, counts, length, block_q, 16, lists.contiguous(), counts)
         layout.check(2)
         expected = attention(*states, Row(layout, keys), 0.125, None)
         for step in (32, 128):
@@ -234,7 +234,7 @@ def test_empty_lists_of_columns(draw: Draw) -> None:
     for lists in (1, row.layout.blocks_q):
         for width in (0, 3):
             columns = torch.full((2, lists, width), POISON, dtype=torch.int32)
-            layout = BlockLayout(*tiles, columns, none)
+            layout = Blocks(*tiles, columns, none)
             layout.check(2)
             assert_close(block_sparse_prefill(*states, layout, scale=0.125, backend="triton")[0], expected)
 

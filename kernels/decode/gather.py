@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ragged import RaggedKV
+from ..types import RaggedKV
 
 if TYPE_CHECKING:
-    from . import PageSelection
+    from . import Reads
 
 
 def forward(
     query: Tensor,
     kv: RaggedKV,
-    selection: PageSelection | None,
+    selection: Reads | None,
     scale: float,
     softcap: float | None,
     window: int | None,
@@ -39,17 +39,15 @@ def forward(
     return out
 
 
-def _paged(
-    query: Tensor, kv: RaggedKV, selection: PageSelection, scale: float, softcap: float | None, out: Tensor
-) -> None:
+def _paged(query: Tensor, kv: RaggedKV, selection: Reads, scale: float, softcap: float | None, out: Tensor) -> None:
     group, steps = query.shape[1:3]
-    size, lists = selection.page_size, selection.pages.shape[1]
+    size, lists = selection.unit, selection.ids.shape[1]
     counts = selection.keys_read(kv).tolist()
     rows = kv.rows()
     for t in range(steps):
         most = max((sequence[g][t] for sequence in counts for g in range(lists)), default=0)
         key_at = torch.arange(most, device=query.device)
-        pages = selection.pages[:, :, t].long()
+        pages = selection.ids[:, :, t].long()
         # Only the last listed page may be partial, so the keys that are read are the first ones of what is listed.
         index = kv.starts[:, None, None] + pages[..., key_at // size] * size + key_at % size
         visible = (kv.lengths - steps + 1 + t).tolist()

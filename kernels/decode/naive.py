@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..ragged import RaggedKV
+from ..types import RaggedKV
 
 if TYPE_CHECKING:
-    from . import PageSelection
+    from . import Reads
 
 
 def forward(
     query: Tensor,
     kv: RaggedKV,
-    selection: PageSelection | None,
+    selection: Reads | None,
     scale: float,
     softcap: float | None,
     window: int | None,
@@ -39,9 +39,9 @@ def forward(
                 if window is not None:
                     seen &= place >= visible - window
                 if selection is not None:
-                    own = g if selection.pages.shape[1] == group else 0
-                    listed = selection.pages[s, own, t, : selection.counts[s, own, t]]
-                    seen &= torch.isin(place // selection.page_size, listed.long())
+                    own = g if selection.ids.shape[1] == group else 0
+                    listed = selection.ids[s, own, t, : selection.counts[s, own, t]]
+                    seen &= torch.isin(place // selection.unit, listed.long())
                 scores = key @ query[s, g, t].to(work) * scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)

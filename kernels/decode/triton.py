@@ -16,10 +16,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backends import can_overlap
-from ..ragged import RaggedKV
+from ..types import RaggedKV
 
 if TYPE_CHECKING:
-    from . import PageSelection
+    from . import Reads
 
 # The numbers below are tuned. They may depend on dtype, dimensions and heads, never on lengths or on how many rows
 # there are: they say in which order sums are made.
@@ -305,7 +305,7 @@ def _combine(
 def forward(
     query: Tensor,
     kv: RaggedKV,
-    selection: PageSelection | None,
+    selection: Reads | None,
     scale: float,
     softcap: float | None,
     window: int | None,
@@ -332,9 +332,9 @@ def forward(
         page, width, own = 0, 0, False
         most = most if window is None else min(most, window + steps - 1)
     else:
-        many, own = False, selection.pages.shape[1] != 1
+        many, own = False, selection.ids.shape[1] != 1
         rows = 1 if own else group
-        pages, counts, page = selection.pages.contiguous(), selection.counts.contiguous(), selection.page_size
+        pages, counts, page = selection.ids.contiguous(), selection.counts.contiguous(), selection.unit
         width = pages.shape[-1]
         most = min(most, width * page)
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))

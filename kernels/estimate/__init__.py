@@ -3,13 +3,12 @@
 Scores are fp32, and nothing of size L x L is ever made.
 """
 
-from .page_bounds import PageBounds, page_scores, update_bounds
+from .page_bounds import page_scores, update_bounds
 from .pooling import pool, pool_both, sum_blocks
 from .window import WindowSums, diagonal_sums, window_flops, window_sums
 from .window_blocks import WindowBlocks, window_blocks
 
 __all__ = [
-    "PageBounds",
     "WindowBlocks",
     "WindowSums",
     "diagonal_sums",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..layout import BlockLayout, check_shapes
+from ..types import Blocks, check_shapes
 from . import fa4, flex, gather, naive
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def block_sparse_prefill(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: BlockLayout,
+    layout: Blocks,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -61,7 +61,7 @@ def block_sparse_prefill(
 
     Raises:
         ValueError: shapes, devices or dtypes that do not fit together, an unknown backend, or one that cannot run
-            here. What the layout lists is checked by `BlockLayout.check`, which reads all of it: with
+            here. What the layout lists is checked by `Blocks.check`, which reads all of it: with
             LM_EVAL_SPARSE_DEBUG=1 in the environment every call does that.
     """
     (out,), used = block_sparse_prefill_rows(
@@ -74,7 +74,7 @@ def block_sparse_prefill_rows(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    layouts: Sequence[BlockLayout],
+    layouts: Sequence[Blocks],
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -164,7 +164,7 @@ def block_sparse_prefill_rows(
     return found, name
 
 
-def _choose(states: Sequence[Tensor], layout: BlockLayout, softcap: float | None, backend: str) -> str:
+def _choose(states: Sequence[Tensor], layout: Blocks, softcap: float | None, backend: str) -> str:
     """The backend to run.
 
     Raises:
@@ -195,9 +195,7 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def unavailable_reason(
-    backend: str, states: Sequence[Tensor], layout: BlockLayout, softcap: float | None
-) -> str | None:
+def unavailable_reason(backend: str, states: Sequence[Tensor], layout: Blocks, softcap: float | None) -> str | None:
     """Why a backend other than `naive` and `gather` cannot run this case here, or None when it can.
 
     Args:
@@ -243,7 +241,7 @@ def gather_is_faster(device: str, dtype: torch.dtype, block: int) -> bool:
     return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and block <= 16
 
 
-def _place(query: Tensor, layout: BlockLayout) -> tuple[str, int, int, int, torch.dtype]:
+def _place(query: Tensor, layout: Blocks) -> tuple[str, int, int, int, torch.dtype]:
     return query.device.type, layout.block_q, layout.block_k, query.shape[-1], query.dtype
 
 
@@ -251,7 +249,7 @@ def _place(query: Tensor, layout: BlockLayout) -> tuple[str, int, int, int, torc
 _broken: dict[tuple[str, str, int, int, int, torch.dtype], str] = {}
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, layout: Blocks) -> None:
     """The cheap checks that every call makes of every row: they touch shapes only."""
     if query.dim() != 3 or key.dim() != 3:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)}; expected (H, L, D) and (H_kv, L, D)")
@@ -283,7 +281,7 @@ def _like(query: Tensor) -> Tensor:
     return query.new_empty(length, heads, dim).transpose(0, 1)
 
 
-def _check_alike(queries: Sequence[Tensor], keys: Sequence[Tensor], layouts: Sequence[BlockLayout]) -> None:
+def _check_alike(queries: Sequence[Tensor], keys: Sequence[Tensor], layouts: Sequence[Blocks]) -> None:
     kinds = {
         (len(query), len(key), query.shape[-1], query.dtype, query.device)
         for query, key in zip(queries, keys, strict=True)
@@ -303,7 +301,7 @@ def _check_alike(queries: Sequence[Tensor], keys: Sequence[Tensor], layouts: Seq
         )
 
 
-def _form(layout: BlockLayout) -> str:
+def _form(layout: Blocks) -> str:
     columns = "no" if layout.columns is None else "shared" if layout.columns.shape[1] == 1 else "own"
     return f"{layout.block_q}x{layout.block_k} with {columns} columns"
 

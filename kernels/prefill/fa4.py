@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import BlockLayout
+from ..types import Blocks
 from . import naive
 
 logger = logging.getLogger(__name__)
@@ -55,16 +55,14 @@ def unavailable_reason(device: str, block_q: int, block_k: int, dim: int, dtype:
     mask = (blocks[:, None] - blocks) % 2 == torch.arange(4, device="cuda")[:, None, None] % 2
     mask = mask & (blocks <= blocks[:, None])
     mask[..., 0] |= ~mask.any(-1)
-    layout = BlockLayout.from_mask(mask, length, BLOCK, BLOCK)
+    layout = Blocks.from_mask(mask, length, BLOCK, BLOCK)
     return _probe(
         lambda: forward(query, key, value, layout, dim**-0.5, None),
         lambda: naive.forward(query.float(), key.float(), value.float(), layout, dim**-0.5, None),
     )
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, softcap: float | None
-) -> Tensor:
+def forward(query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: float, softcap: float | None) -> Tensor:
     """See `block_sparse_prefill`. The result is a view of `(L, H, D)` memory; no softcap, no columns."""
     if softcap is not None or layout.columns is not None:
         what = "a softcap" if softcap is not None else "single key columns"

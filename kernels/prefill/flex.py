@@ -13,7 +13,7 @@ import shutil
 import torch
 from torch import Tensor
 
-from ..layout import BlockLayout
+from ..types import Blocks
 from . import naive
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def unavailable_reason(
     last = torch.clamp((torch.arange(n_q) + 1) * block_q, max=length) - 1
     mask = (torch.rand(4, n_q, n_k, generator=generator) < 0.5) & (torch.arange(n_k) * block_k <= last[:, None])
     mask[..., 0] = True
-    layout = BlockLayout.from_mask(mask.to(device), length, block_q, block_k)
+    layout = Blocks.from_mask(mask.to(device), length, block_q, block_k)
     try:
         out = forward(*states, layout, dim**-0.5, None)
     except Exception as error:  # whatever the compiler stack raises, `gather` still works
@@ -96,9 +96,7 @@ def _compiled(block_q: int, block_k: int):
     return run
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, softcap: float | None
-) -> Tensor:
+def forward(query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: float, softcap: float | None) -> Tensor:
     """See `block_sparse_prefill`. Computes in fp32 on CPU, in the input dtype on CUDA; no softcap, no columns."""
     if softcap is not None:
         # A score modification that holds a float does not compile on CPU with symbolic shapes (torch 2.13).

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import BlockLayout
+from ..types import Blocks
 
 #: Elements of the largest temporary of one chunk (scores, or gathered keys and values).
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
@@ -18,9 +18,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 MIN_FILL = 0.8
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, softcap: float | None
-) -> Tensor:
+def forward(query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: float, softcap: float | None) -> Tensor:
     """See `block_sparse_prefill`. Scores and softmax in fp32 (fp64 for fp64 input), values in the input dtype.
 
     A product in half precision would round the scores before the softmax, which attention kernels do not.

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..layout import BlockLayout
+from ..types import Blocks
 from . import naive
 from .schedule import order_programs
 from .triton import add_columns
@@ -323,7 +323,7 @@ def unavailable_reason(device: str, block_q: int, block_k: int, dim: int, dtype:
     blocks = torch.arange(-(-length // block_q))
     mask = (torch.rand(heads, len(blocks), len(blocks), generator=generator) < 0.5) & (blocks <= blocks[:, None])
     mask |= blocks == blocks[:, None]
-    layout = BlockLayout.from_mask(mask.to(device), length, block_q, block_k)
+    layout = Blocks.from_mask(mask.to(device), length, block_q, block_k)
     try:
         out = forward(*states, layout, dim**-0.5, None)
     except Exception as error:  # Gluon changes between releases of Triton; the portable kernel still works
@@ -348,16 +348,14 @@ def misaligned(tensors: Iterable[Tensor]) -> bool:
     )
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, softcap: float | None
-) -> Tensor:
+def forward(query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: float, softcap: float | None) -> Tensor:
     """See `block_sparse_prefill`. Half precision, head_dim 64 or 128, tiles of 64 x 64 or 128 x 128, no softcap."""
     out = torch.empty_like(query)
     forward_into(query, key, value, layout, scale, out)
     return out
 
 
-def forward_into(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, out: Tensor) -> None:
+def forward_into(query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: float, out: Tensor) -> None:
     """`forward` into a given tensor of any strides."""
     heads, length, dim = query.shape
     # Single columns are added by the portable kernel, which needs to know the sums of the softmax over the tiles.

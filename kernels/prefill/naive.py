@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import BlockLayout
+from ..types import Blocks
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, softcap: float | None
-) -> Tensor:
+def forward(query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: float, softcap: float | None) -> Tensor:
     """See `block_sparse_prefill`. Scores are computed in fp64 for fp64 input, else in fp32."""
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     group = query.shape[0] // key.shape[0]

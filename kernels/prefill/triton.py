@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import BlockLayout
+from ..types import Blocks
 from .schedule import order_programs
 
 #: Ids of key blocks take the low bits of an entry of a union list, the query blocks that list them the others.
@@ -316,7 +316,7 @@ class Tiling:
     stages: int
 
 
-def tiling(layout: BlockLayout, dim: int, dtype: torch.dtype) -> Tiling:
+def tiling(layout: Blocks, dim: int, dtype: torch.dtype) -> Tiling:
     """The measured choice for a layout (benchmarks/NOTES.md)."""
     own = layout.columns is not None and layout.columns.shape[1] > 1
     together = 1 if own else max(1, 64 // layout.block_q)
@@ -334,7 +334,7 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: BlockLayout,
+    layout: Blocks,
     scale: float,
     softcap: float | None,
     choice: Tiling | None = None,
@@ -349,7 +349,7 @@ def forward_rows(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    layouts: Sequence[BlockLayout],
+    layouts: Sequence[Blocks],
     scale: float,
     softcap: float | None,
     outs: Sequence[Tensor],
@@ -431,7 +431,7 @@ def forward_rows(
 
 
 def add_columns(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, out: Tensor, sums: Tensor
+    query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: float, out: Tensor, sums: Tensor
 ) -> None:
     """Add a layout's single columns to attention over its tiles.
 
@@ -456,7 +456,7 @@ class _Lists:
     work: Tensor
 
 
-def _lists(layout: BlockLayout, together: int, shared: bool, columns_only: bool = False) -> _Lists:
+def _lists(layout: Blocks, together: int, shared: bool, columns_only: bool = False) -> _Lists:
     heads, blocks_q = layout.counts.shape
     ids, counts = layout.indices.contiguous(), layout.counts.contiguous()
     words = None
@@ -505,7 +505,7 @@ FIELDS = 17
 def _table(
     states: list[tuple[Tensor, ...]],
     parts: list[_Lists],
-    layouts: Sequence[BlockLayout],
+    layouts: Sequence[Blocks],
     supers: list[int],
     shared: bool,
 ) -> tuple[Tensor, Tensor]:

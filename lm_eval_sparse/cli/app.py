@@ -32,7 +32,7 @@ def _methods(argv: list[str]) -> None:
     parser = Parser(prog=f"{PROGRAM} methods", description=COMMANDS["methods"].summary)
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/methods.md")
     options = parser.parse_args(argv)
-    from lm_eval_sparse.methods import listing, table
+    from lm_eval_sparse.methods.registry import listing, table
     from lm_eval_sparse.output import columns, say
 
     say(table() if options.markdown else listing(columns()))

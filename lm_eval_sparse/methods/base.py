@@ -1,13 +1,14 @@
 """What every method is: knobs, a place in the taxonomy, and a `select` that returns a selection.
 
 A method knows scores and blocks. It never computes attention output, and it knows nothing of models, caches,
-lm-eval or which kernel will run.
+lm-eval or which kernel will run. There are two levels: `scored` turns a score into a selection in any phase; here is
+the free one, on which a method returns the selection itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -15,103 +16,89 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels.cache.compact import check_kept, fault
-from ..kernels.decode import PageSelection
-from ..kernels.estimate import PageBounds
-from ..kernels.layout import BlockLayout
-from ..kernels.ragged import RaggedKV
+from ..kernels.types import Blocks, Keep, RaggedKV, Reads, Slot, State
 
 #: From this prompt length on a requested sparsity is a promise: out of reach it is an error, not dense attention.
 PROMISED_LENGTH = 4096
 #: What is always kept may take this share of a requested sparsity's budget before its defaults shrink.
 FORCED_SHARE = 0.25
-#: Keys of a page that all kernels take: single keys have no bounds, and a page is held by one program.
-PAGE_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
+#: Keys of a page that all kernels take; a page of one is a token.
+UNITS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 #: The smallest step of a budget may change the mean density by this much: twice the promised tolerance.
 MAX_STEP = 0.02
+#: Phases in the order in which they come.
+PHASES = ("prefill", "eviction", "decode")
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """What a method may know of the attention layers it serves: query heads, KV heads, head dimension."""
+class Density:
+    """A share in (0, 1] on average over the heads of a layer: of the causal pairs that a prefill executes, of the
+    prompt's tokens that stay after an eviction, of the row's tokens whose keys a step of decoding reads."""
 
-    heads: int
-    kv_heads: int
-    head_dim: int
+    share: float
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What a prefill method selects for one layer and one unpadded row.
+class Count:
+    """So many units of each head: key blocks of a query block, tokens that stay, keys that a step reads."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Mass:
+    """The fewest units of each head that hold this share of its estimated attention (top-p)."""
+
+    share: float
+
+
+Budget = Density | Count | Mass
+
+
+# --- what a method is told --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a method may know of the attention layer it serves.
 
     Attributes:
-        layout: key blocks, and maybe single key columns, per (query head, query block).
-        estimator_flops: floating-point operations spent on selecting (multiply and add count as two).
-        estimator_bytes: bytes of queries, keys and values read to select.
-        knobs: the knobs as solved for this call, numbers, for the results. What was solved on a GPU is a tensor of
-            one number there, as may be the two above: selecting does not wait for the device.
-        count_selected: gives the `(H,)` int64 pairs of the method's own pattern inside the causal triangle; None
-            where the method selects whole tiles, so that they are the executed ones.
+        index: of the layer in the model; count: layers of the model.
+        heads, kv_heads: query heads and KV heads.
+        head_dim: dimensions of a key.
+        rope: from positions `(T,)` int64 to cosines and sines `(T, D_rot)` of the model's rotary embedding, or None
+            where it has none that can be found.
+        weight: gives the output projection `(hidden, H * D_v)`, or is None where it cannot be found.
+        calibration: tensors that a calibration of the method has left for this layer.
     """
 
-    layout: BlockLayout
-    estimator_flops: int | Tensor
-    estimator_bytes: int | Tensor
-    knobs: dict[str, Any] = field(default_factory=dict)
-    count_selected: Callable[[], Tensor] | None = None
+    index: int = 0
+    count: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 1
+    rope: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    weight: Callable[[], Tensor] | None = None
+    calibration: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def selected_pairs(self) -> Tensor:
-        """`(H,)` int64, counted anew at each reading."""
-        return self.layout.executed_pairs() if self.count_selected is None else self.count_selected()
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of these positions; raises `UserError` where the model shows no rotary embedding."""
+        if self.rope is None:
+            raise UserError("needs the model's rotary embedding, and this model shows none: use another method")
+        return self.rope(positions)
+
+    def output_weight(self) -> Tensor:
+        """`(hidden, H * D_v)`; raises `UserError` where the model does not show its output projection."""
+        if self.weight is None:
+            raise UserError("needs the output projection of each layer, and this model shows none: use another method")
+        return self.weight()
 
 
 @dataclass(frozen=True)
-class EvictionSelection:
-    """What an eviction method keeps of one layer's cache of one unpadded row.
-
-    Attributes:
-        indices: `(H_kv, W)` int64, token ids; the first `counts` of a head are kept, ascending, the rest is undefined.
-        counts: `(H_kv,)` int64 on the same device, tokens that each KV head keeps, at least 1.
-        total: their sum, known on the host: it sizes the cache without waiting for the device.
-        estimator_flops, estimator_bytes, knobs: as in `Selection`.
-    """
-
-    indices: Tensor
-    counts: Tensor
-    total: int
-    estimator_flops: int
-    estimator_bytes: int
-    knobs: dict[str, Any] = field(default_factory=dict)
-
-    def check(self, kv_heads: int, length: int) -> None:
-        """Raise ValueError unless every head keeps at least one token, each once, ascending, and in range.
-
-        Waits for lists that are on a GPU.
-        """
-        self.check_shapes(kv_heads, length)
-        for bits in check_kept(self.indices, self.counts, self.total, length, backend="naive")[2].tolist():
-            if bits:
-                raise ValueError(fault(bits, self.indices.shape[1], self.total, length))
-
-    def check_shapes(self, kv_heads: int, length: int) -> None:
-        """The part of `check` that looks at shapes, dtypes and the total only."""
-        shape = tuple(self.indices.shape)
-        if len(shape) != 2 or shape[0] != kv_heads or tuple(self.counts.shape) != (kv_heads,):
-            raise ValueError(
-                f"indices {shape} and counts {tuple(self.counts.shape)} given, expected ({kv_heads}, W) and "
-                f"({kv_heads},)"
-            )
-        if self.indices.dtype != torch.int64 or self.counts.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"indices are {self.indices.dtype}, counts {self.counts.dtype}; expected torch.int64")
-        if not isinstance(self.total, int) or isinstance(self.total, bool):
-            raise ValueError(f"total is a {type(self.total).__name__}; expected an int, which the host knows")
-        if not kv_heads <= self.total <= kv_heads * min(length, shape[1]):
-            raise ValueError(f"total is {self.total}, expected {kv_heads} to {kv_heads * min(length, shape[1])} tokens")
-
-
-@dataclass(frozen=True)
-class DecodeContext:
+class CacheView:
     """What a decode method may know of the cache when T new tokens of each sequence are to be attended.
 
     A sequence is what one KV head of one row holds. All numbers of sequences stand on their device, where a captured
@@ -122,17 +109,15 @@ class DecodeContext:
             sequence that each new token may see.
         tokens: `(R,)` int64, the tokens of each row so far, evicted ones included: what a dense step would read for
             the newest of the T tokens.
-        bounds: page bounds over `kv`, when the method's `page_size` asks for them.
         kv_heads: sequences of one row, which follow each other; S is R times as many.
         new: keys `(S, T, D)` and values `(S, T, D_v)` of the new tokens where a method says that it `appends` them and
             they are not in the cache yet, else None.
-        overlap: whether attention directly follows the choice on the stream, so that `page_select.choose_pages` may let
+        overlap: whether attention directly follows the choice on the stream, so that `index.pages.choose_pages` may let
             them run into each other. Nothing need come of it.
     """
 
     kv: RaggedKV
     tokens: Tensor
-    bounds: PageBounds | None
     kv_heads: int = 1
     new: tuple[Tensor, Tensor] | None = None
     overlap: bool = False
@@ -144,22 +129,71 @@ class DecodeContext:
 
 
 @dataclass(frozen=True)
+class Call:
+    """The one argument of every `score` and `select`. Fields may be added.
+
+    Attributes:
+        query: `(H, L, D)` of one unpadded prompt, after rotary embedding; while decoding `(S, G, T, D)`, the query
+            heads of each KV head of each row.
+        key, value: `(H_kv, L, D)` and `(H_kv, L, D_v)` of the prompt; while decoding those are in `cache`, and these
+            are its flat storages.
+        scale, softcap: as the attention itself uses them.
+        phase: `prefill`, `eviction` or `decode`.
+        budget: what may be selected.
+        layer: the layer.
+        cache: what is cached; while decoding only.
+        state: what the method keeps of this layer, where it declares any; while decoding only.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    softcap: float | None
+    phase: str
+    budget: Budget
+    layer: Layer
+    cache: CacheView | None = None
+    state: State | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return self.query.shape[-2]
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods: subclasses are frozen dataclasses whose fields are the native knobs.
 
-    Class attributes give the name, the phase, the place in the taxonomy of "The Sparse Frontier" (section 2)
-    and the paper; the documentation is generated from them. `budget_knobs` names the knobs that a requested
-    sparsity decides, and which therefore cannot be given beside one.
+    Class attributes:
+        name, phase: what is typed, and the phase that it fills.
+        unit, importance, allocation, kv: the place in the taxonomy of The Sparse Frontier (section 2).
+        reference: the paper. The documentation is generated from these.
+        budget_knobs: the knobs that a requested sparsity decides, and which therefore cannot be given beside one.
+        native: the kind of budget that the first of them is: `Count` or `Mass`.
+        tiny: knobs that make the method sparse at 200 tokens; every matrix of the tests runs on them.
+        paper: what `preset=paper` knows of the method (`presets.Parameters`), or None.
+        looks_back: queries of the prompt that `prefilled` gets.
+        wants_mass: whether `attended` is called.
     """
 
     name: ClassVar[str]
     phase: ClassVar[str]
     unit: ClassVar[str]
     importance: ClassVar[str]
-    allocation: ClassVar[str]
+    allocation: ClassVar[Any]
     kv: ClassVar[str]
-    paper: ClassVar[str]
+    reference: ClassVar[str]
     budget_knobs: ClassVar[tuple[str, ...]] = ()
+    native: ClassVar[type] = Count
+    tiny: ClassVar[Mapping[str, Any]] = {}
+    paper: ClassVar[Any] = None
+    looks_back: ClassVar[int] = 0
+    wants_mass: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Take whole numbers that arrive as floats, such as `1e3`, for what they are. Subclasses check after this."""
@@ -184,71 +218,86 @@ class Method:
         """The largest sparsity that the forced parts leave reachable at this length."""
         return 1.0
 
+    def knobs_for(self, sparsity: float, length: int, layer: Layer | None = None) -> Method:
+        """The method with those defaults that shrink to leave room for `sparsity` at this prompt length (tokens)."""
+        return self
+
+    def as_native(self) -> Method:
+        """The method with the paper's values where defaults may shrink and no sparsity asks for it."""
+        return self
+
+    def native_budget(self) -> Budget:
+        """What the native knobs allow."""
+        return self.native(getattr(self, self.budget_knobs[0]) if self.budget_knobs else 0)
+
+    def resolved(self, sparsity: float | None, length: int, layer: Layer) -> tuple[Method, Budget]:
+        """The method and its budget for a prompt of `length` tokens in this layer.
+
+        Args:
+            sparsity: what to skip in [0, 1), or None when the native knobs rule.
+        """
+        if sparsity is None:
+            return self.as_native(), self.native_budget()
+        return self.knobs_for(sparsity, length, layer), Density(1 - sparsity)
+
+    # --- state: what a method keeps of a layer between the steps of decoding ---------------------------------------
+
+    def slots(self) -> tuple[Slot, ...]:
+        """The tensors that the method keeps of each layer."""
+        return ()
+
+    def prefilled(self, call: Call) -> None:
+        """The prompt is in the cache: fill the state for all tokens that `call.cache` holds.
+
+        Args:
+            call: as for `select`; its `query (S, G, T, D)` holds the last queries of the prompt, as many as the method
+                `looks_back` at, at most.
+        """
+
+    def appended(self, call: Call, before: Tensor) -> None:
+        """New tokens are in the cache: take keys from `before (S,)` int32 up to the lengths into the state."""
+
+    def attended(self, call: Call, mass: Tensor) -> None:
+        """What a step's tokens gave to each key: `mass (S, G, T, W)` fp32 beside the keys of what was read.
+
+        Only where the method `wants_mass`.
+        """
+
+    def select(self, call: Call) -> Any:
+        """Choose; returns `Blocks`, `Keep` or `Reads` by phase. A GPU is not waited for."""
+        raise NotImplementedError
+
 
 class PrefillMethod(Method):
-    """A method for the prefill phase."""
+    """A method for the prefill phase. `select` returns `Blocks`."""
 
     phase: ClassVar[str] = "prefill"
 
-    def knobs_for(self, sparsity: float, length: int, geometry: Geometry) -> PrefillMethod:
-        """The method with the knobs that a closed form gives for `sparsity` at this prompt length (tokens)."""
-        raise NotImplementedError
-
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> Selection:
-        """Choose keys for one layer and one row.
-
-        Args:
-            query: `(H, L, D)` after rotary embedding.
-            key: `(H_kv, L, D)`.
-            scale, softcap: as the attention itself uses them.
-            sparsity: executed sparsity to meet on average over the heads, or None to follow the native knobs.
-        """
+    def select(self, call: Call) -> Blocks:
         raise NotImplementedError
 
 
 class EvictionMethod(Method):
-    """A method that drops part of the prompt's keys and values, once, after prefill."""
+    """A method that drops part of the prompt's keys and values, once, after prefill. `select` returns `Keep`."""
 
     phase: ClassVar[str] = "eviction"
-
-    def knobs_for(self, sparsity: float, length: int, geometry: Geometry) -> EvictionMethod:
-        """The method with the knobs that `sparsity` gives at this prompt length (tokens)."""
-        raise NotImplementedError
 
     def keeps(self, sparsity: float | None, length: int) -> int:
         """Tokens of a prompt of `length` tokens that a KV head keeps on average, at most."""
         return length if sparsity is None else min(length, math.ceil((1 - sparsity) * length))
 
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> EvictionSelection:
-        """Choose the tokens to keep for one layer and one row; arguments as in `PrefillMethod.select`.
-
-        `sparsity` is the share of the prompt's keys and values to drop, on average over the KV heads.
-        """
+    def select(self, call: Call) -> Keep:
         raise NotImplementedError
 
 
 class DecodeMethod(Method):
-    """A method that chooses what each new token reads of a cache that keeps everything."""
+    """A method that chooses what each new token reads of a cache that keeps everything. `select` returns `Reads`."""
 
     phase: ClassVar[str] = "decode"
-    #: Whether `select` writes the new tokens into the cache where it gets them, in one launch with its own work.
+    #: Whether `select` writes the new tokens into the cache and takes them into the state, where it gets them.
     appends: ClassVar[bool] = False
-    #: The cache keeps the bounds of pages of this size, one of `PAGE_SIZES`; a field of most methods.
+    #: Keys of a page, one of `UNITS`: the unit of what is read, and of what the state keeps of a page.
     page_size: int
-
-    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> PageSelection:
-        """Choose pages for each new token, without waiting for the device.
-
-        Args:
-            query: `(S, G, T, D)`, the query heads of each KV head.
-            context: the cache.
-            sparsity: share of the logical keys not to read, or None to follow the native knobs.
-        """
-        raise NotImplementedError
 
     def cost(self, visible: Tensor, read: Tensor, group: int, dim: int, element: int) -> tuple[Tensor, Tensor]:
         """What selecting took, once it is known what was read.
@@ -262,16 +311,22 @@ class DecodeMethod(Method):
         """
         return torch.zeros_like(visible), torch.zeros_like(visible)
 
+    def select(self, call: Call) -> Reads:
+        raise NotImplementedError
+
 
 def check_page_size(method: Method) -> None:
     """Raise `UserError` unless a decode method has pages of a size that all kernels take."""
     size = getattr(method, "page_size", None)
-    if isinstance(size, bool) or not isinstance(size, int) or size not in PAGE_SIZES:
+    if isinstance(size, bool) or not isinstance(size, int) or size not in UNITS:
         given = f"page_size={size!r}" if hasattr(method, "page_size") else "no page_size"
         raise UserError(
             f"method {method.name} has {given}, which no kernel takes: give it one of "
-            f"{', '.join(map(str, PAGE_SIZES))} keys, for example page_size=16"
+            f"{', '.join(map(str, UNITS))} keys, for example page_size=16"
         )
+
+
+# --- helpers of knobs -------------------------------------------------------------------------------------------------
 
 
 def number(name: str, value: Any, low: float, high: float, *, whole: bool = False, example: Any) -> None:
@@ -293,6 +348,12 @@ def one_of(name: str, value: Any, accepted: tuple[Any, ...], *, auto: bool = Fal
         return
     words = ", ".join(map(str, accepted)) + (", or auto" if auto else "")
     raise UserError(f"{name}={value!r} is not accepted: give one of {words}")
+
+
+def yes_or_no(name: str, value: Any) -> None:
+    """Raise `UserError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={value!r} is not accepted: give True or False")
 
 
 def top(scores: Tensor, count: int | Tensor) -> Tensor:

@@ -18,4 +18,4 @@ class Dense(Method):
     importance: ClassVar[str] = "-"
     allocation: ClassVar[str] = "-"
     kv: ClassVar[str] = "full cache"
-    paper: ClassVar[str] = "Vaswani et al., 2017"
+    reference: ClassVar[str] = "Vaswani et al., 2017"

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import UserError, nearest
 from ..kernels.prefill import BACKENDS, DEBUG
-from ..runtime.session import Assignment, Plan
-from . import METHODS, PHASE_ARGUMENTS, Dense, Method, check_page_size, presets
+from . import presets
+from .base import PROMISED_LENGTH, Budget, Layer, Method, check_page_size
+from .dense import Dense
+from .registry import METHODS, PHASE_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +24,118 @@ logger = logging.getLogger(__name__)
 OWN_ARGS = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug")
 
 STATS = ("basic", "full")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A method in its phase.
+
+    Attributes:
+        method: with the knobs as typed.
+        sparsity: requested sparsity, or None when the native knobs rule.
+        preset: name of the table that turns the sparsity into knobs, or None.
+        argument: the model argument that asked for the sparsity.
+        typed: the knobs that were typed, each with the name it was typed under.
+    """
+
+    method: Method
+    sparsity: float | None
+    preset: str | None = None
+    argument: str = "sparsity"
+    typed: Mapping[str, str] = field(default_factory=dict)
+
+    def at(self, length: int, window: int | None = None) -> tuple[Any, float | None]:
+        """The method and the sparsity that it has to meet, for a prompt of `length` tokens; None: its knobs rule.
+
+        `window` is what the prompt's task says, which counts where the preset leaves it to tasks and none was typed.
+        """
+        if self.preset is None:
+            return self.method, self.sparsity
+        method = presets.lookup(self.preset, self.method, self.sparsity, length)
+        if self.window_by_task:
+            method = replace(method, window=presets.window(self.preset, type(method), window))
+        return method, None
+
+    def resolved(self, length: int, layer: Layer, window: int | None = None) -> tuple[Any, Budget]:
+        """The method and its budget in a layer, for a prompt of `length` tokens; `window` as in `at`."""
+        method, sparsity = self.at(length, window)
+        return method.resolved(sparsity, length, layer)
+
+    @property
+    def window_by_task(self) -> bool:
+        """Whether each prompt's task decides the method's window."""
+        return "window" not in self.typed and presets.window(self.preset, type(self.method)) is not None
+
+    @property
+    def window(self) -> int | None:
+        """The window of last queries that was typed. One that was not is cut to the prompt where it is longer."""
+        looks_back = "window" in self.typed and self.method.phase != "decode"
+        return self.method.window if looks_back else None
+
+    def lacks_window(self, length: int) -> str | None:
+        """Why a prompt of `length` tokens runs dense that is shorter than the typed window, or None."""
+        if self.window is None or length >= self.window:
+            return None
+        return f"prompt of {length} tokens is shorter than {self.typed['window']}={self.window}"
+
+    def check_window(self, shortest: int, longest: int) -> None:
+        """Raise `UserError` when no prompt, of `shortest` to `longest` tokens, has the window that was typed."""
+        if self.lacks_window(longest) is None:
+            return
+        name = self.typed["window"]
+        raise UserError(
+            f"{name}={self.window} was typed, and no prompt has so many tokens (the shortest {shortest}, the longest "
+            f"{longest}): leave {name} out for {self.method.knobs()['window']}, or type {name}={longest} or less "
+            f"({shortest} for all to have it)"
+        )
+
+    def check_length(self, length: int) -> None:
+        """Raise `UserError` when the sparsity is promised for a prompt of `length` tokens but out of reach there."""
+        method, sparsity = self.at(length)
+        if sparsity is None or length < PROMISED_LENGTH:
+            return
+        if (lacking := self.lacks_window(length)) is not None:
+            name = self.typed["window"]
+            raise UserError(
+                f"{lacking}, and {self.argument}={sparsity:g} is promised from {PROMISED_LENGTH} tokens on: leave "
+                f"{name} out for {self.method.knobs()['window']}, or type {name}={length} or less"
+            )
+        largest = method.largest_sparsity(length)
+        if largest < sparsity:
+            raise UserError(
+                f"{self.argument}={sparsity:g} is out of reach of {method.name} at {length} tokens, where the parts it "
+                f"always keeps leave at most {largest:.3f}: type {self.argument}={int(largest * 100) / 100:g} or less, "
+                "or use longer prompts"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run in each phase; None is dense.
+
+    Attributes:
+        backend: the kernel of sparse calls, or `auto`.
+        debug: whether selections are checked at once on a GPU too, which waits for it.
+
+    Raises:
+        UserError: a decode method with pages of a size that no kernel takes.
+    """
+
+    prefill: Assignment | None = None
+    eviction: Assignment | None = None
+    decode: Assignment | None = None
+    backend: str = "auto"
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.decode is not None:
+            check_page_size(self.decode.method)
+
+    @property
+    def phases(self) -> dict[str, Assignment]:
+        """The phases that a method fills."""
+        found = {"prefill": self.prefill, "eviction": self.eviction, "decode": self.decode}
+        return {name: assignment for name, assignment in found.items() if assignment is not None}
 
 
 @dataclass(frozen=True)
@@ -74,7 +189,7 @@ class SparseConfig:
         sources = {
             method.name: "typed" if "window" in self.typed[phase] else "task"
             for phase, method in self.methods.items()
-            if "window" in self.typed[phase] or presets.window(self.preset, method.name) is not None
+            if "window" in self.typed[phase] or presets.window(self.preset, type(method)) is not None
         }
         knobs = {
             method.name: {
@@ -155,7 +270,7 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
         decided = {name: value for name, value in knobs[phase].items() if name in cls.budget_knobs}
         if sparsities[phase] is not None and decided:
             _refuse_both(ours, names, phase, decided)
-        methods[phase] = cls(**{**presets.fixed(preset, cls.name), **knobs[phase]})
+        methods[phase] = cls(**{**presets.fixed(preset, cls), **knobs[phase]})
         if phase == "decode":
             check_page_size(methods[phase])
         if sparsities[phase] is None:

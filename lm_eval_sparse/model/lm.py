@@ -1042,7 +1042,7 @@ class SparseHFLM(HFLM):
         not hold it.
         """
         for phase, assignment in self.runtime.plan.phases.items():
-            made, now = stats[phase].get("window"), presets.window(assignment.preset, assignment.method.name, window)
+            made, now = stats[phase].get("window"), presets.window(assignment.preset, type(assignment.method), window)
             if made is not None and made != now:
                 raise UserError(
                     f"the --use_cache file holds answers of {task} that {assignment.method.name} made with window="

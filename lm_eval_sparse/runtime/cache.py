@@ -25,8 +25,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from ..kernels.cache.append import append
 from ..kernels.cache.compact import compact
-from ..kernels.estimate import PageBounds, update_bounds
-from ..kernels.ragged import RaggedKV
+from ..kernels.estimate import update_bounds
+from ..kernels.types import PageBounds, RaggedKV
 
 #: Model -> what its `forward` calls the cache.
 _names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()

@@ -22,11 +22,12 @@ from transformers.masking_utils import causal_mask_function
 
 from ..errors import UserError
 from ..kernels.dense import dense_attention
+from ..methods.plan import Assignment, Plan
 from .accounting import RowCounts
 from .cache import PreallocatedLayer
 from .interface import CALL, IMPLEMENTATION, made_mask, own_function, run_mask
 from .masks import Sight, sight_of
-from .session import Assignment, Plan, Runtime
+from .session import Runtime
 from .trial import METHODS, Trial
 
 #: Tokens of the trial prompt: several pages and blocks, the last ones partial.

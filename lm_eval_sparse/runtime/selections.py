@@ -7,7 +7,7 @@ counts refuses the run. With `debug=1` that is waited for at once, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,14 +16,11 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels import decode as paged_decode
-from ..kernels import layout
+from ..kernels import decode
 from ..kernels.backends import choose
-from ..kernels.cache import compact as compaction
-from ..kernels.decode import PageSelection
-from ..kernels.layout import BlockLayout, check_shapes
-from ..kernels.ragged import RaggedKV
-from ..methods import EvictionSelection
+from ..kernels.cache import compact
+from ..kernels.types import Blocks, Keep, RaggedKV, Reads, check_shapes
+from ..methods.base import Call
 from .memory import out_of_memory
 
 #: Why a method that ran was none the less dense, by phase: what it selected leaves nothing out.
@@ -54,10 +51,8 @@ def misfit(method: str, layer: int, error: ValueError | str) -> UserError:
     return UserError(f"method {method}, layer {layer}: {error}")
 
 
-def chosen(
-    method: Any, layer: int, kind: type, inputs: Sequence[Tensor], debug: bool, select: Callable[[], Any]
-) -> Any:
-    """What `select` returns, when it is of the right kind and has left its inputs as they were.
+def chosen(method: Any, call: Call, kind: type, debug: bool) -> Any:
+    """What `method` selects, when it is of the right kind and has left its inputs as they were.
 
     Args:
         debug: let what goes wrong inside the method through as it is.
@@ -65,9 +60,12 @@ def chosen(
     Raises:
         UserError: it is not, or has not, or it failed.
     """
+    layer = call.layer.index
+    # A decode method that appends writes into the cache, as it says.
+    inputs = (call.query,) if getattr(method, "appends", False) and call.cache else (call.query, call.key, call.value)
     before = [states._version for states in inputs]
     try:
-        found = select()
+        found = method.select(call)
     except Exception as error:  # methods are written by anybody
         if debug or isinstance(error, UserError) or out_of_memory(error):
             raise
@@ -101,12 +99,12 @@ class Walked:
 
     Attributes:
         layout: what kernels can execute.
-        pairs, keys: `(H,)` int64, as `BlockLayout.pairs_and_keys` gives them.
+        pairs, keys: `(H,)` int64, as `Blocks.pairs_and_keys` gives them.
         faults: `(H,)` int32 flags on the device that are yet to be looked at, or None.
         words: what they say.
     """
 
-    def __init__(self, method: str, layer: int, given: BlockLayout, query: Tensor, debug: bool):
+    def __init__(self, method: str, layer: int, given: Blocks, query: Tensor, debug: bool):
         try:
             _check_layout(given, query)
         except ValueError as error:
@@ -127,10 +125,10 @@ class Walked:
 
 
 def _layout_words(width: int, blocks: int, columns: int, bits: int) -> str:
-    return f"the layout {layout.fault(bits, width, blocks, columns)}"
+    return f"the layout {Blocks.fault(bits, width, blocks, columns)}"
 
 
-def _check_layout(given: BlockLayout, query: Tensor) -> None:
+def _check_layout(given: Blocks, query: Tensor) -> None:
     heads, length, _ = query.shape
     if given.length != length:
         raise ValueError(f"layout is for {given.length} tokens, query has {length}")
@@ -142,31 +140,31 @@ def _check_layout(given: BlockLayout, query: Tensor) -> None:
 
 
 def check_kept(
-    method: str, layer: int, kept: EvictionSelection, kv_heads: int, length: int, debug: bool
-) -> tuple[EvictionSelection, Tensor | None, Words]:
+    method: str, layer: int, kept: Keep, kv_heads: int, length: int, debug: bool
+) -> tuple[Keep, Tensor | None, Words]:
     """What can be kept, `(H_kv,)` int32 flags that are yet to be looked at, and what they say."""
     try:
         kept.check_shapes(kv_heads, length)
     except ValueError as error:
         raise misfit(method, layer, error) from error
-    words = partial(_kept_words, kept.indices.shape[1], kept.total, length)
-    indices, counts, faults = compaction.check_kept(kept.indices, kept.counts, kept.total, length)
+    words = partial(_kept_words, kept.ids.shape[1], kept.total, length)
+    ids, counts, faults = compact.check_kept(kept.ids, kept.counts, kept.total, length)
     if debug or choose("auto", counts.device) == "naive":
         refuse(method, layer, faults.tolist(), words, "KV head")
         return kept, None, words
-    return replace(kept, indices=indices, counts=counts), faults, words
+    return replace(kept, ids=ids, counts=counts), faults, words
 
 
 def _kept_words(width: int, total: int, length: int, bits: int) -> str:
-    return f"it {compaction.fault(bits, width, total, length)}"
+    return f"it {Keep.words(bits, width, total, length)}"
 
 
 def check_pages(
-    method: Any, layer: int, selection: PageSelection, query: Tensor, kv: RaggedKV, backend: str, debug: bool
+    method: Any, layer: int, selection: Reads, query: Tensor, kv: RaggedKV, backend: str, debug: bool
 ) -> None:
     """Check lists of pages at once, or leave it to attention, which then gives minus their faults for keys read."""
-    if selection.page_size != method.page_size:
-        own = f"pages of {selection.page_size!r} keys are selected, but the method's page_size is {method.page_size!r}"
+    if selection.unit != method.page_size:
+        own = f"pages of {selection.unit!r} keys are selected, but the method's page_size is {method.page_size!r}"
         raise misfit(method.name, layer, own)
     try:
         selection.check_shapes(query)
@@ -176,8 +174,8 @@ def check_pages(
     if ready is not None and (kv.tickets is None or ready.data_ptr() != kv.tickets[1].data_ptr()):
         # Attention would wait for ever for lists that nobody completes.
         raise misfit(method.name, layer, "ready is given, but not that of kernels.page_select; expected None")
-    if debug or not query.is_cuda or paged_decode.choose_backend(query, kv, backend) != "triton":
-        refuse_pages(method, layer, -selection.faults(kv), selection.pages.shape[-1], kv.heads)
+    if debug or not query.is_cuda or decode.choose_backend(query, kv, backend) != "triton":
+        refuse_pages(method, layer, -selection.faults(kv), selection.ids.shape[-1], kv.heads)
 
 
 def refuse_pages(method: Any, layer: int, reads: np.ndarray, width: int, kv_heads: int) -> None:
@@ -188,4 +186,4 @@ def refuse_pages(method: Any, layer: int, reads: np.ndarray, width: int, kv_head
     bits = -int(reads[sequence, own][reads[sequence, own] < 0].flat[0])
     head, lists = sequence % kv_heads, reads.shape[1]
     whose = f"KV head {head}" if lists == 1 else f"query head {head * lists + own}"
-    raise UserError(f"method {method.name}, layer {layer}, {whose}: the {paged_decode.fault(bits, width)}")
+    raise UserError(f"method {method.name}, layer {layer}, {whose}: the {Reads.words(bits, width)}")

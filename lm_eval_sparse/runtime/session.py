@@ -8,9 +8,9 @@ change what is selected.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,135 +19,20 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels.decode import BACKENDS as DECODE_BACKENDS
-from ..kernels.decode import PageSelection, paged_decode
+from ..kernels.decode import paged_decode
 from ..kernels.dense import dense_attention, masked_attention
-from ..kernels.layout import causal_pairs
 from ..kernels.prefill import block_sparse_prefill_rows
-from ..kernels.ragged import RaggedKV
-from ..methods import (
-    PROMISED_LENGTH,
-    DecodeContext,
-    DecodeMethod,
-    EvictionSelection,
-    Method,
-    Selection,
-    check_page_size,
-    presets,
-)
+from ..kernels.types import Blocks, Keep, RaggedKV, Reads, State, causal_pairs
+from ..methods.base import CacheView, Call, DecodeMethod, Layer
+from ..methods.plan import Plan
 from .accounting import PhaseCounts, RowCounts, settle
 from .cache import PreallocatedLayer, SparseCache, Storage
+from .layers import Layers
 from .masks import Sight, sight_of, structure
 from .selections import COVERS, Walked, check_figures, check_kept, check_pages, chosen, misfit, refuse, refuse_pages
 
 #: Why a decode method read everything although it could have read less.
 COVERED = COVERS["decode"]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A method in its phase.
-
-    Attributes:
-        method: with the knobs as typed.
-        sparsity: requested sparsity, or None when the native knobs rule.
-        preset: name of the table that turns the sparsity into knobs, or None.
-        argument: the model argument that asked for the sparsity.
-        typed: the knobs that were typed, each with the name it was typed under.
-    """
-
-    method: Method
-    sparsity: float | None
-    preset: str | None = None
-    argument: str = "sparsity"
-    typed: Mapping[str, str] = field(default_factory=dict)
-
-    def at(self, length: int, window: int | None = None) -> tuple[Any, float | None]:
-        """The method and the sparsity that it has to meet itself, for a prompt of `length` tokens.
-
-        `window` is what the prompt's task says, which counts where the preset leaves it to tasks and none was typed.
-        """
-        if self.preset is None:
-            return self.method, self.sparsity
-        method = presets.lookup(self.preset, self.method, self.sparsity, length)
-        if self.window_by_task:
-            method = replace(method, window=presets.window(self.preset, method.name, window))
-        return method, None
-
-    @property
-    def window_by_task(self) -> bool:
-        """Whether each prompt's task decides the method's window."""
-        return "window" not in self.typed and presets.window(self.preset, self.method.name) is not None
-
-    @property
-    def window(self) -> int | None:
-        """The window of last queries that was typed. One that was not is cut to the prompt where it is longer."""
-        looks_back = "window" in self.typed and self.method.phase != "decode"
-        return self.method.window if looks_back else None
-
-    def lacks_window(self, length: int) -> str | None:
-        """Why a prompt of `length` tokens runs dense that is shorter than the typed window, or None."""
-        if self.window is None or length >= self.window:
-            return None
-        return f"prompt of {length} tokens is shorter than {self.typed['window']}={self.window}"
-
-    def check_window(self, shortest: int, longest: int) -> None:
-        """Raise `UserError` when no prompt, of `shortest` to `longest` tokens, has the window that was typed."""
-        if self.lacks_window(longest) is None:
-            return
-        name = self.typed["window"]
-        raise UserError(
-            f"{name}={self.window} was typed, and no prompt has so many tokens (the shortest {shortest}, the longest "
-            f"{longest}): leave {name} out for {self.method.knobs()['window']}, or type {name}={longest} or less "
-            f"({shortest} for all to have it)"
-        )
-
-    def check_length(self, length: int) -> None:
-        """Raise `UserError` when the sparsity is promised for a prompt of `length` tokens but out of reach there."""
-        method, sparsity = self.at(length)
-        if sparsity is None or length < PROMISED_LENGTH:
-            return
-        if (lacking := self.lacks_window(length)) is not None:
-            name = self.typed["window"]
-            raise UserError(
-                f"{lacking}, and {self.argument}={sparsity:g} is promised from {PROMISED_LENGTH} tokens on: leave "
-                f"{name} out for {self.method.knobs()['window']}, or type {name}={length} or less"
-            )
-        largest = method.largest_sparsity(length)
-        if largest < sparsity:
-            raise UserError(
-                f"{self.argument}={sparsity:g} is out of reach of {method.name} at {length} tokens, where the parts it "
-                f"always keeps leave at most {largest:.3f}: type {self.argument}={int(largest * 100) / 100:g} or less, "
-                "or use longer prompts"
-            )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to run in each phase; None is dense.
-
-    Attributes:
-        backend: the kernel of sparse calls, or `auto`.
-        debug: whether selections are checked at once on a GPU too, which waits for it.
-
-    Raises:
-        UserError: a decode method with pages of a size that no kernel takes.
-    """
-
-    prefill: Assignment | None = None
-    eviction: Assignment | None = None
-    decode: Assignment | None = None
-    backend: str = "auto"
-    debug: bool = False
-
-    def __post_init__(self) -> None:
-        if self.decode is not None:
-            check_page_size(self.decode.method)
-
-    @property
-    def phases(self) -> dict[str, Assignment]:
-        """The phases that a method fills."""
-        found = {"prefill": self.prefill, "eviction": self.eviction, "decode": self.decode}
-        return {name: assignment for name, assignment in found.items() if assignment is not None}
 
 
 @dataclass(frozen=True)
@@ -159,7 +44,7 @@ class SparseRow:
     key: Tensor
     value: Tensor
     out: Tensor | None
-    selection: Selection
+    selection: Blocks
 
 
 class Runtime:
@@ -192,6 +77,8 @@ class Runtime:
         self.sizes: dict[int, tuple[int, int | None]] = {}
         #: Tokens of the longest prompts and answers: a window of at least as many hides nothing.
         self.longest: int | None = None
+        #: What methods are told of each layer.
+        self.known = Layers()
         #: Counts of the rows of the running batch.
         self.rows: list[RowCounts] | None = None
         #: Tokens of the prompt of the running batch, padding included; earlier chunks are prefill too.
@@ -240,6 +127,7 @@ class Runtime:
 
     def attach(self, model: torch.nn.Module) -> None:
         """Make this the runtime of every attention module of `model`."""
+        self.known = Layers(model)
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module._lm_eval_sparse = self
@@ -298,21 +186,23 @@ class Runtime:
         if self.decoder is not None:
             if index in self.by_memory and not self.decoder.gave(index, key, value):
                 raise changed(module, "is given other keys and values than its cache holds, unlike")
+            known = self.known.of(module, query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
             return self.decoder.attend(
-                index, query, key, value, scale=scale, softcap=softcap, window=window, eligible=reason is None
+                known, query, key, value, scale=scale, softcap=softcap, window=window, eligible=reason is None
             )
         if self.takes_mask(index):
             return masked_attention(query, key, value, mask, scale=scale, softcap=softcap)
         starts = self.starts(mask)
         batch, q_len, kv_len = len(query), query.shape[2], key.shape[2]
         options = {"scale": scale, "softcap": softcap, "window": window}
+        known = self.known.of(module, query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
         layer = self._cache_layer(index) if reason is None else None
         if layer is not None and index in self.by_memory and not layer.gave(key, value):
             raise changed(module, "is given other keys and values than its cache holds, unlike")
         # A lender has evicted its prompt when a borrower's prefill begins.
         evicted = layer is not None and layer.ragged is not None and layer.get_seq_length() > self.prompt
         if layer is not None and (evicted or (q_len != kv_len and kv_len > self.prompt)):
-            return self._decode(index, layer, query, key, value, starts, scale, softcap)
+            return self._decode(known, layer, query, key, value, starts, scale, softcap)
         if q_len != kv_len:
             out = self._continue(index, query, key, value, mask, starts, reason, options)
         elif starts is None and (self.plan.prefill is None or reason is not None):
@@ -332,7 +222,7 @@ class Runtime:
                 if start:
                     out[row, :, :start] = 0
                 if fits[row]:
-                    sparse.append(self._select(index, q, k, v, place, row, scale, softcap))
+                    sparse.append(self._select(known, q, k, v, place, row, scale, softcap))
                 else:
                     self._count_dense("prefill", index, q[None], k[None], v[None], [0], reason, row=row, batch=batch)
                     place.copy_(dense_attention(q[None], k[None], v[None], **options)[0])
@@ -340,7 +230,7 @@ class Runtime:
                 made = self._run_sparse(index, rows, batch, scale, softcap)
                 out = made[0][None] if alone else out
         if layer is not None and kv_len == self.prompt and index not in self.lenders:
-            self._end_prefill(index, layer, query, key, starts or [0] * batch, scale, softcap)
+            self._end_prefill(known, layer, query, key, value, starts or [0] * batch, scale, softcap)
         return out
 
     def _window(self, module: torch.nn.Module, mask: Tensor | None) -> int | None:
@@ -394,7 +284,7 @@ class Runtime:
 
     def _select(
         self,
-        index: int,
+        layer: Layer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -403,16 +293,10 @@ class Runtime:
         scale: float,
         softcap: float | None,
     ) -> SparseRow:
-        method, sparsity = self.plan.prefill.at(query.shape[1], self.task_window)
-        selection = chosen(
-            method,
-            index,
-            Selection,
-            (query, key),
-            self.plan.debug,
-            lambda: method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity),
-        )
-        return SparseRow(row, query, key, value, out, selection)
+        method, budget = self.plan.prefill.resolved(query.shape[1], layer, self.task_window)
+        call = Call(query, key, value, scale, softcap, "prefill", budget, layer)
+        blocks = chosen(method, call, Blocks, self.plan.debug)
+        return SparseRow(row, query, key, value, out, blocks)
 
     def _run_sparse(
         self, index: int, rows: Sequence[SparseRow], batch: int, scale: float, softcap: float | None
@@ -420,7 +304,7 @@ class Runtime:
         """Compute the rows' attention in one call of the operator, and count it."""
         outs, method = [row.out for row in rows], self.plan.prefill.method.name
         debug = self.plan.debug or not self.rows
-        walked = [Walked(method, index, row.selection.layout, row.query, debug) for row in rows]
+        walked = [Walked(method, index, row.selection, row.query, debug) for row in rows]
         try:
             made, backend = block_sparse_prefill_rows(
                 [row.query for row in rows],
@@ -444,18 +328,22 @@ class Runtime:
 
     def _end_prefill(
         self,
-        index: int,
+        known: Layer,
         layer: PreallocatedLayer,
         query: Tensor,
         key: Tensor,
+        value: Tensor,
         starts: list[int],
         scale: float,
         softcap: float | None,
     ) -> None:
         """The prompt is complete in this layer: evict, begin to keep page bounds, and count what is held."""
+        index = known.index
         layer.pads = list(starts)
         kept = [
-            self._evict_row(index, query[row, :, start:], key[row, :, start:], row, len(starts), scale, softcap)
+            self._evict_row(
+                known, *(states[row, :, start:] for states in (query, key, value)), row, len(starts), scale, softcap
+            )
             for row, start in enumerate(starts)
         ]
         if self.plan.eviction is not None:  # also when all rows keep everything: a row must not feel its neighbours
@@ -468,11 +356,19 @@ class Runtime:
                 count_memory(counts, index, *layer.held_bytes(row))
 
     def _evict_row(
-        self, index: int, query: Tensor, key: Tensor, row: int, batch: int, scale: float, softcap: float | None
+        self,
+        layer: Layer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        row: int,
+        batch: int,
+        scale: float,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor, int] | None:
         """What one row keeps: ids `(H_kv, W)`, their numbers `(H_kv,)`, the sum of those; None for everything."""
         heads, length, dim = len(query), key.shape[1], key.shape[2]
-        kv_heads = key.shape[0]
+        kv_heads, index = key.shape[0], layer.index
         counts = self._counts("eviction", row, batch)
         per_key = 2 * dim * key.element_size()
         dense = {
@@ -492,14 +388,9 @@ class Runtime:
                 counts.reasons[reason] += 1
                 counts.add(index, heads, "fallback", None, **everything)
             return None
-        selection = chosen(
-            method,
-            index,
-            EvictionSelection,
-            (query, key),
-            self.plan.debug,
-            lambda: method.select(query, key, scale=scale, softcap=softcap, sparsity=sparsity),
-        )
+        method, budget = self.plan.eviction.resolved(length, layer, self.task_window)
+        call = Call(query, key, value, scale, softcap, "eviction", budget, layer)
+        selection = chosen(method, call, Keep, self.plan.debug)
         debug = self.plan.debug or counts is None
         selection, faults, words = check_kept(method.name, index, selection, kv_heads, length, debug)
         if counts is not None:
@@ -518,9 +409,9 @@ class Runtime:
                 counts.add(index, heads, kind, "compact", selected=kept, executed=kept, **costs, **dense)
                 counts.note_knobs(dict(zip(names, knobs, strict=True)))
 
-            cost = selection.estimator_flops, selection.estimator_bytes
+            cost = selection.cost.flops, selection.cost.bytes
             self._row(row, batch).later(count, selection.counts, faults, *cost, *selection.knobs.values())
-        return selection.indices, selection.counts, selection.total
+        return selection.ids, selection.counts, selection.total
 
     def _continue(
         self,
@@ -546,7 +437,7 @@ class Runtime:
 
     def _decode(
         self,
-        index: int,
+        known: Layer,
         layer: PreallocatedLayer,
         query: Tensor,
         key: Tensor,
@@ -556,6 +447,7 @@ class Runtime:
         softcap: float | None,
     ) -> Tensor:
         """New tokens against our cache; `q_len` is above 1 when given answers are scored."""
+        index = known.index
         batch, heads, steps, dim = query.shape
         if layer.ragged is None and self.plan.decode is None:
             first = None if starts is None else torch.tensor(starts, device=query.device)
@@ -571,31 +463,37 @@ class Runtime:
             for row in range(batch):
                 self._count_decode(index, row, layer, kv, shape, steps, None, None, used)
             return out.reshape(batch, heads, steps, -1)
-        methods = [self.plan.decode.at(self.prompt - layer.pads[row]) for row in range(batch)]
+        methods = [self.plan.decode.resolved(self.prompt - layer.pads[row], known) for row in range(batch)]
         tokens = torch.tensor([layer.get_seq_length() - pad for pad in layer.pads]).to(query.device)
         out = grouped.new_empty(*grouped.shape[:3], kv.values.shape[-1])
         # All rows at once, unless a preset gives each prompt its own knobs.
         together = all(method == methods[0] for method in methods)
         for rows in [range(batch)] if together else [range(row, row + 1) for row in range(batch)]:
             part = slice(rows.start * kv_heads, rows.stop * kv_heads)
-            method, sparsity = methods[rows.start]
-            context = DecodeContext(kv.part(part), tokens[rows.start : rows.stop], layer.bounds.part(part), kv_heads)
-            selection = chosen(
-                method,
-                index,
-                PageSelection,
-                (grouped, context.kv.keys, context.kv.values),
-                self.plan.debug,
-                lambda c=context, q=grouped[part], m=method, s=sparsity: m.select(q, c, sparsity=s),
+            method, budget = methods[rows.start]
+            cache = CacheView(kv.part(part), tokens[rows.start : rows.stop], kv_heads)
+            bounds = layer.bounds.part(part)
+            call = Call(
+                grouped[part],
+                kv.keys,
+                kv.values,
+                scale,
+                softcap,
+                "decode",
+                budget,
+                known,
+                cache,
+                State({"low": bounds.low, "high": bounds.high}, bounds.page_size, bounds.first),
             )
-            check_pages(method, index, selection, grouped[part], context.kv, backend, self.plan.debug)
+            selection = chosen(method, call, Reads, self.plan.debug)
+            check_pages(method, index, selection, grouped[part], cache.kv, backend, self.plan.debug)
             read = torch.empty(selection.counts.shape, dtype=torch.int32, device=query.device)
             out[part], used = paged_decode(
-                grouped[part], context.kv, selection, scale=scale, softcap=softcap, backend=backend, keys_read=read
+                grouped[part], cache.kv, selection, scale=scale, softcap=softcap, backend=backend, keys_read=read
             )
             for row in rows:
                 own = slice((row - rows.start) * kv_heads, (row - rows.start + 1) * kv_heads)
-                width = selection.pages.shape[-1]
+                width = selection.ids.shape[-1]
                 self._count_decode(index, row, layer, kv, shape, steps, read[own], method, used, width)
         return out.reshape(batch, heads, steps, -1)
 
@@ -697,7 +595,7 @@ class StepAttention(Protocol):
 
     def attend(
         self,
-        index: int,
+        layer: Layer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -707,7 +605,7 @@ class StepAttention(Protocol):
         window: int | None,
         eligible: bool,
     ) -> Tensor:
-        """Append `key` and `value (B, H_kv, 1, D)` to layer `index` and attend; returns `(B, H, 1, D_v)`."""
+        """Append `key` and `value (B, H_kv, 1, D)` to this layer and attend; returns `(B, H, 1, D_v)`."""
         ...
 
     def gave(self, index: int, key: Tensor, value: Tensor) -> bool:
@@ -807,7 +705,7 @@ def alike(rows: Iterable[SparseRow]) -> list[list[SparseRow]]:
     """Rows in groups whose layouts are of one kind: block sizes, and no columns, shared ones or own ones."""
     groups: dict[tuple, list[SparseRow]] = {}
     for row in rows:
-        layout = row.selection.layout
+        layout = row.selection
         columns = None if layout.columns is None else layout.columns.shape[1] == 1
         groups.setdefault((layout.block_q, layout.block_k, columns), []).append(row)
     return list(groups.values())
@@ -818,7 +716,7 @@ def count_sparse(counts: RowCounts, method: str, index: int, row: SparseRow, wal
 
     One that executed all of them in every head was dense, whatever the method says of itself.
     """
-    selection, layout = row.selection, row.selection.layout
+    selection = layout = row.selection
     heads, length, dim = row.query.shape
     per_key = (row.key.shape[-1] + row.value.shape[-1]) * row.key.element_size()
     bytes_dense = per_key * dense_keys(length, layout.block_q)
@@ -853,7 +751,7 @@ def count_sparse(counts: RowCounts, method: str, index: int, row: SparseRow, wal
 
     # A method that selects whole tiles has selected what is executed.
     selected = walked.pairs if selection.count_selected is None else selection.count_selected()
-    cost = selection.estimator_flops, selection.estimator_bytes
+    cost = selection.cost.flops, selection.cost.bytes
     counts.later(count, selected, walked.pairs, walked.keys, walked.faults, *cost, *selection.knobs.values())
 
 

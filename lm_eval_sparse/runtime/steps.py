@@ -26,10 +26,10 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels.cache.append import append
-from ..kernels.decode import PageSelection, paged_decode
-from ..kernels.estimate import PageBounds, update_bounds
-from ..kernels.ragged import RaggedKV
-from ..methods import DecodeContext, DecodeMethod
+from ..kernels.decode import paged_decode
+from ..kernels.estimate import update_bounds
+from ..kernels.types import PageBounds, RaggedKV, Reads, State
+from ..methods.base import CacheView, Call, DecodeMethod, Layer
 from .accounting import RowCounts
 from .cache import PreallocatedLayer, SparseCache, autocast, same_memory
 from .memory import out_of_memory
@@ -480,7 +480,7 @@ class Decoder:
 
     def attend(
         self,
-        index: int,
+        known: Layer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -490,7 +490,8 @@ class Decoder:
         window: int | None,
         eligible: bool,
     ) -> Tensor:
-        """See `attention.StepAttention`. Rows beyond those of attention's bucket are idle and get 0."""
+        """See `session.StepAttention`. Rows beyond those of attention's bucket are idle and get 0."""
+        index = known.index
         layer, rows = self.layers[index], self._bucket
         width, heads, _, dim = query.shape
         sequences = rows * layer.heads
@@ -510,15 +511,14 @@ class Decoder:
             out, used = paged_decode(grouped, kv, window=window, **options)
         else:
             # Nothing comes between these two: they run into each other.
-            context = DecodeContext(kv, self.tokens_held[:rows], bounds, layer.heads, new, overlap=True)
-            # A method that appends writes into the cache, as it says.
-            inputs = (grouped,) if method.appends else (grouped, kv.keys, kv.values)
-            debug, sparsity = self.runtime.plan.debug, self.sparsity
-            selection = chosen(
-                method, index, PageSelection, inputs, debug, lambda: method.select(grouped, context, sparsity=sparsity)
-            )
+            cache = CacheView(kv, self.tokens_held[:rows], layer.heads, new, overlap=True)
+            state = State({"low": bounds.low, "high": bounds.high}, bounds.page_size, bounds.first)
+            method, budget = method.resolved(self.sparsity, 0, known)
+            call = Call(grouped, kv.keys, kv.values, scale, softcap, "decode", budget, known, cache, state)
+            debug = self.runtime.plan.debug
+            selection = chosen(method, call, Reads, debug)
             check_pages(method, index, selection, grouped, kv, backend, debug)
-            lists, layer.width = selection.counts.shape[1], selection.pages.shape[-1]
+            lists, layer.width = selection.counts.shape[1], selection.ids.shape[-1]
             layer.reads = layer.room[: len(self.ids) * layer.heads * lists].view(-1, lists, 1)
             out, used = paged_decode(grouped, kv, selection, keys_read=layer.reads[:sequences], **options)
         layer.backend, layer.shape = used, DecodeShape.of(heads, layer.heads, kv)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.decode import PageSelection
-from ..kernels.layout import BlockLayout
-from ..methods import DecodeContext, DecodeMethod, EvictionMethod, EvictionSelection, PrefillMethod, Selection
+from ..kernels.types import Blocks, Keep, Reads
+from ..methods.base import Call, DecodeMethod, EvictionMethod, PrefillMethod
 
 #: Keys of a block and of a page.
 BLOCK, PAGE = 16, 8
@@ -62,15 +61,13 @@ class TrialPrefill(PrefillMethod):
     name = "prefill on trial"
     trial: Any = None
 
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> Selection:
-        heads, length, _ = query.shape
-        blocks = torch.arange(-(-length // BLOCK), device=query.device)
+    def select(self, call: Call) -> Blocks:
+        heads, length, _ = call.query.shape
+        blocks = torch.arange(-(-length // BLOCK), device=call.query.device)
         wanted = ((blocks[None] == 0) | (blocks[None] == blocks[:, None])).expand(heads, -1, -1)
-        own = torch.arange(length, device=query.device) // BLOCK
+        own = torch.arange(length, device=call.query.device) // BLOCK
         self.trial.shown = wanted[:1, own][..., own]
-        return Selection(BlockLayout.from_mask(wanted, length, BLOCK, BLOCK), 0, 0)
+        return Blocks.from_mask(wanted, length, BLOCK, BLOCK)
 
 
 @dataclass(frozen=True)
@@ -80,16 +77,15 @@ class TrialEviction(EvictionMethod):
     name = "eviction on trial"
     trial: Any = None
 
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> EvictionSelection:
+    def select(self, call: Call) -> Keep:
+        key = call.key
         heads, length, _ = key.shape
         ids, own = torch.arange(length, device=key.device), torch.arange(heads, device=key.device)
         kept = ((ids + own[:, None]) % 3 != 0) | (ids == length - 1)
         counts = kept.sum(1)
         indices = torch.where(kept, ids, length).sort(1).values[:, : int(counts.max())]
         self.trial.kept[self.trial.layer] = kept
-        return EvictionSelection(indices.clamp(max=length - 1), counts, int(counts.sum()), 0, 0)
+        return Keep(indices.clamp(max=length - 1), counts, int(counts.sum()))
 
 
 @dataclass(frozen=True)
@@ -100,12 +96,12 @@ class TrialDecode(DecodeMethod):
     page_size: int = PAGE
     trial: Any = None
 
-    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> PageSelection:
-        steps = query.shape[2]
-        last = (context.kv.visible(steps) - 1).clamp(min=0) // PAGE
+    def select(self, call: Call) -> Reads:
+        steps = call.query.shape[2]
+        last = (call.cache.kv.visible(steps) - 1).clamp(min=0) // PAGE
         pages = torch.stack([torch.zeros_like(last), last], -1)[:, None].int()
-        self.trial.pages = last[: context.kv_heads]
-        return PageSelection(pages.contiguous(), (1 + (last > 0).int())[:, None].contiguous().int(), PAGE)
+        self.trial.pages = last[: call.cache.kv_heads]
+        return Reads(pages.contiguous(), (1 + (last > 0).int())[:, None].contiguous().int(), PAGE)
 
 
 #: By phase.

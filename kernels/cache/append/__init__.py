@@ -8,8 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...backends import choose
-from ...estimate import PageBounds
-from ...ragged import RaggedKV
+from ...types import PageBounds, RaggedKV
 from . import naive
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...estimate import PageBounds, update_bounds
-from ...ragged import RaggedKV
+from ...estimate import update_bounds
+from ...types import PageBounds, RaggedKV
 
 
 def forward(kv: RaggedKV, keys: Tensor, values: Tensor, bounds: PageBounds | None) -> None:

@@ -6,8 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...estimate import PageBounds
-from ...ragged import RaggedKV
+from ...types import PageBounds, RaggedKV
 
 #: Tokens of a program where there are no pages.
 TOKENS = 16

@@ -6,21 +6,8 @@ import torch
 from torch import Tensor
 
 from ...backends import choose
+from ...types.keep import kept_faults
 from . import naive
-
-#: What may be wrong with what a head keeps; bit i of `kept_faults` stands for the i-th.
-FAULTS = (
-    "keeps fewer than one token, or more than {most}",
-    "keeps numbers of tokens that do not add up to its total of {total} tokens",
-    "lists token ids that are negative or not below the prompt's {length} tokens",
-    "lists token ids that are not strictly ascending (one twice, or unsorted)",
-)
-
-
-def fault(bits: int, width: int, total: int, length: int) -> str:
-    """Words for the lowest of `bits` of `FAULTS`, for lists of `width` places."""
-    lowest = (int(bits) & -int(bits)).bit_length() - 1
-    return FAULTS[lowest].format(most=min(width, length), total=total, length=length)
 
 
 def check_kept(
@@ -36,7 +23,8 @@ def check_kept(
 
     Returns:
         Ids and counts that `compact` can take, whose counts add up to `total` at most (those given where nothing is
-        wrong; ids are mended in place where they are contiguous), and `(H,)` int32: a bit for each of `FAULTS`.
+        wrong; ids are mended in place where they are contiguous), and `(H,)` int32: a bit for each of
+        `types.keep.FAULTS`.
     """
     heads, width = indices.shape
     if not heads <= total <= heads * min(width, length):
@@ -45,7 +33,7 @@ def check_kept(
         from . import triton
 
         return triton.check_kept(indices.contiguous(), counts, total, length)
-    return naive.check_kept(indices, counts, total, length)
+    return kept_faults(indices, counts, total, length)
 
 
 def compact(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ragged import RaggedKV
+from ...types import RaggedKV
 from . import PageBounds
 
 #: Bytes of a token of all pages that a program of `update` reads at once, and its warps: 16 bytes a thread.

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends import choose
-from ...layout import block_lengths
+from ...types import block_lengths
 
 
 def sum_blocks(mass: Tensor, block: int) -> Tensor:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ...backends import choose
 from ...cache.append import append, check_tokens
-from ...decode import PageSelection
-from ...estimate import PageBounds, page_scores
-from ...ragged import RaggedKV
+from ...estimate import page_scores
+from ...types import PageBounds, RaggedKV, Reads
 from . import naive
 
 #: Pages of a sequence that one program of the Triton version can hold.
@@ -69,7 +68,7 @@ def budget_pages(visible: Tensor, logical: Tensor, budget: PageBudget) -> tuple[
 
 def select_pages(
     scores: Tensor, kv: RaggedKV, logical: Tensor, budget: PageBudget, *, width: int, backend: str = "auto"
-) -> PageSelection:
+) -> Reads:
     """For each of the last T tokens the complete pages with the largest scores, and behind them the current page.
 
     Ties go to recent pages. A score that is not a number counts as minus infinity. Costs no host synchronisation.
@@ -103,7 +102,7 @@ def select_pages(
         pages, counts = triton.forward(scores, kv, logical, budget, width)
     else:
         pages, counts = naive.forward(scores, kv, logical, budget, width)
-    return PageSelection(pages, counts, budget.page_size)
+    return Reads(pages, counts, budget.page_size)
 
 
 def _check(kv: RaggedKV, logical: Tensor, budget: PageBudget, width: int, device: torch.device) -> None:
@@ -135,7 +134,7 @@ def choose_pages(
     new: tuple[Tensor, Tensor] | None = None,
     overlap: bool = False,
     backend: str = "auto",
-) -> PageSelection:
+) -> Reads:
     """`select_pages` by the scores of `estimators.page_scores`, in front of which new tokens may be appended.
 
     Where Triton runs, `kv` has tickets, there is one list for a sequence and one token, and no more than 8192 pages,
@@ -177,8 +176,8 @@ def choose_pages(
                 check_tokens(kv, *new)
             *lists, in_use = triton.together(query, bounds, kv, logical, budget, width, pages, new, overlap)
             if not overlap:
-                return PageSelection(*lists, budget.page_size)
-            return PageSelection(*lists, budget.page_size, kv.tickets[1], in_use)
+                return Reads(*lists, budget.page_size)
+            return Reads(*lists, budget.page_size, ready=kv.tickets[1], in_use=in_use)
     if new is not None:
         append(kv, *new, bounds, backend=backend)
     scores = page_scores(query, bounds, kv, shared=shared, pages=pages, backend=backend)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...ragged import RaggedKV
+from ...types import RaggedKV
 
 if TYPE_CHECKING:
     from . import PageBudget

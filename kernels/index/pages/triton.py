@@ -19,10 +19,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ...backends import can_overlap
 from ...cache.append.triton import write_tokens
 from ...estimate.page_bounds.triton import load_bounds, signed_sums, summed_scores
-from ...ragged import RaggedKV
+from ...types import RaggedKV
 
 if TYPE_CHECKING:
-    from ...estimate import PageBounds
+    from ...types import PageBounds
     from . import PageBudget
 
 #: Scores of a list that one warp holds; a program has at most 32 warps.

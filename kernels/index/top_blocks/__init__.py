@@ -1,6 +1,6 @@
 """The key blocks whose pooled keys have the largest product with a query block's pooled query.
 
-It knows nothing of budgets but two numbers, and returns what a `BlockLayout` holds.
+It knows nothing of budgets but two numbers, and returns what a `Blocks` holds.
 """
 
 from __future__ import annotations
@@ -65,3 +65,22 @@ def top_blocks(
 
         return triton.forward(pooled_queries, pooled_keys, budget, extra, near)
     return naive.forward(pooled_queries, pooled_keys, budget, extra, near)
+
+
+def top_scored(score: Tensor, budget: int, extra: int = 0, *, first: int = 1, near: int = 1) -> tuple[Tensor, Tensor]:
+    """The causal key blocks of each query block with the largest scores, the first and the nearest always included.
+
+    As `top_blocks`, from scores that are there.
+
+    Args:
+        score: `(H, n, n)` fp32.
+        budget: at least `first` + `near`.
+        extra: 0 to n.
+        first, near: key blocks that are always taken, in front and up to the diagonal.
+    """
+    blocks = score.shape[1]
+    if score.dim() != 3 or score.shape[2] != blocks or score.dtype != torch.float32:
+        raise ValueError(f"scores are {tuple(score.shape)} {score.dtype}; expected (H, n, n) torch.float32")
+    if budget < first + near or not 0 <= extra <= blocks:
+        raise ValueError(f"budget={budget}, extra={extra} given; expected at least {first + near}, and 0 to {blocks}")
+    return naive.listed_scores(score, budget, extra, first, near)

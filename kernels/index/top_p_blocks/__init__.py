@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...backends import choose
-from ...layout import BlockLayout
+from ...types import Blocks
 from . import naive
 from .naive import APART, coverage_keys, solve
 
@@ -33,7 +33,7 @@ class Coverage:
             they were solved on the device, floats elsewhere.
     """
 
-    layout: BlockLayout
+    layout: Blocks
     gamma: float | Tensor
     rest: float | Tensor
 

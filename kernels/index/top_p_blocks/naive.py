@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...estimate import pool
-from ...layout import BlockLayout, causal_pairs, tile_pairs
+from ...types import Blocks, causal_pairs, tile_pairs
 
 #: The solve stops once the mean density is this close to the target (a tenth of the promised tolerance).
 CLOSE_ENOUGH = 0.001
@@ -39,7 +39,7 @@ def select(
     ceiling: int,
     rest: float | None,
     density: float | None,
-) -> tuple[BlockLayout, float, float]:
+) -> tuple[Blocks, float, float]:
     """See `coverage.select`: the layout, gamma and rest."""
     heads, length, _ = query.shape
     blocks = vertical.shape[1]
@@ -80,7 +80,7 @@ def select(
     for head, block_map in maps.items():
         mask[head] |= block_map.mask(rest)
     mask &= offset >= 0
-    return BlockLayout.from_mask(mask, length, block, block), gamma, rest
+    return Blocks.from_mask(mask, length, block, block), gamma, rest
 
 
 def coverage_keys(mass: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...estimate.window_blocks.triton import LOG2E, capped
-from ...layout import BlockLayout, causal_pairs
+from ...types import Blocks, causal_pairs
 from . import naive
 
 #: Lists of tiles have room for all blocks of a row up to this size; beyond it their longest is read from the device.
@@ -637,7 +637,7 @@ def select(
     ceiling: int,
     rest: float | None,
     density: float | None,
-) -> tuple[BlockLayout, Tensor, Tensor]:
+) -> tuple[Blocks, Tensor, Tensor]:
     """See `coverage.select`: the layout, gamma and rest, the latter two on the device."""
     heads, length, dim = query.shape
     blocks, device = vertical.shape[1], query.device
@@ -718,4 +718,4 @@ def select(
         width = int(counts.max())
     indices = empty(heads, blocks, width, dtype=torch.int32)
     emit(indices, True)
-    return BlockLayout(indices, counts, length, block, block), solution[0], solution[1]
+    return Blocks(indices, counts, length, block, block), solution[0], solution[1]

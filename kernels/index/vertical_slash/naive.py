@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...estimate import sum_blocks
-from ...layout import BlockLayout, causal_pairs
+from ...types import Blocks, causal_pairs
 from ..top_p_blocks import solve
 
 #: Counts stay as found as long as the density is met to this; else verticals, which are finer, make up for it.
@@ -87,14 +87,14 @@ class Pattern:
         both = (columns * diagonals.cumsum(-1).flip(-1)).sum(-1)
         return (columns * seen).sum(-1) + (diagonals * seen).sum(-1) - both
 
-    def layout(self, n_vertical: Tensor, n_slash: Tensor) -> BlockLayout:
+    def layout(self, n_vertical: Tensor, n_slash: Tensor) -> Blocks:
         """Tiles that slashes touch, and verticals as single columns shared by all query blocks of a head."""
         columns, _, bands, last = self._taken(n_vertical, n_slash)
         ids = torch.arange(self.blocks, device=columns.device)
         distance = ids[:, None] - ids[None, :]
         mask = bands[:, distance.clamp(min=0)] & (distance >= 0)
         mask[:, -1] = last.flip(-1)
-        return BlockLayout.from_mask(mask, self.length, self.tile, self.tile).with_columns(columns)
+        return Blocks.from_mask(mask, self.length, self.tile, self.tile).with_columns(columns)
 
     # --- how many fit a density ------------------------------------------------------------------------------
 

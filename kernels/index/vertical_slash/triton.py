@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...layout import BlockLayout, causal_pairs
+from ...types import Blocks, causal_pairs
 from ..top_p_blocks import naive as coverage
 from . import naive
 
@@ -58,7 +58,7 @@ class Pattern(naive.Pattern):
         )
         return self._bands[0], self._bands[1]
 
-    def layout(self, n_vertical: Tensor, n_slash: Tensor) -> BlockLayout:
+    def layout(self, n_vertical: Tensor, n_slash: Tensor) -> Blocks:
         """See `naive.Pattern.layout`. The host reads one number where lists for all blocks would exceed 1 GiB."""
         heads, length, blocks, device = self.heads, self.length, self.blocks, self.column_rank.device
 
@@ -88,7 +88,7 @@ class Pattern(naive.Pattern):
             ROWS=8,
             num_warps=8,
         )
-        return BlockLayout(indices, counts, length, self.tile, self.tile, columns, column_counts)
+        return Blocks(indices, counts, length, self.tile, self.tile, columns, column_counts)
 
     # --- how many fit a density ------------------------------------------------------------------------------
 

@@ -7,24 +7,25 @@ score that any of its keys can have; each new token reads the pages with the lar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...kernels.decode import PageSelection
+from ...kernels.estimate import update_bounds
 from ...kernels.index.pages import PageBudget, choose_pages
-from ..base import DecodeContext, DecodeMethod, number, one_of
+from ...kernels.types import Reads, Slot
+from ..base import Call, number, one_of, yes_or_no
+from ..presets import TEN, Parameters, rows
+from ..scored import ScoredDecode
 
 PAGE_SIZES = (8, 16, 32, 64)
-#: Bound scores held at once.
-SCORE_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
-class Quest(DecodeMethod):
+class Quest(ScoredDecode):
     """The pages with the largest upper bound of their scores, and the page being written (paper: section 3, Table 3).
 
     Knobs:
@@ -39,11 +40,21 @@ class Quest(DecodeMethod):
     name: ClassVar[str] = "quest"
     unit: ClassVar[str] = "pages"
     importance: ClassVar[str] = "bounds per query"
-    allocation: ClassVar[str] = "uniform"
-    kv: ClassVar[str] = "full cache"
-    paper: ClassVar[str] = "Tang et al., ICML 2024"
-    budget_knobs: ClassVar[tuple[str, ...]] = ("budget",)
+    reference: ClassVar[str] = "Tang et al., ICML 2024"
     appends: ClassVar[bool] = True
+    tiny: ClassVar = {"budget": 48, "page_size": 8}
+    paper: ClassVar = Parameters(
+        TEN,
+        ("budget",),
+        rows(
+            {
+                16384: (816, 1088, 1632, 2176, 3280, 4912, 6560, 8192, 9824, 11472),
+                32768: (1632, 2192, 3280, 4368, 6560, 9824, 13104, 16384, 19664, 22944),
+                65536: (3280, 4368, 6560, 8736, 13104, 19664, 26208, 32768, 39328, 45872),
+                128000: (6400, 8544, 12800, 17056, 25600, 38400, 51200, 64000, 76800, 89600),
+            }
+        ),
+    )
 
     budget: int = 1024
     page_size: int = 16
@@ -53,50 +64,38 @@ class Quest(DecodeMethod):
         super().__post_init__()
         one_of("page_size", self.page_size, PAGE_SIZES)
         number("budget", self.budget, 1, math.inf, whole=True, example=1024)
-        if not isinstance(self.share_pages, bool):
-            raise UserError(f"share_pages={self.share_pages!r} is not accepted: give True or False")
+        yes_or_no("share_pages", self.share_pages)
         if self.budget % self.page_size:
             below, above = (self.budget // self.page_size + step for step in (0, 1))
             nearest = " or ".join(f"budget={pages * self.page_size}" for pages in (below, above) if pages)
             raise UserError(f"budget={self.budget} is not a multiple of page_size={self.page_size}: give {nearest}")
 
-    @torch.no_grad()
-    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> PageSelection:
-        sequences, group, steps, _ = query.shape
-        # Nothing that the host does not know: the longest sequence may hold that many pages before its current one.
-        # A multiple of 16 lets kernels load scores in whole vectors.
-        most = -(-((context.kv.longest - 1) // self.page_size) // 16) * 16
-        lists = 1 if self.share_pages else group
-        some = max(1, SCORE_ELEMENTS // max(1, sequences * lists * most))
-        if steps <= some or context.new is not None:  # new ones are few
-            return self._choose(query, context, most, sparsity)
-        parts = []
-        for first in range(0, steps, some):
-            part = query[:, :, first : first + some]
-            behind = steps - first - part.shape[2]
-            kv = replace(context.kv, lengths=(context.kv.lengths - behind).clamp(min=0))
-            earlier = replace(context, kv=kv, tokens=context.tokens - behind)
-            parts.append(self._choose(part, earlier, most, sparsity))
-        pages, counts = (torch.cat(found, 2) for found in zip(*((p.pages, p.counts) for p in parts), strict=True))
-        return PageSelection(pages, counts, self.page_size)
+    def slots(self) -> tuple[Slot, ...]:
+        return Slot("low", "page", (-1,)), Slot("high", "page", (-1,))
 
-    def _choose(self, query: Tensor, context: DecodeContext, most: int, sparsity: float | None) -> PageSelection:
-        """Choose among at most `most` complete pages of each sequence; as `select`."""
-        pages = None if sparsity is not None else self.budget // self.page_size
-        keep = None if sparsity is None else 1 - sparsity
-        budget = PageBudget(self.page_size, pages, keep, context.kv_heads)
-        width = most if pages is None else min(most, pages)
+    def prefilled(self, call: Call) -> None:
+        update_bounds(call.cache.kv, call.state.bounds, torch.zeros_like(call.cache.kv.lengths))
+
+    def appended(self, call: Call, before: Tensor) -> None:
+        update_bounds(call.cache.kv, call.state.bounds, before)
+
+    def lists(self, call: Call) -> int:
+        return 1 if self.share_pages else call.query.shape[1]
+
+    def choose(self, call: Call, budget: PageBudget, width: int, most: int) -> Reads:
+        """Scores, choice and the new tokens in one launch where there is one for it."""
+        cache = call.cache
         return choose_pages(
-            query,
-            context.bounds,
-            context.kv,
-            context.tokens,
+            call.query,
+            call.state.bounds,
+            cache.kv,
+            cache.tokens,
             budget,
-            width=width + 1,
+            width=width,
             pages=most,
             shared=self.share_pages,
-            new=context.new,
-            overlap=context.overlap,
+            new=cache.new,
+            overlap=cache.overlap,
         )
 
     def cost(self, visible: Tensor, read: Tensor, group: int, dim: int, element: int) -> tuple[Tensor, Tensor]:

@@ -7,23 +7,23 @@ with it (pooling); what is not chosen is dropped from the cache.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UserError
 from ...kernels.estimate import window_flops, window_sums
-from ..base import FORCED_SHARE, EvictionMethod, EvictionSelection, Geometry, number, top
-
-#: First and last tokens that are always kept, as in the paper.
-SINKS, LOCAL = 4, 128
+from ...kernels.types import Cost
+from ..base import Call, number
+from ..presets import CAPACITY, TEN, Parameters
+from ..scored import ScoredEviction
 
 
 @dataclass(frozen=True)
-class SnapKV(EvictionMethod):
+class SnapKV(ScoredEviction):
     """The `capacity` tokens of each KV head with the largest pooled attention (paper: section 3 and Table 3).
 
     Knobs:
@@ -35,12 +35,11 @@ class SnapKV(EvictionMethod):
     """
 
     name: ClassVar[str] = "snapkv"
-    unit: ClassVar[str] = "tokens"
     importance: ClassVar[str] = "window of last queries"
-    allocation: ClassVar[str] = "uniform"
-    kv: ClassVar[str] = "evicted"
-    paper: ClassVar[str] = "Li et al., NeurIPS 2024"
-    budget_knobs: ClassVar[tuple[str, ...]] = ("capacity",)
+    reference: ClassVar[str] = "Li et al., NeurIPS 2024"
+    forced: ClassVar[Mapping[str, int]] = {"sinks": 4, "local": 128}
+    tiny: ClassVar = {"capacity": 48, "window": 16, "sinks": 2, "local": 8}
+    paper: ClassVar = Parameters(TEN, ("capacity",), CAPACITY)
 
     capacity: int = 1024
     window: int = 256
@@ -67,81 +66,26 @@ class SnapKV(EvictionMethod):
                 f"capacity={self.capacity} does not exceed window={self.window}: give a capacity above "
                 f"{self.window}, or a smaller window"
             )
-        sinks, local = self._native().sinks, self._native().local
-        if self.capacity < sinks + local:
+        native = self.as_native()
+        if self.capacity < native.sinks + native.local:
             raise UserError(
-                f"capacity={self.capacity} cannot hold sinks={sinks} and local={local}, which are always kept: give a "
-                f"capacity of at least {sinks + local}, or smaller sinks and local"
+                f"capacity={self.capacity} cannot hold sinks={native.sinks} and local={native.local}, which are always "
+                f"kept: give a capacity of at least {native.sinks + native.local}, or smaller sinks and local"
             )
 
-    def _native(self) -> SnapKV:
-        """With the paper's sinks and local tokens where none were typed."""
-        sinks, local = (
-            paper if typed == "auto" else typed for typed, paper in ((self.sinks, SINKS), (self.local, LOCAL))
-        )
-        return replace(self, sinks=sinks, local=local)
+    def score(self, call: Call) -> Tensor:
+        votes = self.votes(call)
+        return F.avg_pool1d(votes[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
 
-    def knobs_for(self, sparsity: float, length: int, geometry: Geometry | None = None) -> SnapKV:
-        """Capacity in closed form; sinks and local tokens shrink to a quarter of it, unless they were typed."""
-        capacity = max(1, round((1 - sparsity) * length))
-        forced = int(capacity * FORCED_SHARE)
-        sinks = min(SINKS, forced) if self.sinks == "auto" else self.sinks
-        local = max(1, min(LOCAL, forced - sinks)) if self.local == "auto" else self.local
-        return replace(self, capacity=capacity, sinks=sinks, local=local)
-
-    def largest_sparsity(self, length: int) -> float:
-        typed = sum(value for value in (self.sinks, self.local) if value != "auto")
-        return max(0.0, 1 - typed / length)
-
-    def too_short(self, sparsity: float | None, length: int) -> str | None:
-        if sparsity is not None and self.largest_sparsity(length) < sparsity:
-            return (
-                f"prompt of {length} tokens is too short for sparsity {sparsity:g} (sinks={self.sinks} and "
-                f"local={self.local} are always kept: at most {self.largest_sparsity(length):.3f} there)"
-            )
-        capacity = self.capacity if sparsity is None else self.knobs_for(sparsity, length).capacity
-        if capacity >= length:
-            return f"prompt of {length} tokens fits into the capacity of {capacity}"
-        return None
-
-    def keeps(self, sparsity: float | None, length: int) -> int:
-        return min(length, self.capacity) if sparsity is None else super().keeps(sparsity, length)
-
-    @torch.no_grad()
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> EvictionSelection:
-        heads, length, dim = query.shape
-        kv_heads = key.shape[0]
-        method = self._native() if sparsity is None else self.knobs_for(sparsity, length)
-        scores = method._scores(query, key, scale, softcap)
-        padding = method.kernel // 2
-        pooled = F.avg_pool1d(scores[:, None], method.kernel, stride=1, padding=padding)[:, 0]
-        pooled[:, : method.sinks] = math.inf
-        pooled[:, max(0, length - method.local) :] = math.inf
-        kept, counts, width = method._keep(pooled)
-        # Tokens that are not kept are written to a place behind the lists.
-        places = torch.where(kept, kept.cumsum(-1) - 1, width)
-        tokens = torch.arange(length, device=query.device).expand_as(places)
-        indices = places.new_zeros(kv_heads, width + 1).scatter_(1, places, tokens)
-        return EvictionSelection(
-            indices=indices[:, :width],
-            counts=counts,
-            total=kv_heads * min(method.capacity, length),
-            estimator_flops=window_flops(heads, method.window, length, dim),
-            estimator_bytes=query.element_size() * dim * (kv_heads * length + heads * min(method.window, length)),
-            knobs={**{name: getattr(method, name) for name in method.knobs()}, "window": min(method.window, length)},
-        )
-
-    def _scores(self, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def votes(self, call: Call) -> Tensor:
         """`(H_kv, L)`: attention of the window's queries, summed over them, averaged over the heads of the group."""
-        sums = window_sums(query, key, self.window, scale=scale, softcap=softcap, columns=True).columns
-        return sums.reshape(key.shape[0], -1, key.shape[1]).mean(1)
+        sums = window_sums(call.query, call.key, self.window, scale=call.scale, softcap=call.softcap, columns=True)
+        return sums.columns.reshape(len(call.key), -1, call.length).mean(1)
 
-    def _keep(self, pooled: Tensor) -> tuple[Tensor, Tensor, int]:
-        """What to keep, `(H_kv, L)` bool; how many tokens of each head that is, `(H_kv,)` int64; and at most.
+    def cost(self, call: Call) -> Cost:
+        heads, length, dim = call.query.shape
+        keys = len(call.key) * length + heads * min(self.window, length)
+        return Cost(window_flops(heads, self.window, length, dim), call.query.element_size() * dim * keys)
 
-        Forced tokens score infinity.
-        """
-        count = min(self.capacity, pooled.shape[-1])
-        return top(pooled, count), torch.full((len(pooled),), count, device=pooled.device), count
+    def solved(self, length: int) -> dict[str, Any]:
+        return {"window": min(self.window, length)}

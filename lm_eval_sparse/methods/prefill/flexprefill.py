@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from ...errors import UserError
 from ...kernels.estimate import pool, window_blocks
 from ...kernels.index import top_p_blocks as coverage
-from ...kernels.layout import BLOCK_SIZES, causal_pairs
-from ..base import FORCED_SHARE, MAX_STEP, PROMISED_LENGTH, Geometry, PrefillMethod, Selection, number
+from ...kernels.types import BLOCK_SIZES, Blocks, Cost, causal_pairs
+from ..base import FORCED_SHARE, MAX_STEP, PROMISED_LENGTH, Call, Density, Layer, Mass, PrefillMethod, number
 
 #: A typed block is refused where one column of one head changes it by more than this.
 MAX_COARSE = 0.03
@@ -47,8 +46,10 @@ class FlexPrefill(PrefillMethod):
     importance: ClassVar[str] = "last query block, pooled scores"
     allocation: ClassVar[str] = "threshold"
     kv: ClassVar[str] = "full cache"
-    paper: ClassVar[str] = "Lai et al., ICLR 2025"
+    reference: ClassVar[str] = "Lai et al., ICLR 2025"
     budget_knobs: ClassVar[tuple[str, ...]] = ("gamma", "min_budget", "max_budget")
+    native: ClassVar[type] = Mass
+    tiny: ClassVar = {"gamma": 0.6, "min_budget": 16, "block_size": 16}
 
     gamma: float = 0.9
     tau: float = 0.1
@@ -74,29 +75,32 @@ class FlexPrefill(PrefillMethod):
 
     # --- knobs from a sparsity -------------------------------------------------------------------------------
 
-    def knobs_for(self, sparsity: float, length: int, geometry: Geometry) -> FlexPrefill:
+    def knobs_for(self, sparsity: float, length: int, layer: Layer) -> FlexPrefill:
         """Block size in closed form unless given, no floor; `gamma` is left to `select`, which solves it on the scores.
 
         The block is the largest whose forced tiles take at most a quarter of the budget, and whose single steps
         are fine enough to meet the sparsity; 16 where none is.
         """
         if self.block_size != "auto":
-            if length >= PROMISED_LENGTH and 2 * self.block_size / (length * geometry.heads) > MAX_COARSE:
+            if length >= PROMISED_LENGTH and 2 * self.block_size / (length * layer.heads) > MAX_COARSE:
                 raise UserError(
                     f"block_size={self.block_size} is too coarse to meet a sparsity at {length} tokens with "
-                    f"{geometry.heads} query heads: give a smaller one, or leave it out"
+                    f"{layer.heads} query heads: give a smaller one, or leave it out"
                 )
             return replace(self, min_budget=0, max_budget=None)
         fitting = [
             block
             for block in BLOCK_SIZES
             if forced_density(length, block) <= FORCED_SHARE * (1 - sparsity)
-            and 2 * block / (length * geometry.heads) <= MAX_STEP
+            and 2 * block / (length * layer.heads) <= MAX_STEP
         ]
         return replace(self, block_size=max(fitting, default=BLOCK_SIZES[0]), min_budget=0, max_budget=None)
 
     def _native_block(self) -> int:
         return 128 if self.block_size == "auto" else self.block_size
+
+    def as_native(self) -> FlexPrefill:
+        return replace(self, block_size=self._native_block())
 
     def too_short(self, sparsity: float | None, length: int) -> str | None:
         if sparsity is not None:
@@ -117,21 +121,21 @@ class FlexPrefill(PrefillMethod):
     # --- selection -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> Selection:
+    def select(self, call: Call) -> Blocks:
+        query, key, scale, softcap = call.query, call.key, call.scale, call.softcap
         heads, length, dim = query.shape
         kv_heads = key.shape[0]
-        if sparsity is None:
-            knobs = replace(self, block_size=self._native_block())
-        else:
-            knobs = self.knobs_for(sparsity, length, Geometry(heads, kv_heads, dim))
-        block = int(knobs.block_size)
+        block = int(self.block_size)
+        match call.budget:
+            case Mass(share):
+                wanted = {"rest": 1 - share}
+            case Density(share):
+                wanted = {"density": share}
         blocks = -(-length // block)
 
         pooled_keys = pool(key, block)
         window = window_blocks(query, key, pooled_keys, block, scale=scale, softcap=softcap)
-        query_aware = window.divergence < knobs.tau
+        query_aware = window.divergence < self.tau
         chosen = coverage.select(
             query,
             pooled_keys,
@@ -141,9 +145,9 @@ class FlexPrefill(PrefillMethod):
             block,
             scale=scale,
             softcap=softcap,
-            floor=min(blocks, -(-knobs.min_budget // block)),
-            ceiling=blocks if knobs.max_budget is None else max(1, min(blocks, -(-knobs.max_budget // block))),
-            **({"rest": 1 - knobs.gamma} if sparsity is None else {"density": 1 - sparsity}),
+            floor=min(blocks, -(-self.min_budget // block)),
+            ceiling=blocks if self.max_budget is None else max(1, min(blocks, -(-self.max_budget // block))),
+            **wanted,
         )
 
         aware = query_aware.sum()
@@ -151,20 +155,22 @@ class FlexPrefill(PrefillMethod):
             aware = int(aware)
         map_cost = length * dim + 2 * dim * blocks * blocks
         element = query.element_size()
-        return Selection(
-            layout=chosen.layout,
-            estimator_flops=heads * (2 * block * length * dim + 2 * blocks * dim + block * dim)
-            + kv_heads * length * dim
-            + aware * map_cost,
-            # Keys twice (window, pooling), the window's queries once, and all queries of query-aware heads.
-            estimator_bytes=element * dim * (2 * kv_heads * length + heads * block + aware * length),
+        return replace(
+            chosen.layout,
+            cost=Cost(
+                heads * (2 * block * length * dim + 2 * blocks * dim + block * dim)
+                + kv_heads * length * dim
+                + aware * map_cost,
+                # Keys twice (window, pooling), the window's queries once, and all queries of query-aware heads.
+                element * dim * (2 * kv_heads * length + heads * block + aware * length),
+            ),
             knobs={
                 "gamma": chosen.gamma,
                 "one_minus_gamma": chosen.rest,
-                "tau": knobs.tau,
+                "tau": self.tau,
                 "block_size": block,
-                "min_budget": knobs.min_budget,
-                "max_budget": knobs.max_budget,
+                "min_budget": self.min_budget,
+                "max_budget": self.max_budget,
                 "query_aware_heads": aware,
             },
         )

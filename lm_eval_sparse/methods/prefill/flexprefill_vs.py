@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ...kernels.index.top_p_blocks import APART, coverage_keys
-from ..base import Selection, number
+from ...kernels.types import Blocks
+from ..base import Call, Density, Mass, number
+from ..presets import SEVEN, Parameters
 from .vertical_slash import VerticalSlashMethod, told
 
 
@@ -31,8 +32,20 @@ class FlexPrefillVS(VerticalSlashMethod):
 
     name: ClassVar[str] = "flexprefill_vs"
     allocation: ClassVar[str] = "threshold"
-    paper: ClassVar[str] = "Lai et al., ICLR 2025; Nawrot et al., 2025"
+    reference: ClassVar[str] = "Lai et al., ICLR 2025; Nawrot et al., 2025"
     budget_knobs: ClassVar[tuple[str, ...]] = ("alpha", "min_budget")
+    native: ClassVar[type] = Mass
+    tiny: ClassVar = {"alpha": 0.5, "min_budget": 8, "window": 32, "tile": 16, "near": 8}
+    paper: ClassVar = Parameters(
+        SEVEN,
+        ("alpha", "min_budget"),
+        {
+            16384: ((0, 164), (0, 240), (0, 315), (0, 400), (0.55, 512), (0.71, 512), (0.88, 512)),
+            32768: ((0, 290), (0, 384), (0.45, 512), (0.6, 512), (0.7, 512), (0.8, 512), (0.92, 512)),
+            65536: ((0, 400), (0.45, 512), (0.55, 512), (0.7, 512), (0.77, 512), (0.85, 512), (0.94, 512)),
+        },
+        window=256,
+    )
 
     alpha: float = 0.9
     min_budget: int = 512
@@ -48,22 +61,20 @@ class FlexPrefillVS(VerticalSlashMethod):
         return super().too_short(sparsity, length)
 
     @torch.no_grad()
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> Selection:
-        heads, length, _ = query.shape
-        method = self if sparsity is None else self.knobs_for(sparsity, length)
-        pattern = method._pattern(self._sums(query, key, scale, softcap))
+    def select(self, call: Call) -> Blocks:
+        heads, length, _ = call.query.shape
+        pattern = self._pattern(self._sums(call))
         # Equal heads reach the next column at shares that lie a hair apart, so that the solve takes them one by one.
-        apart = 1 + APART * torch.arange(heads, device=query.device, dtype=torch.float64)[:, None]
+        apart = 1 + APART * torch.arange(heads, device=call.query.device, dtype=torch.float64)[:, None]
         columns, diagonals = (coverage_keys(masses) * apart for masses in pattern.descending())
-        floor = min(length, int(self.min_budget)) if sparsity is None else 0
-        if sparsity is None:
-            rest = 1 - self.alpha
-            n_vertical, n_slash = pattern.covering((columns, diagonals), rest, floor)
-        else:
-            rest, n_vertical, n_slash = pattern.solve_covering((columns, diagonals), 1 - sparsity)
-        selection = method._selection(query, key, pattern, n_vertical, n_slash)
+        floor = 0
+        match call.budget:
+            case Mass(share):
+                rest, floor = 1 - share, min(length, int(self.min_budget))
+                n_vertical, n_slash = pattern.covering((columns, diagonals), rest, floor)
+            case Density(share):
+                rest, n_vertical, n_slash = pattern.solve_covering((columns, diagonals), share)
+        selection = self._selection(call, pattern, n_vertical, n_slash)
         solved = {
             "alpha": 1 - rest,
             "one_minus_alpha": rest,

@@ -20,8 +20,9 @@ from ...kernels.estimate import WindowSums, window_flops, window_sums
 from ...kernels.index import vertical_slash as patterns
 from ...kernels.index.vertical_slash import Pattern
 from ...kernels.index.vertical_slash.naive import pattern_pairs
-from ...kernels.layout import BLOCK_SIZES, causal_pairs
-from ..base import FORCED_SHARE, MAX_STEP, Geometry, PrefillMethod, Selection, number, one_of
+from ...kernels.types import BLOCK_SIZES, Blocks, Cost, causal_pairs
+from ..base import FORCED_SHARE, MAX_STEP, Call, Count, Density, Layer, PrefillMethod, number, one_of
+from ..presets import TEN, Parameters, rows
 
 #: The paper's tile and near diagonals; larger ones are used only when asked for.
 TILE = NEAR = 64
@@ -48,7 +49,7 @@ class VerticalSlashMethod(PrefillMethod):
             number("near", self.near, 1, math.inf, whole=True, example=64)
         one_of("tile", self.tile, BLOCK_SIZES, auto=True)
 
-    def knobs_for(self, sparsity: float, length: int, geometry: Geometry | None = None) -> VerticalSlashMethod:
+    def knobs_for(self, sparsity: float, length: int, layer: Layer | None = None) -> VerticalSlashMethod:
         """The largest tile up to 64, and the most near diagonals, that leave three quarters of the budget free.
 
         A tile is also no larger than lets single slashes meet the sparsity: 16 at 4K, 32 at 8K, 64 from 16K on.
@@ -79,18 +80,20 @@ class VerticalSlashMethod(PrefillMethod):
         near = NEAR if self.near == "auto" else int(self.near)
         return patterns.rank(sums.columns, sums.diagonals, int(self.sinks), near, tile)
 
-    def _sums(self, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> WindowSums:
-        return window_sums(query, key, int(self.window), scale=scale, softcap=softcap, columns=True, diagonals=True)
+    def _sums(self, call: Call) -> WindowSums:
+        window, scale, softcap = int(self.window), call.scale, call.softcap
+        return window_sums(call.query, call.key, window, scale=scale, softcap=softcap, columns=True, diagonals=True)
 
-    def _selection(
-        self, query: Tensor, key: Tensor, pattern: Pattern, n_vertical: Tensor, n_slash: Tensor
-    ) -> Selection:
+    def _selection(self, call: Call, pattern: Pattern, n_vertical: Tensor, n_slash: Tensor) -> Blocks:
+        query, key = call.query, call.key
         heads, length, dim = query.shape
-        return Selection(
-            layout=pattern.layout(n_vertical, n_slash),
+        return replace(
+            pattern.layout(n_vertical, n_slash),
             count_selected=lambda: pattern.selected_pairs(n_vertical, n_slash),
-            estimator_flops=window_flops(heads, int(self.window), length, dim),
-            estimator_bytes=query.element_size() * dim * (key.shape[0] * length + heads * min(self.window, length)),
+            cost=Cost(
+                window_flops(heads, int(self.window), length, dim),
+                query.element_size() * dim * (key.shape[0] * length + heads * min(self.window, length)),
+            ),
             knobs={
                 "tile": pattern.tile,
                 "near": pattern.near,
@@ -115,8 +118,23 @@ class VerticalSlash(VerticalSlashMethod):
 
     name: ClassVar[str] = "vertical_slash"
     allocation: ClassVar[str] = "uniform"
-    paper: ClassVar[str] = "Jiang et al., NeurIPS 2024 (MInference)"
+    reference: ClassVar[str] = "Jiang et al., NeurIPS 2024 (MInference)"
     budget_knobs: ClassVar[tuple[str, ...]] = ("verticals", "slashes")
+    tiny: ClassVar = {"verticals": 24, "slashes": 20, "window": 32, "tile": 16, "near": 8}
+    paper: ClassVar = Parameters(
+        TEN,
+        ("verticals", "slashes"),
+        rows(
+            {
+                16384: (164, 240, 315, 400, 448, 576, 768, 1024, 1536, 2304),
+                32768: (290, 384, 448, 576, 704, 1024, 1536, 2304, 3584, 4608),
+                65536: (400, 448, 544, 640, 960, 1280, 2304, 4096, 6144, 8192),
+                128000: (480, 768, 1024, 1536, 2048, 3584, 5632, 10240, 13312, 18432),
+            },
+            2,
+        ),
+        window=256,
+    )
 
     verticals: int = 512
     slashes: int = 512
@@ -132,19 +150,17 @@ class VerticalSlash(VerticalSlashMethod):
         return super().too_short(sparsity, length)
 
     @torch.no_grad()
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> Selection:
-        heads, length, _ = query.shape
-        method = self if sparsity is None else self.knobs_for(sparsity, length)
-        pattern = method._pattern(self._sums(query, key, scale, softcap))
-        if sparsity is None:
-            n_vertical, n_slash = (
-                torch.full((heads,), int(count), device=query.device) for count in (self.verticals, self.slashes)
-            )
-        else:
-            n_vertical, n_slash = pattern.equal_counts(1 - sparsity)
-        selection = method._selection(query, key, pattern, n_vertical, n_slash)
+    def select(self, call: Call) -> Blocks:
+        query = call.query
+        pattern = self._pattern(self._sums(call))
+        match call.budget:
+            case Count(verticals):
+                n_vertical, n_slash = (
+                    torch.full((len(query),), int(count), device=query.device) for count in (verticals, self.slashes)
+                )
+            case Density(share):
+                n_vertical, n_slash = pattern.equal_counts(share)
+        selection = self._selection(call, pattern, n_vertical, n_slash)
         counts = {"verticals": told(n_vertical[0]), "slashes": told(n_slash[0])}
         return replace(selection, knobs={**counts, **selection.knobs})
 

@@ -1,4 +1,4 @@
-"""A walk over the lists of a `BlockLayout` in Triton, without waiting for the device: it counts and it checks.
+"""A walk over the lists of a `Blocks` in Triton, without waiting for the device: it counts and it checks.
 
 One program per (head, query block) walks its own list; no table of tiles or of columns is made.
 """
@@ -13,20 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .layout import BlockLayout
+    from .blocks import Blocks
 
 #: Entries of a list that a program looks at together.
 ENTRIES = 128
 
 
-#: Bits of `layout.FAULTS`.
+#: Bits of `blocks.FAULTS`.
 COUNT, RANGE, FUTURE, ORDER, NO_KEY, COLUMN_COUNT, COLUMN_RANGE, COLUMN_ORDER, COLUMN_TWICE, COLUMN_MISSED = (
     tl.constexpr(1 << bit) for bit in range(10)
 )
 
 
-def walk(layout: BlockLayout, mend: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """`(H,)` int64 executed pairs and keys read, and `(H,)` int32 faults, as `BlockLayout.faults` gives them.
+def walk(layout: Blocks, mend: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """`(H,)` int64 executed pairs and keys read, and `(H,)` int32 faults, as `Blocks.faults` gives them.
 
     Of a head with a fault the numbers are worth nothing.
 

@@ -1,4 +1,4 @@
-"""`BlockLayout`: what a prefill method selects and a block-sparse operator executes, and how pairs are counted.
+"""`Blocks`: what a prefill method selects and a block-sparse operator executes, and how pairs are counted.
 
 A layout is the single source of truth of the accounting: selected and executed (query, key) pairs are counted
 from it, never estimated from knobs.
@@ -6,19 +6,22 @@ from it, never estimated from knobs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import choose
+from ..backends import choose
+from .cost import Cost
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
-class BlockLayout:
+class Blocks:
     """Key blocks that each query block of each query head reads, for one unpadded row.
 
     Attributes:
@@ -32,6 +35,12 @@ class BlockLayout:
             entries are valid and ascending, what lies behind them is undefined; none lies after the last query of
             the block. A column in a listed tile of the block adds nothing (shared lists hold such, own lists do not).
         column_counts: `(H, n_q)` int32, number of valid columns, may be 0.
+        skip_below: logarithm of the share of a query's largest weight so far below which a tile's values are not read,
+            or None; no backend skips yet, and one that cannot refuses.
+        cost: what selecting took.
+        knobs: the knobs as solved for this call, numbers (tensors of one number on a GPU), for the results.
+        count_selected: gives the `(H,)` int64 pairs of the method's own pattern inside the causal triangle; None
+            where the method selects whole tiles, so that they are the executed ones.
     """
 
     indices: Tensor
@@ -41,14 +50,18 @@ class BlockLayout:
     block_k: int
     columns: Tensor | None = None
     column_counts: Tensor | None = None
+    skip_below: float | None = None
+    cost: Cost = Cost()
+    knobs: dict[str, Any] = field(default_factory=dict)
+    count_selected: Callable[[], Tensor] | None = None
 
     @staticmethod
-    def from_mask(mask: Tensor, length: int, block_q: int, block_k: int) -> BlockLayout:
+    def from_mask(mask: Tensor, length: int, block_q: int, block_k: int) -> Blocks:
         """Build a layout from a boolean block mask `(H, n_q, n_k)`; non-causal blocks must be False."""
         indices, counts = listed(mask)
-        return BlockLayout(indices, counts, length, block_q, block_k)
+        return Blocks(indices, counts, length, block_q, block_k)
 
-    def with_columns(self, keys: Tensor) -> BlockLayout:
+    def with_columns(self, keys: Tensor) -> Blocks:
         """This layout and single key columns: in every query block of a head the keys `(H, L)` bool that it may see."""
         if self.columns is not None or keys.shape != (self.heads, self.length):
             raise ValueError(
@@ -85,6 +98,10 @@ class BlockLayout:
         hits = torch.zeros(*self.counts.shape, self.blocks_k + 1, dtype=torch.bool, device=self.indices.device)
         return hits.scatter_(-1, blocks, True)[..., :-1]
 
+    def selected_pairs(self) -> Tensor:
+        """`(H,)` int64: pairs of the method's own pattern, counted anew at each call."""
+        return self.executed_pairs() if self.count_selected is None else self.count_selected()
+
     def executed_pairs(self) -> Tensor:
         """`(H,)` int64: (query, key) pairs inside the causal triangle that lie in a listed tile or column."""
         return self._pairs() if choose("auto", self.indices.device) == "naive" else self.pairs_and_keys()[0]
@@ -97,23 +114,23 @@ class BlockLayout:
         """`executed_pairs` and `keys_read`, which `triton` counts at once and without waiting for the device."""
         if choose(backend, self.indices.device) == "naive":
             return self._pairs(), self._keys()
-        from . import layout_triton
+        from . import blocks_triton
 
-        return layout_triton.walk(self)[:2]
+        return blocks_triton.walk(self)[:2]
 
-    def walk(self) -> tuple[BlockLayout, Tensor, Tensor, Tensor]:
+    def walk(self) -> tuple[Blocks, Tensor, Tensor, Tensor]:
         """A layout that kernels can execute whatever this one lists, and of this one pairs, keys and `faults`.
 
         In Triton, and without waiting for the device: whether anything is wrong can be read when all has run. Lists
         with a fault are mended, in place where they are contiguous: their results are worth nothing, as are the numbers
         of their heads, but nothing outside of the keys is read on the way.
         """
-        from . import layout_triton
+        from . import blocks_triton
 
         parts = (self.indices, self.counts, self.columns, self.column_counts)
         indices, counts, *columns = (None if part is None else part.contiguous() for part in parts)
-        layout = BlockLayout(indices, counts, self.length, self.block_q, self.block_k, *columns)
-        return layout, *layout_triton.walk(layout, mend=True)
+        layout = replace(self, indices=indices, counts=counts, columns=columns[0], column_counts=columns[1])
+        return layout, *blocks_triton.walk(layout, mend=True)
 
     def _pairs(self) -> Tensor:
         weights = tile_pairs(self.length, self.block_q, self.block_k, self.indices.device)
@@ -184,7 +201,14 @@ class BlockLayout:
 
     def words(self, bits: int) -> str:
         """What the lowest of these bits of `faults` says of a head."""
-        return fault(bits, self.indices.shape[-1], self.blocks_k, 0 if self.columns is None else self.columns.shape[-1])
+        columns = 0 if self.columns is None else self.columns.shape[-1]
+        return Blocks.fault(bits, self.indices.shape[-1], self.blocks_k, columns)
+
+    @staticmethod
+    def fault(bits: int, width: int, blocks: int, columns: int) -> str:
+        """Words for the lowest of `bits` of `FAULTS`, for lists of `width` of so many key blocks and columns."""
+        lowest = (int(bits) & -int(bits)).bit_length() - 1
+        return FAULTS[lowest].format(width=width, blocks=blocks - 1, columns=columns)
 
     def faults(self) -> Tensor:
         """`(H,)` int32: what is wrong with the lists of each head, a bit for each of `FAULTS`; 0 where nothing is."""
@@ -250,7 +274,7 @@ class BlockLayout:
         return [outside & valid, unordered, nothing, missed.any(1, keepdim=True) | falls]
 
 
-#: What may be wrong with the lists of a head; bit i of `BlockLayout.faults` stands for the i-th.
+#: What may be wrong with the lists of a head; bit i of `Blocks.faults` stands for the i-th.
 FAULTS = (
     "lists fewer than one key block in a row, or more than its {width}",
     "holds a key block outside 0..{blocks}",
@@ -265,12 +289,6 @@ FAULTS = (
 )
 
 
-def fault(bits: int, width: int, blocks: int, columns: int) -> str:
-    """Words for the lowest of `bits` of `FAULTS`, for lists of `width` of so many key blocks and of so many columns."""
-    lowest = (int(bits) & -int(bits)).bit_length() - 1
-    return FAULTS[lowest].format(width=width, blocks=blocks - 1, columns=columns)
-
-
 def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Ids `(H, n, W)` int32 of the True entries of `(H, n, m)`, ascending, then 0; and their counts `(H, n)` int32."""
     counts = mask.sum(-1, dtype=torch.int32)
@@ -283,7 +301,7 @@ def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids, counts
 
 
-def check_shapes(layout: BlockLayout, heads: int) -> None:
+def check_shapes(layout: Blocks, heads: int) -> None:
     """The cheap checks that every call makes: they touch shapes and dtypes only."""
     lists = (layout.indices, layout.counts, layout.columns, layout.column_counts)
     if any(part is not None and part.dtype != torch.int32 for part in lists):

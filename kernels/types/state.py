@@ -1,0 +1,62 @@
+"""`State`: what a method keeps of a layer between steps, in tensors whose memory the runtime owns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .bounds import PageBounds
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One named tensor of a state.
+
+    Attributes:
+        name: what `State` finds it by.
+        per: what it has an entry for: each `page` or `token` of each sequence, or each `sequence`.
+        shape: of an entry; a dimension of -1 is that of the keys.
+        dtype: of its numbers; None for that of the keys.
+    """
+
+    name: str
+    per: Literal["sequence", "page", "token"]
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+
+    def empty(self, entries: int, keys: Tensor) -> Tensor:
+        """Room for so many entries, beside keys `(N, D)`. What nobody has written is undefined."""
+        shape = (keys.shape[-1] if size == -1 else size for size in self.shape)
+        return keys.new_empty((entries, *shape), dtype=self.dtype or keys.dtype)
+
+    def bytes(self, keys: Tensor) -> int:
+        """Bytes of an entry."""
+        return self.empty(1, keys[:0]).nbytes
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of S sequences of one layer. Tensors are written in place, and keep their places.
+
+    Attributes:
+        tensors: by name of the slot. `sequence`: `(S, …)`. `page`: `(M, …)`, page p of sequence s is entry
+            `first[s] + p`. `token`: `(N, …)`, beside the keys: token i of sequence s is entry `kv.starts[s] + i`.
+        page_size: keys per page.
+        first: `(S,)` int64.
+    """
+
+    tensors: Mapping[str, Tensor]
+    page_size: int
+    first: Tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def bounds(self) -> PageBounds:
+        """Slots `low` and `high`, per page, as bounds of pages."""
+        return PageBounds(self.page_size, self.tensors["low"], self.tensors["high"], self.first)

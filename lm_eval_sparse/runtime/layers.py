@@ -1,0 +1,75 @@
+"""What a model shows of its attention layers beyond queries, keys and values: rotary embedding, output projection."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..methods.base import Layer
+
+#: What modelling code calls the projection behind attention.
+OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+#: And what makes its cosines and sines.
+ROTARY_NAMES = ("rotary_emb", "rotary_pos_emb")
+
+
+class Layers:
+    """The layers of one model, as methods may know them. Holds no module alive."""
+
+    def __init__(self, model: nn.Module | None = None):
+        self._found: dict[int, Layer] = {}
+        self._rotary: Callable[[], nn.Module | None] = lambda: None
+        self.count = 0
+        if model is not None:
+            indices = {m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)}
+            self.count = max(indices, default=-1) + 1
+            own = [m for name, m in model.named_modules() if name.rpartition(".")[2] in ROTARY_NAMES]
+            if len(own) == 1:  # several belong to layers of different kinds
+                self._rotary = weakref.ref(own[0])
+
+    def of(self, module: nn.Module, heads: int, kv_heads: int, dim: int, value_dim: int) -> Layer:
+        """The layer of an attention module."""
+        index = module.layer_idx
+        found = self._found.get(index)
+        if found is None or (found.heads, found.kv_heads, found.head_dim) != (heads, kv_heads, dim):
+            found = self._found[index] = Layer(
+                index,
+                max(self.count, index + 1),
+                heads,
+                kv_heads,
+                dim,
+                rope=self._rope(),
+                weight=_weight(module, heads * value_dim),
+            )
+        return found
+
+    def _rope(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        place = self._rotary
+        if place() is None:
+            return None
+
+        def rope(positions: Tensor) -> tuple[Tensor, Tensor]:
+            like = torch.empty(1, 1, 1, dtype=torch.float32, device=positions.device)
+            cosines, sines = place()(like, positions[None])
+            return cosines[0], sines[0]
+
+        return rope
+
+
+def _weight(module: nn.Module, inputs: int) -> Callable[[], Tensor] | None:
+    """What gives the output projection `(hidden, inputs)` of an attention module, or None where there is none."""
+    names = [name for name in OUTPUT_NAMES if isinstance(getattr(module, name, None), nn.Linear | Conv1D)]
+    if len(names) != 1:
+        return None
+    place = weakref.ref(getattr(module, names[0]))
+
+    def weight() -> Tensor:
+        projection = place()
+        return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+
+    found = weight()
+    return weight if found.dim() == 2 and found.shape[1] == inputs and found.dtype.is_floating_point else None
