@@ -1,6 +1,6 @@
 """How exactly `sparsity=s` is met: every method on random, structured and real queries and keys, 4K to 32K tokens.
 
-Selection only, no attention output: the layouts, kept tokens and pages are counted. Real queries and keys are those
+Blocks only, no attention output: the layouts, kept tokens and pages are counted. Real queries and keys are those
 of every layer of the embedded model on a NIAH prompt (beyond 8192 tokens it reads more than it was trained for).
 
 python benchmarks/budget_accuracy.py --output benchmarks/results/budget_accuracy
@@ -25,7 +25,8 @@ from torch import Tensor
 import lm_eval_sparse
 from lm_eval_sparse.kernels.estimate import update_bounds
 from lm_eval_sparse.kernels.types import PageBounds, RaggedKV, causal_pairs
-from lm_eval_sparse.methods import METHODS, DecodeContext, DecodeMethod, EvictionMethod, Method, PrefillMethod
+from lm_eval_sparse.methods import METHODS, DecodeMethod, EvictionMethod, Method, PrefillMethod
+from lm_eval_sparse.testing import Decoding, select
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
@@ -88,10 +89,10 @@ def measured(method: Method, query: Tensor, key: Tensor, sparsity: float) -> tup
     heads, length, dim = query.shape
     kv_heads = key.shape[0]
     if isinstance(method, PrefillMethod):
-        selection = method.select(query, key, scale=dim**-0.5, softcap=None, sparsity=sparsity)
-        found = 1 - selection.layout.executed_pairs().double() / causal_pairs(length)
+        selection = select(method, query, key, scale=dim**-0.5, softcap=None, sparsity=sparsity)
+        found = 1 - selection.executed_pairs().double() / causal_pairs(length)
     elif isinstance(method, EvictionMethod):
-        selection = method.select(query, key, scale=dim**-0.5, softcap=None, sparsity=sparsity)
+        selection = select(method, query, key, scale=dim**-0.5, softcap=None, sparsity=sparsity)
         found = 1 - selection.counts.double() / length
     else:
         assert isinstance(method, DecodeMethod)
@@ -99,9 +100,9 @@ def measured(method: Method, query: Tensor, key: Tensor, sparsity: float) -> tup
         kv = RaggedKV.of(flat, flat, starts, [length] * kv_heads)
         bounds = PageBounds.empty([-(-length // method.page_size)] * kv_heads, flat, method.page_size)
         update_bounds(kv, bounds, torch.zeros_like(kv.lengths))
-        context = DecodeContext(kv, torch.tensor([length], device=key.device), bounds, kv_heads)
+        context = Decoding(kv, torch.tensor([length], device=key.device), bounds, kv_heads)
         grouped = query[:, -STEPS:].reshape(kv_heads, heads // kv_heads, STEPS, dim)
-        keys_read = method.select(grouped, context, sparsity=sparsity).keys_read(kv)
+        keys_read = select(method, grouped, context, sparsity=sparsity).keys_read(kv)
         found = 1 - keys_read.double().sum(-1).flatten() / kv.visible(STEPS)[0].sum()
     return float(found.mean()), float(found.min()), float(found.max())
 
@@ -159,7 +160,7 @@ def table(rows: list[dict[str, Any]], place: str, versions: dict[str, str]) -> s
     lines = [
         "# How exactly `sparsity=s` is met",
         "",
-        f"Selection only, {place}, torch {versions['torch']}; shape of SmolLM2-135M ({HEADS} query heads, {KV_HEADS} "
+        f"Blocks only, {place}, torch {versions['torch']}; shape of SmolLM2-135M ({HEADS} query heads, {KV_HEADS} "
         f"KV heads, {DIM} dimensions); s = {', '.join(map(str, SPARSITIES))}. Largest distance of any layer's measured "
         "sparsity to s, and in brackets the widest range of the sparsity over the heads of all layers (0 for uniform "
         "budgets).",

@@ -30,7 +30,7 @@ METHOD_NAMES = [name for name in METHODS if name != "dense"]
 def entries(selection: Any) -> Tensor:
     """What was selected, as booleans on the CPU."""
     if hasattr(selection, "layout"):
-        layout = selection.layout
+        layout = selection
         found = [layout.mask().flatten()]
         if layout.columns is not None:
             found.append(layout.column_keys().flatten())

@@ -45,8 +45,8 @@ from lm_eval_sparse.kernels.estimate import page_scores, update_bounds
 from lm_eval_sparse.kernels.index.pages import PageBudget
 from lm_eval_sparse.kernels.prefill import fa4
 from lm_eval_sparse.kernels.types import PageBounds, RaggedKV, Reads
-from lm_eval_sparse.methods import DecodeContext
 from lm_eval_sparse.methods.decode.quest import Quest
+from lm_eval_sparse.testing import Decoding, select
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 #: Calls in a graph, at most and at least, and milliseconds that they should take together.
@@ -382,8 +382,8 @@ def measure_quest(
         def choose(number: int, new: bool = False) -> Reads:
             copy = number % caches.copies
             tokens = (caches.new_key[copy], caches.new_value[copy]) if new else None
-            context = DecodeContext(caches.kv(number), caches.tokens, bounds[copy], caches.kv_heads, tokens, new)
-            return method.select(caches.query[copy], context, sparsity=sparsity)
+            context = Decoding(caches.kv(number), caches.tokens, bounds[copy], caches.kv_heads, tokens, new)
+            return select(method, caches.query[copy], context, sparsity=sparsity)
 
         selections = [choose(copy) for copy in range(caches.copies)]
         reads = torch.zeros(caches.sequences, 1, 1, dtype=torch.int32, device=options.device)

@@ -41,6 +41,7 @@ from lm_eval_sparse.kernels import estimate as estimators
 from lm_eval_sparse.kernels.prefill import BACKENDS, block_sparse_prefill, fa4
 from lm_eval_sparse.kernels.types import Blocks, causal_pairs
 from lm_eval_sparse.methods import METHODS, PrefillMethod
+from lm_eval_sparse.testing import select as select_by
 
 DEVICE = "cuda"
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -369,7 +370,7 @@ def measure_method(
             return {**row, "skipped": reason}
 
         def select() -> Blocks:
-            return method.select(query, key, scale=scale, softcap=None, sparsity=sparsity).layout
+            return select_by(method, query, key, scale=scale, softcap=None, sparsity=sparsity)
 
         def whole() -> Tensor:
             return block_sparse_prefill(query, key, value, select(), scale=scale, backend=options.backend)[0]

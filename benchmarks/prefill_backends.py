@@ -23,7 +23,8 @@ import torch
 from lm_eval_sparse.kernels.dense import dense_attention
 from lm_eval_sparse.kernels.prefill import block_sparse_prefill, flex
 from lm_eval_sparse.kernels.types import causal_pairs
-from lm_eval_sparse.methods import FlexPrefill
+from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
+from lm_eval_sparse.testing import select as select_by
 
 
 def structured(heads: int, kv_heads: int, length: int, dim: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
@@ -83,7 +84,7 @@ def main() -> None:
         for sparsity in options.sparsities:
 
             def select(q: torch.Tensor = query, k: torch.Tensor = key, s: float = sparsity) -> Any:
-                return method.select(q, k, scale=scale, softcap=None, sparsity=s)
+                return select_by(method, q, k, scale=scale, softcap=None, sparsity=s)
 
             layout = select().layout
             row: dict[str, Any] = {

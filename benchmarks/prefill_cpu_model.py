@@ -34,6 +34,7 @@ from lm_eval_sparse.kernels.types import causal_pairs
 from lm_eval_sparse.methods import METHODS
 from lm_eval_sparse.model import embedded
 from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.testing import select as select_by
 
 METHOD_NAMES = ("flexprefill", "block_sparse/64", "block_sparse", "vertical_slash")
 
@@ -105,7 +106,7 @@ def measure_attention(states: list[Tensor], options: argparse.Namespace) -> dict
             continue
 
         def select(method: Any = method) -> Any:
-            return method.select(query, key, scale=scale, softcap=None, sparsity=options.sparsity).layout
+            return select_by(method, query, key, scale=scale, softcap=None, sparsity=options.sparsity)
 
         def whole(select: Callable[[], Any] = select) -> Tensor:
             return block_sparse_prefill(query, key, value, select(), scale=scale, backend=options.backend)[0]

@@ -39,17 +39,8 @@ from prefill import say, table, versions, write  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from lm_eval_sparse.frontier.leaves import BUILT_IN  # noqa: E402
-from lm_eval_sparse.kernels.decode import Reads  # noqa: E402
-from lm_eval_sparse.kernels.types import Blocks  # noqa: E402
-from lm_eval_sparse.methods.base import (  # noqa: E402
-    DecodeContext,
-    DecodeMethod,
-    EvictionMethod,
-    Geometry,
-    Keep,
-    PrefillMethod,
-    Selection,
-)
+from lm_eval_sparse.kernels.types import Blocks, Keep, Reads  # noqa: E402
+from lm_eval_sparse.methods import DecodeMethod, EvictionMethod, Layer, PrefillMethod  # noqa: E402
 from lm_eval_sparse.methods.prefill.block_sparse import row_budgets  # noqa: E402
 from lm_eval_sparse.model.lm import Context, SparseHFLM, device_name  # noqa: E402
 from lm_eval_sparse.runtime.accounting import RowCounts  # noqa: E402
@@ -79,12 +70,12 @@ class SinksAndWindow(PrefillMethod):
 
     block_size: int = 16
 
-    def knobs_for(self, sparsity: float, length: int, geometry: Geometry | None = None) -> SinksAndWindow:
+    def knobs_for(self, sparsity: float, length: int, geometry: Layer | None = None) -> SinksAndWindow:
         return self
 
     def select(
         self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> Selection:
+    ) -> Blocks:
         heads, length, _ = query.shape
         block = self.block_size
         blocks = -(-length // block)
@@ -99,7 +90,7 @@ class SinksAndWindow(PrefillMethod):
             counts.to(torch.int32).expand(heads, -1).contiguous(),
             *(length, block, block),
         )
-        return Selection(layout, estimator_flops=0, estimator_bytes=0)
+        return Blocks(layout, estimator_flops=0, estimator_bytes=0)
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ class KeepEnds(EvictionMethod):
     kv: ClassVar[str] = "evicted"
     paper: ClassVar[str] = "control"
 
-    def knobs_for(self, sparsity: float, length: int, geometry: Geometry | None = None) -> KeepEnds:
+    def knobs_for(self, sparsity: float, length: int, geometry: Layer | None = None) -> KeepEnds:
         return self
 
     def select(
@@ -145,7 +136,7 @@ class RandomPages(DecodeMethod):
 
     page_size: int = 16
 
-    def select(self, query: Tensor, context: DecodeContext, *, sparsity: float | None) -> Reads:
+    def select(self, query: Tensor, context: Decoding, *, sparsity: float | None) -> Reads:
         steps = query.shape[2]
         keep = 1 - (SPARSITY if sparsity is None else sparsity)
         own = (context.kv.visible(steps) - 1) // self.page_size  # the page that each token is in, and how many before

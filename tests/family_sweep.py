@@ -29,17 +29,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels.types import Blocks, Reads
-from lm_eval_sparse.methods import (
-    METHODS,
-    DecodeContext,
-    DecodeMethod,
-    EvictionMethod,
-    Keep,
-    PrefillMethod,
-    Selection,
-)
+from lm_eval_sparse.kernels.types import Blocks, Keep, Reads
+from lm_eval_sparse.methods import METHODS, DecodeMethod, EvictionMethod, PrefillMethod
 from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.testing import Decoding
 from tests import families
 
 #: Tokens of a prompt: more than any window or chunk of the tiny models.
@@ -55,10 +48,10 @@ class AllBlocks(PrefillMethod):
 
     name, unit, importance, allocation, kv, paper = "all_blocks", "blocks", "-", "-", "full cache", "-"
 
-    def select(self, query: Any, key: Any, **options: Any) -> Selection:
+    def select(self, query: Any, key: Any, **options: Any) -> Blocks:
         heads, length, _ = query.shape
         wanted = torch.ones(-(-length // 16), -(-length // 16), dtype=torch.bool, device=query.device).tril()
-        return Selection(Blocks.from_mask(wanted.expand(heads, -1, -1), length, 16, 16), 0, 0)
+        return Blocks(Blocks.from_mask(wanted.expand(heads, -1, -1), length, 16, 16), 0, 0)
 
 
 class AllTokens(EvictionMethod):
@@ -78,7 +71,7 @@ class AllPages(DecodeMethod):
     name, unit, importance, allocation, kv, paper = "all_pages", "pages", "-", "-", "full cache", "-"
     page_size = 16
 
-    def select(self, query: Any, context: DecodeContext, **options: Any) -> Reads:
+    def select(self, query: Any, context: Decoding, **options: Any) -> Reads:
         visible = context.kv.visible(query.shape[2])
         width = max(1, -(-context.kv.longest // 16))
         pages = torch.arange(width, dtype=torch.int32, device=query.device).expand(*visible.shape, -1)

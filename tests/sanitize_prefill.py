@@ -16,6 +16,7 @@ from prefill_cases import Draw, random_call
 
 from lm_eval_sparse.kernels.prefill import BACKENDS, block_sparse_prefill_rows
 from lm_eval_sparse.methods import METHODS
+from lm_eval_sparse.testing import select
 
 HALF = torch.bfloat16
 #: Block sizes, head_dim, dtype, kind of columns, softcap, lengths: each pair of lines takes other paths of the kernel.
@@ -66,10 +67,10 @@ def main() -> None:
     for name, knobs, sparsity in SELECTIONS:
         for heads, kv_heads, length, dim in ((6, 2, 777, 64), (7, 1, 401, 80))[: 2 if sparsity is None else 1]:
             query, key = (draw.normal(number, length, dim).to(HALF) for number in (heads, kv_heads))
-            selection = METHODS[name](**knobs).select(query, key, scale=dim**-0.5, softcap=None, sparsity=sparsity)
+            selection = select(METHODS[name](**knobs), query, key, scale=dim**-0.5, softcap=None, sparsity=sparsity)
             torch.cuda.synchronize()
-            selection.layout.check(heads)
-            selection.layout.executed_pairs(), selection.layout.keys_read(), selection.selected_pairs
+            selection.check(heads)
+            selection.executed_pairs(), selection.keys_read(), selection.selected_pairs
         print(f"{name} {knobs} {sparsity}: {time.monotonic() - start:.1f} s")
     torch.cuda.synchronize()
     print("done")

@@ -24,9 +24,13 @@ from torch import Tensor
 
 from lm_eval_sparse import patches
 from lm_eval_sparse.kernels.types import Blocks
-from lm_eval_sparse.methods import BlockSparse, FlexPrefill, FlexPrefillVS, Quest, SnapKV, VerticalSlash
+from lm_eval_sparse.methods.decode.quest import Quest
+from lm_eval_sparse.methods.eviction.snapkv import SnapKV
 from lm_eval_sparse.methods.plan import parse
-from lm_eval_sparse.methods.prefill.vertical_slash import Pattern
+from lm_eval_sparse.methods.prefill.block_sparse import BlockSparse
+from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
+from lm_eval_sparse.methods.prefill.flexprefill_vs import FlexPrefillVS
+from lm_eval_sparse.methods.prefill.vertical_slash import Pattern, VerticalSlash
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import stats_of
 from lm_eval_sparse.runtime import accounting
@@ -508,14 +512,14 @@ def count_prefill(method: Any, length: int, record: tuple[Any, tuple[Tensor, Ten
     if record is None:
         return table(pairs=pairs, selected=pairs, executed=pairs, dense=1, read=1, flops=4 * DIM * pairs, spent=0)
     selection, pattern = record
-    executed, loaded = of_layout(selection.layout)
+    executed, loaded = of_layout(selection)
     selected = executed
     if pattern is not None:
         columns, diagonals = (part.numpy() for part in pattern)
         offset = np.arange(length)[:, None] - np.arange(length)
         selected = (columns[:, None, :] | diagonals[:, np.maximum(offset, 0)]) & triangle(length)
         assert not (selected & ~executed).any(), "a selected pair is not computed"
-    tile = selection.layout.block_q
+    tile = selection.block_q
     flops, extra = cost(method, selection.knobs, length)
     return table(
         pairs=pairs,

@@ -13,9 +13,9 @@ import torch
 from lm_eval.api.instance import Instance
 
 from lm_eval_sparse.kernels.types import RaggedKV
-from lm_eval_sparse.methods import DecodeContext
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import SharedPrompt
+from lm_eval_sparse.testing import Decoding, select
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 twins = importlib.import_module("twin_sensitivity")
@@ -25,7 +25,7 @@ twins = importlib.import_module("twin_sensitivity")
 def test_the_window_of_the_prefill_control(length):
     length = length or random.SystemRandom().randint(300, 700)
     query, key = torch.randn(4, length, 8), torch.randn(2, length, 8)
-    layout = twins.SinksAndWindow().select(query, key, scale=1.0, softcap=None, sparsity=0.8).layout
+    layout = select(twins.SinksAndWindow(), query, key, scale=1.0, softcap=None, sparsity=0.8)
     layout.check(4)
     sets = []
     for row in range(layout.blocks_q):
@@ -40,7 +40,7 @@ def test_the_window_of_the_prefill_control(length):
 
 def test_the_ends_that_the_eviction_control_keeps():
     length = random.SystemRandom().randint(100, 900)
-    kept = twins.KeepEnds().select(torch.randn(4, length, 8), torch.randn(2, length, 8), scale=1.0, softcap=None,
+    kept = select(twins.KeepEnds(), torch.randn(4, length, 8), torch.randn(2, length, 8), scale=1.0, softcap=None,
                                    sparsity=0.9)  # fmt: skip
     kept.check(2, length)
     number = int(kept.counts[0])
@@ -52,8 +52,8 @@ def test_the_pages_of_the_decode_control():
     lengths = torch.tensor([random.SystemRandom().randint(500, 900), 333])
     starts = torch.tensor([0, 1000])
     kv = RaggedKV(torch.randn(2000, 8), torch.randn(2000, 8), starts, lengths, int(lengths.max()))
-    context = DecodeContext(kv, lengths, None)
-    found = [twins.RandomPages().select(torch.randn(2, 2, 3, 8), context, sparsity=0.8) for _ in range(2)]
+    context = Decoding(kv, lengths, None)
+    found = [select(twins.RandomPages(), torch.randn(2, 2, 3, 8), context, sparsity=0.8) for _ in range(2)]
     for selection in found:
         assert not selection.faults(kv).any()
         for sequence, length in enumerate(lengths.tolist()):

@@ -17,7 +17,8 @@ from lm_eval_sparse.kernels import backends
 from lm_eval_sparse.kernels.estimate import WindowBlocks, pool, window_blocks
 from lm_eval_sparse.kernels.index import top_p_blocks as coverage
 from lm_eval_sparse.kernels.types import causal_pairs
-from lm_eval_sparse.methods import FlexPrefill
+from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
+from lm_eval_sparse.testing import select
 
 if (reason := interpreter_missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -159,7 +160,7 @@ def test_the_method_selects_alike_on_both_backends(knobs: dict[str, Any], monkey
     sparsity = knobs.pop("sparsity")
 
     def run() -> Any:
-        return FlexPrefill(**knobs).select(query, key, scale=32**-0.5, softcap=None, sparsity=sparsity)
+        return select(FlexPrefill(**knobs), query, key, scale=32**-0.5, softcap=None, sparsity=sparsity)
 
     want = run()
     monkeypatch.setattr(backends, "AUTO_ELSEWHERE", "triton")

@@ -21,14 +21,14 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels import backends
 from lm_eval_sparse.kernels.types import RaggedKV
-from lm_eval_sparse.methods import Quest
+from lm_eval_sparse.methods.decode.quest import Quest
+from lm_eval_sparse.methods.plan import Assignment
 from lm_eval_sparse.model import lm as model_module
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.model.sampling import Sampling, Stop
 from lm_eval_sparse.runtime import steps as decoding
 from lm_eval_sparse.runtime.interface import CALL
 from lm_eval_sparse.runtime.memory import MemoryModel, out_of_memory
-from lm_eval_sparse.runtime.session import Assignment
 from lm_eval_sparse.runtime.steps import Decoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

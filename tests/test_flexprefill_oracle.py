@@ -21,7 +21,9 @@ from torch import Tensor
 
 from lm_eval_sparse.kernels.estimate import window as estimators
 from lm_eval_sparse.kernels.types import Blocks
-from lm_eval_sparse.methods import FlexPrefill, Geometry, Selection
+from lm_eval_sparse.methods import Layer
+from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
+from lm_eval_sparse.testing import select as select_by
 
 #: Relative distance from a cut below which fp32 and fp64 may rightly disagree.
 NEAR = 1e-6
@@ -265,12 +267,12 @@ def forced_density(length: int, block: int) -> float:
     return np.count_nonzero(dense & np.tri(length, dtype=bool)) / (length * (length + 1) / 2)
 
 
-def select(query: Tensor, key: Tensor, sparsity: float | None = None, **knobs: Any) -> Selection:
+def select(query: Tensor, key: Tensor, sparsity: float | None = None, **knobs: Any) -> Blocks:
     scale, softcap = knobs.pop("scale", query.shape[-1] ** -0.5), knobs.pop("softcap", None)
-    return FlexPrefill(**knobs).select(query, key, scale=scale, softcap=softcap, sparsity=sparsity)
+    return select_by(FlexPrefill(**knobs), query, key, scale=scale, softcap=softcap, sparsity=sparsity)
 
 
-def native(selection: Selection, **changes: Any) -> dict[str, Any]:
+def native(selection: Blocks, **changes: Any) -> dict[str, Any]:
     """The reported knobs as native ones."""
     return {name: selection.knobs[name] for name in FlexPrefill.knobs()} | changes
 
@@ -278,9 +280,9 @@ def native(selection: Selection, **changes: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- native knobs
 
 
-def rows(selection: Selection) -> list[str]:
+def rows(selection: Blocks) -> list[str]:
     """The first head's tiles, drawn."""
-    return ["".join(".x"[bit] for bit in row) for row in selection.layout.mask()[0].int().tolist()]
+    return ["".join(".x"[bit] for bit in row) for row in selection.mask()[0].int().tolist()]
 
 
 def key_37(length: int = 80) -> tuple[Tensor, Tensor]:
@@ -326,7 +328,7 @@ def test_what_is_taken_covers_gamma_of_the_window_s_attention(sparsity: float | 
     knobs = {"block_size": 64, "min_budget": 0} if sparsity is None else {}
     selection = select(query, key, sparsity, **knobs)
     # All attention of head 1 is on one key, which some tile of the last rows must hold.
-    assert bool(selection.layout.mask()[1, -2:, needle // selection.layout.block_k].any())
+    assert bool(selection.mask()[1, -2:, needle // selection.block_k].any())
 
 
 SHAPES = [(1, 1), (7, 1), (6, 2), (4, 4)]
@@ -354,10 +356,10 @@ def test_native_selection_equals_the_oracle(heads: int, kv_heads: int):
             else:
                 query, key = plain(heads, kv_heads, length, dim, seed)
             scale = rng.choice([1.0, 0.3]) / math.sqrt(dim)
-            selection = method.select(query, key, scale=scale, softcap=softcap, sparsity=None)
-            selection.layout.check(heads)
-            assert (selection.layout.block_q, selection.layout.block_k) == (block, block)
-            mask = selection.layout.mask().numpy()
+            selection = select_by(method, query, key, scale=scale, softcap=softcap, sparsity=None)
+            selection.check(heads)
+            assert (selection.block_q, selection.block_k) == (block, block)
+            mask = selection.mask().numpy()
             verdicts = oracle(query, key, scale, softcap, method)
             for head, verdict in enumerate(verdicts):
                 seen[verdict.aware] += 1
@@ -399,7 +401,7 @@ def test_softcap_bounds_the_predicted_scores_too():
         verdicts = oracle(query, key, 24**-0.5, 1.5, FlexPrefill(block_size=16, min_budget=0, tau=0.08))
         selection = select(query, key, softcap=1.5, block_size=16, min_budget=0, tau=0.08)
         for head, verdict in enumerate(verdicts):
-            assert verdict.margin < NEAR or np.array_equal(selection.layout.mask()[head].numpy(), verdict.mask)
+            assert verdict.margin < NEAR or np.array_equal(selection.mask()[head].numpy(), verdict.mask)
         assert len({verdict.aware for verdict in verdicts}) == 2
         plain_verdicts = oracle(query, key, 24**-0.5, None, FlexPrefill(block_size=16, min_budget=0, tau=0.08))
         moved += sum(one.aware != two.aware for one, two in zip(verdicts, plain_verdicts, strict=True))
@@ -410,7 +412,7 @@ def test_defaults_are_the_published_ones_at_block_128():
     query, key = structured(4, 2, 2700, 24, 128, seed=5)
     default, spelled = FlexPrefill(), FlexPrefill(0.9, 0.1, 1024, None, 128)
     first, second = (
-        method.select(query, key, scale=24**-0.5, softcap=None, sparsity=None) for method in (default, spelled)
+        select_by(method, query, key, scale=24**-0.5, softcap=None, sparsity=None) for method in (default, spelled)
     )
     assert torch.equal(first.layout.mask(), second.layout.mask())
     verdicts = oracle(query, key, 24**-0.5, None, spelled)
@@ -456,9 +458,9 @@ def test_selection_is_a_function_of_the_values_alone(sparsity: float | None, mon
 # ----------------------------------------------------------------------------------------------------------- sparsity
 
 
-def accounted(selection: Selection, sparsity: float, heads: int, length: int) -> float:
+def accounted(selection: Blocks, sparsity: float, heads: int, length: int) -> float:
     """Check a selection's own counts and forced parts; return how far its brute-force sparsity is off."""
-    layout = selection.layout
+    layout = selection
     layout.check(heads)
     assert layout.length == length and layout.block_q == layout.block_k == selection.knobs["block_size"]
     pairs, keys = counted(layout)
@@ -489,7 +491,7 @@ def test_sparsity_is_kept_by_one_threshold_for_all_heads(heads: int, kv_heads: i
         calm = [head for head in range(heads) if torch.equal(sides[0][head], sides[1][head])]
         assert len(calm) >= heads - 1
         again = select(query, key, **native(selection)).layout.mask()
-        assert torch.equal(again[calm], selection.layout.mask()[calm])
+        assert torch.equal(again[calm], selection.mask()[calm])
 
 
 def test_solved_layout_is_the_oracle_s_at_the_reported_threshold():
@@ -497,7 +499,7 @@ def test_solved_layout_is_the_oracle_s_at_the_reported_threshold():
     seen, compared = set(), 0
     for sparsity in (0.5, 0.8, 0.95):
         selection = select(query, key, sparsity, softcap=20.0)
-        mask = selection.layout.mask().numpy()
+        mask = selection.mask().numpy()
         for head, verdict in enumerate(oracle(query, key, 18**-0.5, 20.0, FlexPrefill(**native(selection)))):
             if verdict.margin > NEAR:
                 compared += 1
@@ -513,7 +515,7 @@ def test_reported_gamma_gives_the_same_layout_as_a_native_knob():
         selection = select(10 * query, 10 * key, 0.8, tau=0)
         assert selection.knobs["gamma"] < 0.999
         again = select(10 * query, 10 * key, **native(selection))
-        if not torch.equal(again.layout.mask(), selection.layout.mask()):
+        if not torch.equal(again.layout.mask(), selection.mask()):
             different.append(seed)
     assert not different, f"seeds {different}"
 
@@ -570,7 +572,7 @@ def test_greater_sparsity_keeps_a_subset_at_equal_block_size():
     compared = 0
     for sparsity in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95):
         selection = select(query, key, sparsity)
-        block, mask = selection.knobs["block_size"], selection.layout.mask()
+        block, mask = selection.knobs["block_size"], selection.mask()
         if block in by_block:
             compared += 1
             assert not bool((mask & ~by_block[block]).any())
@@ -605,10 +607,10 @@ def test_automatic_block_is_the_largest_whose_forced_tiles_fit_a_quarter_of_the_
     met = set()
     for sparsity in (0.2, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97):
         fitting = [block for block in BLOCKS if forced_density(length, block) <= (1 - sparsity) / 4]
-        many = FlexPrefill().knobs_for(sparsity, length, Geometry(heads=32, kv_heads=8, head_dim=64))
+        many = FlexPrefill().knobs_for(sparsity, length, Layer(heads=32, kv_heads=8, head_dim=64))
         assert many.block_size == max(fitting, default=16)
         assert many.min_budget == 0 and many.max_budget is None
-        one = FlexPrefill().knobs_for(sparsity, length, Geometry(heads=1, kv_heads=1, head_dim=64))
+        one = FlexPrefill().knobs_for(sparsity, length, Layer(heads=1, kv_heads=1, head_dim=64))
         # A lone head needs finer steps: its largest one, the second column, may not jump over the tolerance.
         tiles = np.zeros((-(-length // one.block_size),) * 2, dtype=bool)
         tiles[1:, 1] = True

@@ -16,8 +16,9 @@ from test_sparse_hf import PAIRS, PROMPTS, generate, score
 from lm_eval_sparse.kernels.decode import paged_decode
 from lm_eval_sparse.kernels.estimate import update_bounds
 from lm_eval_sparse.kernels.types import PageBounds, RaggedKV, Reads
-from lm_eval_sparse.methods import METHODS, DecodeContext, EvictionMethod
+from lm_eval_sparse.methods import METHODS, EvictionMethod
 from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.testing import Decoding, select
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,7 +80,7 @@ def test_selections_are_those_of_the_cpu(source: random.Random, name: str, spars
     for device in ("cpu", "cuda"):
         q, k = query.to(device), key.to(device)
         if isinstance(method, EvictionMethod):
-            selection = method.select(q, k, scale=dim**-0.5, softcap=None, sparsity=sparsity)
+            selection = select(method, q, k, scale=dim**-0.5, softcap=None, sparsity=sparsity)
             found = torch.zeros(kv_heads, length, dtype=torch.bool)
             for head, count in enumerate(selection.counts.tolist()):
                 found[head, selection.indices[head, :count].cpu()] = True
@@ -88,8 +89,8 @@ def test_selections_are_those_of_the_cpu(source: random.Random, name: str, spars
             kv = RaggedKV.of(flat, flat, starts, [length] * 2)
             bounds = PageBounds.empty([300, 300], flat, method.page_size)
             update_bounds(kv, bounds, torch.zeros_like(kv.lengths))
-            context = DecodeContext(kv, torch.tensor([length], device=device), bounds, kv_heads)
-            selection = method.select(q[:, -1:].reshape(kv_heads, -1, 1, dim), context, sparsity=sparsity)
+            context = Decoding(kv, torch.tensor([length], device=device), bounds, kv_heads)
+            selection = select(method, q[:, -1:].reshape(kv_heads, -1, 1, dim), context, sparsity=sparsity)
             selection.check(kv)
             found = torch.zeros(kv_heads, 300, dtype=torch.bool)
             for head, count in enumerate(selection.counts[:, 0, 0].tolist()):

@@ -37,6 +37,7 @@ from lm_eval_sparse.kernels.index.top_blocks import top_blocks
 from lm_eval_sparse.kernels.prefill import BACKENDS, block_sparse_prefill, block_sparse_prefill_rows
 from lm_eval_sparse.kernels.types import BLOCK_SIZES, Blocks, causal_pairs
 from lm_eval_sparse.methods import METHODS, PrefillMethod
+from lm_eval_sparse.testing import select
 
 DEVICE = "cuda"
 pytestmark = [
@@ -564,8 +565,8 @@ def test_selections_are_those_of_the_cpu(draw: Draw, name: str) -> None:
         found = {}
         for device in ("cpu", DEVICE):
             states = query.to(device), key.to(device)
-            selection = METHODS[method](**knobs).select(*states, scale=dim**-0.5, softcap=softcap, sparsity=sparsity)
-            selection.layout.check(heads)
+            selection = select(METHODS[method](**knobs), *states, scale=dim**-0.5, softcap=softcap, sparsity=sparsity)
+            selection.check(heads)
             found[device] = selection
         on_cpu, on_cuda = found["cpu"], found[DEVICE]
         assert (on_cuda.layout.block_q, on_cuda.layout.block_k) == (on_cpu.layout.block_q, on_cpu.layout.block_k)
@@ -594,7 +595,7 @@ def test_prefill_does_not_wait_for_the_device(draw: Draw, name: str) -> None:
 
     def prefill(rows: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         options: dict[str, Any] = {"scale": dim**-0.5, "softcap": None, "sparsity": sparsity}
-        layouts = [METHODS[method](**knobs).select(query, key, **options).layout for query, key, _ in rows]
+        layouts = [select(METHODS[method](**knobs), query, key, **options) for query, key, _ in rows]
         block_sparse_prefill(*rows[0], layouts[0])
         if len({(layout.block_q, layout.block_k) for layout in layouts}) == 1:
             block_sparse_prefill_rows(*zip(*rows, strict=True), layouts)
@@ -630,14 +631,14 @@ def test_memory_of_selecting(draw: Draw, name: str) -> None:
     method = METHODS[name]() if name != "block_sparse" else METHODS[name](block_size=128)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    selection = method.select(query, key, **options)
+    selection = select(method, query, key, **options)
     torch.cuda.synchronize()
     grown = torch.cuda.max_memory_allocated() - before
-    executed = 1 - int(selection.layout.executed_pairs().sum()) / (heads * causal_pairs(length))
+    executed = 1 - int(selection.executed_pairs().sum()) / (heads * causal_pairs(length))
     print(f"{grown / 2**30:.2f} GiB, executed sparsity {executed:.4f}")
     assert grown <= 1.5 * 2**30
     assert abs(executed - 0.95) <= 0.01
-    selection.layout.check(heads)
+    selection.check(heads)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if f"{name}-0.9" in SELECTIONS])
@@ -647,7 +648,7 @@ def test_selected_and_attended(draw: Draw, name: str) -> None:
         query, key = attention_like(draw, heads, kv_heads, length, dim)
         value = draw.normal(kv_heads, length, dim)
         options: dict[str, Any] = {"scale": dim**-0.5, "softcap": None, "sparsity": 0.8}
-        layout = METHODS[name]().select(query, key, **options).layout
+        layout = select(METHODS[name](), query, key, **options)
         row = Row(layout, keys_of(layout))
         expected = attention(query, key, value, row, dim**-0.5, None)
         out, used = block_sparse_prefill(query, key, value, layout)

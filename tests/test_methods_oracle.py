@@ -24,9 +24,14 @@ import torch
 from torch import Tensor
 
 from lm_eval_sparse.kernels.estimate import update_bounds
-from lm_eval_sparse.kernels.types import Blocks, PageBounds, RaggedKV, Reads
-from lm_eval_sparse.methods import AdaSnapKV, BlockSparse, FlexPrefillVS, Quest, SnapKV, VerticalSlash
-from lm_eval_sparse.methods.base import DecodeContext, Keep, Selection
+from lm_eval_sparse.kernels.types import Blocks, Keep, PageBounds, RaggedKV, Reads
+from lm_eval_sparse.methods.decode.quest import Quest
+from lm_eval_sparse.methods.eviction.ada_snapkv import AdaSnapKV
+from lm_eval_sparse.methods.eviction.snapkv import SnapKV
+from lm_eval_sparse.methods.prefill.block_sparse import BlockSparse
+from lm_eval_sparse.methods.prefill.flexprefill_vs import FlexPrefillVS
+from lm_eval_sparse.methods.prefill.vertical_slash import VerticalSlash
+from lm_eval_sparse.testing import Decoding, select
 
 #: Relative difference of two scores below which fp32 and fp64 may rightly disagree.
 NEAR = 1e-5
@@ -393,9 +398,9 @@ def brute_executed(layout: Blocks, head: int) -> int:
     return int(np.count_nonzero(dense & triangle(length)))
 
 
-def density(selection: Selection) -> float:
+def density(selection: Blocks) -> float:
     """Executed density, mean over the heads, by brute force; checks the layout's own counts on the way."""
-    layout = selection.layout
+    layout = selection
     heads = layout.heads
     layout.check(heads)
     counted = [brute_executed(layout, head) for head in range(heads)]
@@ -403,9 +408,9 @@ def density(selection: Selection) -> float:
     return sum(counted) / (heads * layout.length * (layout.length + 1) / 2)
 
 
-def differences(selection: Selection, found: list[Pattern], tile: int) -> tuple[list[str], int]:
+def differences(selection: Blocks, found: list[Pattern], tile: int) -> tuple[list[str], int]:
     """What differs between a selection and the oracle's patterns, in words; and how many heads were compared."""
-    layout = selection.layout
+    layout = selection
     layout.check(len(found))
     assert layout.block_q == layout.block_k == tile
     assert selection.selected_pairs.dtype == torch.int64 and selection.selected_pairs.shape == (len(found),)
@@ -418,8 +423,8 @@ def differences(selection: Selection, found: list[Pattern], tile: int) -> tuple[
     return said, len(compared)
 
 
-def head_differences(selection: Selection, head: int, want: Pattern, tile: int) -> list[str]:
-    layout, said = selection.layout, []
+def head_differences(selection: Blocks, head: int, want: Pattern, tile: int) -> list[str]:
+    layout, said = selection, []
     pattern, executed, tiles = draw(layout.length, tile, want.columns, want.offsets)
     got_tiles, got_columns = read_layout(layout, head)
     if not np.array_equal(got_tiles, tiles):
@@ -439,7 +444,7 @@ def head_differences(selection: Selection, head: int, want: Pattern, tile: int) 
     return said
 
 
-def solved(method: type, selection: Selection) -> dict[str, Any]:
+def solved(method: type, selection: Blocks) -> dict[str, Any]:
     """The knobs that a selection reports, as far as they are native ones of the method."""
     return {knob.name: selection.knobs[knob.name] for knob in fields(method) if knob.name in selection.knobs}
 
@@ -460,7 +465,7 @@ def test_vertical_slash(length: int, heads: int, kv_heads: int, kind: str, seed:
         near=rng.choice((1, 5, 64)),
         tile=rng.choice((16, 32, 64, 128, "auto")),
     )
-    selection = method.select(inputs.query, inputs.key, **inputs.arguments, sparsity=None)
+    selection = select(method, inputs.query, inputs.key, **inputs.arguments, sparsity=None)
     found = patterns(inputs.query, inputs.key, inputs.scale, inputs.softcap, method)
     said, _ = differences(selection, found, 64 if method.tile == "auto" else method.tile)
     assert not said, (said, method, inputs.note)
@@ -481,9 +486,9 @@ def test_vertical_slash_by_hand():
         (found,) = patterns(query, key, 1.0, None, method)
         assert (found.columns, found.offsets, found.sure) == (columns, offsets, True)
         pairs = {(q, k) for q in range(8) for k in range(q + 1) if k in columns or q - k in offsets}
-        selection = method.select(query, key, **arguments)
+        selection = select(method, query, key, **arguments)
         assert selection.selected_pairs.tolist() == [len(pairs)]
-        assert selection.layout.executed_pairs().tolist() == [36]  # one tile
+        assert selection.executed_pairs().tolist() == [36]  # one tile
 
 
 @pytest.mark.parametrize("length", [2, 40, 256, 1000])
@@ -500,7 +505,7 @@ def test_ties_of_columns_and_diagonals(method: type, length: int, seed: int):
                 knobs |= {"alpha": rng.choice((0.0, 0.3, 0.77)), "min_budget": rng.randint(1, length)}
             query, key = exact(heads, kv_heads, length, rng.randrange(2**31))
             chosen = method(**knobs)
-            selection = chosen.select(query, key, scale=1.0, softcap=None, sparsity=None)
+            selection = select(chosen, query, key, scale=1.0, softcap=None, sparsity=None)
             said, compared = differences(selection, patterns(query, key, 1.0, None, chosen), 16)
             assert not said, (said, chosen)
             assert compared == heads or method is FlexPrefillVS
@@ -512,7 +517,7 @@ def test_ties_of_uniform_attention(seed: int):
     key = plain(4, 2, length, 16, seed)[1]
     query = torch.zeros(4, length, 16)
     method = VerticalSlash(verticals=30, slashes=40, window=1, sinks=4, near=8, tile=16)
-    selection = method.select(query, key, scale=0.25, softcap=None, sparsity=None)
+    selection = select(method, query, key, scale=0.25, softcap=None, sparsity=None)
     columns, offsets = {*range(4), *range(length - 26, length)}, set(range(40))
     assert patterns(query, key, 0.25, None, method)[0] == Pattern(columns, offsets, True)
     said, compared = differences(selection, [Pattern(columns, offsets, True)] * 4, 16)
@@ -521,9 +526,9 @@ def test_ties_of_uniform_attention(seed: int):
 
 def test_vertical_slash_keeps_everything_under_its_defaults_up_to_512_tokens(seed: int):
     query, key = plain(2, 1, 400, 16, seed)
-    selection = VerticalSlash().select(query, key, scale=0.25, softcap=None, sparsity=None)
-    assert selection.layout.block_q == selection.layout.block_k == 64
-    assert selection.selected_pairs.tolist() == selection.layout.executed_pairs().tolist() == [400 * 401 // 2] * 2
+    selection = select(VerticalSlash(), query, key, scale=0.25, softcap=None, sparsity=None)
+    assert selection.block_q == selection.block_k == 64
+    assert selection.selected_pairs.tolist() == selection.executed_pairs().tolist() == [400 * 401 // 2] * 2
 
 
 @pytest.mark.parametrize("method", [VerticalSlash, FlexPrefillVS])
@@ -536,7 +541,7 @@ def test_vertical_slash_sparsity(method: type, length: int, heads: int, kv_heads
     # All four sparsities for the three groupings at 4096, two for the rest.
     for sparsity in SPARSITIES if length == 4096 else (0.8, 0.95):
         chosen = method()
-        selection = chosen.select(query, key, scale=0.25, softcap=None, sparsity=sparsity)
+        selection = select(chosen, query, key, scale=0.25, softcap=None, sparsity=sparsity)
         knobs = selection.knobs
         executed = density(selection)
         assert abs(executed - (1 - sparsity)) <= PROMISE, (executed, sparsity, knobs)
@@ -562,7 +567,7 @@ def test_sparsity_at_any_length(method: type, heads: int, kv_heads: int, seed: i
     for _ in range(3):
         length, sparsity, strength = rng.randint(4096, 6000), rng.uniform(0.02, 0.96), rng.uniform(1, 15)
         query, key = structured(heads, kv_heads, length, 16, rng.randrange(2**31), strength)
-        selection = method().select(query, key, scale=0.25, softcap=None, sparsity=sparsity)
+        selection = select(method(), query, key, scale=0.25, softcap=None, sparsity=sparsity)
         executed = density(selection)
         assert abs(executed - (1 - sparsity)) <= PROMISE, (executed, sparsity, length, strength, selection.knobs)
 
@@ -584,7 +589,7 @@ def test_vertical_slash_sparsity_on_other_inputs(method: type, name: str, seed: 
     else:
         query, key = strided(query), strided(key)
     for sparsity in (0.5, 0.9):
-        selection = method().select(query, key, scale=0.25, softcap=None, sparsity=sparsity)
+        selection = select(method(), query, key, scale=0.25, softcap=None, sparsity=sparsity)
         executed = density(selection)
         assert abs(executed - (1 - sparsity)) <= PROMISE, (executed, sparsity, selection.knobs)
 
@@ -605,7 +610,7 @@ def test_flexprefill_vs(length: int, heads: int, kv_heads: int, kind: str, seed:
         near=rng.choice((1, 5, 64)),
         tile=rng.choice((16, 32, 64, 128, "auto")),
     )
-    selection = method.select(inputs.query, inputs.key, **inputs.arguments, sparsity=None)
+    selection = select(method, inputs.query, inputs.key, **inputs.arguments, sparsity=None)
     found = patterns(inputs.query, inputs.key, inputs.scale, inputs.softcap, method)
     said, _ = differences(selection, found, 64 if method.tile == "auto" else method.tile)
     assert not said, (said, method, inputs.note)
@@ -627,7 +632,7 @@ def test_flexprefill_vs_by_hand():
         method = FlexPrefillVS(alpha=alpha, min_budget=min_budget, window=2, sinks=1, near=1, tile=16)
         found = patterns(query, key, 1.0, None, method)
         assert found == [Pattern(columns, offsets, True)]
-        selection = method.select(query, key, scale=1.0, softcap=None, sparsity=None)
+        selection = select(method, query, key, scale=1.0, softcap=None, sparsity=None)
         said, _ = differences(selection, found, 16)
         assert not said, (said, method)
 
@@ -636,8 +641,8 @@ def test_flexprefill_vs_by_hand():
 def test_flexprefill_vs_at_alpha_0_is_vertical_slash_of_min_budget(budget: int, seed: int):
     query, key = structured(4, 2, 1000, 16, seed)
     arguments = {"scale": 0.25, "softcap": None, "sparsity": None}
-    first = FlexPrefillVS(alpha=0.0, min_budget=budget, tile=32).select(query, key, **arguments)
-    second = VerticalSlash(verticals=budget, slashes=budget, tile=32).select(query, key, **arguments)
+    first = select(FlexPrefillVS(alpha=0.0, min_budget=budget, tile=32), query, key, **arguments)
+    second = select(VerticalSlash(verticals=budget, slashes=budget, tile=32), query, key, **arguments)
     assert first.selected_pairs.tolist() == second.selected_pairs.tolist()
     for head in range(4):
         (tiles, columns), (other_tiles, other_columns) = (read_layout(each.layout, head) for each in (first, second))
@@ -651,8 +656,8 @@ def test_flexprefill_vs_gives_more_to_flat_heads(sparsity: float | None, seed: i
     key[0, strong, 0] = 6.0
     query[:2, :, 0], query[2:, :, 0] = 8.0, 0.0
     method = FlexPrefillVS() if sparsity else FlexPrefillVS(alpha=0.5, min_budget=1)
-    selection = method.select(query, key, scale=0.25, softcap=None, sparsity=sparsity)
-    pairs = [brute_executed(selection.layout, head) for head in range(4)]
+    selection = select(method, query, key, scale=0.25, softcap=None, sparsity=sparsity)
+    pairs = [brute_executed(selection, head) for head in range(4)]
     assert max(pairs[:2]) < min(pairs[2:]), (pairs, selection.knobs)
     selected = selection.selected_pairs.tolist()
     assert max(selected[:2]) < min(selected[2:]), (selected, selection.knobs)
@@ -662,10 +667,10 @@ def test_flexprefill_vs_gives_more_to_flat_heads(sparsity: float | None, seed: i
 
 
 def compare_blocks(
-    selection: Selection, query: Tensor, key: Tensor, counts: list[int], block: int, subdiagonal: bool
+    selection: Blocks, query: Tensor, key: Tensor, counts: list[int], block: int, subdiagonal: bool
 ) -> tuple[int, int]:
     """Check every row whose outcome is sure; return how many rows were compared, of how many."""
-    layout = selection.layout
+    layout = selection
     layout.check(len(query))
     assert layout.block_q == layout.block_k == block and layout.length == query.shape[1]
     assert layout.columns is None or not bool(layout.column_counts.any())
@@ -691,8 +696,12 @@ def test_block_sparse(length: int, heads: int, kv_heads: int, kind: str, seed: i
     blocks = -(-length // block)
     for subdiagonal in (False, True):
         top_k = rng.choice((2 + subdiagonal, 3, 5, 9, 64, 999))
-        selection = BlockSparse(top_k=top_k, block_size=block, subdiagonal=subdiagonal).select(
-            inputs.query, inputs.key, **inputs.arguments, sparsity=None
+        selection = select(
+            BlockSparse(top_k=top_k, block_size=block, subdiagonal=subdiagonal),
+            inputs.query,
+            inputs.key,
+            **inputs.arguments,
+            sparsity=None,
         )
         compared, rows = compare_blocks(selection, inputs.query, inputs.key, [top_k] * blocks, block, subdiagonal)
         assert compared >= 0.9 * rows, (compared, rows, inputs.note)
@@ -711,7 +720,7 @@ def test_block_sparse_by_hand():
         (3, True, ["x....", "xx...", "xxx..", "x.xx.", "x..xx"]),
         (4, True, ["x....", "xx...", "xxx..", "xxxx.", "xx.xx"]),
     ):
-        layout = BlockSparse(top_k, 16, subdiagonal).select(query, key, **arguments).layout
+        layout = select(BlockSparse(top_k, 16, subdiagonal), query, key, **arguments)
         tiles = read_layout(layout, 0)[0]
         assert ["".join(".x"[int(bit)] for bit in row) for row in tiles] == drawn
 
@@ -719,11 +728,9 @@ def test_block_sparse_by_hand():
 def test_ties_of_blocks(seed: int):
     """Zero queries: each row keeps block 0 and the last blocks. Whole numbers that repeat: exact sums and ties."""
     key = plain(1, 2, 500, 16, seed)[1]
-    layout = (
-        BlockSparse(top_k=5, block_size=16)
-        .select(torch.zeros(4, 500, 16), key, scale=0.25, softcap=None, sparsity=None)
-        .layout
-    )
+    layout = select(
+        BlockSparse(top_k=5, block_size=16), torch.zeros(4, 500, 16), key, scale=0.25, softcap=None, sparsity=None
+    ).layout
     for row in range(32):
         want = [0, *range(max(1, row - 3), row + 1)] if row else [0]
         assert layout.indices[:, row, : len(want)].tolist() == [want] * 4
@@ -734,7 +741,7 @@ def test_ties_of_blocks(seed: int):
         key[..., 3] = levels.reshape(2, -1).repeat_interleave(block, 1)
         query = torch.zeros(4, length, 16)
         query[..., 3] = torch.tensor([1.0, -1.0, 2.0, -2.0])[:, None]
-        selection = BlockSparse(top_k=5, block_size=block).select(query, key, scale=0.25, softcap=None, sparsity=None)
+        selection = select(BlockSparse(top_k=5, block_size=block), query, key, scale=0.25, softcap=None, sparsity=None)
         compared, rows = compare_blocks(selection, query, key, [5] * (length // block), block, False)
         assert compared == rows
 
@@ -786,13 +793,13 @@ def test_block_sparse_sparsity(length: int, heads: int, kv_heads: int, block: in
         if target < densities[always, 0]:
             assert "subdiagonal" * subdiagonal in method.too_short(sparsity, length)
             continue  # the forced blocks alone are more
-        selection = method.select(query, key, scale=0.25, softcap=None, sparsity=sparsity)
+        selection = select(method, query, key, scale=0.25, softcap=None, sparsity=sparsity)
         executed = density(selection)
         assert abs(executed - target) <= PROMISE, (executed, sparsity)
         best = min(abs(value - target) for value in densities.values())
         assert abs(executed - target) <= best + 1e-9, (executed, sparsity, best)
         # Some k and m give these counts, and the blocks are the highest of each row.
-        counts = selection.layout.counts.tolist()
+        counts = selection.counts.tolist()
         least = max(min(counts[0][row] for row in range(blocks) if row + 1 > counts[0][row]), always)
         fitting = [
             more
@@ -841,7 +848,7 @@ def test_snapkv(method: type, length: int, heads: int, kv_heads: int, kind: str,
     if method is AdaSnapKV:
         knobs["floor"] = rng.choice((0.05, 0.2, 0.5, 0.99))
     chosen = method(**knobs)
-    selection = chosen.select(inputs.query, inputs.key, **inputs.arguments, sparsity=None)
+    selection = select(chosen, inputs.query, inputs.key, **inputs.arguments, sparsity=None)
     scores = eviction_scores(inputs.query, inputs.key, inputs.scale, inputs.softcap, chosen)
     kept, sure = kept_tokens(scores, chosen.capacity, sinks, local, knobs.get("floor"))
     said = compare_kept(selection, kept)
@@ -869,7 +876,7 @@ def test_snapkv_by_hand():
         scores = eviction_scores(query, key, 1.0, None, chosen)
         floor = 0.2 if method is AdaSnapKV else None
         assert kept_tokens(scores, capacity, 1, 1, floor) == ([set(want)], True)
-        selection = chosen.select(query, key, **arguments)
+        selection = select(chosen, query, key, **arguments)
         assert selection.indices[0, : selection.counts[0]].tolist() == want
 
 
@@ -877,8 +884,8 @@ def test_zero_padding_divides_by_the_whole_kernel():
     """Attention on keys 0 and 5 alike: at the edge the pooled score is that of two, not three, tokens divided by 3."""
     query, key = torch.zeros(1, 12, 16), torch.zeros(1, 12, 16)
     query[..., 0], key[:, [0, 5], 0] = 64.0, 64.0
-    selection = SnapKV(capacity=4, kernel=3, window=2, sinks=0, local=1).select(
-        query, key, scale=1.0, softcap=None, sparsity=None
+    selection = select(
+        SnapKV(capacity=4, kernel=3, window=2, sinks=0, local=1), query, key, scale=1.0, softcap=None, sparsity=None
     )
     # Pooled: 0, 1, 4, 5 and 6 all tie at one third; divided by its two tokens, 0 would lead.
     assert selection.indices[0].tolist() == [4, 5, 6, 11]
@@ -893,7 +900,7 @@ def test_snapkv_means_over_the_group_and_ada_takes_the_maximum():
         key[0, keys, head] = 64.0
     for method, want in ((SnapKV, 5), (AdaSnapKV, 2)):
         chosen = method(capacity=3, kernel=1, window=2, sinks=1, local=1)
-        selection = chosen.select(query, key, scale=1.0, softcap=None, sparsity=None)
+        selection = select(chosen, query, key, scale=1.0, softcap=None, sparsity=None)
         assert selection.indices[0].tolist() == [0, want, 19]
 
 
@@ -912,7 +919,7 @@ def test_ties_of_kept_tokens(method: type, length: int, seed: int):
                 local=local,
             )
             query, key = exact(heads, kv_heads, length, rng.randrange(2**31))
-            selection = chosen.select(query, key, scale=1.0, softcap=None, sparsity=None)
+            selection = select(chosen, query, key, scale=1.0, softcap=None, sparsity=None)
             floor = chosen.floor if method is AdaSnapKV else None
             scores = eviction_scores(query, key, 1.0, None, chosen)
             kept, sure = kept_tokens(scores, chosen.capacity, sinks, local, floor)
@@ -924,11 +931,11 @@ def test_ada_ties_between_heads_go_to_the_recent_position_then_to_the_lower_head
     """Zero queries, one in the window: all tokens of three heads tie."""
     query, key = torch.zeros(3, 100, 16), torch.zeros(3, 100, 16)
     chosen = AdaSnapKV(capacity=20, window=1, kernel=1, sinks=2, local=3, floor=0.25)
-    selection = chosen.select(query, key, scale=1.0, softcap=None, sparsity=None)
+    selection = select(chosen, query, key, scale=1.0, softcap=None, sparsity=None)
     # 5 forced each; 45 more are the next 15 of each.
     assert [selection.indices[head, :20].tolist() for head in range(3)] == [[0, 1, *range(82, 100)]] * 3
     query[1:, -1, 0], key[1, 50, 0] = 64.0, 64.0  # head 1 is wholly on key 50, so that it keeps its floor and key 50
-    selection = chosen.select(query, key, scale=1.0, softcap=None, sparsity=None)
+    selection = select(chosen, query, key, scale=1.0, softcap=None, sparsity=None)
     scores = eviction_scores(query, key, 1.0, None, chosen)
     kept, sure = kept_tokens(scores, 20, 2, 3, 0.25)
     # Of 45: key 50 of head 1 is its one token beyond the floor; 44 tied ones of heads 0 and 2, 22 each.
@@ -936,7 +943,7 @@ def test_ada_ties_between_heads_go_to_the_recent_position_then_to_the_lower_head
     assert not compare_kept(selection, kept)
     odd = AdaSnapKV(capacity=21, window=1, kernel=1, sinks=2, local=3, floor=0.05)
     # Of 48: key 50 of head 1, then 47 of two heads: position 73 is head 0's.
-    selection = odd.select(query, key, scale=1.0, softcap=None, sparsity=None)
+    selection = select(odd, query, key, scale=1.0, softcap=None, sparsity=None)
     assert selection.counts.tolist() == [29, 6, 28] and selection.total == 63
     assert selection.indices[0, :29].tolist() == [0, 1, *range(73, 100)]
 
@@ -945,7 +952,7 @@ def test_ada_moves_capacity_to_heads_that_need_it(seed: int):
     query, key = plain(4, 4, 600, 16, seed)
     query[0] *= 0.05  # flat: its maxima are small
     chosen = AdaSnapKV(capacity=100, window=32, kernel=5, sinks=2, local=8)
-    selection = chosen.select(query, key, scale=0.25, softcap=None, sparsity=None)
+    selection = select(chosen, query, key, scale=0.25, softcap=None, sparsity=None)
     counts = selection.counts.tolist()
     assert sum(counts) == selection.total == 400 and min(counts) == counts[0] == 20
     assert max(counts) > 100
@@ -960,7 +967,7 @@ def test_snapkv_sparsity(method: type, length: int, seed: int):
     for sparsity in (0.1, *SPARSITIES, 0.99):
         if abs((1 - sparsity) * length % 1 - 0.5) < 1e-6:
             continue  # half a token: either side
-        selection = method().select(query, key, scale=0.25, softcap=20.0, sparsity=sparsity)
+        selection = select(method(), query, key, scale=0.25, softcap=20.0, sparsity=sparsity)
         capacity, sinks, local = solved_eviction(sparsity, length)
         kept, sure = kept_tokens(scores, capacity, sinks, local, method().floor if method is AdaSnapKV else None)
         said = compare_kept(selection, kept)
@@ -1001,9 +1008,9 @@ def cache_of(
     return replace(kv, longest=kv.longest + rng.choice((0, 0, 1, 100))), bounds
 
 
-def context_of(kv: RaggedKV, bounds: PageBounds, evicted: int = 0) -> DecodeContext:
+def context_of(kv: RaggedKV, bounds: PageBounds, evicted: int = 0) -> Decoding:
     """Each sequence is a row of one KV head, of which so many tokens have been evicted."""
-    return DecodeContext(kv, kv.lengths.long() + evicted, bounds)
+    return Decoding(kv, kv.lengths.long() + evicted, bounds)
 
 
 def complete_pages(method: Quest, sparsity: float | None, visible: int, logical: int) -> tuple[int, bool]:
@@ -1016,7 +1023,7 @@ def complete_pages(method: Quest, sparsity: float | None, visible: int, logical:
 
 
 def compare_pages(
-    chosen: Reads, query: Tensor, context: DecodeContext, method: Quest, sparsity: float | None
+    chosen: Reads, query: Tensor, context: Decoding, method: Quest, sparsity: float | None
 ) -> tuple[int, int]:
     """Check every token whose outcome is sure; return how many lists were compared, of how many."""
     kv = context.kv
@@ -1068,7 +1075,7 @@ def test_quest(length: int, sequences: int, group: int, share: bool, seed: int):
     sparsity = rng.choice((None, None, 0.5, 0.8, 0.95))
     if sparsity is not None:
         method = Quest(page_size=page, share_pages=share)
-    selection = method.select(query, context, sparsity=sparsity)
+    selection = select(method, query, context, sparsity=sparsity)
     compared, lists = compare_pages(selection, query, context, method, sparsity)
     assert compared >= 0.5 * lists or sparsity is not None, (compared, lists, method, sparsity)
     # What selecting took: nothing where all is read, else two products with the bounds of each complete page.
@@ -1104,7 +1111,7 @@ def test_quest_by_hand():
         (False, 3, [{0, 2, 3, 4}, {1, 2, 3, 4}]),
     ):
         chosen = Quest(budget=16 * pages, page_size=16, share_pages=share)
-        selection = chosen.select(query, context, sparsity=None)
+        selection = select(chosen, query, context, sparsity=None)
         for part, expected in enumerate(want):
             got = selection.pages[0, part, 0, : int(selection.counts[0, part, 0])].tolist()
             assert got == sorted(expected)
@@ -1120,7 +1127,7 @@ def test_ties_of_pages(share: bool, seed: int):
     kv, bounds = cache_of(lengths, 16, seed, 16, torch.float32)
     context = context_of(kv, bounds)
     chosen = Quest(budget=64, share_pages=share)
-    selection = chosen.select(torch.zeros(2, 2, 3, 16), context, sparsity=None)
+    selection = select(chosen, torch.zeros(2, 2, 3, 16), context, sparsity=None)
     for s, length in enumerate(lengths):
         for t in range(3):
             current = (length - 3 + t) // 16
@@ -1136,7 +1143,7 @@ def test_ties_of_pages(share: bool, seed: int):
     context = context_of(kv, bounds)
     for budget in (16, 64, 160):
         chosen = Quest(budget=budget, share_pages=share)
-        compared, lists = compare_pages(chosen.select(query, context, sparsity=None), query, context, chosen, None)
+        compared, lists = compare_pages(select(chosen, query, context, sparsity=None), query, context, chosen, None)
         assert compared == lists
 
 
@@ -1151,7 +1158,7 @@ def test_quest_sparsity(sparsity: float, page: int, seed: int):
         query = torch.randn(1, 2, 1, 16, generator=torch.Generator().manual_seed(seed + turn))
         chosen = Quest(page_size=page, share_pages=bool(turn % 2))
         context = context_of(kv, bounds)
-        selection = chosen.select(query, context, sparsity=sparsity)
+        selection = select(chosen, query, context, sparsity=sparsity)
         shares.append(float(selection.keys_read(kv).double().mean()) / visible)
         compare_pages(selection, query, context, chosen, sparsity)
     assert abs(sum(shares) / len(shares) - (1 - sparsity)) <= PROMISE, shares
@@ -1163,5 +1170,5 @@ def test_quest_sparsity_counts_evicted_tokens_as_logical(seed: int):
     kv, bounds = cache_of([3000], 16, seed, 16, torch.float32)
     query = torch.randn(1, 2, 1, 16, generator=torch.Generator().manual_seed(seed))
     context = context_of(kv, bounds, evicted=3000)
-    read = [int(Quest().select(query, context, sparsity=sparsity).keys_read(kv).max()) for sparsity in (0.8, 0.2)]
+    read = [int(select(Quest(), query, context, sparsity=sparsity).keys_read(kv).max()) for sparsity in (0.8, 0.2)]
     assert abs(read[0] - 1200) <= 8 and read[1] == 3000

@@ -33,7 +33,11 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.decode import paged_decode
 from lm_eval_sparse.kernels.prefill import block_sparse_prefill
-from lm_eval_sparse.methods import METHODS, BlockSparse, FlexPrefill, Quest, VerticalSlash
+from lm_eval_sparse.methods import METHODS
+from lm_eval_sparse.methods.decode.quest import Quest
+from lm_eval_sparse.methods.prefill.block_sparse import BlockSparse
+from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
+from lm_eval_sparse.methods.prefill.vertical_slash import VerticalSlash
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import SharedPrompt
 from lm_eval_sparse.runtime import session as attention
@@ -42,6 +46,7 @@ from lm_eval_sparse.runtime.accounting import RowCounts
 from lm_eval_sparse.runtime.cache import PreallocatedLayer
 from lm_eval_sparse.runtime.selections import COVERS
 from lm_eval_sparse.runtime.session import COVERED, Runtime
+from lm_eval_sparse.testing import select
 
 SEED = int(os.environ.get("TEST_PHASES_SEED") or random.SystemRandom().randrange(1 << 31))
 #: Absolute difference of logits and log-likelihoods that rounding explains.
@@ -585,9 +590,9 @@ def test_select_and_operator_with_everything_are_dense(rng: random.Random, lengt
         FlexPrefill(gamma=1, block_size=16),
     )
     for method in methods:
-        selection = method.select(query, key, scale=0.3, softcap=softcap, sparsity=None)
-        assert layout_mask(selection.layout).sum() == 4 * length * (length + 1) // 2
-        out, _ = block_sparse_prefill(query, key, value, selection.layout, scale=0.3, softcap=softcap, backend="gather")
+        selection = select(method, query, key, scale=0.3, softcap=softcap, sparsity=None)
+        assert layout_mask(selection).sum() == 4 * length * (length + 1) // 2
+        out, _ = block_sparse_prefill(query, key, value, selection, scale=0.3, softcap=softcap, backend="gather")
         for head in range(4):
             for row in range(length):
                 scores = 0.3 * (key[head // 2, : row + 1].double() @ query[head, row].double())
@@ -1068,7 +1073,7 @@ def test_lengths_around_every_knob(rng: random.Random, method: str) -> None:
         for selection in seen.eviction.values():
             assert int(selection.counts.min()) >= 1
         for selection in seen.prefill.values():
-            assert int(selection.layout.counts.min()) >= 1
+            assert int(selection.counts.min()) >= 1
         for steps in seen.decode.values():
             for selection in steps.values():
                 assert int(selection.counts.min()) >= 1

@@ -15,17 +15,15 @@ from lm_eval_sparse import patches
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.index.pages import PageBudget, budget_pages
 from lm_eval_sparse.kernels.index.pages.naive import _fill
-from lm_eval_sparse.kernels.types import causal_pairs
-from lm_eval_sparse.methods import (
-    AdaSnapKV,
-    BlockSparse,
-    FlexPrefill,
-    FlexPrefillVS,
-    Keep,
-    SnapKV,
-    VerticalSlash,
-)
+from lm_eval_sparse.kernels.types import Keep, causal_pairs
+from lm_eval_sparse.methods.eviction.ada_snapkv import AdaSnapKV
+from lm_eval_sparse.methods.eviction.snapkv import SnapKV
+from lm_eval_sparse.methods.prefill.block_sparse import BlockSparse
+from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
+from lm_eval_sparse.methods.prefill.flexprefill_vs import FlexPrefillVS
+from lm_eval_sparse.methods.prefill.vertical_slash import VerticalSlash
 from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.testing import select
 
 patches.install()
 
@@ -194,7 +192,7 @@ def test_tiles_that_are_typed(cls: Any, tile: Any, heads: int, kv_heads: int, ki
         method = cls(tile=tile)
         if method.too_short(sparsity, 4097):
             continue
-        layout = method.select(query, key, scale=0.25, softcap=None, sparsity=sparsity).layout
+        layout = select(method, query, key, scale=0.25, softcap=None, sparsity=sparsity)
         layout.check(heads)
         density = float(layout.executed_pairs().sum()) / (heads * causal_pairs(4097))
         assert 1 - density == pytest.approx(sparsity, abs=0.01)
@@ -204,8 +202,8 @@ def test_a_block_that_is_too_coarse_is_refused() -> None:
     query, key = states("random", 1, 1, 4097)
     options: dict[str, Any] = {"scale": 0.25, "softcap": None, "sparsity": 0.5}
     with pytest.raises(UserError, match="block_size=128 is too coarse .* 4097 tokens with 1 query heads"):
-        FlexPrefill(block_size=128).select(query, key, **options)
-    layout = FlexPrefill(block_size=32).select(query, key, **options).layout
+        select(FlexPrefill(block_size=128), query, key, **options)
+    layout = select(FlexPrefill(block_size=32), query, key, **options)
     assert 1 - float(layout.executed_pairs().sum()) / causal_pairs(4097) == pytest.approx(0.5, abs=0.01)
 
 
@@ -250,10 +248,10 @@ def test_out_of_reach_is_found_before_any_compute(
 def test_other_block_sizes_of_the_same_promise(source: random.Random) -> None:
     query, key = states("random", 2, 1, 4097)
     for block in (16, 32, 64, 128):
-        layout = BlockSparse(block_size=block).select(query, key, scale=0.25, softcap=None, sparsity=0.8).layout
+        layout = select(BlockSparse(block_size=block), query, key, scale=0.25, softcap=None, sparsity=0.8)
         density = float(layout.executed_pairs().sum()) / (2 * causal_pairs(4097))
         assert 1 - density == pytest.approx(0.8, abs=0.01)
-    kept = AdaSnapKV(floor=1.0).select(query, key, scale=0.25, softcap=None, sparsity=0.8)
+    kept = select(AdaSnapKV(floor=1.0), query, key, scale=0.25, softcap=None, sparsity=0.8)
     assert kept.counts.tolist() == [kept.total] == [round(0.2 * 4097)]
 
 

@@ -14,10 +14,11 @@ from lm_eval_sparse import patches
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.estimate import update_bounds
 from lm_eval_sparse.kernels.types import PageBounds, RaggedKV, causal_pairs
-from lm_eval_sparse.methods import METHODS, DecodeContext, EvictionMethod, PrefillMethod
+from lm_eval_sparse.methods import METHODS, EvictionMethod, PrefillMethod
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import Prompt
 from lm_eval_sparse.runtime.session import Runtime
+from lm_eval_sparse.testing import Decoding, select
 
 patches.install()
 
@@ -54,11 +55,11 @@ def test_promise_on_real_queries_and_keys(name: str, sparsity: float, real_state
         kv_heads = len(key)
         options: dict[str, Any] = {"scale": dim**-0.5, "softcap": None, "sparsity": sparsity}
         if isinstance(method, PrefillMethod):
-            layout = method.select(query, key, **options).layout
+            layout = select(method, query, key, **options)
             layout.check(heads)
             density = float(layout.executed_pairs().sum()) / (heads * causal_pairs(length))
         elif isinstance(method, EvictionMethod):
-            selection = method.select(query, key, **options)
+            selection = select(method, query, key, **options)
             selection.check(kv_heads, length)
             density = selection.total / (kv_heads * length)
         else:
@@ -67,9 +68,9 @@ def test_promise_on_real_queries_and_keys(name: str, sparsity: float, real_state
             bounds = PageBounds.empty([-(-length // method.page_size)] * kv_heads, flat, method.page_size)
             update_bounds(kv, bounds, torch.zeros_like(kv.lengths))
             visible = (torch.arange(length - 40, length) + 1).expand(kv_heads, -1)
-            context = DecodeContext(kv, torch.tensor([length]), bounds, kv_heads)
+            context = Decoding(kv, torch.tensor([length]), bounds, kv_heads)
             grouped = query[:, -40:].reshape(kv_heads, -1, 40, dim)
-            pages = method.select(grouped, context, sparsity=sparsity)
+            pages = select(method, grouped, context, sparsity=sparsity)
             pages.check(kv)
             density = float(pages.keys_read(kv).sum() / visible.sum())
         assert 1 - density == pytest.approx(sparsity, abs=0.01)

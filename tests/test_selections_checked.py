@@ -23,23 +23,15 @@ from torch import Tensor
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.cache import compact as compaction
 from lm_eval_sparse.kernels.decode import paged_decode
-from lm_eval_sparse.kernels.types import Blocks, RaggedKV, Reads, listed
+from lm_eval_sparse.kernels.types import Blocks, Keep, RaggedKV, Reads, listed
 from lm_eval_sparse.kernels.types.blocks import FAULTS
-from lm_eval_sparse.methods import (
-    METHODS,
-    DecodeContext,
-    DecodeMethod,
-    EvictionMethod,
-    Keep,
-    PrefillMethod,
-    Selection,
-)
-from lm_eval_sparse.methods.plan import parse
+from lm_eval_sparse.methods import METHODS, DecodeMethod, EvictionMethod, PrefillMethod
+from lm_eval_sparse.methods.plan import Assignment, Plan, parse
 from lm_eval_sparse.runtime import selections
 from lm_eval_sparse.runtime import session as attention
 from lm_eval_sparse.runtime import steps as decoding
 from lm_eval_sparse.runtime.selections import COVERS, DEBUGGED
-from lm_eval_sparse.runtime.session import Assignment, Plan
+from lm_eval_sparse.testing import Decoding
 
 SEED = int(os.environ.get("SELECTIONS_SEED") or random.SystemRandom().randrange(1 << 31))
 interpreted = pytest.mark.skipif(interpreter_missing() is not None, reason=str(interpreter_missing()))
@@ -295,7 +287,7 @@ class Prefill(PrefillMethod):
     layer: ClassVar[int | None] = 1
     calls: ClassVar[list[int]] = []
 
-    def select(self, query: Tensor, key: Tensor, *, scale: float, softcap: Any, sparsity: Any) -> Selection:
+    def select(self, query: Tensor, key: Tensor, *, scale: float, softcap: Any, sparsity: Any) -> Blocks:
         length = query.shape[1]
         number = -(-length // 16)
         mask = torch.eye(number, dtype=torch.bool, device=query.device).repeat(len(query), 1, 1)
@@ -304,7 +296,7 @@ class Prefill(PrefillMethod):
         type(self).calls.append(1)
         if type(self).layer in (None, (len(type(self).calls) - 1) % LAYERS):
             layout = type(self).spoil(layout) or layout
-        return Selection(layout, 0, 0)
+        return Blocks(layout, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -340,7 +332,7 @@ class Decode(DecodeMethod):
 
     page_size: int = PAGE
 
-    def select(self, query: Tensor, context: DecodeContext, *, sparsity: Any) -> Reads:
+    def select(self, query: Tensor, context: Decoding, *, sparsity: Any) -> Reads:
         sequences, group, steps, _ = query.shape
         current = (context.kv.visible(steps) - 1) // PAGE
         pages = torch.stack([torch.zeros_like(current), current, torch.full_like(current, 10**6)], -1).int()[:, None]

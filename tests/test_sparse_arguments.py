@@ -19,9 +19,11 @@ import torch
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.estimate import update_bounds
 from lm_eval_sparse.kernels.types import PageBounds, RaggedKV
-from lm_eval_sparse.methods import METHODS, PHASE_ARGUMENTS, DecodeContext, Method, presets, table
+from lm_eval_sparse.methods import METHODS, PHASE_ARGUMENTS, Method, presets
 from lm_eval_sparse.methods import plan as config
 from lm_eval_sparse.methods.plan import SparseConfig, parse
+from lm_eval_sparse.methods.registry import table
+from lm_eval_sparse.testing import Decoding, select
 
 
 def typed(arguments: str) -> dict[str, Any]:
@@ -591,13 +593,13 @@ def try_out(method: Method, sparsity: float | None) -> None:
     method.too_short(sparsity, 80)
     method.largest_sparsity(80)
     if method.phase != "decode":
-        method.select(query, key, scale=0.25, softcap=None, sparsity=sparsity)
+        select(method, query, key, scale=0.25, softcap=None, sparsity=sparsity)
         return
     held = RaggedKV.of(key.reshape(-1, 16), key.reshape(-1, 16), [0, 80], [80, 80])
     bounds = PageBounds.empty([-(-80 // method.page_size)] * 2, key, method.page_size)
     update_bounds(held, bounds, torch.zeros_like(held.lengths))
-    context = DecodeContext(held, torch.tensor([80]), bounds, kv_heads=2)
-    pages = method.select(query[:, -1:].reshape(2, 2, 1, 16), context, sparsity=sparsity)
+    context = Decoding(held, torch.tensor([80]), bounds, kv_heads=2)
+    pages = select(method, query[:, -1:].reshape(2, 2, 1, 16), context, sparsity=sparsity)
     pages.check(held)
     method.cost(held.visible(1), pages.keys_read(held).amax(1).long(), group=2, dim=16, element=4)
 
@@ -738,10 +740,10 @@ def test_defaults_are_the_papers() -> None:
     options = {"scale": 0.25, "softcap": None, "sparsity": None}
     # What `auto` stands for when native knobs rule.
     for name in ("vertical_slash", "flexprefill_vs"):
-        used = METHODS[name]().select(query, key, **options).knobs
+        used = select(METHODS[name](), query, key, **options).knobs
         assert used | {"window": 256, "sinks": 4, "near": 64, "tile": 64} == used
     for name in ("snapkv", "ada_snapkv"):
-        used = METHODS[name](capacity=400).select(query, key, **options).knobs
+        used = select(METHODS[name](capacity=400), query, key, **options).knobs
         assert used | {"window": 256, "kernel": 21, "sinks": 4, "local": 128} == used
     assert knobs["block_sparse"]["block_size"] == 16
     assert knobs["ada_snapkv"] == {**knobs["snapkv"], "floor": 0.2}

@@ -580,7 +580,7 @@ def test_measured_sparsity_is_what_the_layout_says(llama: str, monkeypatch: pyte
     length = len(lm.tok_encode(PROMPTS[0]))
     shares = []
     for selection in layouts:
-        tokens = selection.layout.mask().repeat_interleave(16, -1).repeat_interleave(16, -2)
+        tokens = selection.mask().repeat_interleave(16, -1).repeat_interleave(16, -2)
         pairs = int(tokens[..., :length, :length].tril().sum())
         shares.append(1 - pairs / (4 * length * (length + 1) / 2))
     assert len(shares) == 2
