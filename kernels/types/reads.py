@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cost import Cost
 from .ragged import RaggedKV
 
 #: What may be wrong with a list of pages; bit i of `Reads.faults` stands for the i-th.
@@ -54,8 +52,6 @@ class Reads:
             sequence is complete and has as many pages, 1 at least, the last of which is the one that the token is in.
         in_use: what such lists are still being made from. It must not be freed before attention is on the stream:
             what attention allocates could lie in its place.
-        cost: what selecting took, or None: then the method's `cost` says it, once it is known what was read.
-        knobs: the knobs as solved for this call, numbers, for the results.
     """
 
     ids: Tensor
@@ -65,8 +61,6 @@ class Reads:
     extra: Extra | None = None
     ready: Tensor | None = None
     in_use: tuple[Tensor, ...] = ()
-    cost: Cost | None = None
-    knobs: dict[str, Any] = field(default_factory=dict)
 
     def keys_read(self, kv: RaggedKV) -> Tensor:
         """`(S, Gs, T)` int32: keys in the listed pages that each token may see; 0 at sequences of length 0."""

@@ -21,12 +21,15 @@ class Slot:
         per: what it has an entry for: each `page` or `token` of each sequence, or each `sequence`.
         shape: of an entry; a dimension of -1 is that of the keys.
         dtype: of its numbers; None for that of the keys.
+        derived: whether it follows from the keys alone, so that taking in a key again puts it right: nothing of it has
+            to be kept to come back to an earlier length.
     """
 
     name: str
     per: Literal["sequence", "page", "token"]
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
+    derived: bool = False
 
     def empty(self, entries: int, keys: Tensor) -> Tensor:
         """Room for so many entries, beside keys `(N, D)`. What nobody has written is undefined."""
@@ -34,8 +37,8 @@ class Slot:
         return keys.new_empty((entries, *shape), dtype=self.dtype or keys.dtype)
 
     def bytes(self, keys: Tensor) -> int:
-        """Bytes of an entry."""
-        return self.empty(1, keys[:0]).nbytes
+        """Bytes of an entry beside these keys."""
+        return self.empty(1, keys).nbytes
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,16 @@ class State:
     """The state of S sequences of one layer. Tensors are written in place, and keep their places.
 
     Attributes:
-        tensors: by name of the slot. `sequence`: `(S, …)`. `page`: `(M, …)`, page p of sequence s is entry
-            `first[s] + p`. `token`: `(N, …)`, beside the keys: token i of sequence s is entry `kv.starts[s] + i`.
+        tensors: by name of the slot. `page`: `(M, …)`, page p of sequence s is entry `first[s] + p`. `token`: `(N, …)`,
+            beside the keys: token i of sequence s is entry `kv.starts[s] + i`. `sequence`: entry `place[s]`.
         page_size: keys per page.
-        first: `(S,)` int64.
+        first, place: `(S,)` int64.
     """
 
     tensors: Mapping[str, Tensor]
     page_size: int
     first: Tensor
+    place: Tensor
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

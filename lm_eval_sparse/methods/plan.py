@@ -59,7 +59,8 @@ class Assignment:
     def resolved(self, length: int, layer: Layer, window: int | None = None) -> tuple[Any, Budget]:
         """The method and its budget in a layer, for a prompt of `length` tokens; `window` as in `at`."""
         method, sparsity = self.at(length, window)
-        return method.resolved(sparsity, length, layer)
+        # What a step may read follows the length it has then.
+        return method.resolved(sparsity, 0 if method.phase == "decode" else length, layer)
 
     @property
     def window_by_task(self) -> bool:

@@ -46,13 +46,14 @@ from ..protocol import (
     window_of,
 )
 from ..runtime import probe
-from ..runtime.accounting import PHASES, Ledger, RowCounts
+from ..runtime.accounting import COVERED, PHASES, Ledger, RowCounts
 from ..runtime.cache import SparseCache, cache_argument, generation_argument
+from ..runtime.decoder import Decoder, Row, undecodable
 from ..runtime.interface import IMPLEMENTATION, calling, register
 from ..runtime.memory import MemoryModel, out_of_memory
 from ..runtime.positions import Stretch, stretches
-from ..runtime.session import COVERED, Runtime
-from ..runtime.steps import Decoder, Row, rows_alike, undecodable
+from ..runtime.rounding import rows_alike
+from ..runtime.session import Runtime
 from . import adapters, arguments, embedded, response_cache
 from .encoding import SharedEncoder
 from .load import Whole, check_loaded, check_path, check_pretrained, explained, first_line
@@ -379,7 +380,7 @@ class SparseHFLM(HFLM):
             ),
             calling(self.runtime, unpadded=step),
         ):
-            self.runtime.calls = 0
+            self.runtime.begin(ids.shape[1])
             logits = self.model(input_ids=ids, use_cache=cache is not None, **options).logits
         wanted = self.runtime.calls_of_a_pass
         if wanted not in (None, self.runtime.calls) and self.runtime.probe is None:
@@ -525,7 +526,7 @@ class SparseHFLM(HFLM):
         """
         sequences = context.sequences()
         cache = self.runtime.new_cache(self.model.config, reserve=max(map(len, sequences)))
-        with self.runtime.running([context.counts], cache, len(context.prompt), context.window):
+        with self.runtime.running(context.counts, cache, len(context.prompt), context.window):
             logits = self._forward(torch.tensor([context.prompt], device=self.device), cache=cache, keep=1)
             first = self._log_softmax(logits[:, -1])
             snapshot = cache.snapshot()
@@ -583,7 +584,7 @@ class SparseHFLM(HFLM):
         scored: dict[tuple, Tensor] = {}
         hits: dict[tuple, Tensor] = {}
         for tokens in context.sequences():
-            with self.runtime.running([context.counts], window=context.window):
+            with self.runtime.running(context.counts, window=context.window):
                 ids = torch.tensor([[*context.prompt, *tokens[:-1]]], device=self.device)
                 logprobs = self._log_softmax(self._forward(ids, cache=None, keep=len(tokens))[0])
             wanted = torch.tensor(tokens, device=self.device)
@@ -602,7 +603,7 @@ class SparseHFLM(HFLM):
         for request, windows in zip(tqdm(requests, disable=quiet, desc="Running rolling requests"), cut, strict=True):
             (text,) = request.args
             counts, total = RowCounts(), 0.0
-            with self.runtime.running([counts], window=window_of(text)):
+            with self.runtime.running(counts, window=window_of(text)):
                 for head, tail in windows:
                     ids = torch.tensor([[*head, *tail][:-1]], device=self.device)
                     self._refuse_dynamic(ids.shape[1])
@@ -809,7 +810,7 @@ class SparseHFLM(HFLM):
             chooser = sampling.row(ids, met)
             row = Row(length, RowCounts(), Stop(self.tokenizer, lookback, ends, limit), chooser)
             cache = decoder.new_cache(length)
-            with self.runtime.running([row.counts], cache, length, window):
+            with self.runtime.running(row.counts, cache, length, window):
                 logits = self._prefill(ids, cache, sampling.chunk)[0, -1]
             decoder.adopt(row, cache)
             del cache  # window layers keep the whole prompt's keys and values alive
@@ -863,7 +864,7 @@ class SparseHFLM(HFLM):
             cache = decoder.new_cache(ids.shape[1] - 1)
             row = Row(ids.shape[1] - 1, RowCounts(), lambda tokens: False, None)
             with watch.watching():
-                with self.runtime.running([row.counts], cache, row.prompt):
+                with self.runtime.running(row.counts, cache, row.prompt):
                     self._prefill(ids[:, :-1], cache, None)
                 decoder.adopt(row, cache)
                 row.take(int(ids[0, -1]))
@@ -903,7 +904,7 @@ class SparseHFLM(HFLM):
         max_gen_toks = kwargs.pop("max_gen_toks")
         cache = self.runtime.new_cache(self.model.config, reserve=max_gen_toks) if own_cache else None
         counts, length = RowCounts(), ids.shape[1]
-        with self.runtime.running([counts], cache, length, window):
+        with self.runtime.running(counts, cache, length, window):
             output = self._model_generate(
                 context=ids,
                 attention_mask=torch.ones_like(ids),
@@ -920,6 +921,18 @@ class SparseHFLM(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """As lm-eval's."""
         stops = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
+        hook = self.model.register_forward_pre_hook(self._pass_begins, with_kwargs=True)
+        try:
+            return self._generated(context, max_length, stops, generation_kwargs)
+        finally:
+            hook.remove()
+
+    def _pass_begins(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the runtime what transformers' own loop is about to run."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.runtime.begin((kwargs["inputs_embeds"] if ids is None else ids).shape[1])
+
+    def _generated(self, context: Tensor, max_length: int, stops: Any, generation_kwargs: dict[str, Any]) -> Tensor:
         with (
             calling(self.runtime),
             torch.autocast(

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..kernels.dense import dense_attention
 from ..methods.plan import Assignment, Plan
 from .accounting import RowCounts
-from .cache import PreallocatedLayer
+from .cache import CacheLayer
 from .interface import CALL, IMPLEMENTATION, made_mask, own_function, run_mask
 from .masks import Sight, sight_of
 from .session import Runtime
@@ -218,9 +218,9 @@ class Probe:
             runtime.uncached[index] = f"attention runs {calls} times in layer {index}"
             return
         own = layers[index] if index < len(layers) else None
-        if not isinstance(own, PreallocatedLayer) or not own.is_initialized:
+        if not isinstance(own, CacheLayer) or not own.is_initialized:
             lender = self._lender(index, key, value)
-            if lender is not None and isinstance(layers[lender], PreallocatedLayer):
+            if lender is not None and isinstance(layers[lender], CacheLayer):
                 runtime.lenders[index] = lender
             elif own is None or lender is not None:
                 runtime.uncached[index] = f"the keys and values of layer {index} are in no cache layer of its own"
@@ -386,7 +386,7 @@ def trial_pass(
 ) -> tuple[Tensor, RowCounts]:
     """Run a prompt and the tokens behind it; returns all logits `(1, PROMPT + steps, V)`, and what was counted."""
     counts, cache = RowCounts(), runtime.new_cache(model.config, reserve=steps)
-    with probe.watching(), runtime.running([counts], cache, PROMPT):
+    with probe.watching(), runtime.running(counts, cache, PROMPT):
         logits: list[Tensor] = []
         for first, end in ((0, PROMPT), (PROMPT, PROMPT + steps)):
             probe.forget_masks()

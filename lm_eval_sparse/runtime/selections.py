@@ -159,7 +159,7 @@ def _kept_words(width: int, total: int, length: int, bits: int) -> str:
     return f"it {Keep.words(bits, width, total, length)}"
 
 
-def check_pages(
+def check_reads(
     method: Any, layer: int, selection: Reads, query: Tensor, kv: RaggedKV, backend: str, debug: bool
 ) -> None:
     """Check lists of pages at once, or leave it to attention, which then gives minus their faults for keys read."""
@@ -175,10 +175,10 @@ def check_pages(
         # Attention would wait for ever for lists that nobody completes.
         raise misfit(method.name, layer, "ready is given, but not that of kernels.page_select; expected None")
     if debug or not query.is_cuda or decode.choose_backend(query, kv, backend) != "triton":
-        refuse_pages(method, layer, -selection.faults(kv), selection.ids.shape[-1], kv.heads)
+        refuse_reads(method, layer, -selection.faults(kv), selection.ids.shape[-1], kv.heads)
 
 
-def refuse_pages(method: Any, layer: int, reads: np.ndarray, width: int, kv_heads: int) -> None:
+def refuse_reads(method: Any, layer: int, reads: np.ndarray, width: int, kv_heads: int) -> None:
     """Raise `UserError` where keys read `(S, Gs, …)` are minus the faults of a list; S are heads of rows."""
     if not (reads < 0).any():
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernels.types import PageBounds, RaggedKV, State
@@ -47,7 +48,10 @@ def call_of(
         layer = layer or Layer(0, 1, key.kv_heads * query.shape[1], key.kv_heads, query.shape[-1])
         found, budget = method.resolved(sparsity, 0, layer)
         cache = CacheView(kv, key.tokens, key.kv_heads, key.new, key.overlap)
-        state = bounds and State({"low": bounds.low, "high": bounds.high}, bounds.page_size, bounds.first)
+        state = None
+        if bounds is not None:
+            place = torch.arange(len(bounds.first), device=bounds.first.device)
+            state = State({"low": bounds.low, "high": bounds.high}, bounds.page_size, bounds.first, place)
         return found, Call(query, kv.keys, kv.values, scale, softcap, "decode", budget, layer, cache, state)
     layer = layer or Layer(0, 1, len(query), len(key), query.shape[-1])
     found, budget = method.resolved(sparsity, query.shape[1], layer)

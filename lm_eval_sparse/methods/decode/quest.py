@@ -71,7 +71,7 @@ class Quest(ScoredDecode):
             raise UserError(f"budget={self.budget} is not a multiple of page_size={self.page_size}: give {nearest}")
 
     def slots(self) -> tuple[Slot, ...]:
-        return Slot("low", "page", (-1,)), Slot("high", "page", (-1,))
+        return Slot("low", "page", (-1,), derived=True), Slot("high", "page", (-1,), derived=True)
 
     def prefilled(self, call: Call) -> None:
         update_bounds(call.cache.kv, call.state.bounds, torch.zeros_like(call.cache.kv.lengths))

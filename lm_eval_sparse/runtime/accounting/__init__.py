@@ -1,0 +1,36 @@
+"""Counting what attention did, per prompt, phase, layer and head, and turning the counts into figures.
+
+The definitions are those of docs/accounting.md. `calls` says what a call of each phase counts, `rows` holds the counts
+of a prompt, `ledger` those of many.
+"""
+
+from .calls import (
+    COVERED,
+    DecodeShape,
+    count_dense,
+    count_eviction,
+    count_memory,
+    count_prefill,
+    count_step,
+    count_steps,
+)
+from .ledger import Ledger
+from .rows import FIGURES, MEMORY, PHASES, PhaseCounts, RowCounts, settle
+
+__all__ = [
+    "COVERED",
+    "FIGURES",
+    "MEMORY",
+    "PHASES",
+    "DecodeShape",
+    "Ledger",
+    "PhaseCounts",
+    "RowCounts",
+    "count_dense",
+    "count_eviction",
+    "count_memory",
+    "count_prefill",
+    "count_step",
+    "count_steps",
+    "settle",
+]

@@ -1,0 +1,132 @@
+"""Totals of many prompts: what the results of a run, or of a task, say of sparsity."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .rows import FIGURES, PHASES, RowCounts, merge_knobs
+
+
+@dataclass
+class Ledger:
+    """Running totals over the prompts of a run (or of one task): everything adds, so ranks can be merged.
+
+    Attributes:
+        restored: prompts that were counted from stored answers, without details.
+        full: whether figures are kept per layer and head, too.
+        details: phase -> layer -> figure -> `(2, H)` sums of the figure over prompts, and numbers of prompts.
+    """
+
+    rows: int = 0
+    sums: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {name: {} for name in PHASES})
+    calls: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
+    backends: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
+    reasons: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
+    knobs: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {name: {} for name in PHASES})
+    loops: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
+    loop_reasons: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
+    restored: int = 0
+    full: bool = False
+    details: dict[str, dict[int, dict[str, np.ndarray]]] = field(default_factory=lambda: {name: {} for name in PHASES})
+
+    def add(self, row: RowCounts) -> None:
+        """Count one prompt. Figures are averaged over prompts, not weighted by length."""
+        figures = row.figures()
+        self.rows += 1
+        for name in PHASES:
+            counts = row.phase(name)
+            self._add_phase(name, figures[name], counts.calls, counts.backends)
+            self.reasons[name].update(counts.reasons)
+            merge_knobs(self.knobs[name], counts.knobs)
+            self.loops[name].update(counts.loops)
+            self.loop_reasons[name].update(counts.loop_reasons)
+            if self.full:
+                for layer in counts.layers:
+                    for figure, values in row.layer_figures(name, layer).items():
+                        known = ~np.isnan(values)
+                        self._add_detail(name, layer, figure, np.stack([np.where(known, values, 0.0), known]))
+
+    def _add_detail(self, phase: str, layer: int, figure: str, values: np.ndarray) -> None:
+        mine = self.details[phase].setdefault(layer, {})
+        mine[figure] = mine[figure] + values if figure in mine else values
+
+    def add_stats(self, stats: dict[str, Any]) -> None:
+        """Count one prompt from the figures that its responses carry."""
+        self.rows += 1
+        self.restored += 1
+        for name in PHASES:
+            phase = dict(stats[name])
+            calls, backends = phase.pop("calls"), phase.pop("backends")
+            if (window := phase.pop("window", None)) is not None:
+                number = sum(calls.get(kind, 0) for kind in ("sparse", "fallback"))
+                merge_knobs(self.knobs[name], {"window": [window * number, window, window, number]})
+            self._add_phase(name, phase, calls, backends)
+
+    def _add_phase(
+        self, name: str, figures: dict[str, float | None], calls: dict[str, int], backends: dict[str, int]
+    ) -> None:
+        for figure, value in figures.items():
+            if value is not None:
+                total = self.sums[name].setdefault(figure, [0.0, 0])
+                total[0] += value
+                total[1] += 1
+        self.calls[name].update(calls)
+        self.backends[name].update(backends)
+
+    def merge(self, other: Ledger) -> None:
+        """Add another rank's totals to these."""
+        self.rows += other.rows
+        self.restored += other.restored
+        for name in PHASES:
+            for figure, (total, count) in other.sums[name].items():
+                mine = self.sums[name].setdefault(figure, [0.0, 0])
+                mine[0] += total
+                mine[1] += count
+            self.calls[name].update(other.calls[name])
+            self.backends[name].update(other.backends[name])
+            self.reasons[name].update(other.reasons[name])
+            merge_knobs(self.knobs[name], other.knobs[name])
+            self.loops[name].update(other.loops[name])
+            self.loop_reasons[name].update(other.loop_reasons[name])
+            for layer, figures in other.details[name].items():
+                for figure, values in figures.items():
+                    self._add_detail(name, layer, figure, values)
+
+    def report(self, name: str) -> dict[str, Any]:
+        """The block of one phase for the results file."""
+        sums = self.sums[name]
+        return {
+            **{figure: sums[figure][0] / sums[figure][1] if figure in sums else None for figure in FIGURES},
+            "calls": {kind: self.calls[name].get(kind, 0) for kind in ("sparse", "dense", "fallback")},
+            "backends": dict(self.backends[name]),
+            **({"fallback_reasons": dict(self.reasons[name].most_common(10))} if self.reasons[name] else {}),
+            **({"loops": dict(self.loops[name])} if self.loops[name] else {}),
+            **({"loop_reasons": dict(self.loop_reasons[name].most_common(10))} if self.loop_reasons[name] else {}),
+            **(
+                {
+                    "knobs_solved": {
+                        knob: {"mean": total / count, "min": low, "max": high}
+                        for knob, (total, low, high, count) in self.knobs[name].items()
+                    }
+                }
+                if self.knobs[name]
+                else {}
+            ),
+        }
+
+    def detail_report(self, name: str) -> list[dict[str, Any]]:
+        """Per layer of one phase: its index, and each figure per query head, averaged over prompts."""
+        return [
+            {
+                "layer": layer,
+                **{
+                    figure: [float(total / count) if count else None for total, count in values.T]
+                    for figure, values in figures.items()
+                },
+            }
+            for layer, figures in sorted(self.details[name].items())
+        ]
