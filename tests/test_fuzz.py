@@ -149,7 +149,7 @@ def test_a_picture(place: Place, content: dict[str, Any]) -> None:
     given_file, drawn = place.file("results_1.json", json.dumps(content).encode()), place.input / "p.png"
     drawn.unlink(missing_ok=True)
     was_drawn = place.holds(lambda argv: plot.run(argv) is None, [str(given_file), "--output", str(drawn)])
-    assert drawn.exists() == bool(was_drawn)
+    assert drawn.exists() == (was_drawn is True)
 
 
 # --- documents and data ---------------------------------------------------------------------------------------------
