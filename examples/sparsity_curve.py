@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from lm_eval_sparse import paths, values
 from lm_eval_sparse.analysis import curve
-from lm_eval_sparse.cli.app import Parser
+from lm_eval_sparse.cli.parser import Parser
 from lm_eval_sparse.errors import UserError, install_excepthook, nearest, plain
 from lm_eval_sparse.frontier import show
 from lm_eval_sparse.methods import plan as config

@@ -10,6 +10,8 @@ from traceback import format_exception
 
 from .masking import known, mask, mask_named
 
+#: What users type, and what the line of a mistake begins with.
+PROGRAM = "lm-eval-sparse"
 #: Characters of a message: more is no line that anyone reads.
 _LONGEST = 3000
 
@@ -67,7 +69,7 @@ def install_excepthook() -> None:
             else:
                 previous(kind, value, traceback)
         else:
-            print(f"lm-eval-sparse: error: {one_line(said)}", file=sys.stderr)
+            print(f"{PROGRAM}: error: {one_line(said)}", file=sys.stderr)
 
     hook._lm_eval_sparse = True
     sys.excepthook = hook

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lm_eval_sparse.analysis import curve, picture
+from lm_eval_sparse.cli import plot
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.results.load import figures_table, find, load, records
 
@@ -99,7 +100,7 @@ def test_picture_and_page_are_written_whole(tmp_path: Path, capsys: pytest.Captu
     for sparsity in (0.0, 0.5, 0.9):
         save(tmp_path / "runs" / str(sparsity), "x", result("niah", 1 - sparsity, sparsity))
     image, page = tmp_path / "out" / "curve.png", tmp_path / "out" / "curve.html"
-    assert curve.main([str(tmp_path / "runs"), "--output", str(image), "--output", str(page)]) == 0
+    plot.run([str(tmp_path / "runs"), "--output", str(image), "--output", str(page)])
     assert image.read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
     assert "0.9000" in text and "data:image/png;base64," in text and "http" not in text
@@ -152,7 +153,7 @@ def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument
         save(tmp_path / "broken", "x", "{")
         save(tmp_path / "foreign", "x", {"a": 1})
     with pytest.raises(UserError, match=message):
-        curve.main(arguments)
+        plot.run(arguments)
     assert not list(tmp_path.glob("x.*"))
 
 

@@ -14,6 +14,7 @@ from test_analysis import result, save, size
 
 from lm_eval_sparse.analysis import curve, picture
 from lm_eval_sparse.analysis.labels import label
+from lm_eval_sparse.cli import plot
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.patches import evaluator
 from lm_eval_sparse.results.load import Record, figures_table, find, read, records
@@ -48,7 +49,7 @@ def test_names_are_text(
     save(tmp_path, "x", content)
     save(tmp_path, "y", result(name, 0.7, 0.0, name))
     outputs = [str(tmp_path / "out" / f"a{suffix}") for suffix in curve.SUFFIXES]
-    assert curve.main([str(tmp_path), "--output", outputs[0], "--output", outputs[1], "--task", name]) == 0
+    plot.run([str(tmp_path), "--output", outputs[0], "--output", outputs[1], "--task", name])
     page = Path(outputs[1]).read_bytes().decode()
     assert all(character.isprintable() or character == "\n" for character in page)
     assert "<script" not in page and page.count("<tr>") == 3
@@ -287,7 +288,7 @@ def test_outputs_that_cannot_be(output: str, tmp_path: Path, monkeypatch: pytest
         Path("a.png").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=OUTPUTS[output]):
-        curve.main(["input.html", "--output", output])
+        plot.run(["input.html", "--output", output])
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -298,7 +299,7 @@ def test_outputs_that_can_be(
     monkeypatch.setenv("HOME", str(tmp_path))
     save(tmp_path, "x", result("t", 0.5, 0.9))
     names = ("new/er/A.PNG", "new/er/../er/A.PNG", "~/a.Html", "a.b.png")
-    assert curve.main([str(tmp_path), *(word for name in names for word in ("--output", name))]) == 0
+    plot.run([str(tmp_path), *(word for name in names for word in ("--output", name))])
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert Path("new/er/A.PNG").read_bytes() == Path("a.b.png").read_bytes()
     assert Path("a.Html").read_text().startswith("<!doctype html>")
@@ -313,7 +314,7 @@ def test_a_disk_that_fills_up_while_drawing(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(curve, "write_whole", full)
     with pytest.raises(UserError, match="No space left on device"):
-        curve.main([str(path), "--output", str(tmp_path / "a.png")])
+        plot.run([str(path), "--output", str(tmp_path / "a.png")])
 
 
 # -- how much is drawn
@@ -344,20 +345,20 @@ def test_a_picture_is_bounded_and_a_page_has_several(tmp_path: Path, monkeypatch
     content["results"] = {f"t{number}": {"exact,none": 0.5} for number in range(picture.MOST_PANELS + 1)}
     path, page, image = save(tmp_path, "x", content), tmp_path / "a.html", tmp_path / "a.png"
     with pytest.raises(UserError, match=r"25 panels .* at most 24; choose tasks with --task NAME, or write a page"):
-        curve.main([str(path), "--output", str(image)])
+        plot.run([str(path), "--output", str(image)])
     assert not drawn and not image.exists()
-    assert curve.main([str(path), "--output", str(page)]) == 0
+    plot.run([str(path), "--output", str(page)])
     assert drawn == [24, 1] and page.read_text().count("<img ") == 2
-    assert curve.main([str(path), "--output", str(image), "--task", "t1", "--task", "t2"]) == 0
+    plot.run([str(path), "--output", str(image), "--task", "t1", "--task", "t2"])
     content["results"] = {f"t{number}": {"exact,none": 0.5} for number in range(1000)}
     with pytest.raises(UserError, match=r"1000 panels .* a page has at most 240; choose tasks with --task NAME$"):
-        curve.main([str(save(tmp_path, "x", content)), "--output", str(page)])
+        plot.run([str(save(tmp_path, "x", content)), "--output", str(page)])
 
 
 def test_a_task_that_is_not_there_is_refused_although_others_are(tmp_path: Path) -> None:
     path = save(tmp_path, "x", result("niah", 0.5, 0.9))
     with pytest.raises(UserError, match="--task nia: .* hold niah; did you mean 'niah'"):
-        curve.main([str(path), "--output", str(tmp_path / "a.png"), "--task", "niah", "--task", "nia"])
+        plot.run([str(path), "--output", str(tmp_path / "a.png"), "--task", "niah", "--task", "nia"])
 
 
 def test_methods_that_cannot_be_told_apart_are_refused() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from lm_eval_sparse import __version__
 from lm_eval_sparse.cli import app as cli
+from lm_eval_sparse.cli import harness
+from lm_eval_sparse.cli.parser import Command
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def passed_on(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_help_shows_both_groups(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 0
     shown = capsys.readouterr().out
-    for name in [*cli.COMMANDS, *cli.LM_EVAL_COMMANDS, "--version"]:
+    for name in [*cli.COMMANDS, *harness.COMMANDS, "--version"]:
         assert f"\n  {name}" in shown
     assert max(map(len, shown.splitlines())) <= 120
 
@@ -92,7 +93,7 @@ def test_methods_fit_the_terminal(
     paragraphs = {text.split(" ")[0]: " ".join(text.split()) for text in shown.split("\n\n")}
     for name, method in METHODS.items():
         assert f"{name} ({'any phase' if method.phase == 'any' else method.phase}) " in paragraphs[name]
-        assert method.paper in paragraphs[name] and method.kv in paragraphs[name]
+        assert method.reference in paragraphs[name] and method.kv in paragraphs[name]
         assert all(f" {knob}={default} " in paragraphs[name] for knob, default in method.knobs().items())
 
 
@@ -103,20 +104,50 @@ def test_documented_table_of_methods_is_the_generated_one(capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("status, expected", [(None, 0), (0, 0), (3, 3)])
-def test_plot_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, status: int | None, expected: int) -> None:
+def test_a_command_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, status: int | None, expected: int) -> None:
     seen: list[list[str]] = []
 
-    def main(argv: list[str]) -> int | None:
+    def run(argv: list[str]) -> int | None:
         seen.append(argv)
         return status
 
-    package, curve = ModuleType("lm_eval_sparse.analysis"), ModuleType("lm_eval_sparse.analysis.curve")
-    curve.main = main
-    package.curve = curve
-    monkeypatch.setitem(sys.modules, "lm_eval_sparse.analysis", package)
-    monkeypatch.setitem(sys.modules, "lm_eval_sparse.analysis.curve", curve)
+    monkeypatch.setitem(cli.COMMANDS, "plot", Command("plot", "", run))
     assert cli.main(["plot", "results", "--output", "a.png"]) == expected
     assert seen == [["results", "--output", "a.png"]]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_file_and_a_help_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = cli.COMMANDS[name]
+    assert command.run.__module__ == f"lm_eval_sparse.cli.{name.replace('-', '_')}" and command.usage.startswith(name)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    shown = capsys.readouterr()
+    assert ended.value.code == 0 and shown.out.startswith(f"usage: lm-eval-sparse {name} ") and shown.err == ""
+
+
+@pytest.mark.parametrize(
+    "line, meant",
+    [
+        ("plot results --output a.png --tsk niah", "--task"),
+        ("show frontier_niah_4k --index 0 --apply_chat_tmplate", "--apply_chat_template"),
+        ("check-task niah --sample=3", None),  # argparse takes beginnings of options
+        ("check-task niah --smples=3", "--samples"),
+        ("methods --markdwn", "--markdown"),
+        ("new-task words --fodler here", "--folder"),
+        ("methods --qqq", None),
+    ],
+)
+def test_a_misspelt_option_is_told_the_nearest(
+    line: str, meant: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval_sparse.frontier.check.run", lambda *_, **__: 0)
+    status = cli.main(line.split())
+    said = capsys.readouterr().err
+    if meant is None:
+        assert "did you mean" not in said
+    else:
+        assert status == 1 and f"; did you mean {meant!r}?; type 'lm-eval-sparse {line.split()[0]} --help'" in said
 
 
 #: A sub-command of ours without what it needs, or with what it does not know -> what the complaint must name.

@@ -15,6 +15,7 @@ import tiny
 
 from lm_eval_sparse import endings, patches
 from lm_eval_sparse.cli import app as cli
+from lm_eval_sparse.cli.parser import Command
 from lm_eval_sparse.model.lm import SparseHFLM
 
 patches.install()
@@ -68,7 +69,7 @@ def test_a_stopped_run(
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_stopped_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int) -> None:
-    stop = cli.Command("stop", "", lambda argv: os.kill(os.getpid(), number))
+    stop = Command("stop", "", lambda argv: os.kill(os.getpid(), number))
     monkeypatch.setitem(cli.COMMANDS, "stop", stop)
     assert cli.main(["stop"]) == 128 + number
     assert capsys.readouterr().err == (

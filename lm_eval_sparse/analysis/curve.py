@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..cli.app import PROGRAM, Parser
 from ..errors import UserError, nearest, plain
 from ..paths import check_writable, cut, exists, expand, is_dir
 from ..results.files import why, write_whole
@@ -92,7 +91,7 @@ def _listed(names: Sequence[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# -- the command
+# -- the files
 
 
 def _outputs(names: Sequence[str], inputs: Sequence[Path]) -> dict[Path, str]:
@@ -142,28 +141,26 @@ def _check_panels(rows: Sequence[Record], outputs: Mapping[Path, str]) -> None:
             )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`lm-eval-sparse plot RESULTS... --output FILE [--task NAME]`: the exit status."""
-    parser = Parser(
-        prog=f"{PROGRAM} plot", description="Draw score against measured sparsity from result files of lm-eval."
-    )
-    parser.add_argument(
-        "results", nargs="+", metavar="RESULTS", help="result files, or folders that hold results_*.json"
-    )
-    parser.add_argument("--output", required=True, action="append", help="FILE.png or FILE.html; may be repeated")
-    parser.add_argument("--task", action="append", help="only this task; may be repeated")
-    options = parser.parse_args(argv)
-    outputs = _outputs(options.output, [])
-    inputs = find(options.results)
-    outputs = _outputs(options.output, inputs)
-    rows = _chosen(read(options.results), options.task)
-    _check_panels(rows, outputs)
+def plot(results: Sequence[str], outputs: Sequence[str], tasks: Sequence[str] | None = None) -> None:
+    """Draw score against measured sparsity from result files of lm-eval; names as they are typed.
+
+    Args:
+        results: files, or folders that hold results_*.json.
+        outputs: pictures (.png) and pages (.html) to write.
+        tasks: those to draw; all by default.
+
+    Raises:
+        UserError: results that cannot be read or drawn, outputs that cannot be written.
+    """
+    _outputs(outputs, [])  # a mistake is said before anything is read
+    files = _outputs(outputs, find(results))
+    rows = _chosen(read(results), tasks)
+    _check_panels(rows, files)
     pictures = draw(rows)
-    for path, name in outputs.items():
+    for path, name in files.items():
         content = pictures[0] if path.suffix.lower() == ".png" else page(rows, pictures).encode()
         try:
             write_whole(path, content)
         except OSError as error:
             raise UserError(f"--output {cut(name)} cannot be written ({why(error)}); give another name") from None
         print(plain(f"wrote {name}"))
-    return 0

@@ -1,12 +1,11 @@
 """What tasks read of --metadata, where lm-eval also puts the model arguments, and what each value must be.
 
-Every value is looked at here, before a model is loaded and again where it is used; so are the options that `show` and
-`check-task` share. Knows values, and nothing of tasks, tokenizers or data.
+Every value is looked at here, before a model is loaded and again where it is used; so are the values of options that
+`show` and `check-task` share. Knows values, and nothing of tasks, tokenizers or data.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -140,14 +139,6 @@ def add_bos(option: str, metadata: Mapping[str, Any]) -> bool | None:
 
 
 # ------------------------------------------------------------------------------------------------------- command lines
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options that `show` and `check-task` share."""
-    parser.add_argument(
-        "--tokenizer", metavar="NAME", help="name or path of a tokenizer (default: the embedded model's)"
-    )
-    parser.add_argument("--metadata", metavar="JSON", help="""as in lm_eval, such as '{"seed": 7}'""")
 
 
 def read_metadata(given: str | None) -> dict[str, Any]:

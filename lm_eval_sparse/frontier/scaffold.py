@@ -16,9 +16,7 @@ import tempfile
 from pathlib import Path
 
 from .. import paths
-from ..cli.app import PROGRAM, Parser
-from ..errors import UserError
-from ..output import say
+from ..errors import PROGRAM, UserError
 from ..results.files import umask, why
 from . import RECIPES
 from .leaves import LENGTHS, TaskFolder
@@ -27,17 +25,6 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _LONGEST_NAME = 40
 #: Names that Windows has for devices: a folder with one can be made and copied nowhere there.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
-
-
-def main(argv: list[str]) -> int:
-    """`lm-eval-sparse new-task NAME [--folder DIR]`: the exit status."""
-    parser = Parser(prog=f"{PROGRAM} new-task", description="Write a folder with a working example task to change.")
-    parser.add_argument("name", metavar="NAME", help="of the task: lower-case words joined by underscores")
-    parser.add_argument("--folder", metavar="DIR", default=".", help="where the folder NAME is made (default: here)")
-    options = parser.parse_args(argv)
-    folder = write(options.name, paths.expand(f"--folder {options.folder}", options.folder))
-    say(_next_steps(options.name, folder))
-    return 0
 
 
 def write(name: str, parent: Path) -> Path:
@@ -99,7 +86,8 @@ def _check_name(name: str) -> None:
         raise UserError(f"{name!r} given, but a module of Python has this name and would be hidden; take another name")
 
 
-def _next_steps(name: str, folder: Path) -> str:
+def next_steps(name: str, folder: Path) -> str:
+    """What the author of the new task in `folder` may do with it."""
     leaf = f"frontier_{name}_4k"
     return f"""\
 {folder} holds a task that works. What to do next:

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import paths
-from ..cli.app import PROGRAM, Parser
-from ..errors import UserError, nearest
+from ..errors import PROGRAM, UserError, nearest
 from ..model.embedded import NAME, ensure, is_embedded
 from ..output import columns
 from ..patches.register_tasks import task_folders
@@ -28,7 +27,7 @@ from ..results.files import brief
 from . import apart, document
 from .document import Document, Piece
 from .leaves import is_built_in
-from .metadata import TOKENIZER_OPTIONS, add_options, check_keys, limit, loader_options, read_metadata, read_number
+from .metadata import TOKENIZER_OPTIONS, check_keys, limit, loader_options, read_metadata, read_number
 from .meter import CannotLoad, load_tokenizer
 from .yamls import leaf_files
 
@@ -41,53 +40,56 @@ if TYPE_CHECKING:  # they take seconds, and a process that has them cannot be sp
 _UNKNOWN = 12
 
 
-def main(argv: list[str]) -> int:
-    """`lm-eval-sparse show TASK --index I [...]`: the exit status."""
-    parser = Parser(prog=f"{PROGRAM} show", description="Print one document of a leaf as a model would get it.")
-    parser.add_argument(
-        "task", metavar="TASK", help="name of a leaf, such as frontier_niah_4k or forced_frontier_vt_8k"
-    )
-    parser.add_argument("--index", metavar="I", required=True, help="number of the document, from 0")
-    add_options(parser)
-    parser.add_argument("--apply_chat_template", action="store_true", help="render the tokenizer's chat template")
-    parser.add_argument("--include_path", metavar="DIR", help="folder with more tasks, as in lm_eval")
-    parser.add_argument("--full", action="store_true", help="the whole prompt, nothing folded or broken into rows")
-    parser.add_argument("--markdown", action="store_true", help="write Markdown")
-    options = parser.parse_args(argv)
-    index = read_number("--index", options.index, 0)
-    metadata = read_metadata(options.metadata)
+def run(
+    leaf: str,
+    index: str,
+    *,
+    tokenizer: str | None = None,
+    metadata: str | None = None,
+    include_path: str | None = None,
+    chat: bool = False,
+    full: bool = False,
+    markdown: bool = False,
+) -> int:
+    """Print one document of a leaf as a model would get it; values as they are typed. Returns the exit status.
+
+    Raises:
+        UserError: a value that cannot be, no such leaf, or one that cannot be shown.
+    """
+    number = read_number("--index", index, 0)
+    given = read_metadata(metadata)
     folders = task_folders()
-    if options.include_path is not None:
-        folders.append(str(paths.folder(f"--include_path {options.include_path}", options.include_path)))
-    check_leaf_name(options.task, folders)  # before anything is loaded
-    if is_built_in(options.task):  # recipes from elsewhere may read more
-        check_keys(metadata)
+    if include_path is not None:
+        folders.append(str(paths.folder(f"--include_path {include_path}", include_path)))
+    check_leaf_name(leaf, folders)  # before anything is loaded
+    if is_built_in(leaf):  # recipes from elsewhere may read more
+        check_keys(given)
     width = columns()
     colour = sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def work(progress: apart.Progress) -> int:
-        reader = Reader.of(options.tokenizer, metadata, options.apply_chat_template)
+        reader = Reader.of(tokenizer, given, chat)
         try:
             with quiet():
-                task = load_leaves(manager(folders, metadata), [options.task])[options.task]
-            found = read(task, index, reader)
-            if options.markdown:
-                text = document.markdown(found, width, full=options.full)
+                task = load_leaves(manager(folders, given), [leaf])[leaf]
+            found = read(task, number, reader)
+            if markdown:
+                text = document.markdown(found, width, full=full)
             else:
-                text = document.terminal(found, width, colour=colour, full=options.full)
+                text = document.terminal(found, width, colour=colour, full=full)
         except UserError:
             raise
         except BaseException as error:  # code of the task's author
             if apart.was_interrupted():
                 raise
-            raise UserError(f"{options.task} cannot be shown: {told(error, Path(folders[-1]).resolve())}") from error
+            raise UserError(f"{leaf} cannot be shown: {told(error, Path(folders[-1]).resolve())}") from error
         progress.say(text)
         return 0
 
     try:
         return apart.run(work)
     except apart.Ended as error:
-        raise UserError(f"{options.task} cannot be shown: {error}") from None
+        raise UserError(f"{leaf} cannot be shown: {error}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- the tokenizer

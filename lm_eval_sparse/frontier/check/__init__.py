@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from ... import frontier, paths
-from ...cli.app import PROGRAM, Parser
-from ...errors import UserError, nearest, plain
+from ...errors import PROGRAM, UserError, nearest, plain
 from ...results.files import read_bytes
 from .. import apart, elsewhere
 from ..fill import SENTENCES
 from ..leaves import LENGTHS, MEASURED
-from ..metadata import add_options, check_keys, read_metadata, read_number
+from ..metadata import check_keys, read_metadata, read_number
 from ..recipe import Recipe
 from ..show import Reader, load_leaves, make, manager, prompt_of, quiet, told
 from ..yamls import leaf_files
@@ -61,28 +60,33 @@ class _Wrong(Exception):
     """A check has failed. The message says what was found and what is expected."""
 
 
-def main(argv: list[str]) -> int:
-    """`lm-eval-sparse check-task PATH [...]`: the exit status, 0 when every check passed."""
-    parser = Parser(prog=f"{PROGRAM} check-task", description="Check a folder with the YAML files of one task.")
-    parser.add_argument("path", metavar="PATH", help="the folder, or the name of a built-in task")
-    add_options(parser)
-    parser.add_argument(
-        "--lengths", metavar="4k,8k", help="whose documents are made (default: two, and one of the longest)"
-    )
-    parser.add_argument("--samples", metavar="N", default="8", help="documents per leaf (default: 8)")
-    options = parser.parse_args(argv)
-    samples = read_number("--samples", options.samples, 2)
-    metadata = read_metadata(options.metadata)
-    folder = _folder(options.path)
+def run(
+    path: str,
+    *,
+    tokenizer: str | None = None,
+    metadata: str | None = None,
+    lengths: str | None = None,
+    samples: str = "8",
+) -> int:
+    """Check the folder of one task, or a built-in task; values as they are typed. Returns the exit status.
+
+    It is 0 when every check passed.
+
+    Raises:
+        UserError: a value that cannot be, or no such folder.
+    """
+    number = read_number("--samples", samples, 2)
+    given = read_metadata(metadata)
+    folder = _folder(path)
     if folder in _built_in().values():  # recipes from elsewhere may read more
-        check_keys(metadata)
-    lengths = _lengths(options.lengths)
+        check_keys(given)
+    chosen = _lengths(lengths)
 
     def work(progress: apart.Progress) -> int:
-        reader = Reader.of(options.tokenizer, metadata, chat=False)
+        reader = Reader.of(tokenizer, given, chat=False)
         report = _Report(folder, progress)
         with _scratch():
-            _Checker(folder, reader, metadata, lengths, samples, report).run()
+            _Checker(folder, reader, given, chosen, number, report).run()
         return report.close()
 
     try:
