@@ -374,15 +374,11 @@ def forward_rows(
     # One launch knows one set of strides and one kind of lists (that of a row of one query block may be called either),
     # and takes it that rows lie whole vectors apart.
     apart = any(row != strides[0] for row in strides) or len(kinds) > 1
-    if lses is None and (
-        apart or any(_offset(state, base) % 8 for row in states for state, base in zip(row, states[0], strict=True))
-    ):
-        for q, k, v, own, out in zip(queries, keys, values, layouts, outs, strict=True):
-            forward_rows([q], [k], [v], [own], scale, softcap, [out], choice)
-        return
-    if lses is not None and len(queries) > 1:
-        for q, k, v, own, out, lse in zip(queries, keys, values, layouts, outs, lses, strict=True):
-            forward_rows([q], [k], [v], [own], scale, softcap, [out], choice, lses=[lse])
+    apart |= any(_offset(state, base) % 8 for row in states for state, base in zip(row, states[0], strict=True))
+    if apart or (lses is not None and len(queries) > 1):
+        logs = [None] * len(queries) if lses is None else [[lse] for lse in lses]
+        for q, k, v, own, out, log in zip(queries, keys, values, layouts, outs, logs, strict=True):
+            forward_rows([q], [k], [v], [own], scale, softcap, [out], choice, lses=log)
         return
     shared = kinds == {True}
     choice = choice or tiling(layout, dim, queries[0].dtype)
