@@ -7,16 +7,14 @@ not depend on what else is in the call.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import RaggedKV
-
-if TYPE_CHECKING:
-    from . import Reads
+from ..types import Extra, RaggedKV, Reads
+from .naive import width_of
 
 
 def forward(
@@ -26,8 +24,18 @@ def forward(
     scale: float,
     softcap: float | None,
     window: int | None,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """See `paged_decode`. Scores and softmax in fp32 (fp64 for fp64 input), values in the input dtype."""
+    """See `paged_decode`. Scores and softmax in fp32 (fp64 for fp64 input), values in the input dtype.
+
+    Asking for `lse` takes a product of its own, so that the output keeps its bits.
+    """
+    if selection is not None and (selection.bias is not None or selection.extra is not None):
+        out = query.new_zeros(*query.shape[:3], kv.values.shape[-1])
+        _weighed(query, kv, selection, scale, softcap, None, out, lse)
+        return out
+    if lse is not None:
+        _weighed(query, kv, selection, scale, softcap, window, None, lse)
     if selection is None and query.shape[2] == 1 and len(query):
         rows = [_dense_row(query[row, :, 0], kv, row, even, 0, window, scale, softcap) for row, even in kv.rows()]
         return torch.cat(rows)[:, :, None]
@@ -78,6 +86,109 @@ def _paged(query: Tensor, kv: RaggedKV, selection: Reads, scale: float, softcap:
                         key, value = (held.index_select(0, at)[None] for held in (kv.keys, kv.values))
                         found = _attend(heads[s, g][None], key, value, scale, softcap)[0]
                         out[own, :, t].unflatten(1, (lists, -1))[s, g] = found
+
+
+def _weighed(
+    query: Tensor,
+    kv: RaggedKV,
+    selection: Reads | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> None:
+    """Outputs with biases and virtual keys, and logarithms of sums, one list at a time."""
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    group, steps = query.shape[1:3]
+    lists = 1 if selection is None else selection.ids.shape[1]
+    extra = None if selection is None else selection.extra
+    if lse is not None:
+        lse.fill_(float("-inf"))
+    read = None if selection is None else selection.keys_read(kv).tolist()
+    table = zip(kv.starts.tolist(), kv.lengths.tolist(), strict=True)
+    for s, (start, length) in enumerate(table):
+        for g, t in itertools.product(range(lists if length else 0), range(steps)):
+            rows = slice(g, g + 1) if lists > 1 else slice(0, group)
+            # Copies, here and below: where a tensor lies in memory may decide the last bits of a product.
+            heads = query[s, rows, t].to(work, copy=True)
+            if selection is None:
+                end = length - steps + 1 + t
+                at = torch.arange(0 if window is None else max(0, end - window), end, device=query.device)
+            elif read[s][g][t] < 1:
+                continue
+            else:
+                # Only the last listed page may be partial.
+                place = torch.arange(read[s][g][t], device=query.device)
+                page = place // selection.unit
+                at = selection.ids[s, g, t].long()[page] * selection.unit + place % selection.unit
+            key = kv.keys.index_select(0, start + at).to(work)
+            scores = _capped(heads @ key.T * scale, softcap)
+            if selection is not None and selection.bias is not None:
+                scores = scores + selection.bias[s, g, t].to(work)[page]
+            if extra is not None:
+                scores = torch.cat([scores, _virtual_scores(heads, extra, s, rows, t, scale, softcap)], -1)
+            total = scores.logsumexp(-1)
+            if lse is not None:
+                lse[s, rows, t] = total.to(lse.dtype)
+            if out is None:
+                continue
+            value = kv.values.index_select(0, start + at)
+            if extra is not None:
+                value = torch.cat([value, extra.values[s]])
+            # Where biases hide all that is listed the output is 0.
+            weights = torch.where(total[:, None] > float("-inf"), scores.softmax(-1), 0.0)
+            out[s, rows, t] = weights.to(value.dtype) @ value
+
+
+def _virtual_scores(
+    heads: Tensor, extra: Extra, s: int, rows: slice, t: int, scale: float, softcap: float | None
+) -> Tensor:
+    """`(r, E)` scores of the virtual keys of a sequence for some of its query heads."""
+    scores = heads.new_zeros(len(heads), extra.values.shape[1])
+    if extra.keys is not None:
+        scores = _capped(heads @ extra.keys[s].to(heads.dtype, copy=True).T * scale, softcap)
+    if extra.bias is not None:
+        scores = scores + extra.bias[s, rows if extra.bias.shape[1] > 1 else slice(0, 1), t].to(heads.dtype)
+    return scores
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def mass(
+    query: Tensor, kv: RaggedKV, selection: Reads | None, lse: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """See `decode.mass`. Shapes follow from those of the arguments: a device is not waited for.
+
+    Products are added up dimension by dimension: the bits of a matrix product could follow from how long the lists of
+    other sequences are.
+    """
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    sequences, group, steps, _ = query.shape
+    out = lse.new_zeros(sequences, group, steps, width_of(kv, selection))
+    if not len(kv.keys):
+        return out
+    place = torch.arange(out.shape[-1], device=query.device)
+    visible = kv.visible(steps)
+    lists = 1 if selection is None else selection.ids.shape[1]
+    for s, g, t in itertools.product(range(sequences), range(lists), range(steps)):
+        at, held = place, kv.lengths[s] > 0
+        if selection is not None:
+            page = place // selection.unit
+            at = selection.ids[s, g, t].long()[page] * selection.unit + place % selection.unit
+            held = held & (page < selection.counts[s, g, t])
+        held = held & (at >= 0) & (at < visible[s, t])
+        key = kv.keys[torch.where(held, kv.starts[s] + at, 0)].to(work)
+        for head in (g,) if lists > 1 else range(group):
+            scores = _capped((key * query[s, head, t].to(work)).sum(-1) * scale, softcap)
+            if selection is not None and selection.bias is not None:
+                scores = scores + selection.bias[s, g, t].to(work)[page]
+            total = lse[s, head, t]
+            seen = held & (total > float("-inf"))
+            out[s, head, t] = torch.where(seen, torch.exp(scores - total), 0.0)
+    return out
 
 
 def _dense(query: Tensor, kv: RaggedKV, scale: float, softcap: float | None, window: int | None, out: Tensor) -> None:
@@ -137,9 +248,7 @@ def _attend(
         return F.scaled_dot_product_attention(rows[None], key[None], value[None], scale=scale)[0]
     work = torch.float64 if rows.dtype == torch.float64 else torch.float32
     # In half precision the product itself would round the scores before the softmax.
-    scores = rows.to(work) @ key.to(work).transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = _capped(rows.to(work) @ key.to(work).transpose(-1, -2) * scale, softcap)
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
     return scores.softmax(-1).to(value.dtype) @ value

@@ -7,8 +7,6 @@ pages of a token is read in the same pieces as no selection, and one token's out
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +14,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backends import can_overlap
-from ..types import RaggedKV
-
-if TYPE_CHECKING:
-    from . import Reads
+from ..types import RaggedKV, Reads
+from .extra_triton import attend_virtual
+from .lists_triton import CHECKED, faults, reach
 
 # The numbers below are tuned. They may depend on dtype, dimensions and heads, never on lengths or on how many rows
 # there are: they say in which order sums are made.
@@ -37,88 +34,9 @@ MANY_ROWS, MANY_ROWS_FP32, MANY_STAGES = 64, 16, 2
 #: Dimensions of an output that one program of the second kernel sums.
 SUM_DIMS = 32
 
-#: Pages of a list that are checked at a time, and bits of `FAULTS`.
-CHECKED = 512
-COUNT, NEGATIVE, FUTURE, ORDER = (tl.constexpr(1 << bit) for bit in range(4))
-
 #: A window that no sequence fills, and whose difference from any length is an int32.
 NO_WINDOW = 1 << 30
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _reach(
-    length,
-    pages,
-    counts,
-    known,
-    sequence,
-    tile,
-    group,
-    steps,
-    rows,
-    width,
-    window,
-    LISTS_ARE_OWN: tl.constexpr,
-    PAGE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """What a tile reads: position of its first key, number of keys, the place of its list of pages and how many that
-    has, and one past the last key that its newest token may see. Whatever a list says, it is read within its width."""
-    first_step = tile * rows // group
-    last_step = (tl.minimum(tile * rows + rows, steps * group) - 1) // group
-    visible = length - steps + 1 + last_step
-    # Where nobody is, nothing but the length is looked at.
-    held = length > 0
-    count = 0
-    if PAGE > 0:
-        own = 0
-        lists = 1
-        if LISTS_ARE_OWN:
-            own = tile * rows % group
-            lists = group
-        place = (sequence * lists + own).to(tl.int64) * steps + first_step
-        if OVERLAP:  # known without waiting for them
-            count = known
-            last = (visible - 1) // PAGE
-            listed = tl.minimum(count, width)
-        else:
-            count = tl.load(counts + place, mask=held, other=1)
-            listed = tl.minimum(tl.maximum(count, 1), width)
-            last = tl.load(pages + place * width + listed - 1, mask=held, other=0)
-            last = tl.minimum(tl.maximum(last, 0), tl.maximum(visible - 1, 0) // PAGE)
-        first = 0
-        number = (listed - 1) * PAGE + tl.minimum(PAGE, visible - last * PAGE)
-    else:
-        place = sequence.to(tl.int64)
-        first = tl.maximum(length - steps + 1 + first_step - window, 0)
-        number = visible - first
-    number = tl.where(held, tl.maximum(number, 0), 0)
-    return first, number, place, count, visible
-
-
-@triton.jit
-def _either(a, b):
-    return a | b
-
-
-@triton.jit
-def _faults(listed, count, width, visible, PAGE: tl.constexpr, CHECKED: tl.constexpr):
-    """What is wrong with a list of pages, in bits."""
-    last = (visible - 1) // PAGE  # the page that the token is in
-    wrong = tl.zeros((CHECKED,), tl.int32)
-    number = tl.minimum(count, width)
-    start = 0
-    while start < number:
-        slot = start + tl.arange(0, CHECKED)
-        valid = slot < number
-        page = tl.load(listed + slot, mask=valid, other=0)
-        before = tl.load(listed + slot - 1, mask=valid & (slot > 0), other=0)
-        here = tl.where(page < 0, NEGATIVE, 0) | tl.where(page > last, FUTURE, 0)
-        here |= tl.where((slot > 0) & (before >= page), ORDER, 0)
-        wrong |= tl.where(valid, here, 0)
-        start += CHECKED
-    return tl.reduce(wrong, 0, _either) | tl.where((count < 1) | (count > width), COUNT, 0)
 
 
 @triton.jit
@@ -139,6 +57,7 @@ def _attend(
     logs,
     keys_read,
     ready,
+    bias,
     query_sequence,
     query_head,
     query_step,
@@ -194,7 +113,7 @@ def _attend(
         known = tl.atomic_add(ready + sequence, 0, sem="acquire")
         while known == 0:
             known = tl.atomic_add(ready + sequence, 0, sem="acquire")
-    first, number, place, count, end = _reach(
+    first, number, place, count, end = reach(
         length, pages, counts, known, sequence, tile, group, steps, rows, width, window, LISTS_ARE_OWN, PAGE, OVERLAP
     )
     size = _split_size(number, SPLITS, MIN_SPLIT, BLOCK_N)
@@ -231,6 +150,8 @@ def _attend(
             if HAS_SOFTCAP:
                 # Here scale is that of the scores over the softcap: c * tanh(x) = c - 2 c / (exp(2 x) + 1).
                 scores = softcap - 2 * softcap / (tl.exp2(scores * 2.8853900817779268) + 1)
+            if bias is not None:
+                scores += tl.load(bias + place * width + some // PAGE)[None, :] * 1.4426950408889634
             seen = (index < number)[None, :]
             if MANY:
                 seen &= (position[None, :] < visible[:, None]) & (position[None, :] >= (visible - window)[:, None])
@@ -259,7 +180,7 @@ def _attend(
             if split == splits:
                 bad = 0
                 if length > 0:
-                    bad = _faults(pages + place * width, count, width, end, PAGE, CHECKED)
+                    bad = faults(pages + place * width, count, width, end, PAGE, CHECKED)
                 tl.store(keys_read + place, tl.where(bad != 0, -bad, number))
         else:
             if split == 0:
@@ -274,6 +195,9 @@ def _combine(
     partial,
     logs,
     out,
+    lse,
+    virtual,
+    virtual_logs,
     group,
     steps,
     splits,
@@ -282,7 +206,7 @@ def _combine(
     PADDED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Some dimensions of one row: its splits summed, always in the same order."""
+    """Some dimensions of one row: its splits summed, always in the same order, and virtual keys behind them."""
     if DEPENDENT:
         gdc_wait()
     sequence = tl.program_id(0) // (steps * group)
@@ -291,14 +215,27 @@ def _combine(
     at = tl.program_id(0).to(tl.int64) * splits + split
     log = tl.load(logs + at, mask=split < splits, other=float("-inf"))
     highest = tl.max(log, 0)
-    weights = tl.exp2(log - tl.where(highest == float("-inf"), 0.0, highest))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp2(log - base)
     dims = tl.program_id(1) * SUM_DIMS + tl.arange(0, SUM_DIMS)
     mask = (log > float("-inf"))[:, None] & (dims < VALUE_DIM)[None, :]
     parts = tl.load(partial + at[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
     total = tl.sum(weights, 0)
     # Of a sequence of length 0 there is no split, and its output is 0.
-    result = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    result = tl.sum(parts * weights[:, None], 0)
+    if virtual is not None:
+        more = tl.load(virtual_logs + tl.program_id(0))
+        top = tl.maximum(highest, more)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        shrink, grow = tl.exp2(highest - base), tl.exp2(more - base)
+        at = tl.program_id(0).to(tl.int64) * VALUE_DIM + dims
+        result = result * shrink + tl.load(virtual + at, mask=dims < VALUE_DIM, other=0.0) * grow
+        total = total * shrink + grow
+    result = result / tl.where(total > 0, total, 1.0)
     target = (sequence * group + row % group).to(tl.int64) * steps + row // group
+    if lse is not None:
+        log = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+        tl.store(lse + target, log * 0.6931471805599453, mask=tl.program_id(1) == 0)
     tl.store(out + target * VALUE_DIM + dims, result.to(out.dtype.element_ty), mask=dims < VALUE_DIM)
 
 
@@ -310,6 +247,7 @@ def forward(
     softcap: float | None,
     window: int | None,
     keys_read: Tensor | None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """See `paged_decode`."""
     if not (kv.keys.is_contiguous() and kv.values.is_contiguous()):
@@ -321,7 +259,14 @@ def forward(
     value_dim = kv.values.shape[-1]
     out = query.new_empty(sequences, group, steps, value_dim)
     if not out.numel():
+        if lse is not None:
+            lse.fill_(float("-inf"))
         return out
+    bias = virtual = virtual_logs = None
+    if selection is not None:
+        bias = None if selection.bias is None else selection.bias.contiguous()
+        if selection.extra is not None:
+            virtual, virtual_logs = attend_virtual(query, kv, selection.extra, scale, softcap)
     most = kv.longest
     if selection is None:
         many = steps > 1
@@ -364,6 +309,7 @@ def forward(
         logs,
         keys_read if counted else unused,
         unused if ready is None else ready,
+        bias,
         *query.stride()[:3],
         group,
         steps,
@@ -400,6 +346,9 @@ def forward(
         partial,
         logs,
         out,
+        lse,
+        virtual,
+        virtual_logs,
         group,
         steps,
         splits,

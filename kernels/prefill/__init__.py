@@ -29,6 +29,8 @@ DEBUG = "LM_EVAL_SPARSE_DEBUG"
 
 #: Backends in the order in which they are listed to users.
 BACKENDS = ("naive", "gather", "flex", "triton", "hopper", "fa4")
+#: Those that give `lse`.
+WITH_LSE = ("naive", "gather", "triton")
 
 #: What the Triton kernel takes.
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -44,6 +46,7 @@ def block_sparse_prefill(
     scale: float | None = None,
     softcap: float | None = None,
     backend: str = "auto",
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, str]:
     """Attend each query to the keys of its block's listed key blocks and single key columns, causally.
 
@@ -55,6 +58,9 @@ def block_sparse_prefill(
         softcap: `c` of `c * tanh(score / c)` (Gemma 2), or None.
         backend: `auto` or one of `BACKENDS`. One that cannot run here is an error, but for `fa4`, an optional package
             with tiles of one size: it falls back to `auto` with a warning, and what ran is returned.
+        lse: `(H, L)` fp32 (or fp64, of fp64 queries), contiguous: filled with the natural logarithm of the sum of the
+            exponentials of the scaled and capped scores that each query reads. Only the backends `WITH_LSE` give it:
+            where it is asked for, others cannot run, `auto` passes them over, and what ran is returned.
 
     Returns:
         `(H, L, D)` in the query's dtype, and the name of the backend that computed it.
@@ -65,7 +71,14 @@ def block_sparse_prefill(
             LM_EVAL_SPARSE_DEBUG=1 in the environment every call does that.
     """
     (out,), used = block_sparse_prefill_rows(
-        [query], [key], [value], [layout], scale=scale, softcap=softcap, backend=backend
+        [query],
+        [key],
+        [value],
+        [layout],
+        scale=scale,
+        softcap=softcap,
+        backend=backend,
+        lses=None if lse is None else [lse],
     )
     return out, used
 
@@ -80,6 +93,7 @@ def block_sparse_prefill_rows(
     softcap: float | None = None,
     backend: str = "auto",
     outs: Sequence[Tensor] | None = None,
+    lses: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], str]:
     """`block_sparse_prefill` of several rows of any lengths, in one launch where the backend can.
 
@@ -88,6 +102,7 @@ def block_sparse_prefill_rows(
             a batch or of a packed sequence will do.
         layouts: one per row; all with the same block sizes and the same kind of columns.
         outs: where to write, one `(H, L, D)` per row, or None for new tensors.
+        lses: one `lse` per row, or None.
     """
     if not len(queries) == len(keys) == len(values) == len(layouts) or not queries:
         raise ValueError(
@@ -104,10 +119,12 @@ def block_sparse_prefill_rows(
     _check_alike(queries, keys, layouts)
     if outs is not None:
         _check_outs(queries, outs)
+    if lses is not None:
+        _check_lses(queries, lses)
     scale = queries[0].shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; expected a positive number, or None for head_dim ** -0.5")
-    name = _choose([*queries, *keys, *values], layouts[0], softcap, backend)
+    name = _choose([*queries, *keys, *values], layouts[0], softcap, backend, lses is not None)
     if name in ("triton", "hopper"):
         outs = [_like(query) for query in queries] if outs is None else list(outs)
         # The kernels read and write the elements of a vector one after the other.
@@ -122,7 +139,7 @@ def block_sparse_prefill_rows(
             if name == "triton":
                 from . import triton
 
-                triton.forward_rows(*states, layouts, scale, softcap, packed)
+                triton.forward_rows(*states, layouts, scale, softcap, packed, lses=lses)
             else:
                 from . import hopper
 
@@ -135,7 +152,7 @@ def block_sparse_prefill_rows(
                 raise ValueError(f"backend {name!r} cannot run here: {reason}; use 'auto' or 'gather'") from error
             _warn_once(f"backend {name!r}: {reason}; 'auto' chooses another")
             return block_sparse_prefill_rows(
-                queries, keys, values, layouts, scale=scale, softcap=softcap, backend="auto", outs=outs
+                queries, keys, values, layouts, scale=scale, softcap=softcap, backend="auto", outs=outs, lses=lses
             )
         for out, made in zip(outs, packed, strict=True):
             if out is not made:
@@ -143,7 +160,9 @@ def block_sparse_prefill_rows(
         return outs, name
     modules = {"naive": naive, "gather": gather, "flex": flex, "fa4": fa4}
     found = []
-    for query, key, value, layout in zip(queries, keys, values, layouts, strict=True):
+    for query, key, value, layout, lse in zip(
+        queries, keys, values, layouts, [None] * len(queries) if lses is None else lses, strict=True
+    ):
         call = (query, key, value, layout, scale, softcap)
         if name == "flex":
             try:
@@ -154,9 +173,9 @@ def block_sparse_prefill_rows(
                 if backend == "flex":
                     raise ValueError(f"backend 'flex' cannot run here: {reason}; use 'auto' or 'gather'") from error
             return block_sparse_prefill_rows(
-                queries, keys, values, layouts, scale=scale, softcap=softcap, backend="auto", outs=outs
+                queries, keys, values, layouts, scale=scale, softcap=softcap, backend="auto", outs=outs, lses=lses
             )
-        found.append(modules[name].forward(*call))
+        found.append(modules[name].forward(*call, **({} if lse is None else {"lse": lse})))
     if outs is not None:
         for out, result in zip(outs, found, strict=True):
             out.copy_(result)
@@ -164,7 +183,7 @@ def block_sparse_prefill_rows(
     return found, name
 
 
-def _choose(states: Sequence[Tensor], layout: Blocks, softcap: float | None, backend: str) -> str:
+def _choose(states: Sequence[Tensor], layout: Blocks, softcap: float | None, backend: str, lse: bool) -> str:
     """The backend to run.
 
     Raises:
@@ -175,7 +194,7 @@ def _choose(states: Sequence[Tensor], layout: Blocks, softcap: float | None, bac
     if backend in ("naive", "gather"):
         return backend
     if backend != "auto":
-        if (reason := unavailable_reason(backend, states, layout, softcap)) is None:
+        if (reason := unavailable_reason(backend, states, layout, softcap, lse)) is None:
             return backend
         if backend != "fa4":
             raise ValueError(f"backend {backend!r} cannot run here: {reason}; use 'auto' or 'gather'")
@@ -187,7 +206,7 @@ def _choose(states: Sequence[Tensor], layout: Blocks, softcap: float | None, bac
         order = ()
     else:
         order = ("flex",)
-    return next((name for name in order if unavailable_reason(name, states, layout, softcap) is None), "gather")
+    return next((name for name in order if unavailable_reason(name, states, layout, softcap, lse) is None), "gather")
 
 
 @functools.cache
@@ -195,13 +214,18 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def unavailable_reason(backend: str, states: Sequence[Tensor], layout: Blocks, softcap: float | None) -> str | None:
+def unavailable_reason(
+    backend: str, states: Sequence[Tensor], layout: Blocks, softcap: float | None, lse: bool = False
+) -> str | None:
     """Why a backend other than `naive` and `gather` cannot run this case here, or None when it can.
 
     Args:
         states: queries, keys and values of all rows, queries first.
         layout: that of the first row.
+        lse: whether it is asked for.
     """
+    if lse and backend not in WITH_LSE:
+        return "it gives no lse"
     query = states[0]
     dim, device = query.shape[-1], query.device.type
     if (backend, *_place(query, layout)) in _broken:
@@ -304,6 +328,19 @@ def _check_alike(queries: Sequence[Tensor], keys: Sequence[Tensor], layouts: Seq
 def _form(layout: Blocks) -> str:
     columns = "no" if layout.columns is None else "shared" if layout.columns.shape[1] == 1 else "own"
     return f"{layout.block_q}x{layout.block_k} with {columns} columns"
+
+
+def _check_lses(queries: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    if len(lses) != len(queries):
+        raise ValueError(f"{len(lses)} lses given for {len(queries)} rows; expected one per row")
+    for query, lse in zip(queries, lses, strict=True):
+        accepted = (torch.float32, torch.float64) if query.dtype == torch.float64 else (torch.float32,)
+        fits = lse.shape == query.shape[:2] and lse.dtype in accepted and lse.is_contiguous()
+        if not fits or lse.device != query.device:
+            raise ValueError(
+                f"lse is {tuple(lse.shape)} {lse.dtype} on {lse.device}; expected contiguous {tuple(query.shape[:2])} "
+                f"torch.float32 on {query.device}"
+            )
 
 
 def _check_outs(queries: Sequence[Tensor], outs: Sequence[Tensor]) -> None:

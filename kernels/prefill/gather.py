@@ -18,7 +18,15 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 MIN_FILL = 0.8
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: float, softcap: float | None) -> Tensor:
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Blocks,
+    scale: float,
+    softcap: float | None,
+    lse: Tensor | None = None,
+) -> Tensor:
     """See `block_sparse_prefill`. Scores and softmax in fp32 (fp64 for fp64 input), values in the input dtype.
 
     A product in half precision would round the scores before the softmax, which attention kernels do not.
@@ -43,6 +51,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: fl
     needed, tile_widths, single_widths = needed[order].tolist(), tiles[order].tolist(), singles[order].tolist()
     within_q, within_k = torch.arange(block_q, device=device), torch.arange(block_k, device=device)
     out = torch.empty_like(q_blocks)
+    totals = None if lse is None else lse.new_empty(heads * n_q, block_q)
     limit = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
     start = 0
     while start < len(needed):
@@ -76,6 +85,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: fl
         query_position = (rows % n_q)[:, None] * block_q + within_q
         hidden = key_position[:, None, :] > query_position[..., None]
         scores.masked_fill_(hidden, float("-inf"))
+        if totals is not None:
+            totals[rows] = scores.logsumexp(-1).to(totals.dtype)
         out[rows] = torch.bmm(scores.softmax(-1).to(value.dtype), v)
         start = stop
+    if totals is not None:
+        lse.copy_(totals.reshape(heads, n_q * block_q)[:, :length])
     return out.reshape(heads, n_q * block_q, dim)[:, :length]

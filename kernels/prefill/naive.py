@@ -11,7 +11,15 @@ from torch import Tensor
 from ..types import Blocks
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: float, softcap: float | None) -> Tensor:
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Blocks,
+    scale: float,
+    softcap: float | None,
+    lse: Tensor | None = None,
+) -> Tensor:
     """See `block_sparse_prefill`. Scores are computed in fp64 for fp64 input, else in fp32."""
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     group = query.shape[0] // key.shape[0]
@@ -33,5 +41,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Blocks, scale: fl
                 visible[rows, layout.columns[head, 0 if shared else block, :count].long()] = True
         visible &= causal
         scores = scores.masked_fill(~visible, float("-inf"))
+        if lse is not None:
+            lse[head] = scores.logsumexp(-1)
         out[head] = (scores.softmax(-1) @ v).to(query.dtype)
     return out

@@ -78,6 +78,7 @@ def _attend(
     table,
     row_of,
     sums,
+    lse,
     query_head,
     query_token,
     key_head,
@@ -263,6 +264,9 @@ def _attend(
             v = _load(value, tokens.to(tl.int64), value_token, dims, counted, head_dim, padded, True)
             acc, peak, total = _fold(acc, peak, total, scores, v, precision)
 
+    if lse is not None:  # one row of tokens
+        log = (peak + tl.log2(total)) * 0.6931471805599453
+        tl.store(lse + wide * length + positions, log, mask=positions < length)
     acc = acc / total[:, None]
     if padded:
         tl.store(outs, acc.to(out.dtype.element_ty), mask=(positions < length)[:, None] & (dims < head_dim)[None, :])
@@ -355,10 +359,12 @@ def forward_rows(
     outs: Sequence[Tensor],
     choice: Tiling | None = None,
     sums: Tensor | None = None,
+    lses: Sequence[Tensor] | None = None,
 ) -> None:
     """Several rows in one launch, into `outs`. All layouts have the same block sizes and kind of columns.
 
-    With `sums`, see `add_columns`, only the columns are read; then there is one row.
+    With `sums`, see `add_columns`, only the columns are read; then there is one row. With `lses`, `(H, L)` fp32 each,
+    rows are launched one by one.
     """
     layout = layouts[0]
     heads, _, dim = queries[0].shape
@@ -368,9 +374,11 @@ def forward_rows(
     # One launch knows one set of strides and one kind of lists (that of a row of one query block may be called either),
     # and takes it that rows lie whole vectors apart.
     apart = any(row != strides[0] for row in strides) or len(kinds) > 1
-    if apart or any(_offset(state, base) % 8 for row in states for state, base in zip(row, states[0], strict=True)):
-        for q, k, v, own, out in zip(queries, keys, values, layouts, outs, strict=True):
-            forward_rows([q], [k], [v], [own], scale, softcap, [out], choice)
+    apart |= any(_offset(state, base) % 8 for row in states for state, base in zip(row, states[0], strict=True))
+    if apart or (lses is not None and len(queries) > 1):
+        logs = [None] * len(queries) if lses is None else [[lse] for lse in lses]
+        for q, k, v, own, out, log in zip(queries, keys, values, layouts, outs, logs, strict=True):
+            forward_rows([q], [k], [v], [own], scale, softcap, [out], choice, lses=log)
         return
     shared = kinds == {True}
     choice = choice or tiling(layout, dim, queries[0].dtype)
@@ -402,6 +410,7 @@ def forward_rows(
         table,
         row_of,
         sums,
+        None if lses is None else lses[0],
         *strides[0],
         layout.length,
         layout.blocks_q,

@@ -26,12 +26,39 @@ class Extra:
     Attributes:
         values: `(S, E, D_v)` in the dtype of the cache.
         keys: `(S, E, D)`, or None: their scores are `bias` alone.
-        bias: `(S, Gs, T, E)` fp32 added to their scaled (and capped) scores, -inf for none at all; or None, with keys.
+        bias: `(S, 1 or G, T, E)` fp32 added to their scaled (and capped) scores, -inf for none at all; or None, with
+            keys.
     """
 
     values: Tensor
     keys: Tensor | None = None
     bias: Tensor | None = None
+
+    def check_shapes(self, query: Tensor, value_dim: int) -> None:
+        """Raise ValueError unless these fit queries `(S, G, T, D)`: shapes, dtypes and devices only."""
+        sequences, group, steps, dim = query.shape
+        number = self.values.shape[1] if self.values.dim() == 3 else 0
+        if self.values.shape != (sequences, number, value_dim) or not number:
+            raise ValueError(
+                f"extra values are {tuple(self.values.shape)}; expected ({sequences}, at least 1, {value_dim})"
+            )
+        if self.keys is not None and self.keys.shape != (sequences, number, dim):
+            raise ValueError(f"extra keys are {tuple(self.keys.shape)}; expected ({sequences}, {number}, {dim})")
+        if self.keys is None and self.bias is None:
+            raise ValueError("extra has neither keys nor bias; expected at least one of them, which give its scores")
+        states = [part for part in (self.values, self.keys) if part is not None]
+        if any(part.dtype != query.dtype for part in states):
+            raise ValueError(f"extra holds {', '.join(str(part.dtype) for part in states)}; expected {query.dtype}")
+        bias = self.bias
+        shapes = {(sequences, lists, steps, number) for lists in (1, group)}
+        if bias is not None and (bias.shape not in shapes or bias.dtype != torch.float32):
+            raise ValueError(
+                f"extra bias is {tuple(bias.shape)} {bias.dtype}; expected ({sequences}, 1 or {group}, {steps}, "
+                f"{number}) torch.float32"
+            )
+        places = {part.device for part in (*states, bias) if part is not None}
+        if places != {query.device}:
+            raise ValueError(f"devices are {query.device}, {', '.join(map(str, places))} (extra); expected one device")
 
 
 @dataclass(frozen=True)
@@ -45,7 +72,8 @@ class Reads:
         counts: `(S, Gs, T)` int32, at least 1. What stands at sequences of length 0 is not looked at.
         unit: keys per page.
         bias: `(S, Gs, T, W)` fp32, or None: what is added to the scaled (and capped) score of every key of a page:
-            -log p for keys that were drawn with probability p.
+            -log p for keys that were drawn with probability p, -inf for none of the page. What stands behind `counts`
+            is not looked at.
         extra: virtual keys and values that each token reads besides, or None.
         ready: `(S,)` int32, or None: all lists are complete. Else they may become so while attention, the very next
             call on the stream, has already begun (`index.pages.choose_pages`): where `ready` is not 0, the list of a
@@ -125,6 +153,8 @@ class Reads:
             raise ValueError(
                 f"devices are {query.device}, {pages.device}, {counts.device} (pages); expected one device"
             )
+        if self.bias is not None and self.bias.device != query.device:
+            raise ValueError(f"devices are {query.device}, {self.bias.device} (bias); expected one device")
         if self.unit < 1 or not pages.shape[-1]:
             raise ValueError(f"page size is {self.unit}, pages listed {pages.shape[-1]}; expected at least 1")
         ready = self.ready
@@ -135,3 +165,5 @@ class Reads:
                 f"ready is {tuple(ready.shape)} {ready.dtype} for lists {tuple(pages.shape[:3])}; "
                 f"expected ({sequences},) torch.int32 and one list for a sequence"
             )
+        if ready is not None and (self.bias is not None or self.extra is not None):
+            raise ValueError("lists that may not be complete yet (ready) take neither bias nor extra")
