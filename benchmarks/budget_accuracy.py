@@ -78,7 +78,7 @@ def real_states(length: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
 
     Runtime.attend = noted
     try:
-        lm._forward(ids, cache=None, keep=1)
+        lm.forward(ids, cache=None, keep=1)
     finally:
         Runtime.attend = attend
     yield from seen

@@ -24,7 +24,7 @@ import lm_eval  # noqa: E402
 import torch  # noqa: E402
 from prefill import say, table, versions, write  # noqa: E402
 
-from lm_eval_sparse.model.lm import device_name  # noqa: E402
+from lm_eval_sparse.model.report import device_name  # noqa: E402
 
 TASKS = ("forced_frontier_niah_4k", "forced_frontier_vt_4k", "forced_frontier_toefl_4k")
 TYPES = ("hf", "sparse-hf")

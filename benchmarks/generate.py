@@ -359,8 +359,8 @@ def counted(lm: HFLM) -> Row:
     decode = lm.report()["phases"]["decode"]
     kept = ("loops", "loop_reasons", "backends", "executed_sparsity", "kv_memory_fraction")
     found: Row = {key: decode[key] for key in kept if decode.get(key) is not None}
-    if lm.halved:
-        found["halved"] = lm.halved
+    if lm.decoding.halved:
+        found["halved"] = lm.decoding.halved
     return found
 
 

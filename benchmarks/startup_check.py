@@ -27,7 +27,8 @@ from generate import random_llama  # noqa: E402
 from prefill import say, table, versions, write  # noqa: E402
 
 from lm_eval_sparse.model import embedded  # noqa: E402
-from lm_eval_sparse.model.lm import SparseHFLM, device_name  # noqa: E402
+from lm_eval_sparse.model.lm import SparseHFLM  # noqa: E402
+from lm_eval_sparse.model.report import device_name  # noqa: E402
 from lm_eval_sparse.runtime import probe  # noqa: E402
 
 PLANS: dict[str, dict[str, Any]] = {

@@ -33,7 +33,7 @@ import lm_eval_sparse
 from lm_eval_sparse import patches
 from lm_eval_sparse.frontier import qa, recipe
 from lm_eval_sparse.frontier.leaves import BUILT_IN
-from lm_eval_sparse.frontier.qa_data import Item
+from lm_eval_sparse.frontier.qa_rows import Item
 from lm_eval_sparse.frontier.recipe import Message, Unavailable
 from lm_eval_sparse.frontier.show import Reader, load_leaves, make, manager, prompt_of
 from lm_eval_sparse.patches.register_tasks import task_folders

@@ -140,7 +140,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     patches.install()
-    from lm_eval_sparse.model.lm import SparseHFLM, device_name
+    from lm_eval_sparse.model.lm import SparseHFLM
+    from lm_eval_sparse.model.report import device_name
 
     lm = SparseHFLM(device=arguments.device)
     report: dict[str, Any] = {

@@ -42,7 +42,9 @@ from lm_eval_sparse.frontier.leaves import BUILT_IN  # noqa: E402
 from lm_eval_sparse.kernels.types import Blocks, Keep, Reads  # noqa: E402
 from lm_eval_sparse.methods import DecodeMethod, EvictionMethod, Layer, PrefillMethod  # noqa: E402
 from lm_eval_sparse.methods.prefill.block_sparse import row_budgets  # noqa: E402
-from lm_eval_sparse.model.lm import Context, SparseHFLM, device_name  # noqa: E402
+from lm_eval_sparse.model.lm import SparseHFLM  # noqa: E402
+from lm_eval_sparse.model.report import device_name  # noqa: E402
+from lm_eval_sparse.model.scoring import Context, Scorer  # noqa: E402
 from lm_eval_sparse.runtime.accounting import RowCounts  # noqa: E402
 from lm_eval_sparse.runtime.cache import SparseCache  # noqa: E402
 from lm_eval_sparse.runtime.session import Assignment, Plan  # noqa: E402
@@ -163,45 +165,38 @@ CONTROLS = {
 }
 
 
-class ControlledLM(SparseHFLM):
-    """Scores each context densely and under each control. One dense prefill serves dense and random decoding.
+class ControlledScorer(Scorer):
+    """Scores each context densely and under each control. One dense prefill serves dense and random decoding."""
 
-    `loglikelihood` answers densely; `others` then holds the answers of the controls, and `measured` the sparsities.
-    """
+    lm: ControlledLM
 
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.others: dict[str, dict[int, tuple[float, bool]]] = {}
-        self.measured: dict[str, list[float]] = {}
-        self.wanted: Sequence[str] = PHASES
-
-    def _score_context(self, context: Context) -> list[tuple[float, bool]]:
-        plain = self.runtime.plan
+    def score_context(self, context: Context) -> list[tuple[float, bool]]:
+        plain = self.lm.runtime.plan
         try:
-            for phase in self.wanted:
+            for phase in self.lm.wanted:
                 if phase != "decode":
                     (answers,) = self._under(context, CONTROLS[phase], [CONTROLS[phase]])
                     self._note(phase, context, *answers)
             # Page bounds are kept where a decode method is planned; the prefill before it is dense.
-            plans = [plain, CONTROLS["decode"]] if "decode" in self.wanted else [plain]
+            plans = [plain, CONTROLS["decode"]] if "decode" in self.lm.wanted else [plain]
             dense, *rest = self._under(context, plans[-1], plans)
             for answers in rest:
                 self._note("decode", context, *answers)
             return dense[0]
         finally:
-            self.runtime.plan = plain
+            self.lm.runtime.plan = plain
 
     def _under(
         self, context: Context, plan: Plan, plans: Sequence[Plan]
     ) -> list[tuple[list[tuple[float, bool]], RowCounts]]:
         """The answers after a prefill under `plan`, under each of `plans`, and what was counted."""
-        self.runtime.plan = plan
+        self.lm.runtime.plan = plan
         sequences = context.sequences()
-        cache = self.runtime.new_cache(self.model.config, reserve=max(map(len, sequences)))
+        cache = self.lm.runtime.new_cache(self.lm.model.config, reserve=max(map(len, sequences)))
         prefill = RowCounts()
-        with self.runtime.running([prefill], cache, len(context.prompt)):
-            logits = self._forward(torch.tensor([context.prompt], device=self.device), cache=cache, keep=1)
-            first = self._log_softmax(logits[:, -1])[0].double()
+        with self.lm.runtime.running([prefill], cache, len(context.prompt)):
+            logits = self.lm.forward(torch.tensor([context.prompt], device=self.lm.device), cache=cache, keep=1)
+            first = self.lm.forward.log_softmax(logits[:, -1])[0].double()
         counts = [context.counts if other is not plan else RowCounts() for other in plans]
         scored: list[dict[tuple, Tensor]] = [{} for _ in plans]
         hits: list[dict[tuple, Tensor]] = [{} for _ in plans]
@@ -212,8 +207,8 @@ class ControlledLM(SparseHFLM):
             rows.batch_repeat_interleave(len(part))
             snapshot = rows.snapshot()
             for number, other in enumerate(plans):
-                self.runtime.plan = other
-                with self.runtime.running([counts[number]], rows, len(context.prompt)):
+                self.lm.runtime.plan = other
+                with self.lm.runtime.running([counts[number]], rows, len(context.prompt)):
                     found = self._side_by_side(part, first, rows)
                 rows.restore(snapshot)
                 for tokens, (logprobs, greedy) in zip(part, found, strict=True):
@@ -232,8 +227,8 @@ class ControlledLM(SparseHFLM):
         `first (V,)` predicts the first token of each. Shorter ones are filled up behind, which nothing before feels.
         """
         longest = max(map(len, sequences))
-        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences], device=self.device)
-        later = self._log_softmax(self._forward(ids[:, :-1], cache=cache)) if longest > 1 else None
+        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences], device=self.lm.device)
+        later = self.lm.forward.log_softmax(self.lm.forward(ids[:, :-1], cache=cache)) if longest > 1 else None
         found = []
         for row, tokens in enumerate(sequences):
             logprobs = (
@@ -246,9 +241,20 @@ class ControlledLM(SparseHFLM):
 
     def _note(self, phase: str, context: Context, answers: list[tuple[float, bool]], counts: RowCounts) -> None:
         for target, answer in zip(context.targets, answers, strict=True):
-            self.others.setdefault(phase, {})[target.index] = answer
+            self.lm.others.setdefault(phase, {})[target.index] = answer
         if (sparsity := counts.figures()[phase]["executed_sparsity"]) is not None:
-            self.measured.setdefault(phase, []).append(sparsity)
+            self.lm.measured.setdefault(phase, []).append(sparsity)
+
+
+class ControlledLM(SparseHFLM):
+    """`loglikelihood` answers densely; `others` holds the answers of the controls, and `measured` the sparsities."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.scorer = ControlledScorer(self)
+        self.others: dict[str, dict[int, tuple[float, bool]]] = {}
+        self.measured: dict[str, list[float]] = {}
+        self.wanted: Sequence[str] = PHASES
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

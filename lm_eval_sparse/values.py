@@ -1,6 +1,7 @@
 """What the value of an argument has to be, in words and as a test, and the one way to refuse one that is not.
 
-The arguments themselves stand in tables of `Takes`: of the model in `arguments`, of generation in `sampling`.
+The arguments themselves stand in tables of `Takes`: of the model in `model.arguments`, of generation in
+`model.generation_fields`.
 """
 
 from __future__ import annotations

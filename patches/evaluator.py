@@ -78,7 +78,7 @@ def _with_sample_stats(evaluate: Any) -> Any:
             if results is not None and results.get("samples"):
                 _add_to_samples(results["samples"])
             model = getattr(given["lm"], "lm", given["lm"])
-            if results is not None and model.full_stats:
+            if results is not None and model.reporter.full:
                 results["sparse_stats"] = {
                     "model": model.model_label,
                     **model.sparse.describe(),
@@ -109,7 +109,7 @@ def _with_figures(make_table: Any) -> Any:
 
 def not_run(result_dict: Any) -> str:
     """A line per reason for which frontier leaves dropped out of the table; empty when all ran."""
-    from lm_eval_sparse.analysis.labels import label
+    from lm_eval_sparse.labels import label
 
     reasons: dict[str, list[str]] = {}
     for name, config in (result_dict.get("configs") or {}).items():
@@ -121,7 +121,7 @@ def not_run(result_dict: Any) -> str:
 
 def not_in_means(result_dict: Any) -> str:
     """A line for each group's leaves that its means leave out; empty when there are none."""
-    from lm_eval_sparse.analysis.labels import label
+    from lm_eval_sparse.labels import label
 
     configs, subtasks = result_dict.get("configs") or {}, result_dict.get("group_subtasks") or {}
     metadata = {name: config.get("metadata") for name, config in configs.items() if isinstance(config, dict)}
@@ -177,5 +177,5 @@ def _count_restored(lm: Any, task_dict: Any) -> None:
             windows[instance.doc_id] = window_of(instance.args[0])
         for document, responses in by_document.items():
             for stats in _distinct(responses):
-                if stats["run"] != model.run_id:
+                if stats["run"] != model.reporter.run_id:
                     model.count_restored(name, stats, windows[document])

@@ -186,10 +186,10 @@ def _check(options: dict[str, Any]) -> None:
     if options["gen_kwargs"]:
         from lm_eval.utils import simple_parse_args_string
 
-        from lm_eval_sparse.model import sampling
+        from lm_eval_sparse.model import generation_checks
 
         typed = options["gen_kwargs"]
-        sampling.check_early(simple_parse_args_string(typed) if isinstance(typed, str) else typed)
+        generation_checks.check_early(simple_parse_args_string(typed) if isinstance(typed, str) else typed)
     from lm_eval_sparse.model import response_cache
     from lm_eval_sparse.patches import hub_tracker
 
@@ -243,4 +243,4 @@ def _wants_full_stats(model: Any, model_args: Any) -> bool:
         if isinstance(model_args, str):
             pairs = (argument.partition("=")[::2] for argument in model_args.split(","))
         return dict(pairs).get("stats") == "full"
-    return getattr(model, "lm", model).full_stats
+    return getattr(model, "lm", model).reporter.full

@@ -32,6 +32,7 @@ from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
 from lm_eval_sparse.methods.prefill.flexprefill_vs import FlexPrefillVS
 from lm_eval_sparse.methods.prefill.vertical_slash import Pattern, VerticalSlash
 from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.model.scoring import Scorer
 from lm_eval_sparse.protocol import stats_of
 from lm_eval_sparse.runtime import accounting
 from lm_eval_sparse.runtime.accounting import Ledger, RowCounts
@@ -446,9 +447,9 @@ class Recorder:
             return wrapper
 
         def fresh_context(original: Any) -> Any:
-            def wrapper(lm: SparseHFLM, *args: Any) -> Any:
+            def wrapper(scorer: Scorer, *args: Any) -> Any:
                 recorder.calls.clear()
-                return original(lm, *args)
+                return original(scorer, *args)
 
             return wrapper
 
@@ -458,7 +459,7 @@ class Recorder:
         for cls in (BlockSparse, FlexPrefill, FlexPrefillVS, VerticalSlash):
             patch.setattr(cls, "select", recorded(cls.select, self.prefills, True))
         patch.setattr(SnapKV, "select", recorded(SnapKV.select, self.evictions, False))
-        patch.setattr(SparseHFLM, "_score_context", fresh_context(SparseHFLM._score_context))
+        patch.setattr(Scorer, "score_context", fresh_context(Scorer.score_context))
         patch.setattr(Decoder, "_launch", recorded_launch)
 
 
@@ -845,7 +846,7 @@ def test_generation(name: str, way: str, llama: Any, monkeypatch: pytest.MonkeyP
     recorder = Recorder()
     recorder.install(monkeypatch)
     lm = sparse(llama, RUNS[name], batch_size=4)
-    decoder, _ = lm._get_decoder()
+    decoder, _ = lm.decoding.get()
     if way != "alone":
         decoder.most, decoder.alone = 16, None
         decoder.depth = recorder.depth = 2 if way == "ahead" else 1
@@ -1036,7 +1037,7 @@ def test_figures_from_responses_are_those_that_were_counted(llama: Any) -> None:
     for answer in found:
         restored.add_stats(pickle.loads(pickle.dumps(stats_of(answer))))
     for phase in PHASES:
-        counted, again = lm.ledgers["t"].report(phase), restored.report(phase)
+        counted, again = lm.reporter.ledgers["t"].report(phase), restored.report(phase)
         for name in FIGURES:
             assert again[name] == pytest.approx(counted[name])
         assert (again["calls"], again["backends"]) == (counted["calls"], counted["backends"])
@@ -1049,7 +1050,7 @@ def in_batches(llama: Any, name: str) -> list[Ledger]:
         lm = sparse(llama, RUNS[name], batch_size=batch_size)
         pairs = [(prompt, answer) for prompt, answers in zip(PROMPTS, ANSWERS, strict=True) for answer in answers]
         lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
-        ledgers.append(lm.ledgers["t"])
+        ledgers.append(lm.reporter.ledgers["t"])
     return ledgers
 
 

@@ -58,7 +58,7 @@ def test_an_adapter_is_the_merged_model(tmp_path: Path, method: dict[str, Any], 
     plain = answers(pretrained=str(base), **method)
     assert abs(plain[0][0][0] - got[0][0][0]) > 0.01  # the adapter is felt
     # peft's wrapper would hide from us what the model takes, and transformers would have to decode.
-    assert got[2]._get_decoder()[1] is None
+    assert got[2].decoding.get()[1] is None
 
 
 def test_an_adapter_with_embeddings_saved_along(tmp_path: Path) -> None:

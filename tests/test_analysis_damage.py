@@ -13,9 +13,9 @@ import pytest
 from test_analysis import result, save, size
 
 from lm_eval_sparse.analysis import curve, picture
-from lm_eval_sparse.analysis.labels import label
 from lm_eval_sparse.cli import plot
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.labels import label
 from lm_eval_sparse.patches import evaluator
 from lm_eval_sparse.results.load import Record, figures_table, find, read, records
 

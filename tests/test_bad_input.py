@@ -254,7 +254,7 @@ def test_sparsity_beyond_what_is_reachable_on_long_prompts(tmp_path: Path) -> No
     lm = SparseHFLM(pretrained=str(folder), method="flexprefill", sparsity=0.999, backend="gather")
     ids = torch.arange(4100)[None] % 300
     with pytest.raises(UserError, match=r"sparsity=0\.999 .*4100 tokens.*at most 0\.98\d.*type sparsity=0\.98"):
-        lm._forward(ids, cache=None, keep=1)
+        lm.forward(ids, cache=None, keep=1)
 
 
 # --- the arguments of the model --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from cache_damage import STRANGE, clear, spoil
 
 from lm_eval_sparse import intact, sealed
 from lm_eval_sparse.frontier import qa, qa_data, store
-from lm_eval_sparse.frontier.qa import Squad
+from lm_eval_sparse.frontier.squad import Squad
 from lm_eval_sparse.frontier.store import DocumentStore
 from lm_eval_sparse.model import embedded
 from lm_eval_sparse.results import files

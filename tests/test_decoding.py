@@ -23,7 +23,7 @@ from lm_eval_sparse.kernels import backends
 from lm_eval_sparse.kernels.types import RaggedKV
 from lm_eval_sparse.methods.decode.quest import Quest
 from lm_eval_sparse.methods.plan import Assignment
-from lm_eval_sparse.model import lm as model_module
+from lm_eval_sparse.model import decoding as model_decoding
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.model.sampling import Sampling, Stop
 from lm_eval_sparse.runtime import steps as decoding
@@ -103,7 +103,7 @@ def test_side_by_side_as_alone(rng: random.Random, family: str, method: str) -> 
     together = lm_of(family, **METHODS[method], batch_size=7)
     found = generate(together, prompts, until=until)
     assert found == texts and all_stats(found) == all_stats(texts)
-    assert together._decoder.alone is None, "this machine rounds differently for several rows"
+    assert together.decoding.decoder.alone is None, "this machine rounds differently for several rows"
     assert set(together.report()["phases"]["decode"]["loops"]) == {LOOP}
     assert "loop_reasons" not in together.report()["phases"]["decode"]
 
@@ -130,10 +130,10 @@ def test_full_precision_is_decoded_one_at_a_time_on_a_cpu(
     assert "loop_reasons" not in lm.report()["phases"]["decode"] and "one at a time" not in caplog.text
     lm = lm_of("llama", dtype, batch_size=5)
     with caplog.at_level(logging.WARNING):
-        assert generate(lm, prompts) == texts and lm._decoder.most == 1
+        assert generate(lm, prompts) == texts and lm.decoding.decoder.most == 1
     assert caplog.text.count("one at a time") == 1
     decode = lm.report()["phases"]["decode"]
-    assert decode["loop_reasons"] == {lm._decoder.alone: sum(decode["loops"].values())}
+    assert decode["loop_reasons"] == {lm.decoding.decoder.alone: sum(decode["loops"].values())}
 
 
 @on_a_cpu
@@ -156,10 +156,10 @@ def test_products_that_round_otherwise_now_and_then(
     monkeypatch.setattr(decoding, "_alike", {})
     lm = lm_of("llama", batch_size=5)
     texts = generate(lm, prompts_of(rng, 5))
-    assert decoding.rows_alike(lm.model) == multiple and lm._decoder.multiple == (multiple or 1)
-    assert lm._decoder.most == (1 if multiple is None else 16) and len(texts) == 5
+    assert decoding.rows_alike(lm.model) == multiple and lm.decoding.decoder.multiple == (multiple or 1)
+    assert lm.decoding.decoder.most == (1 if multiple is None else 16) and len(texts) == 5
     reasons = lm.report()["phases"]["decode"].get("loop_reasons", {})
-    assert [*reasons] == ([] if multiple else [lm._decoder.alone])
+    assert [*reasons] == ([] if multiple else [lm.decoding.decoder.alone])
 
 
 @on_a_cpu
@@ -170,7 +170,7 @@ def test_steps_are_as_wide_as_products_round_alike(rng: random.Random, monkeypat
     monkeypatch.setattr(
         Decoder, "_launch", lambda self, rows: (launch(self, rows), widths.add((len(rows), self._width)))[0]
     )
-    monkeypatch.setattr(model_module, "rows_alike", lambda model: 4)
+    monkeypatch.setattr(model_decoding, "rows_alike", lambda model: 4)
     prompts = prompts_of(rng, 6)
     for batch_size in (1, 6):
         generate(lm_of("llama", batch_size=batch_size), prompts)
@@ -224,7 +224,10 @@ def test_a_step_that_cannot_be_captured(
         found = generate(lm, prompts, **options)
     decode = lm.report()["phases"]["decode"]
     assert found == texts and set(decode["loops"]) == {"eager"}
-    assert decode["loop_reasons"].keys() == {lm._decoder.no_graph} and "cannot be captured" in lm._decoder.no_graph
+    assert (
+        decode["loop_reasons"].keys() == {lm.decoding.decoder.no_graph}
+        and "cannot be captured" in lm.decoding.decoder.no_graph
+    )
     assert sum(decode["loop_reasons"].values()) == sum(decode["loops"].values())
     assert "without CUDA graphs" in caplog.text
     assert generate(lm, prompts, **options) == texts
@@ -262,10 +265,10 @@ def test_a_step_that_fails_leaves_nothing_behind(rng: random.Random, monkeypatch
     generate(lm, prompts_of(rng, 1), max_gen_toks=4)
     assert {True, False} == set(seen) and CALL.get() is None
     ids = torch.tensor([lm.tok_encode("abc def")])
-    wanted = lm._forward(ids, cache=None)
+    wanted = lm.forward(ids, cache=None)
     monkeypatch.setattr(lm.model, "forward", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        lm._forward(ids, cache=None, step=True)
+        lm.forward(ids, cache=None, step=True)
     monkeypatch.undo()
     handle.remove()
     assert CALL.get() is None
@@ -315,7 +318,7 @@ def test_idle_rows_and_steps_ahead_change_nothing(
     monkeypatch.setattr(decoding, "RECORDED", 3)
     lm = lm_of("gemma2", **METHODS[method], batch_size=7)
     found = generate(lm, prompts, until=["e"])
-    assert lm._decoder.alone is None
+    assert lm.decoding.decoder.alone is None
     assert found == texts and all_stats(found) == all_stats(texts)
 
 
@@ -365,7 +368,7 @@ def test_answers_longer_than_their_room(
     grown: list[int] = []
     grow = Decoder._grow
     monkeypatch.setattr(Decoder, "_grow", lambda self: (grown.append(1), grow(self))[1])
-    monkeypatch.setattr(model_module, "RESERVE", 3)
+    monkeypatch.setattr(model_decoding, "RESERVE", 3)
     monkeypatch.setattr(decoding, "LEAST_GROWTH", 5)
     for batch_size in (1, 3):
         grown.clear()
@@ -398,7 +401,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", ["quest", "ada+quest"])
 def test_rows_that_wait_are_moved_too(rng: random.Random, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded one at a time, a row that has grown must not leave the others in storage that is gone."""
-    monkeypatch.setattr(model_module, "RESERVE", 2)
+    monkeypatch.setattr(model_decoding, "RESERVE", 2)
     monkeypatch.setattr(decoding, "LEAST_GROWTH", 4)
     prompts = prompts_of(rng, 4)
     texts = generate(lm_of("llama", **METHODS[method]), prompts, max_gen_toks=20)
@@ -419,7 +422,7 @@ def test_a_row_that_ends_where_room_does(
     longest = max(len(lm.tok_encode(prompt)) for prompt in prompts)
     options = {"max_length": longest + reserve + 1}
     texts = generate(lm, prompts, **options)
-    monkeypatch.setattr(model_module, "RESERVE", reserve)
+    monkeypatch.setattr(model_decoding, "RESERVE", reserve)
     monkeypatch.setattr(decoding, "LEAST_GROWTH", 4)
     lm = lm_of("llama", **METHODS[method], batch_size=5)
     found = generate(lm, prompts, **options)
@@ -470,7 +473,7 @@ def test_storage_outlives_a_batch_and_no_call(rng: random.Random, monkeypatch: p
     lm = lm_of("llama", batch_size=2)
     generate(lm, prompts_of(rng, 6))
     assert len(places) == 3 and len(set(places)) == 1  # the longest prompts come first
-    assert lm._decoder.held_bytes() == 0
+    assert lm.decoding.decoder.held_bytes() == 0
 
 
 # --- a budget that takes everything ----------------------------------------------------------------------------------
@@ -572,19 +575,19 @@ def test_the_memory_model_knows_what_rows_hold(
     prompts = [words(rng, length)] * 3
     tokens = len(lm.tok_encode(prompts[0]))
     generate(lm, prompts, max_gen_toks=7)
-    assert held == [3 * lm.memory.row(tokens, 7, lm.runtime.plan)]
+    assert held == [3 * lm.decoding.memory.row(tokens, 7, lm.runtime.plan)]
 
 
 def test_auto_takes_what_fits(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = lm_of("llama", batch_size="auto")
     plan, lengths = lm.runtime.plan, [4000, 3000, 3000, 2000, 1000]
-    need = [lm.memory.row(length, 64, plan) for length in lengths]
+    need = [lm.decoding.memory.row(length, 64, plan) for length in lengths]
     for number in range(1, 6):
-        enough = (lm.memory.prefill(4000) + sum(need[:number])) / 0.8
+        enough = (lm.decoding.memory.prefill(4000) + sum(need[:number])) / 0.8
         monkeypatch.setattr(MemoryModel, "free", lambda self, enough=enough: enough + 16)
-        assert lm.memory.rows(lengths, 64, plan) == number
+        assert lm.decoding.memory.rows(lengths, 64, plan) == number
         monkeypatch.setattr(MemoryModel, "free", lambda self, enough=enough: enough - 16)
-        assert lm.memory.rows(lengths, 64, plan) == max(1, number - 1)
+        assert lm.decoding.memory.rows(lengths, 64, plan) == max(1, number - 1)
     rows: list[int] = []
     run = Decoder.run
     monkeypatch.setattr(Decoder, "run", lambda self, batch: (rows.append(len(batch)), run(self, batch))[1])

@@ -16,8 +16,8 @@ import tiny
 import torch
 from test_decoding import all_stats, generate
 
+from lm_eval_sparse.model import decoding as model_decoding
 from lm_eval_sparse.model import embedded
-from lm_eval_sparse.model import lm as model_module
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.runtime import steps as decoding
 from lm_eval_sparse.runtime.steps import Decoder
@@ -99,7 +99,7 @@ def test_full_budget_is_dense_for_500_steps(shared: bool) -> None:
 def test_answers_longer_than_their_room(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = prompts_of(6)
     texts = generate(lm_of(**METHODS[method], batch_size=6), prompts, max_gen_toks=90)
-    monkeypatch.setattr(model_module, "RESERVE", 8)
+    monkeypatch.setattr(model_decoding, "RESERVE", 8)
     monkeypatch.setattr(decoding, "LEAST_GROWTH", 16)
     captures: list[int] = []
     capture = Decoder._capture
@@ -135,7 +135,7 @@ def test_memory_after_eviction_is_what_is_counted(method: str, monkeypatch: pyte
         run(decoder, rows)
 
     monkeypatch.setattr(Decoder, "run", inspect)
-    lm._get_decoder()
+    lm.decoding.get()
     gc.collect()
     before = torch.cuda.memory_allocated()
     (prompt,) = prompts_of(1, 3000)
@@ -153,9 +153,9 @@ def test_a_device_that_is_too_small_halves_the_batch(caplog: pytest.LogCaptureFi
     lm = lm_of(batch_size=16)
     gc.collect()
     torch.cuda.empty_cache()
-    need = lm.memory.row(6000, 6, lm.runtime.plan)
+    need = lm.decoding.memory.row(6000, 6, lm.runtime.plan)
     free, total = torch.cuda.mem_get_info()
-    limit = torch.cuda.memory_allocated() + lm.memory.prefill(6000) + 10 * need
+    limit = torch.cuda.memory_allocated() + lm.decoding.memory.prefill(6000) + 10 * need
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     try:
         found = generate(lm, prompts, max_gen_toks=6)

@@ -198,21 +198,21 @@ def test_another_prompt_means_another_file(lm, cache):
 
 def test_changed_code_does_not_meet_old_documents(monkeypatch, tmp_path):
     """Wording that no bare document shows, such as a story's sentences, is in the source files."""
-    from lm_eval_sparse.frontier import story, task
+    from lm_eval_sparse.frontier import sources, story
     from lm_eval_sparse.frontier.story_multihop import StoryMultihop
 
-    before = task._sources(StoryMultihop)
+    before = sources.sources(StoryMultihop)
     copy = tmp_path / "frontier"
     copy.mkdir()
     for path in Path(story.__file__).parent.glob("*.py"):
         (copy / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(task, "__file__", str(copy / "task.py"))
-    task._sources.cache_clear()
-    assert task._sources(StoryMultihop) == before  # content counts, not the place
+    monkeypatch.setattr(sources, "__file__", str(copy / "sources.py"))
+    sources.sources.cache_clear()
+    assert sources.sources(StoryMultihop) == before  # content counts, not the place
     (copy / "story.py").write_text((copy / "story.py").read_text().replace("trombone", "tuba"))
-    task._sources.cache_clear()
-    changed = task._sources(StoryMultihop)
-    task._sources.cache_clear()
+    sources.sources.cache_clear()
+    changed = sources.sources(StoryMultihop)
+    sources.sources.cache_clear()
     assert changed != before
 
 

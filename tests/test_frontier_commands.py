@@ -476,12 +476,12 @@ def test_an_answer_that_the_prompt_tells_is_found_though_no_secret_is_named(fold
 
 def test_a_file_beside_a_recipe_decides_its_documents(folder):
     """Documents made from one content of the file must not be found again with another."""
-    from lm_eval_sparse.frontier import task
+    from lm_eval_sparse.frontier.sources import sources
 
     (folder / "data.txt").write_text("Rome")
     leaf = f"frontier_{NAME}_4k"
     loaded = TaskManager(include_defaults=False, include_path=str(folder)).load([leaf])["tasks"][leaf]
-    digest = task._sources.__wrapped__
+    digest = sources.__wrapped__
     before = digest(type(loaded.recipe))
     assert digest(type(loaded.recipe)) == before
     (folder / "data.txt").write_text("Oslo")

@@ -55,12 +55,12 @@ def test_tails_were_measured_with_the_present_wording(name):
 
 
 def test_a_changed_wording_is_another_hash(monkeypatch):
-    from lm_eval_sparse.frontier import niah, qa, vt
+    from lm_eval_sparse.frontier import niah, squad, vt
 
     before = {name: tails.wording(name) for name in ("niah", "vt", "squad", "toefl")}
     monkeypatch.setattr(niah, "_GENERATE", niah._GENERATE + " Be quick.")
     monkeypatch.setattr(vt, "_QUESTION", vt._QUESTION + " Say it.")
-    monkeypatch.setattr(qa.Squad, "_rule", ("Other.", qa.Squad._rule[1]))
+    monkeypatch.setattr(squad.Squad, "_rule", ("Other.", squad.Squad._rule[1]))
     after = {name: tails.wording(name) for name in before}
     assert [after[name] == before[name] for name in before] == [False, False, False, True]
 

@@ -16,10 +16,12 @@ import pytest
 from frontier_common import KINDS, StandIn, build, leaf, tokenizer
 
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.frontier import qa, qa_data
+from lm_eval_sparse.frontier import qa, qa_data, qa_rows
+from lm_eval_sparse.frontier.choice import Quality, Toefl
 from lm_eval_sparse.frontier.fill import Filler, fit
-from lm_eval_sparse.frontier.qa import Quality, Squad, Toefl, letters, words
+from lm_eval_sparse.frontier.letters import letters
 from lm_eval_sparse.frontier.recipe import Unavailable, rng
+from lm_eval_sparse.frontier.squad import Squad, words
 from lm_eval_sparse.protocol import SharedPrompt, set_active_lm
 
 TASKS = (Squad, Quality, Toefl)
@@ -351,7 +353,7 @@ def test_a_text_that_no_prompt_can_hold(tmp_path, name, row, said):
     with pytest.raises(UserError, match=re.escape(said)) as error:
         qa_data.load(name, given)
     assert f"{FILE[name]}, line 1: " in str(error.value) and len(str(error.value)) < 2000
-    kind = qa_data._KINDS[name]  # a row on the Hub is one like it
+    kind = qa_rows.KINDS[name]  # a row on the Hub is one like it
     with pytest.raises(ValueError, match="^row 7: ") as caught:
         list(qa_data._checked(kind, row, 7))
     assert said in str(caught.value)

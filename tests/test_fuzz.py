@@ -26,9 +26,9 @@ from lm_eval_sparse.analysis import curve
 from lm_eval_sparse.cli import plot
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.frontier import qa_data, show
+from lm_eval_sparse.frontier.metadata import check_metadata
 from lm_eval_sparse.frontier.recipe import Unavailable
 from lm_eval_sparse.frontier.store import DocumentStore
-from lm_eval_sparse.frontier.task import check_metadata
 from lm_eval_sparse.hub import upload as hub
 from lm_eval_sparse.methods import METHODS
 from lm_eval_sparse.methods.plan import argument_names, parse, split
@@ -276,9 +276,9 @@ _FIELDS_OF_GENERATION = st.sampled_from([
 @examples(300)
 @given(st.dictionaries(_FIELDS_OF_GENERATION | text, json_values, max_size=4))
 def test_arguments_of_generation(place: Place, arguments: dict[str, Any]) -> None:
-    from lm_eval_sparse.model import sampling
+    from lm_eval_sparse.model import generation_checks
 
-    place.holds(sampling.check_early, arguments)
+    place.holds(generation_checks.check_early, arguments)
 
 
 # --- cards of the Hub -------------------------------------------------------------------------------------------------

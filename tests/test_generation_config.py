@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel, WatermarkingConfig
 
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.model import sampling
+from lm_eval_sparse.model import generation_fields, sampling
+from lm_eval_sparse.model.generation_checks import check as check_generation
+from lm_eval_sparse.model.generation_fields import FIELDS
 from lm_eval_sparse.model.lm import SparseHFLM
-from lm_eval_sparse.model.sampling import FIELDS
-from lm_eval_sparse.model.sampling import check as check_generation
 from lm_eval_sparse.results.files import brief
 
 #: Fields that say something about the file, or hold what nobody can give here.
@@ -134,7 +134,7 @@ def test_every_field_has_its_place() -> None:
 
 
 def test_neutral_fields_are_idle() -> None:
-    assert all(FIELDS[name].how == "idle" for name in sampling.NEUTRAL)
+    assert all(FIELDS[name].how == "idle" for name in generation_fields.NEUTRAL)
 
 
 # --- the same texts --------------------------------------------------------------------------------------------------
@@ -532,7 +532,7 @@ def test_whole_numbers_are_numbers(llama: Pair) -> None:
 def test_off_is_accepted(llama: Pair) -> None:
     llama.configure({})
     for name, field in FIELDS.items():
-        if not name.startswith("_") and name not in (*sampling.NEVER_TYPED, "max_length", "temperature"):
+        if not name.startswith("_") and name not in (*generation_fields.NEVER_TYPED, "max_length", "temperature"):
             check_generation(llama.ours.model, {"until": [], "max_gen_toks": 3, name: field.off})
 
 

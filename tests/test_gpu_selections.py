@@ -243,7 +243,7 @@ def test_nonsense_in_a_captured_step(rng: random.Random, model: Any, monkeypatch
         except UserError as error:
             found = str(error)
             assert found.startswith("method bad_decode, layer 1, KV head 0: the selection holds a page that its token")
-            decoder, _ = lm._get_decoder()
+            decoder, _ = lm.decoding.get()
             assert decoder.graphs and decoder.no_graph is None
             return
     pytest.fail("all answers ended before their fourth token")

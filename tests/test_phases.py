@@ -213,10 +213,10 @@ class Seen:
 @contextmanager
 def recording(lm: SparseHFLM) -> Iterator[Seen]:
     """Record one unpadded prompt with one continuation."""
-    decoder, reason = lm._get_decoder()  # it tries itself when it is made
+    decoder, reason = lm.decoding.get()  # it tries itself when it is made
     assert decoder is not None, reason
     seen, offset, layer = Seen(), defaultdict(int), [-1]
-    attend, stats = Runtime.attend, lm._stats
+    attend, stats = Runtime.attend, lm.reporter.stats
 
     def noted_attend(self: Runtime, module: torch.nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer[0] = module.layer_idx
@@ -256,7 +256,7 @@ def recording(lm: SparseHFLM) -> Iterator[Seen]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runtime, "attend", noted_attend)
-        patch.setattr(lm, "_stats", noted_stats)
+        patch.setattr(lm.reporter, "stats", noted_stats)
         for module in (attention, decoding):
             patch.setattr(module, "paged_decode", noted_paged)
         for cls in METHODS.values():
@@ -557,7 +557,7 @@ def test_everything_selected_through_the_sparse_path_is_dense(
 
     model, own, prompts, pairs = dense_case
     lm = sparse(copy.deepcopy(model), **covering(method), batch_size=2)
-    lm._get_decoder()
+    lm.decoding.get()
     for module in (attention, decoding):
         monkeypatch.setattr(module, "paged_decode", noted_paged)
     found = assert_dense(own, lm, prompts, pairs, 6)
@@ -737,7 +737,7 @@ def generated(
     grow, growths = decoding.Decoder._grow, []
     with pytest.MonkeyPatch.context() as patch, recording(lm) as seen:
         if reserve is not None:
-            patch.setattr("lm_eval_sparse.model.lm.RESERVE", reserve)
+            patch.setattr("lm_eval_sparse.model.decoding.RESERVE", reserve)
             patch.setattr(decoding, "LEAST_GROWTH", 50)
         patch.setattr(decoding.Decoder, "_grow", lambda self: (grow(self), growths.append(1)))
         (found,) = generate(lm, [text(rng, length)], max_gen_toks=tokens)
@@ -833,10 +833,10 @@ def step_by_step(
     counts = RowCounts()
     cache = lm.runtime.new_cache(lm.model.config, reserve=len(tokens) if reserve is None else reserve)
     with lm.runtime.running([counts], cache, len(prompt)):
-        logits = [lm._forward(torch.tensor([prompt]), cache=cache, keep=1)]
+        logits = [lm.forward(torch.tensor([prompt]), cache=cache, keep=1)]
         for width in widths:
             piece, tokens = tokens[:width], tokens[width:]
-            logits.append(lm._forward(torch.tensor([piece]), cache=cache))
+            logits.append(lm.forward(torch.tensor([piece]), cache=cache))
     assert not tokens
     return torch.cat(logits, 1)[0], counts
 
@@ -1003,7 +1003,7 @@ def test_answers_scored_in_several_passes(rng: random.Random, method: str, monke
     model = model_of(rng)
     pairs = [(text(rng, length), answer(rng, tokens)) for length, tokens in ((90, 23), (51, 6), (77, 1), (10, 11))]
     expected = score(sparse(model, **knobs(method)), pairs)
-    monkeypatch.setattr("lm_eval_sparse.model.lm.SCORE_CHUNK", 5)
+    monkeypatch.setattr("lm_eval_sparse.model.scoring.SCORE_CHUNK", 5)
     for batch_size in (1, 4):
         found = score(sparse(model, **knobs(method), batch_size=batch_size), pairs)
         assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], abs=CLOSE)

@@ -42,7 +42,7 @@ def real_states() -> list[tuple[Tensor, Tensor]]:
 
         patch.setattr(Runtime, "attend", noted)
         ids = torch.tensor([lm.tok_encode(tiny.words(1, 6000))[:LENGTH]])
-        lm._forward(ids, cache=None, keep=1)
+        lm.forward(ids, cache=None, keep=1)
     return [seen[layer] for layer in LAYERS]
 
 

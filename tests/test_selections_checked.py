@@ -600,7 +600,7 @@ def test_debug_is_yes_or_no(value: Any) -> None:
 
 def test_debug_takes_no_graphs(model: Any) -> None:
     lm = sparse(model, method="quest", debug=True)
-    decoder, _ = lm._get_decoder()
+    decoder, _ = lm.decoding.get()
     assert decoder is not None and decoder.no_graph == DEBUGGED
 
 

@@ -22,7 +22,9 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_sparse import __version__, patches
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.model.decoding import Decoding
 from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.model.scoring import Scorer
 from lm_eval_sparse.protocol import MeasuredFloat, MeasuredLoglikelihood, MeasuredText, SharedPrompt, stats_of
 from lm_eval_sparse.runtime.interface import IMPLEMENTATION
 
@@ -634,8 +636,8 @@ def cached(tasks: Path, folder: Path, names: str, args: dict[str, Any]) -> Any:
     """Run twice with a response cache. The second run must not touch the model."""
     first = evaluate(tasks, names, args, use_cache=str(folder / "answers"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SparseHFLM, "_score_context", None)
-        patch.setattr(SparseHFLM, "_decode", None)
+        patch.setattr(Scorer, "score_context", None)
+        patch.setattr(Decoding, "_decode", None)
         patch.setattr(SparseHFLM, "loglikelihood_rolling", None)
         return first, evaluate(tasks, names, args, use_cache=str(folder / "answers"))
 

@@ -61,8 +61,8 @@ def test_the_cache_reaches_the_model() -> None:
     lm = SparseHFLM(pretrained=model, tokenizer=tiny.tiny_tokenizer(), device="cpu")
     held = lm.runtime.new_cache(model.config, reserve=1)
     with torch.no_grad():
-        lm._forward(ids[:, :-1], cache=held)
-        got = lm._forward(ids[:, -1:], cache=held, positions=torch.tensor([[ids.shape[1] - 1]]))[:, -1]
+        lm.forward(ids[:, :-1], cache=held)
+        got = lm.forward(ids[:, -1:], cache=held, positions=torch.tensor([[ids.shape[1] - 1]]))[:, -1]
     assert torch.allclose(got, expected, atol=1e-4)
 
 

@@ -21,7 +21,9 @@ from lm_eval_sparse import patches
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.frontier.niah import Niah
 from lm_eval_sparse.methods import METHODS, presets
+from lm_eval_sparse.model.decoding import Decoding
 from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.model.scoring import Scorer
 from lm_eval_sparse.protocol import Prompt, SharedPrompt, window_of
 
 patches.install()
@@ -102,8 +104,8 @@ def test_two_tasks_of_a_run_have_their_own_windows(table, tmp_path, monkeypatch,
 
     first = run()
     assert first["window_from"] == {by_task: "task"}
-    monkeypatch.setattr(SparseHFLM, "_prefill", None)
-    monkeypatch.setattr(SparseHFLM, "_score_context", None)
+    monkeypatch.setattr(Decoding, "_prefill", None)
+    monkeypatch.setattr(Scorer, "score_context", None)
     for found in (first, run()):  # the second is answered by the cache
         for task, window in expected.items():
             shown = found["tasks"][task]["prefill"]["knobs_solved"]["window"]
@@ -182,11 +184,11 @@ def test_other_ranks_may_have_longer_prompts(monkeypatch) -> None:
     lm = sparse(method="snapkv", sparsity=0.5, window=64)
     monkeypatch.setattr(lm, "_world_size", 2)
     monkeypatch.setattr(lm, "all_gather", lambda mine: torch.cat([mine, torch.tensor([[-20, 70]])]))
-    lm._check_lengths([30, 40])
-    lm._check_lengths([])
+    lm.lengths.check([30, 40])
+    lm.lengths.check([])
     monkeypatch.setattr(lm, "all_gather", lambda mine: torch.cat([mine, torch.tensor([[-20, 50]])]))
     with pytest.raises(UserError, match="the shortest 20, the longest 50"):
-        lm._check_lengths([30, 40])
+        lm.lengths.check([30, 40])
 
 
 @pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])

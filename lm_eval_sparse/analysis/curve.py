@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import UserError, nearest, plain
+from ..labels import label
 from ..paths import check_writable, cut, exists, expand, is_dir
 from ..results.files import why, write_whole
 from ..results.load import Record, find, read
-from .labels import label
 from .picture import MOST_PANELS, draw, panels
 
 SUFFIXES = (".png", ".html")

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
+from ..labels import label
 from ..results.files import why
 from ..results.load import Record
-from .labels import label
 
 logger = logging.getLogger(__name__)
 

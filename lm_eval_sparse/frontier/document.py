@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import plain
-from ..hub.markdown import text as escaped
+from ..markdown import text as escaped
 
 _MARK, _PLAIN = "\x1b[1;33m", "\x1b[0m"
 #: Rows that stay where the context is folded: around each piece of evidence, at both ends of the context, and at both

@@ -7,17 +7,13 @@ documents for every rank on every rank, and raises when a rank has none.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import inspect
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -26,17 +22,19 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..protocol import SKIPPED, Prompt, SharedPrompt, mean_sparsities, stats_of
-from ..results.files import read_bytes
 from ..values import whole
 from . import recipe
+from .asked_once import AskedOnce
+from .documents import Documents
 from .fill import DoesNotFit, Filler, fit, fit_both
 from .leaves import BUILT_IN
-from .metadata import check_metadata, question_first, samples, seed, strict
+from .metadata import question_first, samples, seed, strict
 from .meter import Meter, meter_for
 from .recipe import Draft, Message, Unavailable
+from .sources import sources
 from .store import DocumentStore, forget_older
 
-__all__ = ["Documents", "ForcedFrontierTask", "FrontierTask", "check_metadata"]
+__all__ = ["ForcedFrontierTask", "FrontierTask"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +43,6 @@ SHORTEST = 0.9
 #: Share of its budget that every prompt reaches (paper §4: samples have 95–100% of the target length).
 FILLED = 0.95
 
-#: Larger files beside a recipe are not read for the fingerprint of its documents.
-_LARGE = 64 * 2**20
 #: Tokens that a prompt or an answer may have.
 _LONGEST = 10**9
 #: Documents whose answers settle how much room is kept for answers.
@@ -69,39 +65,6 @@ _VERSIONS = {f"{twin}{folder.name}": folder.version for folder in BUILT_IN for t
 
 _SENTINEL = "{the prompt}"
 _STUB = "This leaf is skipped."
-
-
-class Documents(Sequence):
-    """A leaf's documents, made when they are first looked at. Before `bind` each is an empty placeholder."""
-
-    def __init__(self, number: int):
-        self._number = number
-        self._docs: dict[int, dict[str, Any]] = {}
-        self._make: Callable[[int], dict[str, Any]] | None = None
-
-    def bind(self, number: int, known: dict[int, dict[str, Any]], make: Callable[[int], dict[str, Any]]) -> None:
-        """There are `number` documents: use those in `known` and `make` the others."""
-        self._number, self._docs, self._make = number, dict(known), make
-
-    @property
-    def features(self) -> dict[str, str]:
-        return dict.fromkeys(("index", "length", "tokens", "input", "target"), "value")
-
-    def has(self, index: int) -> bool:
-        """Whether document `index` exists already, so that looking at it costs nothing."""
-        return index in self._docs
-
-    def __len__(self) -> int:
-        return self._number
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self._number:
-            raise IndexError(index)
-        if self._make is None:
-            return {"index": index, "input": "", "target": ""}
-        if index not in self._docs:
-            self._docs[index] = self._make(index)
-        return self._docs[index]
 
 
 class FrontierTask(ConfigurableTask):
@@ -275,7 +238,7 @@ class FrontierTask(ConfigurableTask):
         identity = [self.recipe.name, self.recipe.version, self.forced, self.length, budget, self.seed]
         identity += [self.question_first]
         # A changed wording, or anything else that is changed here, must not meet documents written before it.
-        identity += [frame, meter.count(frame), meter.identity, empty, _sources(type(self.recipe))]
+        identity += [frame, meter.count(frame), meter.identity, empty, sources(type(self.recipe))]
         identity += self.recipe.identity()
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         leaf = f"{'forced_' if self.forced else ''}{self.recipe.name}"
@@ -329,7 +292,7 @@ class FrontierTask(ConfigurableTask):
 
     def _draft(self, index: int, forced: bool) -> Draft:
         begun = self.recipe.draft(self.length, self.seed, index, forced)
-        return begun if self.question_first else _AskedOnce(begun, f"{self.config.task}: ", self.recipe.name)
+        return begun if self.question_first else AskedOnce(begun, f"{self.config.task}: ", self.recipe.name)
 
     def _cap(self) -> tuple[str, int]:
         """The most tokens that an answer may have, and what that is called (the aliases are lm-eval's)."""
@@ -459,41 +422,6 @@ class ForcedFrontierTask(FrontierTask):
 
     def _score(self, doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
         return self.recipe.forced_score(doc, [(float(logprob), bool(greedy)) for logprob, greedy in results])
-
-
-class _AskedOnce:
-    """A draft whose messages have the question behind the context alone."""
-
-    def __init__(self, draft: Draft, where: str, name: str):
-        self._draft, self._where, self._name = draft, where, name
-        self.most, self.answer = draft.most, draft.answer
-
-    def message(self, units: int, filler: str) -> Message:
-        """As `Draft.message`. Raises `UserError` where the recipe has no question that can be taken out."""
-        message = self._draft.message(units, filler)
-        if not isinstance(message, Message):
-            raise UserError(
-                f"{self._where}question_first=false was given, but the prompts of {self._name} have no separable "
-                "question (its drafts return a plain text instead of a Message): leave question_first out"
-            )
-        return message.once
-
-    def gold(self, units: int) -> dict[str, Any]:
-        return self._draft.gold(units)
-
-
-@lru_cache(maxsize=64)
-def _sources(recipe_class: type) -> str:
-    """SHA-256 of what writes documents: this package's code, and all files beside a recipe from elsewhere."""
-    paths = sorted(Path(__file__).parent.glob("*.py"))
-    if not recipe_class.__module__.startswith(f"{__package__}."):
-        with contextlib.suppress(TypeError, OSError):  # typed into a console, it has no file
-            folder = Path(inspect.getfile(recipe_class)).parent
-            paths += sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size < _LARGE)
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(read_bytes(path))
-    return digest.hexdigest()
 
 
 def _plain(prompt: Any) -> str:

@@ -12,10 +12,9 @@ from datetime import datetime, timezone
 from importlib import resources
 from typing import Any
 
-from .. import __version__, harness, masking
-from ..analysis.labels import label
+from .. import __version__, harness, markdown, masking
+from ..labels import label
 from ..results.sample_files import sample_configs
-from . import markdown
 from .card_text import BEGIN, END, TITLE, dump
 from .reproduce import reproduce_command
 

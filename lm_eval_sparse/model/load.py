@@ -1,4 +1,4 @@
-"""Around transformers' loading of a model: one line for whatever is wrong with its files, and no made-up weights.
+"""Loading a model with our attention: one line for whatever is wrong with its files, and no made-up weights.
 
 Files of models are foreign: torn, of another model, with a configuration that fits nothing. transformers says so in
 exceptions of every class, or fills what is missing with random numbers and a warning.
@@ -10,18 +10,28 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+import transformers
+from torch import Tensor, nn
 
 from .. import paths
 from ..errors import UserError
 from ..results.files import brief, read_json
+from ..runtime import probe
+from ..runtime.interface import IMPLEMENTATION
 from ..runtime.memory import out_of_memory
 from . import gguf_check
 
+if TYPE_CHECKING:
+    from .lm import SparseHFLM
+
 #: Names of modules that hold one row per position of a text.
 _POSITIONS = re.compile(r"(wpe|position_embeddings?|embed_positions|pos_embed\w*|position_embedding)$")
+
+#: Model types that transformers can load with a causal head although their attention looks both ways.
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert", "roformer", "data2vec-text")
 
 
 def check_pretrained(pretrained: Any) -> None:
@@ -174,6 +184,81 @@ def check_loaded(model: nn.Module, max_length: int, prefix_token_id: int | None)
             )
 
 
+def check_causal(config: Any, label: str | None, backend: str, trust_remote_code: bool | None) -> None:
+    """Raise `UserError` for a model that is no decoder-only causal one; `backend` is what lm-eval takes it for."""
+    if backend != "causal":
+        raise UserError(
+            f"pretrained={label!r} is an encoder-decoder model ({config.model_type}): sparse-hf "
+            "evaluates decoder-only causal models; use --model hf for this one"
+        )
+    name = getattr(config, "model_type", None)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    encoder = getattr(config, "is_decoder", None) is False and not getattr(config, "is_causal", True)
+    architectures = getattr(config, "architectures", None) or []
+    if encoder or (name in ENCODERS and not getattr(config, "is_decoder", False)):
+        raise UserError(
+            f"pretrained={label!r} ({name}) has no causal attention: sparse-hf evaluates decoder-only causal models"
+        )
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+        raise UserError(
+            f"pretrained={label!r} ({name or architectures}) is not a causal language model that "
+            "transformers knows: sparse-hf evaluates decoder-only causal models"
+        )
+
+
+def our_attention(config: Any) -> str | dict[str, str]:
+    """What to ask transformers for, so that text attends by our function; image towers and the like keep their own."""
+    parts = getattr(config, "sub_configs", None) or {}
+    if "text_config" in parts:
+        return {name: IMPLEMENTATION if name == "text_config" else "sdpa" for name in parts}
+    return IMPLEMENTATION
+
+
+@contextmanager
+def interface_known(kind: str) -> Iterator[None]:
+    """Say so where a model, named `kind`, takes no registered attention function."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        # Models older than the interface look the name up in a table of their own.
+        refused = isinstance(error, KeyError) and error.args == (IMPLEMENTATION,)
+        if isinstance(error, UserError) or not (refused or "attention" in str(error).lower()):
+            raise
+        raise UserError(
+            f"{kind} does not support registered attention functions in transformers "
+            f"{transformers.__version__}: use --model hf for this model"
+        ) from error
+
+
+@torch.no_grad()
+def check_attention(lm: SparseHFLM) -> Tensor:
+    """Find out what each layer is, and whether it comes out of our runtime as it is, before any prompt.
+
+    Returns:
+        `(1, L)` the tokens that were tried.
+
+    Raises:
+        UserError: the model cannot be evaluated, or not with the phases that were asked for.
+    """
+    text = lm.config.get_text_config(decoder=True)
+    lm.runtime.longest = max(getattr(text, "max_position_embeddings", None) or 0, lm.max_length)
+    steps = 1 if lm.is_recurrent else probe.STEPS
+    try:
+        return probe.check(lm.model, lm.forward, lm.runtime, steps)
+    except probe.CheckError as error:
+        raise UserError(f"{lm.kind} cannot be evaluated as asked: {error}; {error.instead}") from error
+    except UserError as error:  # which says what to type
+        raise UserError(f"{lm.kind} cannot be evaluated: {error}") from error
+    except Exception as error:  # modelling code of any age, with requirements of any kind
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            f"{lm.kind} does not run here ({type(error).__name__}: {first_line(error)}); sparse-hf evaluates "
+            "decoder-only causal models that use transformers' attention interface: use --model hf for this one"
+        ) from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that says something; torch's says only that something does not fit."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -183,4 +268,15 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
-__all__ = ["Whole", "check_loaded", "check_path", "check_pretrained", "explained", "first_line"]
+__all__ = [
+    "Whole",
+    "check_attention",
+    "check_causal",
+    "check_loaded",
+    "check_path",
+    "check_pretrained",
+    "explained",
+    "first_line",
+    "interface_known",
+    "our_attention",
+]

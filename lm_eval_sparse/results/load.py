@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import paths as typed
-from ..analysis.labels import label
 from ..errors import UserError, one_line
+from ..labels import label
 from .files import read_json
 from .parts import MISSING, Part, is_finite
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..errors import plain
+from .errors import plain
 
 
 def label(name: Any, longest: int = 200) -> str:

@@ -7,8 +7,8 @@ import re
 import urllib.parse
 from typing import Any
 
-from ..analysis.labels import label
-from ..errors import plain
+from .errors import plain
+from .labels import label
 
 #: Longer values are cut: a card is read by people.
 LONGEST = 1000

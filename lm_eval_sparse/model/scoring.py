@@ -1,0 +1,288 @@
+"""Scored requests: a prompt is prefilled once, and what continues it runs in the decode phase.
+
+In scoring as in generation, the context is the prefill phase and what follows is the decode phase. Requests that
+share a context prefill it once. A rolling log-likelihood has no context: its windows are prefill throughout.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..protocol import MeasuredFloat, MeasuredLoglikelihood, SharedPrompt, window_of
+from ..runtime.accounting import Ledger, RowCounts
+from ..runtime.cache import SparseCache
+from .encoding import SharedEncoder
+
+if TYPE_CHECKING:
+    from .lm import SparseHFLM
+
+logger = logging.getLogger(__name__)
+
+#: Answer tokens scored per forward pass: bounds the logits held at once.
+SCORE_CHUNK = 1024
+
+
+@dataclass
+class Target:
+    """One scored request: the tokens after the shared prompt, of which the last `scored` count."""
+
+    index: int
+    tokens: list[int]
+    scored: int
+    key: tuple[str, str] | None
+
+
+@dataclass
+class Context:
+    """A prompt and all requests that continue it."""
+
+    prompt: list[int]
+    targets: list[Target] = field(default_factory=list)
+    task: str | None = None
+    window: int | None = None
+    counts: RowCounts = field(default_factory=RowCounts)
+
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the prompt, and of prompt and longest answer that a model reads."""
+        return len(self.prompt), len(self.prompt) + max(len(target.tokens) for target in self.targets) - 1
+
+    def sequences(self) -> list[list[int]]:
+        """The token sequences to run, longest first: a sequence that another one begins with needs no run."""
+        chosen: list[list[int]] = []
+        for tokens in sorted((target.tokens for target in self.targets), key=len, reverse=True):
+            if not any(other[: len(tokens)] == tokens for other in chosen):
+                chosen.append(tokens)
+        return chosen
+
+    def answers(self, scored: dict[tuple, Tensor], hits: dict[tuple, Tensor]) -> list[tuple[float, bool]]:
+        """`(logprob, is_greedy)` of each target, from the per-token results of the sequences that were run."""
+        found = []
+        for target in self.targets:
+            whole = next(tokens for tokens in scored if list(tokens[: len(target.tokens)]) == target.tokens)
+            span = slice(len(target.tokens) - target.scored, len(target.tokens))
+            found.append((float(scored[whole][span].sum()), bool(hits[whole][span].all())))
+        return found
+
+
+class Scorer:
+    """Answers the scored requests of a model."""
+
+    def __init__(self, lm: SparseHFLM):
+        self.lm = lm
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval's; every answer is a tuple that also carries its measured sparsity."""
+        results: list[Any] = [None] * len(requests)
+        contexts: dict[tuple, Context] = {}
+        for index, request in enumerate(tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm)):
+            if self.lm.reporter.skips(request):
+                results[index] = MeasuredLoglikelihood(0.0, False, {})
+                continue
+            prompt, target, scored = self._tokenize(*request.args, task=request.task_name)
+            window = window_of(request.args[0])
+            key = (request.task_name, window, *prompt)
+            context = contexts.setdefault(key, Context(prompt, task=request.task_name, window=window))
+            context.targets.append(Target(index, target, scored, tuple(map(str, request.args))))
+        self._score(list(contexts.values()), results, len(requests), disable_tqdm)
+        return results
+
+    def loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """lm-eval's token-level entry point: `((context, continuation), context tokens, continuation tokens)`."""
+        results: list[Any] = [None] * len(requests)
+        contexts: dict[tuple, Context] = {}
+        for index, (key, head, tail) in enumerate(requests):
+            whole = [*head, *tail][-(self.lm.max_length + 1) :]
+            prompt = whole[: len(whole) - len(tail)]
+            window = window_of(key[0]) if key else None
+            context = contexts.setdefault((window, *prompt), Context(prompt, window=window))
+            context.targets.append(Target(index, list(tail), len(tail), key))
+        self._score(list(contexts.values()), results, len(requests), disable_tqdm)
+        return results
+
+    def _tokenize(self, context: str, continuation: str, task: str | None = None) -> tuple[list[int], list[int], int]:
+        """Prompt tokens, tokens after it, and how many of those at the end are scored."""
+        lm = self.lm
+        head, tail = self._encode(context, continuation) if context else ([], [])
+        if head:
+            whole, scored, before = [*head, *tail], len(tail), len(head)
+            if isinstance(context, SharedPrompt) and context.shared < len(context):
+                before = common_prefix(self._shared_encoder.prompt(context[: context.shared]), head)
+        else:  # no context, or one of nothing but space, which belongs to the continuation
+            tokens = lm.tok_encode(context + continuation, add_special_tokens=False)
+            whole = tokens if tokens[:1] == [lm.prefix_token_id] else [lm.prefix_token_id, *tokens]
+            before, scored = 1, len(whole) - 1
+        if not scored:
+            what = "is empty" if not continuation else f"{continuation!r} gives no token of its own"
+            raise UserError(
+                f"{f'task {task}: ' if task else ''}the continuation of a document {what}, so there is nothing to "
+                f"score (its context ends in {context[-60:]!r}): give the document an answer (doc_to_target, "
+                "doc_to_choice), or leave the task out"
+            )
+        if scored > lm.max_length:
+            raise UserError(
+                f"a continuation of {scored} tokens cannot be scored (the model takes 1 to {lm.max_length}): "
+                f"{continuation[:60]!r}; leave this task out or raise max_length"
+            )
+        surplus = len(whole) - (lm.max_length + 1)
+        if surplus > 0:
+            logger.warning(
+                "context and continuation have %d tokens, the model takes %d: dropping %d tokens from the left",
+                len(whole), lm.max_length, surplus,
+            )  # fmt: skip
+            whole, before = whole[surplus:], before - surplus
+        # Something has to be prefilled for the first scored token to be predicted from.
+        before = max(1, min(before, len(whole) - scored))
+        return whole[:before], whole[before:], scored
+
+    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval's; the requests of a shared prompt, which follow each other, read it once."""
+        if not isinstance(context, SharedPrompt) or context.rstrip() != context:
+            return self.lm._encode_pair(context, continuation)
+        head = self._shared_encoder(str(context), context.shared)
+        whole = self._shared_encoder(context + continuation, context.shared)
+        return head, whole[len(head) :]
+
+    @cached_property
+    def _shared_encoder(self) -> SharedEncoder:
+        return SharedEncoder(self.lm.tok_encode)
+
+    def _score(self, contexts: list[Context], results: list[Any], total: int, disable_tqdm: bool) -> None:
+        """Fill `results` for all targets of all contexts, longest contexts first (an out-of-memory shows at once)."""
+        lm = self.lm
+        contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
+        fresh: dict[str, Ledger] = defaultdict(lm.reporter.new_ledger)
+        later = [a.method.name for phase, a in lm.runtime.plan.phases.items() if phase != "prefill"]
+        if later and contexts and lm.is_recurrent:
+            raise UserError(
+                f"{lm.kind} keeps a recurrent state, so answers are scored in one pass with their context and "
+                f"{' and '.join(later)} cannot be applied: use generated tasks, or a prefill method"
+            )
+        whole = [lm.is_recurrent or lm.lengths.stretched(*context.lengths()) is not None for context in contexts]
+        lm.lengths.check([context.lengths()[in_one] for context, in_one in zip(contexts, whole, strict=True)])
+        lm.lengths.refuse_dynamic(max((context.lengths()[1] for context in contexts), default=0))
+        if later and any(whole):
+            prompt, length = contexts[whole.index(True)].lengths()
+            raise UserError(
+                f"{lm.kind} has {lm.lengths.stretched(prompt, length)}: a prompt of {prompt} tokens with its answer "
+                f"({length} in all) is scored in one pass, and {' and '.join(later)} cannot be applied: use prompts of "
+                "another length, or a prefill method"
+            )
+        quiet = disable_tqdm or lm.rank != 0
+        with tqdm(total=total, disable=quiet, desc="Running loglikelihood requests") as bar:
+            for context, in_one in zip(contexts, whole, strict=True):
+                answers = (self._score_whole if in_one else self.score_context)(context)
+                stats = lm.reporter.stats(context.counts)
+                fresh[context.task or ""].add(context.counts)
+                for target, (logprob, greedy) in zip(context.targets, answers, strict=True):
+                    results[target.index] = MeasuredLoglikelihood(logprob, greedy, stats)
+                    if target.key is not None:
+                        lm.cache_hook.add_partial("loglikelihood", target.key, results[target.index])
+                    bar.update(1)
+        lm.reporter.add(fresh)
+
+    def score_context(self, context: Context) -> list[tuple[float, bool]]:
+        """Prefill a context, then run its answers against the cache.
+
+        Contexts run one at a time whatever the batch size: side by side they would be padded and round differently.
+        """
+        lm = self.lm
+        sequences = context.sequences()
+        cache = lm.runtime.new_cache(lm.model.config, reserve=max(map(len, sequences)))
+        with lm.runtime.running(context.counts, cache, len(context.prompt), context.window):
+            logits = lm.forward(torch.tensor([context.prompt], device=lm.device), cache=cache, keep=1)
+            first = lm.forward.log_softmax(logits[:, -1])
+            snapshot = cache.snapshot()
+            scored: dict[tuple, Tensor] = {}
+            hits: dict[tuple, Tensor] = {}
+            for tokens in sequences:
+                scored[tuple(tokens)], hits[tuple(tokens)] = self._score_tokens(tokens, first, cache)
+                cache.restore(snapshot)
+        return context.answers(scored, hits)
+
+    def _score_tokens(self, tokens: list[int], first: Tensor, cache: SparseCache) -> tuple[Tensor, Tensor]:
+        """Log-probability and greedy hit of each token of one answer; `first (1, V)` predicts its first token."""
+        pieces: list[Tensor] = []
+        greedy: list[Tensor] = []
+
+        def note(logprobs: Tensor, tokens: list[int]) -> None:
+            wanted = torch.tensor(tokens, device=logprobs.device)
+            pieces.append(logprobs.gather(-1, wanted[:, None])[:, 0].float().cpu())
+            greedy.append((logprobs.argmax(-1) == wanted).cpu())
+
+        note(first, tokens[:1])
+        steps = len(tokens) - 1
+        for begin in range(0, steps, SCORE_CHUNK):
+            end = min(begin + SCORE_CHUNK, steps)
+            # Token i predicts token i + 1. Where it stands is told by the cache, as it is to `hf` by what came before.
+            logits = self.lm.forward(torch.tensor([tokens[begin:end]], device=self.lm.device), cache=cache)
+            note(self.lm.forward.log_softmax(logits[0]), tokens[begin + 1 : end + 1])
+        return torch.cat(pieces).double(), torch.cat(greedy)
+
+    def _score_whole(self, context: Context) -> list[tuple[float, bool]]:
+        """For recurrent models: context and answer in one pass, which makes the answer part of the prefill."""
+        lm = self.lm
+        scored: dict[tuple, Tensor] = {}
+        hits: dict[tuple, Tensor] = {}
+        for tokens in context.sequences():
+            with lm.runtime.running(context.counts, window=context.window):
+                ids = torch.tensor([[*context.prompt, *tokens[:-1]]], device=lm.device)
+                logprobs = lm.forward.log_softmax(lm.forward(ids, cache=None, keep=len(tokens))[0])
+            wanted = torch.tensor(tokens, device=lm.device)
+            scored[tuple(tokens)] = logprobs.gather(-1, wanted[:, None])[:, 0].double().cpu()
+            hits[tuple(tokens)] = (logprobs.argmax(-1) == wanted).cpu()
+        return context.answers(scored, hits)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """As lm-eval's: the sum over windows of at most `max_length` tokens, each run as one prefill."""
+        lm = self.lm
+        results: list[float] = []
+        fresh: dict[str, Ledger] = defaultdict(lm.reporter.new_ledger)
+        cut = [self._rolling_windows(request.args[0]) for request in requests]
+        lm.lengths.check([len(head) + len(tail) - 1 for windows in cut for head, tail in windows])
+        quiet = disable_tqdm or lm.rank != 0
+        for request, windows in zip(tqdm(requests, disable=quiet, desc="Running rolling requests"), cut, strict=True):
+            (text,) = request.args
+            counts, total = RowCounts(), 0.0
+            with lm.runtime.running(counts, window=window_of(text)):
+                for head, tail in windows:
+                    ids = torch.tensor([[*head, *tail][:-1]], device=lm.device)
+                    lm.lengths.refuse_dynamic(ids.shape[1])
+                    logits = lm.forward(ids, cache=None, keep=len(tail))[0]
+                    wanted = torch.tensor(tail, device=lm.device)
+                    for begin in range(0, len(tail), SCORE_CHUNK):
+                        part = lm.forward.log_softmax(logits[begin : begin + SCORE_CHUNK])
+                        total += float(part.gather(-1, wanted[begin : begin + SCORE_CHUNK, None]).double().sum())
+            results.append(MeasuredFloat(total, lm.reporter.stats(counts)))
+            fresh[request.task_name or ""].add(counts)
+            lm.cache_hook.add_partial("loglikelihood_rolling", (text,), results[-1])
+        lm.reporter.add(fresh)
+        return results
+
+    def _rolling_windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """Tokens to read and tokens to score, of each window of a text."""
+        windows = get_rolling_token_windows(
+            token_list=self.lm.tok_encode(text),
+            prefix_token=self.lm.prefix_token_id,
+            max_seq_len=self.lm.max_length,
+            context_len=1,
+        )
+        return list(map(make_disjoint_window, windows))
+
+
+def common_prefix(left: list[int], right: list[int]) -> int:
+    """Number of leading tokens that two sequences share."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+__all__ = ["Context", "Scorer", "Target"]
