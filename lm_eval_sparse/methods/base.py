@@ -257,10 +257,12 @@ class Method:
     def appended(self, call: Call, before: Tensor) -> None:
         """New tokens are in the cache: take keys from `before (S,)` int32 up to the lengths into the state."""
 
-    def attended(self, call: Call, mass: Tensor) -> None:
-        """What a step's tokens gave to each key: `mass (S, G, T, W)` fp32 beside the keys of what was read.
+    def attended(self, call: Call, reads: Reads, mass: Tensor) -> None:
+        """What a step's tokens gave to each key that they read, where the method `wants_mass`.
 
-        Only where the method `wants_mass`.
+        Args:
+            reads: what `select` returned.
+            mass: `(S, G, T, W * unit)` fp32, the weights of the keys of `reads.ids`; 0 behind the lists.
         """
 
     def select(self, call: Call) -> Any:

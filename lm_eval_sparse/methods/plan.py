@@ -16,7 +16,9 @@ from ..kernels.prefill import BACKENDS, DEBUG
 from . import presets
 from .base import PROMISED_LENGTH, Budget, Layer, Method, check_page_size
 from .dense import Dense
+from .grammar import Chain, assign_knobs, chains, knob_names
 from .registry import METHODS, PHASE_ARGUMENTS
+from .wrappers import Wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -193,13 +195,14 @@ class SparseConfig:
             if "window" in self.typed[phase] or presets.window(self.preset, type(method)) is not None
         }
         knobs = {
-            method.name: {
+            type(method).name: {
                 name: getattr(method, name)
                 for name in method.knobs()
                 if (self.sparsities[phase] is None or name not in method.budget_knobs)
                 and not (name == "window" and sources.get(method.name) == "task")
             }
-            for phase, method in self.methods.items()
+            for phase, outer in self.methods.items()
+            for method in layers(outer)
         }
         return {
             "method": self.method,
@@ -212,13 +215,12 @@ class SparseConfig:
         }
 
 
-def knob_names() -> dict[str, str]:
-    """Every native knob and the methods that have it."""
-    owners: dict[str, list[str]] = {}
-    for cls in METHODS.values():
-        for name in cls.knobs():
-            owners.setdefault(name, []).append(cls.name)
-    return {name: "+".join(methods) for name, methods in owners.items()}
+def layers(method: Any) -> list[Any]:
+    """A method and those inside it, the outermost first."""
+    found = [method]
+    while isinstance(found[-1], Wrapper):
+        found.append(found[-1].inner)
+    return found
 
 
 def argument_names() -> set[str]:
@@ -247,7 +249,7 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
     """
     given = {name: value for name, value in ours.items() if name not in OWN_ARGS}
     names = str(ours.get("method", Dense.name)).split("+")
-    chosen = _methods(names)
+    chosen = chains(names)
     backend = ours.get("backend", "auto")
     if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         accepted = ", ".join(("auto", *BACKENDS))
@@ -262,16 +264,17 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
         raise UserError(f"debug={debug!r} is not accepted: give True or False (or 1 or 0), for example debug=True")
     sparsities = _sparsities(ours, names, chosen)
 
-    knobs, typed = _assign_knobs(given, names, chosen)
+    knobs, typed = assign_knobs(given, names, chosen)
     preset = ours.get("preset")
     if preset is not None and not isinstance(preset, str):
         raise UserError(f"preset={preset!r} is unknown (accepted: {', '.join(presets.PRESETS)})")
     methods: dict[str, Method] = {}
-    for phase, cls in chosen.items():
-        decided = {name: value for name, value in knobs[phase].items() if name in cls.budget_knobs}
+    for phase, chain in chosen.items():
+        every = {name: value for own in knobs[phase].values() for name, value in own.items()}
+        decided = {name: value for name, value in every.items() if name in chain.budget_knobs}
         if sparsities[phase] is not None and decided:
             _refuse_both(ours, names, phase, decided)
-        methods[phase] = cls(**{**presets.fixed(preset, cls), **knobs[phase]})
+        methods[phase] = chain.build(knobs[phase], preset)
         if phase == "decode":
             check_page_size(methods[phase])
         if sparsities[phase] is None:
@@ -296,30 +299,7 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
     return SparseConfig(name, methods, sparsities, preset, backend, stats, typed, arguments, bool(debug))
 
 
-def _methods(names: list[str]) -> dict[str, type[Method]]:
-    """The methods by phase, in the order of phases."""
-    chosen: dict[str, type[Method]] = {}
-    for name in names:
-        cls = METHODS.get(name)
-        if cls is None:
-            in_full = f" in method={'+'.join(names)}" if len(names) > 1 else ""
-            raise UserError(
-                f"method={name!r}{in_full} is unknown{nearest(name, METHODS)} (accepted: {', '.join(METHODS)}; "
-                "type for example method=flexprefill, or method=flexprefill+snapkv+quest for several phases)"
-            )
-        if cls.phase in chosen:
-            raise UserError(
-                f"method={'+'.join(names)!r}: {chosen[cls.phase].name} and {name} both fill the {cls.phase} phase; "
-                "give one method per phase"
-            )
-        if cls is not Dense:
-            chosen[cls.phase] = cls
-    if len(names) > 1 and Dense.name in names:
-        raise UserError(f"method={'+'.join(names)!r}: dense is what every phase without a method does; leave it out")
-    return {phase: chosen[phase] for phase in PHASE_ARGUMENTS if phase in chosen}
-
-
-def _sparsities(ours: dict[str, Any], names: list[str], chosen: dict[str, type[Method]]) -> dict[str, float | None]:
+def _sparsities(ours: dict[str, Any], names: list[str], chosen: dict[str, Chain]) -> dict[str, float | None]:
     """Requested sparsity of each phase that a method fills: its own argument, else `sparsity=`, else None."""
     common = ours.get("sparsity")
     if common is not None:
@@ -338,7 +318,8 @@ def _sparsities(ours: dict[str, Any], names: list[str], chosen: dict[str, type[M
         if phase not in chosen:
             fitting = ", ".join(cls.name for cls in METHODS.values() if cls.phase == phase)
             phases = (
-                ", ".join(f"{cls.name} fills the {at} phase" for at, cls in chosen.items()) or "all phases are dense"
+                ", ".join(f"{chain.name} fills the {at} phase" for at, chain in chosen.items())
+                or "all phases are dense"
             )
             raise UserError(
                 f"{argument}={value:g} needs a method of the {phase} phase ({fitting}), but method={'+'.join(names)} "
@@ -346,38 +327,6 @@ def _sparsities(ours: dict[str, Any], names: list[str], chosen: dict[str, type[M
             )
         found[phase] = value
     return found
-
-
-def _assign_knobs(
-    given: dict[str, Any], names: list[str], chosen: dict[str, type[Method]]
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
-    """Typed knobs by phase, and the names they were typed under.
-
-    A knob that several chosen methods have needs its method's name before it.
-    """
-    knobs: dict[str, dict[str, Any]] = {phase: {} for phase in chosen}
-    typed: dict[str, dict[str, str]] = {phase: {} for phase in chosen}
-    for argument, value in given.items():
-        owner, _, name = argument.rpartition(".")
-        having = [phase for phase, cls in chosen.items() if name in cls.knobs() and owner in ("", cls.name)]
-        if not having:
-            owners = owner or knob_names()[name]
-            raise UserError(
-                f"{argument}={value} is a knob of {owners}, but method={'+'.join(names)} has no such knob; "
-                f"type method={owners.split('+')[0]},{name}={value} or leave it out"
-            )
-        if len(having) > 1:
-            both = [chosen[phase].name for phase in having]
-            forms = " or ".join(f"{method}.{name}={value}" for method in both)
-            raise UserError(f"{name}={value} could mean a knob of {' or of '.join(both)}: type {forms}")
-        if name in knobs[having[0]]:
-            dotted = f"{chosen[having[0]].name}.{name}"
-            raise UserError(
-                f"{name}={given[name]} and {dotted}={given[dotted]} are the same knob: leave one of them out"
-            )
-        knobs[having[0]][name] = value
-        typed[having[0]][name] = argument
-    return knobs, typed
 
 
 def _refuse_both(ours: dict[str, Any], names: list[str], phase: str, decided: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from lm_eval.models.huggingface import HFLM
 from ..errors import UserError, nearest
 from ..kernels.backends import triton_unavailable
 from ..methods import METHODS
-from ..methods.plan import OWN_ARGS, argument_names, knob_names
+from ..methods.grammar import knob_names
+from ..methods.plan import OWN_ARGS, argument_names
 from . import arguments
 
 

@@ -24,7 +24,9 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..kernels.cache.compact import compact
+from ..kernels.cache.replace import replace, turn
 from ..kernels.types import Keep, Slot
+from ..methods.base import Layer
 from .pool import Pool, Sequences
 
 #: Model -> what its `forward` calls the cache.
@@ -160,19 +162,20 @@ class CacheLayer(DynamicLayer):
 
     # --- after the prompt --------------------------------------------------------------------------------------
 
-    def close(self, kept: Sequence[Keep | None] | None = None) -> None:
+    def close(self, kept: Sequence[Keep | None] | None = None, layer: Layer | None = None) -> None:
         """The prompt is complete: hold sequences from now on, with their state.
 
         Args:
             kept: for each row what stays of it, or None for all of it; None where nothing is evicted.
+            layer: which it is, for keys that are turned to other positions.
         """
         self._logical = self.keys.shape[2]
-        self.sequences = self._as_sequences() if kept is None else self._evicted(kept)
+        self.sequences = self._as_sequences() if kept is None else self._evicted(kept, layer)
         self._flat = self.given = None
         self.keys, self.values = self.keys[..., :0, :].clone(), self.values[..., :0, :].clone()
         self.pool.take_state(self.sequences)
 
-    def _evicted(self, kept: Sequence[Keep | None]) -> Sequences:
+    def _evicted(self, kept: Sequence[Keep | None], layer: Layer | None) -> Sequences:
         """Keep only some tokens of the prompt in each head, in storage of their size."""
         _, heads, total, _ = self.keys.shape
         device = self.keys.device
@@ -186,7 +189,13 @@ class CacheLayer(DynamicLayer):
         starts = ends - counts - self.reserve + first
         for number, row in enumerate(rows):
             own = starts[number * heads : (number + 1) * heads]
-            compact(self.keys[number], self.values[number], row.ids, row.counts, own, self.pool.keys, self.pool.values)
+            keys, values = self.keys[number], self.values[number]
+            compact(keys, values, row.ids, row.counts, own, self.pool.keys, self.pool.values)
+            if row.values is not None:
+                replace(self.pool.values, own, row.counts, row.values.to(values.dtype))
+            if row.positions is not None:
+                ids = row.ids.clamp(0, total - 1)
+                replace(self.pool.keys, own, row.counts, turned(keys, ids, row.positions, layer))
         longest = max(min(row.ids.shape[1], total) for row in rows)
         return Sequences(starts, counts.int(), heads, longest, held, self.reserve)
 
@@ -271,6 +280,23 @@ class CacheLayer(DynamicLayer):
         rows = torch.arange(self.keys.shape[0], device=indices.device)[indices].tolist()
         super().batch_select_indices(indices)
         self._choose(rows)
+
+
+def turned(keys: Tensor, ids: Tensor, positions: Tensor, layer: Layer) -> Tensor:
+    """The keys of tokens `ids (H_kv, W)` of a prompt, turned from their own positions to others.
+
+    Args:
+        keys: `(H_kv, L, D)`; positions: `(H_kv, W)` int64.
+
+    Returns:
+        `(H_kv, W, D)`.
+    """
+    cosines, sines = layer.rotary((positions - ids).flatten())
+    # Some embeddings scale keys and queries; the keys are scaled already.
+    scale = layer.rotary(ids.new_zeros(1))[0]
+    own = keys.gather(1, ids[..., None].expand(-1, -1, keys.shape[-1]))
+    shape = *ids.shape, cosines.shape[-1]
+    return turn(own, (cosines / scale).reshape(shape), (sines / scale).reshape(shape))
 
 
 class SparseCache(Cache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -42,7 +43,7 @@ class Layers:
                 heads,
                 kv_heads,
                 dim,
-                rope=self._rope(),
+                rope=self._rope() if halves_turn(module) else None,
                 weight=_weight(module, heads * value_dim),
             )
         return found
@@ -58,6 +59,19 @@ class Layers:
             return cosines[0], sines[0]
 
         return rope
+
+
+def halves_turn(module: nn.Module) -> bool:
+    """Whether the model turns the two halves of a key's dimensions against each other, as Llama does.
+
+    Others turn neighbouring dimensions; what modelling code calls `rotate_half` tells.
+    """
+    for kind in type(module).__mro__:
+        rotate = getattr(sys.modules.get(kind.__module__), "rotate_half", None)
+        if rotate is not None:
+            given = torch.arange(4.0)
+            return rotate(given).tolist() == [-2.0, -3.0, 0.0, 1.0]
+    return False
 
 
 def _weight(module: nn.Module, inputs: int) -> Callable[[], Tensor] | None:

@@ -315,7 +315,7 @@ class Runtime:
         """The prompt is complete in this layer: evict, begin to keep a state, and count what is held."""
         kept = [self._evict(layer, *states, scale, softcap) for states in zip(query, key, value, strict=True)]
         if self.plan.eviction is not None:
-            held.close(kept)
+            held.close(kept, layer)
         elif self.plan.decode is not None:
             held.close()
         if self.plan.decode is not None:

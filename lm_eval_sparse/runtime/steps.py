@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cache.append import append
-from ..kernels.decode import BACKENDS, paged_decode
+from ..kernels.decode import BACKENDS, mass, paged_decode
 from ..kernels.types import RaggedKV, Reads, State
 from ..methods.base import Budget, CacheView, Call, DecodeMethod, Layer
 from ..methods.plan import Plan
@@ -100,7 +100,12 @@ def step(
         read = torch.empty(reads.counts.shape, dtype=torch.int32, device=query.device)
     else:
         read = room[: reads.counts.numel()].view(reads.counts.shape)
-    out, used = paged_decode(query, kv, reads, keys_read=read, **options)
+    if not method.wants_mass:
+        out, used = paged_decode(query, kv, reads, keys_read=read, **options)
+        return Stepped(out, used, read, reads.ids.shape[-1])
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    out, used = paged_decode(query, kv, reads, keys_read=read, lse=lse, **options)
+    method.attended(call, reads, mass(query, kv, reads, lse, scale=scale, softcap=softcap))
     return Stepped(out, used, read, reads.ids.shape[-1])
 
 
