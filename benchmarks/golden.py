@@ -61,8 +61,9 @@ TINY: dict[str, dict[str, Any]] = {
     "two phases": {"method": "block_sparse+snapkv", "sparsity": 0.5, "stats": "full"},
 }  # fmt: skip
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3", "phi3", "gpt2", "lfm2", "deepseek_v3")
-#: Models that take methods of the prefill only: scored in one pass, or with latent attention.
-ONE_PASS = ("lfm2", "deepseek_v3")
+#: Models that take methods of the prefill only, and those among them that answer in one pass.
+PREFILL_ONLY = ("lfm2", "deepseek_v3")
+ONE_PASS = ("lfm2",)
 
 #: Configurations of real models.
 REAL: dict[str, dict[str, Any]] = {
@@ -190,7 +191,7 @@ def cases(models: list[str], lengths: list[int]) -> list[tuple[str, str, dict[st
             for family in FAMILIES:
                 for label, options in TINY.items():
                     phases = {METHODS[part].phase for part in options.get("method", "dense").split("+")}
-                    if family not in ONE_PASS or phases <= {"prefill", "any"}:
+                    if family not in PREFILL_ONLY or phases <= {"prefill", "any"}:
                         found.append((f"tiny:{family}", label, options, [331, 200], 10))
         else:
             every = {**REAL, **(PRESET if max(lengths) > 14746 else {})}

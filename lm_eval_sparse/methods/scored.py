@@ -205,7 +205,7 @@ class ScoredPrefill(PrefillMethod):
         ids = torch.arange(blocks, device=score.device)
         causal = ids[None] <= ids[:, None]
         forced = causal & ((ids[None] < self.first) | (ids[None] > ids[:, None] - self.near))
-        admission = missing_mass(score.masked_fill(~causal, 0.0))
+        admission = missing_mass(score.masked_fill(~causal, 0.0), forced)
         admission = admission.masked_fill(forced, math.inf).masked_fill(~causal, -math.inf)
         match budget:
             case Mass(share):
@@ -221,19 +221,20 @@ class ScoredPrefill(PrefillMethod):
         return chosen.indices, chosen.counts, rest
 
 
-def missing_mass(score: Tensor) -> Tensor:
-    """For each entry the share of its row that is still missing before it is taken, largest entries first.
+def missing_mass(score: Tensor, forced: Tensor) -> Tensor:
+    """For each entry the share of its row that is still missing before it is taken: forced ones first, then the largest.
 
     An entry belongs to the fewest that leave out at most `rest` exactly when this is larger than `rest`. Ties are taken
     from the last entry on.
 
     Args:
-        score: `(…, n)`, not negative.
+        score: `(…, n)`, not negative; forced: bool that broadcasts to it.
     """
-    ordered, order = score.flip(-1).double().sort(dim=-1, descending=True, stable=True)
+    score = score.double()
+    order = score.masked_fill(forced, math.inf).flip(-1).sort(dim=-1, descending=True, stable=True).indices
     order = score.shape[-1] - 1 - order
     # Summed from the small end, so that no entry's share is lost beside the large ones.
-    tail = ordered.flip(-1).cumsum(-1).flip(-1)
+    tail = score.gather(-1, order).flip(-1).cumsum(-1).flip(-1)
     share = tail / tail[..., :1].clamp(min=1e-300)
     return torch.empty_like(share).scatter_(-1, order, share)
 

@@ -218,7 +218,7 @@ class Decoder:
         #: Captured steps, by the bucket of rows.
         self.graphs = Graphs(
             self._step,
-            lambda: [self.ids, self.positions, self.cursor, self.lengths],
+            lambda: [self.ids, self.positions, self.cursor, self.lengths, *self._states()],
             DEBUGGED if runtime.plan.debug else no_graph,
         )
         self.logits: dict[int, Tensor] = {}
@@ -457,10 +457,17 @@ class Decoder:
     def _tried(self, rows: list[Row]) -> Tensor:
         """Logits `(rows, V)` after one step that leaves no trace."""
         self._load(rows)
+        before = [state.clone() for state in self._states()]
         self._step()
+        for state, was in zip(self._states(), before, strict=True):
+            state.copy_(was)
         self._recorded = 0
         self.cursor.zero_()
         return self.logits[self._width][: len(rows)].clone()
+
+    def _states(self) -> list[Tensor]:
+        """What methods keep that does not follow from the keys: a step goes on from it."""
+        return [state for pool in self.pools for state in pool.kept().values()]
 
     def _load(self, rows: list[Row]) -> None:
         """Make these the rows of the next steps."""

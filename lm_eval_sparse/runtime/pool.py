@@ -207,9 +207,13 @@ class Pool:
             return None
         return State(self.tensors, self.page_size, first, place)
 
+    def kept(self) -> dict[str, Tensor]:
+        """What does not follow from the keys."""
+        return {s.name: self.tensors[s.name] for s in self.slots if not s.derived and s.name in self.tensors}
+
     def snapshot(self) -> dict[str, Tensor]:
-        """What does not follow from the keys, for `restore`."""
-        return {slot.name: self.tensors[slot.name].clone() for slot in self.slots if not slot.derived}
+        """A copy of that, for `restore`."""
+        return {name: tensor.clone() for name, tensor in self.kept().items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         for name, tensor in state.items():
