@@ -79,14 +79,13 @@ def works(text: str, folder: Path) -> None:
         assert figures["executed_sparsity"] > 0.1
         # A requested sparsity is met, and the method's own tokens are chosen: dense attention scores otherwise.
         shape = {name: value for name, value in cls.tiny.items() if name not in cls.budget_knobs}
-        for sparsity in (0.5, 0.7):
-            figures, scores, answers = measured(cls, 600, sparsity=sparsity, **shape)
-            assert figures["calls"]["sparse"] and not figures["calls"]["fallback"]
-            assert figures["executed_sparsity"] == pytest.approx(sparsity, abs=NEAR[cls.phase])
-            dense, dense_scores, _ = measured(cls, 600, sparsity=0)
-            assert not dense["calls"]["sparse"] and scores != dense_scores
+        figures, scores, answers = measured(cls, 600, sparsity=0.6, **shape)
+        assert figures["calls"]["sparse"] and not figures["calls"]["fallback"]
+        assert figures["executed_sparsity"] == pytest.approx(0.6, abs=NEAR[cls.phase])
+        dense, dense_scores, _ = measured(cls, 600, sparsity=0)
+        assert not dense["calls"]["sparse"] and scores != dense_scores
         # The same prompts side by side.
-        together, scores_together, answers_together = measured(cls, 600, sparsity=0.7, batch_size=3, **shape)
+        together, scores_together, answers_together = measured(cls, 600, sparsity=0.6, batch_size=3, **shape)
         assert (scores_together, answers_together) == (scores, answers)
         assert together["executed_sparsity"] == pytest.approx(figures["executed_sparsity"], abs=1e-12)
 
