@@ -1,4 +1,4 @@
-"""What people who pick a project up look for: citation, continuous integration, forms, and links that lead somewhere."""
+"""What people who pick a project up look for: citation, continuous integration, forms, links that lead somewhere."""
 
 from __future__ import annotations
 
