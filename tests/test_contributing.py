@@ -121,7 +121,7 @@ BROKEN = {
     "a typing error": ("KNorm", "call.key.float()", "call.keys.float()", UserError),
     "no score": ("KNorm", "def score", "def scores", (TypeError, NotImplementedError, UserError)),
     "keys of the future": ("SinkWindow", "(behind >= 0) & (", "(", UserError),
-    "another budget": ("SinkWindow", "row_budgets(length, 16, share, 2)", "row_budgets(length, 16, 0.4, 2)",
+    "another budget": ("SinkWindow", "row_budgets(length, 16, share, 2)", "row_budgets(length, 16, 0.6, 2)",
                        AssertionError),
     "not sparse": ("Antidiagonal", '{"threshold": 0.5,', '{"threshold": 1,', AssertionError),
     "no state": ("MeanKeys", 'return (Slot("mean", "page", (-1,), derived=True),)', "return ()", Exception),
