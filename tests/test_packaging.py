@@ -22,19 +22,20 @@ ROOT_FILES = {"_lm_eval_sparse_hook.py", "lm_eval_sparse_autoload.pth", "lm_eval
 
 def source_files() -> set[str]:
     """Files of the five folders as a wheel must name them; what git ignores is no part of the project."""
-    files = set()
+    files = {}  # where a wheel has it -> where it lies here
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
-            inside = path.relative_to(ROOT)
-            if path.is_file() and "__pycache__" not in inside.parts and path.name not in ROOT_FILES:
-                files.add(inside.as_posix() if folder == "lm_eval_sparse" else f"lm_eval_sparse/{inside.as_posix()}")
+            inside = path.relative_to(ROOT).as_posix()
+            if path.is_file() and "__pycache__" not in path.parts and path.name not in ROOT_FILES:
+                files[inside if folder == "lm_eval_sparse" else f"lm_eval_sparse/{inside}"] = inside
     if (ROOT / ".git").exists() and files:
-        names = "\n".join(name.removeprefix("lm_eval_sparse/") for name in files)
+        names = "\n".join(files.values())
         done = subprocess.run(
             ["git", "-C", ROOT, "check-ignore", "--no-index", "--stdin"], input=names, capture_output=True, text=True
         )
-        files -= {f"lm_eval_sparse/{name}" for name in done.stdout.split("\n")}
-    return files
+        ignored = set(done.stdout.split("\n"))
+        files = {name: inside for name, inside in files.items() if inside not in ignored}
+    return set(files)
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
