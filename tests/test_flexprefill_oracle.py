@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_eval_sparse.kernels.estimate import window as estimators
+from lm_eval_sparse.kernels.estimate.window import naive as estimators
 from lm_eval_sparse.kernels.types import Blocks
 from lm_eval_sparse.methods import Layer
 from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
