@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 from lm_eval_sparse import patches
+from lm_eval_sparse.kernels.types import Blocks, Keep
 from lm_eval_sparse.methods import METHODS
 
 METHOD_NAMES = [name for name in METHODS if name != "dense"]
@@ -29,20 +30,19 @@ METHOD_NAMES = [name for name in METHODS if name != "dense"]
 
 def entries(selection: Any) -> Tensor:
     """What was selected, as booleans on the CPU."""
-    if hasattr(selection, "layout"):
-        layout = selection
-        found = [layout.mask().flatten()]
-        if layout.columns is not None:
-            found.append(layout.column_keys().flatten())
+    if isinstance(selection, Blocks):
+        found = [selection.mask().flatten()]
+        if selection.columns is not None:
+            found.append(selection.column_keys().flatten())
         return torch.cat(found).cpu()
-    if hasattr(selection, "indices"):
+    if isinstance(selection, Keep):
         counts = selection.counts.tolist()
-        chosen = [set(ids[:count].tolist()) for ids, count in zip(selection.indices, counts, strict=True)]
+        chosen = [set(ids[:count].tolist()) for ids, count in zip(selection.ids, counts, strict=True)]
         longest = 1 + max(max(ids) for ids in chosen)
         return torch.tensor([[token in ids for token in range(longest)] for ids in chosen]).flatten()
     counts = selection.counts
-    valid = torch.arange(selection.pages.shape[-1], device=counts.device) < counts[..., None]
-    pages = selection.pages.long().where(valid, 0)  # what stands behind the counts is undefined
+    valid = torch.arange(selection.ids.shape[-1], device=counts.device) < counts[..., None]
+    pages = selection.ids.long().where(valid, 0)  # what stands behind the counts is undefined
     hits = torch.zeros(*counts.shape, int(pages.max()) + 1, dtype=torch.int32, device=pages.device)
     return (hits.scatter_add_(-1, pages, valid.to(torch.int32)) > 0).flatten().cpu()
 

@@ -196,8 +196,8 @@ class Caches:
             start, length = int(kv.starts[sequence]), int(kv.lengths[sequence])
             positions = torch.arange(length, device=out.device)
             if selection is not None:
-                listed = selection.pages[sequence, 0, 0, : int(selection.counts[sequence, 0, 0])].long()
-                positions = (listed[:, None] * selection.page_size + positions[: selection.page_size]).flatten()
+                listed = selection.ids[sequence, 0, 0, : int(selection.counts[sequence, 0, 0])].long()
+                positions = (listed[:, None] * selection.unit + positions[: selection.unit]).flatten()
                 positions = positions[positions < length]
             keys, values = kv.keys[start + positions].float(), kv.values[start + positions].float()
             weights = (self.query[0, sequence, :, 0].float() @ keys.T * self.scale).softmax(-1)
@@ -342,7 +342,7 @@ def check_selection(selection: Reads, scores: Tensor, complete: int, budget: Pag
     wanted = min(complete, max(0, round(keep * length / budget.page_size) - 1)) + 1
     for sequence in sorted({0, len(scores) // 2, len(scores) - 1}):
         count = int(selection.counts[sequence, 0, 0])
-        pages = selection.pages[sequence, 0, 0, :count].long()
+        pages = selection.ids[sequence, 0, 0, :count].long()
         best = scores[sequence, 0, 0, :complete].topk(count - 1).values
         mine = scores[sequence, 0, 0, pages[:-1]].sort(descending=True).values
         if (

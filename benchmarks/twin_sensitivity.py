@@ -40,14 +40,14 @@ from torch import Tensor  # noqa: E402
 
 from lm_eval_sparse.frontier.leaves import BUILT_IN  # noqa: E402
 from lm_eval_sparse.kernels.types import Blocks, Keep, Reads  # noqa: E402
-from lm_eval_sparse.methods import DecodeMethod, EvictionMethod, Layer, PrefillMethod  # noqa: E402
-from lm_eval_sparse.methods.prefill.block_sparse import row_budgets  # noqa: E402
+from lm_eval_sparse.methods import Call, DecodeMethod, Density, EvictionMethod, PrefillMethod  # noqa: E402
+from lm_eval_sparse.methods.plan import Assignment, Plan  # noqa: E402
+from lm_eval_sparse.methods.scored import row_budgets  # noqa: E402
 from lm_eval_sparse.model.lm import SparseHFLM  # noqa: E402
 from lm_eval_sparse.model.report import device_name  # noqa: E402
 from lm_eval_sparse.model.scoring import Context, Scorer  # noqa: E402
 from lm_eval_sparse.runtime.accounting import RowCounts  # noqa: E402
 from lm_eval_sparse.runtime.cache import SparseCache  # noqa: E402
-from lm_eval_sparse.runtime.session import Assignment, Plan  # noqa: E402
 
 SPARSITY = 0.95
 PHASES = ("prefill", "eviction", "decode")
@@ -59,6 +59,11 @@ MARGIN = {"bits_per_char": 0.1}
 USUAL_MARGIN = 0.05
 
 
+def share_of(call: Call) -> float:
+    """What a control may select; where nothing was requested, as much as under `SPARSITY`."""
+    return call.budget.share if isinstance(call.budget, Density) else 1 - SPARSITY
+
+
 @dataclass(frozen=True)
 class SinksAndWindow(PrefillMethod):
     """The first key block and those up to the diagonal, the same number for every query block and head."""
@@ -68,31 +73,25 @@ class SinksAndWindow(PrefillMethod):
     importance: ClassVar[str] = "none"
     allocation: ClassVar[str] = "uniform"
     kv: ClassVar[str] = "full cache"
-    paper: ClassVar[str] = "control"
+    reference: ClassVar[str] = "control"
 
     block_size: int = 16
 
-    def knobs_for(self, sparsity: float, length: int, geometry: Layer | None = None) -> SinksAndWindow:
-        return self
-
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> Blocks:
-        heads, length, _ = query.shape
+    def select(self, call: Call) -> Blocks:
+        query, length, heads = call.query, call.length, len(call.query)
         block = self.block_size
         blocks = -(-length // block)
-        count, extra = row_budgets(length, block, 1 - (SPARSITY if sparsity is None else sparsity), 2)
+        count, extra = row_budgets(length, block, share_of(call), 2)
         rows = torch.arange(blocks, device=query.device)
         counts = torch.minimum(rows + 1, count + (rows >= blocks - extra).long())
         place = torch.arange(count + 1, device=query.device)
         # The first block, then the last ones up to the row's own.
         indices = torch.where(place == 0, 0, rows[:, None] - counts[:, None] + 1 + place).clamp(min=0)
-        layout = Blocks(
+        return Blocks(
             indices.to(torch.int32).expand(heads, -1, -1).contiguous(),
             counts.to(torch.int32).expand(heads, -1).contiguous(),
             *(length, block, block),
         )
-        return Blocks(layout, estimator_flops=0, estimator_bytes=0)
 
 
 @dataclass(frozen=True)
@@ -104,24 +103,17 @@ class KeepEnds(EvictionMethod):
     importance: ClassVar[str] = "none"
     allocation: ClassVar[str] = "uniform"
     kv: ClassVar[str] = "evicted"
-    paper: ClassVar[str] = "control"
+    reference: ClassVar[str] = "control"
 
-    def knobs_for(self, sparsity: float, length: int, geometry: Layer | None = None) -> KeepEnds:
-        return self
-
-    def select(
-        self, query: Tensor, key: Tensor, *, scale: float, softcap: float | None, sparsity: float | None
-    ) -> Keep:
-        kv_heads, length = key.shape[:2]
-        kept = max(SINKS + 1, round((1 - (SPARSITY if sparsity is None else sparsity)) * length))
-        tokens = torch.arange(kept, device=key.device)
+    def select(self, call: Call) -> Keep:
+        kv_heads, length = call.key.shape[:2]
+        kept = max(SINKS + 1, round(share_of(call) * length))
+        tokens = torch.arange(kept, device=call.key.device)
         ids = torch.where(tokens < SINKS, tokens, tokens + length - kept)
         return Keep(
-            indices=ids.expand(kv_heads, -1).contiguous(),
-            counts=torch.full((kv_heads,), kept, device=key.device),
+            ids=ids.expand(kv_heads, -1).contiguous(),
+            counts=torch.full((kv_heads,), kept, device=call.key.device),
             total=kv_heads * kept,
-            estimator_flops=0,
-            estimator_bytes=0,
         )
 
 
@@ -134,15 +126,14 @@ class RandomPages(DecodeMethod):
     importance: ClassVar[str] = "none"
     allocation: ClassVar[str] = "uniform"
     kv: ClassVar[str] = "full cache"
-    paper: ClassVar[str] = "control"
+    reference: ClassVar[str] = "control"
 
     page_size: int = 16
 
-    def select(self, query: Tensor, context: Decoding, *, sparsity: float | None) -> Reads:
-        steps = query.shape[2]
-        keep = 1 - (SPARSITY if sparsity is None else sparsity)
-        own = (context.kv.visible(steps) - 1) // self.page_size  # the page that each token is in, and how many before
-        wanted = (keep * context.logical(steps) / self.page_size).round().long().clamp(min=1) - 1
+    def select(self, call: Call) -> Reads:
+        query, steps = call.query, call.query.shape[2]
+        own = (call.cache.kv.visible(steps) - 1) // self.page_size  # the page of each token: so many before it
+        wanted = (share_of(call) * call.cache.logical(steps) / self.page_size).round().long().clamp(min=1) - 1
         wanted = torch.minimum(wanted, own)
         most, width = int(own.max()), int(wanted.max()) + 1
         draws = torch.rand(*own.shape, most + 1, device=query.device)

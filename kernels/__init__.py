@@ -1,4 +1,5 @@
-"""Attention operators: a readable torch reference beside fast backends, one folder or file per operator.
+"""Operators of sparse attention: estimate, decide where a budget ends, list what is read, attend, and keep the cache.
 
-Knows torch (and, later, Triton) only: nothing here imports transformers, lm-eval or the methods.
+A readable torch reference beside fast backends, one folder per operator. Knows torch and Triton only: nothing here
+imports transformers, lm-eval or the methods. See README.md.
 """

@@ -60,4 +60,4 @@ def choose(backend: str, device: torch.device) -> str:
 
 @functools.cache
 def _warn(reason: str) -> None:
-    logger.warning("estimators run in plain torch: %s", reason)
+    logger.warning("operators run in plain torch: %s", reason)

@@ -335,8 +335,8 @@ def check_select(
     width = int(read.max()) + 1 + draw.rng.choice((0, 0, 3))
     on = case.to(device)
     found = select_pages(scores.to(device), on.kv, logical.to(device), budget, width=width, backend=backend)
-    assert found.page_size == case.size and found.pages.shape == (sequences, lists, steps, width)
-    assert found.pages.dtype == found.counts.dtype == torch.int32
+    assert found.unit == case.size and found.ids.shape == (sequences, lists, steps, width)
+    assert found.ids.dtype == found.counts.dtype == torch.int32
     if naive:
         assert_same_lists(found, select_pages(scores, case.kv, logical, budget, width=width, backend="naive"))
         return
@@ -345,15 +345,15 @@ def check_select(
             for t in range(steps):
                 expected = selected(scores[s, g, t], int(before[s, t]), int(read[s, t])) if length else []
                 assert int(found.counts[s, g, t]) == len(expected), (s, g, t)
-                assert found.pages[s, g, t, : len(expected)].tolist() == expected, (s, g, t)
+                assert found.ids[s, g, t, : len(expected)].tolist() == expected, (s, g, t)
 
 
 def assert_same_lists(found: Reads, expected: Reads) -> None:
     counts = expected.counts.cpu()
     assert torch.equal(found.counts.cpu(), counts)
-    width = min(found.pages.shape[-1], expected.pages.shape[-1])
+    width = min(found.ids.shape[-1], expected.ids.shape[-1])
     valid = torch.arange(width) < counts[..., None]
-    assert torch.equal(found.pages[..., :width].cpu()[valid], expected.pages[..., :width].cpu()[valid])
+    assert torch.equal(found.ids[..., :width].cpu()[valid], expected.ids[..., :width].cpu()[valid])
 
 
 def check_budget(draw: Draw, device: str = "cpu", rows: int = 50, longest: int = 5000) -> None:
@@ -429,7 +429,7 @@ def check_step(
         low, high = (bound[first : first + before[s]].double() for bound in (case.bounds.low, case.bounds.high))
         scores = torch.maximum(q[:, None] * low, q[:, None] * high).sum((0, 2))
         assert int(lists.counts[s]) == read[s] + 1, (s, length)
-        listed = lists.pages[s, 0, 0, : read[s] + 1].tolist()
+        listed = lists.ids[s, 0, 0, : read[s] + 1].tolist()
         assert listed == sorted(set(listed)) and listed[-1] == before[s] and listed[0] >= 0
         taken = torch.zeros(before[s], dtype=torch.bool)
         taken[listed[:-1]] = True

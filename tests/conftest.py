@@ -9,7 +9,9 @@ import contextlib
 import importlib.util
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +34,17 @@ def _hub_without_waiting() -> None:
         import huggingface_hub.utils._http as http
 
         http.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+
+
+@pytest.fixture(autouse=True)
+def _registry() -> Iterator[None]:
+    """Methods that a test adds are gone when it is over."""
+    registry = sys.modules.get("lm_eval_sparse.methods.registry")
+    known = set(registry.METHODS) if registry else set()
+    yield
+    if registry:
+        for name in set(registry.METHODS) - known:
+            registry.METHODS.discard(name)
 
 
 #: Markers of tests that take minutes: they run when they are asked for.
@@ -63,8 +76,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = {name for name in ON_REQUEST if not config.getoption(f"--{name}")}
-    wanted = [item for item in items if not left_out & {mark.name for mark in item.iter_markers()}]
-    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    wanted, unwanted = [], []
+    for item in items:
+        (unwanted if left_out & {mark.name for mark in item.iter_markers()} else wanted).append(item)
+    config.hook.pytest_deselected(items=unwanted)
     items[:] = wanted
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:

@@ -236,7 +236,7 @@ def one_of(case: Case, place: int) -> Case:
     kv = RaggedKV.of(case.kv.keys[stored].clone(), case.kv.values[stored].clone(), [0], [length])
     selection = case.selection
     if selection is not None:
-        selection = replace(selection, pages=selection.pages[part], counts=selection.counts[part])
+        selection = replace(selection, ids=selection.ids[part], counts=selection.counts[part])
     return replace(
         case,
         query=case.query[part],

@@ -30,9 +30,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.types import Blocks, Keep, Reads
-from lm_eval_sparse.methods import METHODS, DecodeMethod, EvictionMethod, PrefillMethod
+from lm_eval_sparse.methods import METHODS, Call, DecodeMethod, EvictionMethod, PrefillMethod
 from lm_eval_sparse.model.lm import SparseHFLM
-from lm_eval_sparse.testing import Decoding
 from tests import families
 
 #: Tokens of a prompt: more than any window or chunk of the tiny models.
@@ -46,34 +45,37 @@ WORDS = [f"w{number}" for number in range(families.VOCABULARY - 8)]
 class AllBlocks(PrefillMethod):
     """Every key block that a query block may see."""
 
-    name, unit, importance, allocation, kv, paper = "all_blocks", "blocks", "-", "-", "full cache", "-"
+    name, unit, importance, allocation, kv, reference = "all_blocks", "blocks", "-", "-", "full cache", "-"
 
-    def select(self, query: Any, key: Any, **options: Any) -> Blocks:
+    def select(self, call: Call) -> Blocks:
+        query = call.query
         heads, length, _ = query.shape
         wanted = torch.ones(-(-length // 16), -(-length // 16), dtype=torch.bool, device=query.device).tril()
-        return Blocks(Blocks.from_mask(wanted.expand(heads, -1, -1), length, 16, 16), 0, 0)
+        return Blocks.from_mask(wanted.expand(heads, -1, -1), length, 16, 16)
 
 
 class AllTokens(EvictionMethod):
     """Every token of the prompt."""
 
-    name, unit, importance, allocation, kv, paper = "all_tokens", "tokens", "-", "-", "evicted", "-"
+    name, unit, importance, allocation, kv, reference = "all_tokens", "tokens", "-", "-", "evicted", "-"
 
-    def select(self, query: Any, key: Any, **options: Any) -> Keep:
+    def select(self, call: Call) -> Keep:
+        key = call.key
         heads, length, _ = key.shape
         ids = torch.arange(length, device=key.device).expand(heads, -1)
-        return Keep(ids, torch.full((heads,), length, device=key.device), heads * length, 0, 0)
+        return Keep(ids, torch.full((heads,), length, device=key.device), heads * length)
 
 
 class AllPages(DecodeMethod):
     """Every page of the cache."""
 
-    name, unit, importance, allocation, kv, paper = "all_pages", "pages", "-", "-", "full cache", "-"
+    name, unit, importance, allocation, kv, reference = "all_pages", "pages", "-", "-", "full cache", "-"
     page_size = 16
 
-    def select(self, query: Any, context: Decoding, **options: Any) -> Reads:
-        visible = context.kv.visible(query.shape[2])
-        width = max(1, -(-context.kv.longest // 16))
+    def select(self, call: Call) -> Reads:
+        query, kv = call.query, call.cache.kv
+        visible = kv.visible(query.shape[2])
+        width = max(1, -(-kv.longest // 16))
         pages = torch.arange(width, dtype=torch.int32, device=query.device).expand(*visible.shape, -1)
         counts = ((visible + 15) // 16).clamp(min=1).int()
         return Reads(pages[:, None].contiguous(), counts[:, None].contiguous(), 16)
@@ -85,12 +87,13 @@ EVERYTHING = {"prefill": AllBlocks, "eviction": AllTokens, "decode": AllPages}
 @contextlib.contextmanager
 def everything() -> Iterator[None]:
     """Inside the block the methods that select everything can be named."""
-    METHODS.update({cls.name: cls for cls in EVERYTHING.values()})
+    for cls in EVERYTHING.values():
+        METHODS.add(cls)
     try:
         yield
     finally:
         for cls in EVERYTHING.values():
-            METHODS.pop(cls.name, None)
+            METHODS.discard(cls.name)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

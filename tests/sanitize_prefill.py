@@ -70,7 +70,7 @@ def main() -> None:
             selection = select(METHODS[name](**knobs), query, key, scale=dim**-0.5, softcap=None, sparsity=sparsity)
             torch.cuda.synchronize()
             selection.check(heads)
-            selection.executed_pairs(), selection.keys_read(), selection.selected_pairs
+            selection.executed_pairs(), selection.keys_read(), selection.selected_pairs()
         print(f"{name} {knobs} {sparsity}: {time.monotonic() - start:.1f} s")
     torch.cuda.synchronize()
     print("done")

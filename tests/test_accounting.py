@@ -536,7 +536,7 @@ def count_prefill(method: Any, length: int, record: tuple[Any, tuple[Tensor, Ten
 def kept_tokens(selection: Any) -> np.ndarray:
     """Tokens that each KV head keeps."""
     counts = selection.counts.tolist()
-    kept = [set(selection.indices[head, :count].tolist()) for head, count in enumerate(counts)]
+    kept = [set(selection.ids[head, :count].tolist()) for head, count in enumerate(counts)]
     assert [len(tokens) for tokens in kept] == counts and sum(counts) == selection.total
     return np.array([len(tokens) for tokens in kept])
 
@@ -570,7 +570,7 @@ def count_decode(
             if record is not None:
                 selection, seen, first = record
                 assert int(seen[first + kv_head, step]) == visible
-                size, pages = selection.page_size, selection.pages
+                size, pages = selection.unit, selection.ids
                 assert size == quest.page_size and pages.shape[2] == steps
                 own = 0 if pages.shape[1] == 1 else head % SHARE
                 number = int(selection.counts[first + kv_head, own, step])

@@ -45,7 +45,7 @@ def test_the_ends_that_the_eviction_control_keeps():
     kept.check(2, length)
     number = int(kept.counts[0])
     assert abs(number - 0.1 * length) < 0.51  # of a tenth and a half either neighbour will do
-    assert kept.indices.tolist() == [[*range(4), *range(length - number + 4, length)]] * 2
+    assert kept.ids.tolist() == [[*range(4), *range(length - number + 4, length)]] * 2
 
 
 def test_the_pages_of_the_decode_control():
@@ -60,9 +60,9 @@ def test_the_pages_of_the_decode_control():
             for step in range(3):
                 visible = length - 2 + step
                 count = int(selection.counts[sequence, 0, step])
-                assert selection.pages[sequence, 0, step, count - 1] == (visible - 1) // 16
+                assert selection.ids[sequence, 0, step, count - 1] == (visible - 1) // 16
                 assert count == round(0.2 * visible / 16)
-    assert not torch.equal(found[0].pages, found[1].pages)
+    assert not torch.equal(found[0].ids, found[1].ids)
 
 
 def test_one_prefill_serves_dense_and_random_decoding():

@@ -83,7 +83,7 @@ def test_selections_are_those_of_the_cpu(source: random.Random, name: str, spars
             selection = select(method, q, k, scale=dim**-0.5, softcap=None, sparsity=sparsity)
             found = torch.zeros(kv_heads, length, dtype=torch.bool)
             for head, count in enumerate(selection.counts.tolist()):
-                found[head, selection.indices[head, :count].cpu()] = True
+                found[head, selection.ids[head, :count].cpu()] = True
         else:
             flat, starts = k.reshape(-1, dim), [0, length]
             kv = RaggedKV.of(flat, flat, starts, [length] * 2)
@@ -94,7 +94,7 @@ def test_selections_are_those_of_the_cpu(source: random.Random, name: str, spars
             selection.check(kv)
             found = torch.zeros(kv_heads, 300, dtype=torch.bool)
             for head, count in enumerate(selection.counts[:, 0, 0].tolist()):
-                found[head, selection.pages[head, 0, 0, :count].long().cpu()] = True
+                found[head, selection.ids[head, 0, 0, :count].long().cpu()] = True
         chosen.append(found)
     assert float((chosen[0] & chosen[1]).sum()) >= 0.999 * float((chosen[0] | chosen[1]).sum())
 

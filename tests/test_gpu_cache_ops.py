@@ -145,7 +145,7 @@ def test_steps_that_run_into_each_other(draw: Draw, rows: int) -> None:
             # Nothing is launched between the two, and nothing that attention allocates may lie where choosing works.
             out = paged_decode(query[layer], kv, lists, scale=0.3, keys_read=reads[layer])[0]
             assert (lists.ready is not None) == overlap
-            found += [out, lists.pages, lists.counts, reads[layer].clone()]
+            found += [out, lists.ids, lists.counts, reads[layer].clone()]
         return found
 
     stream = torch.cuda.Stream()
@@ -393,7 +393,7 @@ def test_a_row_does_not_depend_on_others(draw: Draw, shared: bool) -> None:
             counts = together.counts[part]
             assert torch.equal(found.counts, counts)
             valid = torch.arange(most + 1, device=DEVICE) < counts[..., None]
-            assert torch.equal(found.pages[..., : most + 1][valid], together.pages[part][valid])
+            assert torch.equal(found.ids[..., : most + 1][valid], together.ids[part][valid])
 
 
 @pytest.mark.parametrize("keep", [None, 0.05, 0.4])
@@ -427,9 +427,9 @@ def test_a_choice_does_not_depend_on_others(draw: Draw, keep: float | None, monk
             alone = choose(row, row + 1, min(length + draw.rng.choice((0, 3000)), 131071))
             part = slice(row * heads, (row + 1) * heads)
             assert torch.equal(alone.counts, together.counts[part])
-            width = alone.pages.shape[-1]
+            width = alone.ids.shape[-1]
             valid = torch.arange(width, device=DEVICE) < alone.counts[..., None]
-            assert torch.equal(alone.pages[valid], together.pages[part][..., :width][valid])
+            assert torch.equal(alone.ids[valid], together.ids[part][..., :width][valid])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -455,4 +455,4 @@ def test_both_ways_to_choose_round_alike(draw: Draw, dtype: torch.dtype, monkeyp
     for together, apart in zip(found[:2], found[2:], strict=True):
         assert torch.equal(together.counts, apart.counts)
         valid = torch.arange(pages, device=DEVICE) < apart.counts[..., None]
-        assert torch.equal(together.pages[valid], apart.pages[valid])
+        assert torch.equal(together.ids[valid], apart.ids[valid])

@@ -223,8 +223,8 @@ def test_replays_see_new_lengths(draw: Draw, window: int | None, paged: bool) ->
                 pages = -(-length // 16)
                 listed = sorted(draw.rng.sample(range(pages), draw.rng.randrange(1, pages + 1))) if length else []
                 selection.counts[s] = len(listed)
-                selection.pages[s].fill_(2**31 - 1)
-                selection.pages[s, 0, 0, : len(listed)] = torch.tensor(listed, dtype=torch.int32)
+                selection.ids[s].fill_(2**31 - 1)
+                selection.ids[s, 0, 0, : len(listed)] = torch.tensor(listed, dtype=torch.int32)
         graph.replay()
         counted = torch.full_like(read, -1)
         assert torch.equal(out, call(counted)) and torch.equal(read, counted)

@@ -573,7 +573,7 @@ def test_selections_are_those_of_the_cpu(draw: Draw, name: str) -> None:
         same = overlap(keys_of(on_cuda.layout).cpu(), keys_of(on_cpu.layout))
         pairs = heads * causal_pairs(length)
         executed = {device: 1 - int(s.layout.executed_pairs().sum()) / pairs for device, s in found.items()}
-        selected = {device: int(s.selected_pairs.sum()) / pairs for device, s in found.items()}
+        selected = {device: int(s.selected_pairs().sum()) / pairs for device, s in found.items()}
         print(length, dtype, "overlap", same, "executed", executed, "knobs", on_cuda.knobs)
         assert same >= 0.999
         assert abs(executed[DEVICE] - executed["cpu"]) <= 0.002

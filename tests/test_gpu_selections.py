@@ -112,12 +112,12 @@ def test_lists_of_pages(rng: random.Random, steps: int) -> None:  # noqa: F811
     for turn in range(150):
         kv, selection = random_pages(rng, rng.choice((1, 2)), steps)
         if turn % 3:
-            spoiled(rng, selection.pages, selection.counts)
+            spoiled(rng, selection.ids, selection.counts)
         wrong, bits = wrong_lists(kv, selection), torch.from_numpy(selection.faults(kv))
         dim = 64
         keys, values = (torch.randn(len(kv.keys), dim, device="cuda").bfloat16() for _ in "kv")
         held = RaggedKV(keys, values, kv.starts.cuda(), kv.lengths.cuda(), kv.longest)
-        lists = replace(selection, pages=selection.pages.cuda(), counts=selection.counts.cuda())
+        lists = replace(selection, ids=selection.ids.cuda(), counts=selection.counts.cuda())
         query = torch.randn(4, 2, steps, dim, device="cuda").bfloat16()
         read = torch.full(selection.counts.shape, -99, dtype=torch.int32, device="cuda")
         call = {"scale": 0.1, "backend": "triton", "keys_read": read}
@@ -233,8 +233,8 @@ def test_nonsense_in_a_captured_step(rng: random.Random, model: Any, monkeypatch
         page = count(prompt) // 8
 
         def spoil(selection: Any, page: int = page) -> Any:
-            new = selection.pages[..., 1:2] > page  # what that is stands on the device
-            return replace(selection, pages=torch.where(new, 10**6, selection.pages))
+            new = selection.ids[..., 1:2] > page  # what that is stands on the device
+            return replace(selection, ids=torch.where(new, 10**6, selection.ids))
 
         bad(monkeypatch, Decode, spoil)
         lm = lm_of(model, method="bad_decode")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lm_eval_sparse.kernels.estimate import update_bounds
 from lm_eval_sparse.kernels.types import Blocks, Keep, PageBounds, RaggedKV, Reads
+from lm_eval_sparse.methods import CacheView
 from lm_eval_sparse.methods.decode.quest import Quest
 from lm_eval_sparse.methods.eviction.ada_snapkv import AdaSnapKV
 from lm_eval_sparse.methods.eviction.snapkv import SnapKV
@@ -413,7 +414,7 @@ def differences(selection: Blocks, found: list[Pattern], tile: int) -> tuple[lis
     layout = selection
     layout.check(len(found))
     assert layout.block_q == layout.block_k == tile
-    assert selection.selected_pairs.dtype == torch.int64 and selection.selected_pairs.shape == (len(found),)
+    assert selection.selected_pairs().dtype == torch.int64 and selection.selected_pairs().shape == (len(found),)
     said = []
     compared = [head for head, want in enumerate(found) if want.sure]
     for head in compared:
@@ -436,7 +437,7 @@ def head_differences(selection: Blocks, head: int, want: Pattern, tile: int) -> 
             said.append(f"head {head}, query block {row}: columns {got[:9]}, expected {listed[:9]}")
             break
     for name, pairs, mask in (
-        ("selected", selection.selected_pairs, pattern),
+        ("selected", selection.selected_pairs(), pattern),
         ("executed", layout.executed_pairs(), executed),
     ):
         if int(pairs[head]) != np.count_nonzero(mask):
@@ -487,7 +488,7 @@ def test_vertical_slash_by_hand():
         assert (found.columns, found.offsets, found.sure) == (columns, offsets, True)
         pairs = {(q, k) for q in range(8) for k in range(q + 1) if k in columns or q - k in offsets}
         selection = select(method, query, key, **arguments)
-        assert selection.selected_pairs.tolist() == [len(pairs)]
+        assert selection.selected_pairs().tolist() == [len(pairs)]
         assert selection.executed_pairs().tolist() == [36]  # one tile
 
 
@@ -528,7 +529,7 @@ def test_vertical_slash_keeps_everything_under_its_defaults_up_to_512_tokens(see
     query, key = plain(2, 1, 400, 16, seed)
     selection = select(VerticalSlash(), query, key, scale=0.25, softcap=None, sparsity=None)
     assert selection.block_q == selection.block_k == 64
-    assert selection.selected_pairs.tolist() == selection.executed_pairs().tolist() == [400 * 401 // 2] * 2
+    assert selection.selected_pairs().tolist() == selection.executed_pairs().tolist() == [400 * 401 // 2] * 2
 
 
 @pytest.mark.parametrize("method", [VerticalSlash, FlexPrefillVS])
@@ -643,9 +644,9 @@ def test_flexprefill_vs_at_alpha_0_is_vertical_slash_of_min_budget(budget: int, 
     arguments = {"scale": 0.25, "softcap": None, "sparsity": None}
     first = select(FlexPrefillVS(alpha=0.0, min_budget=budget, tile=32), query, key, **arguments)
     second = select(VerticalSlash(verticals=budget, slashes=budget, tile=32), query, key, **arguments)
-    assert first.selected_pairs.tolist() == second.selected_pairs.tolist()
+    assert first.selected_pairs().tolist() == second.selected_pairs().tolist()
     for head in range(4):
-        (tiles, columns), (other_tiles, other_columns) = (read_layout(each.layout, head) for each in (first, second))
+        (tiles, columns), (other_tiles, other_columns) = (read_layout(each, head) for each in (first, second))
         assert np.array_equal(tiles, other_tiles) and columns == other_columns
 
 
@@ -659,7 +660,7 @@ def test_flexprefill_vs_gives_more_to_flat_heads(sparsity: float | None, seed: i
     selection = select(method, query, key, scale=0.25, softcap=None, sparsity=sparsity)
     pairs = [brute_executed(selection, head) for head in range(4)]
     assert max(pairs[:2]) < min(pairs[2:]), (pairs, selection.knobs)
-    selected = selection.selected_pairs.tolist()
+    selected = selection.selected_pairs().tolist()
     assert max(selected[:2]) < min(selected[2:]), (selected, selection.knobs)
 
 
@@ -683,7 +684,7 @@ def compare_blocks(
                 compared += 1
                 assert got == sorted(want), (head, row)
         executed = brute_executed(layout, head)
-        assert int(selection.selected_pairs[head]) == int(layout.executed_pairs()[head]) == executed
+        assert int(selection.selected_pairs()[head]) == int(layout.executed_pairs()[head]) == executed
     return compared, len(query) * len(counts)
 
 
@@ -730,7 +731,7 @@ def test_ties_of_blocks(seed: int):
     key = plain(1, 2, 500, 16, seed)[1]
     layout = select(
         BlockSparse(top_k=5, block_size=16), torch.zeros(4, 500, 16), key, scale=0.25, softcap=None, sparsity=None
-    ).layout
+    )
     for row in range(32):
         want = [0, *range(max(1, row - 3), row + 1)] if row else [0]
         assert layout.indices[:, row, : len(want)].tolist() == [want] * 4
@@ -817,12 +818,12 @@ def test_block_sparse_sparsity(length: int, heads: int, kv_heads: int, block: in
 
 
 def compare_kept(selection: Keep, kept: list[set[int]]) -> list[str]:
-    assert selection.indices.dtype == selection.counts.dtype == torch.int64
-    assert len(selection.indices) == len(selection.counts) == len(kept)
+    assert selection.ids.dtype == selection.counts.dtype == torch.int64
+    assert len(selection.ids) == len(selection.counts) == len(kept)
     assert selection.total == int(selection.counts.sum())
     said = []
     for head, want in enumerate(kept):
-        row, count = selection.indices[head].tolist(), int(selection.counts[head])
+        row, count = selection.ids[head].tolist(), int(selection.counts[head])
         got = row[:count]
         assert got == sorted(set(got)) and not any(row[count:])
         if set(got) != want:
@@ -877,7 +878,7 @@ def test_snapkv_by_hand():
         floor = 0.2 if method is AdaSnapKV else None
         assert kept_tokens(scores, capacity, 1, 1, floor) == ([set(want)], True)
         selection = select(chosen, query, key, **arguments)
-        assert selection.indices[0, : selection.counts[0]].tolist() == want
+        assert selection.ids[0, : selection.counts[0]].tolist() == want
 
 
 def test_zero_padding_divides_by_the_whole_kernel():
@@ -888,7 +889,7 @@ def test_zero_padding_divides_by_the_whole_kernel():
         SnapKV(capacity=4, kernel=3, window=2, sinks=0, local=1), query, key, scale=1.0, softcap=None, sparsity=None
     )
     # Pooled: 0, 1, 4, 5 and 6 all tie at one third; divided by its two tokens, 0 would lead.
-    assert selection.indices[0].tolist() == [4, 5, 6, 11]
+    assert selection.ids[0].tolist() == [4, 5, 6, 11]
 
 
 def test_snapkv_means_over_the_group_and_ada_takes_the_maximum():
@@ -901,7 +902,7 @@ def test_snapkv_means_over_the_group_and_ada_takes_the_maximum():
     for method, want in ((SnapKV, 5), (AdaSnapKV, 2)):
         chosen = method(capacity=3, kernel=1, window=2, sinks=1, local=1)
         selection = select(chosen, query, key, scale=1.0, softcap=None, sparsity=None)
-        assert selection.indices[0].tolist() == [0, want, 19]
+        assert selection.ids[0].tolist() == [0, want, 19]
 
 
 @pytest.mark.parametrize("method", [SnapKV, AdaSnapKV])
@@ -933,7 +934,7 @@ def test_ada_ties_between_heads_go_to_the_recent_position_then_to_the_lower_head
     chosen = AdaSnapKV(capacity=20, window=1, kernel=1, sinks=2, local=3, floor=0.25)
     selection = select(chosen, query, key, scale=1.0, softcap=None, sparsity=None)
     # 5 forced each; 45 more are the next 15 of each.
-    assert [selection.indices[head, :20].tolist() for head in range(3)] == [[0, 1, *range(82, 100)]] * 3
+    assert [selection.ids[head, :20].tolist() for head in range(3)] == [[0, 1, *range(82, 100)]] * 3
     query[1:, -1, 0], key[1, 50, 0] = 64.0, 64.0  # head 1 is wholly on key 50, so that it keeps its floor and key 50
     selection = select(chosen, query, key, scale=1.0, softcap=None, sparsity=None)
     scores = eviction_scores(query, key, 1.0, None, chosen)
@@ -945,7 +946,7 @@ def test_ada_ties_between_heads_go_to_the_recent_position_then_to_the_lower_head
     # Of 48: key 50 of head 1, then 47 of two heads: position 73 is head 0's.
     selection = select(odd, query, key, scale=1.0, softcap=None, sparsity=None)
     assert selection.counts.tolist() == [29, 6, 28] and selection.total == 63
-    assert selection.indices[0, :29].tolist() == [0, 1, *range(73, 100)]
+    assert selection.ids[0, :29].tolist() == [0, 1, *range(73, 100)]
 
 
 def test_ada_moves_capacity_to_heads_that_need_it(seed: int):
@@ -974,7 +975,7 @@ def test_snapkv_sparsity(method: type, length: int, seed: int):
         assert not said or not sure, (said, sparsity, selection.knobs)
         assert selection.total == capacity * kv_heads
         for head in range(kv_heads):
-            assert length - 1 in selection.indices[head, : selection.counts[head]].tolist()
+            assert length - 1 in selection.ids[head, : selection.counts[head]].tolist()
         if length >= 4096:
             assert abs(int(selection.counts.sum()) / (kv_heads * length) - (1 - sparsity)) <= PROMISE
 
@@ -1030,9 +1031,10 @@ def compare_pages(
     chosen.check(kv)
     sequences, group, steps, _ = query.shape
     lists = 1 if method.share_pages else group
-    keys_read, seen, logical = chosen.keys_read(kv), kv.visible(steps), context.logical(steps)
-    assert chosen.page_size == method.page_size
-    assert chosen.pages.shape[:3] == chosen.counts.shape == keys_read.shape == (sequences, lists, steps)
+    keys_read, seen = chosen.keys_read(kv), kv.visible(steps)
+    logical = CacheView(kv, context.tokens, context.kv_heads).logical(steps)
+    assert chosen.unit == method.page_size
+    assert chosen.ids.shape[:3] == chosen.counts.shape == keys_read.shape == (sequences, lists, steps)
     assert seen.shape == logical.shape == (sequences, steps)
     compared = 0
     for s in range(sequences):
@@ -1047,7 +1049,7 @@ def compare_pages(
                 want, read, sure = quest_pages(heads.double().numpy(), keys, visible, method.page_size, count)
                 if not clear:
                     continue
-                got = chosen.pages[s, part, t, : int(chosen.counts[s, part, t])].tolist()
+                got = chosen.ids[s, part, t, : int(chosen.counts[s, part, t])].tolist()
                 where = (s, part, t, visible)
                 assert len(got) == len(want) and int(keys_read[s, part, t]) == read, where
                 assert got == sorted(set(got)) and got[-1] == (visible - 1) // method.page_size, where
@@ -1113,7 +1115,7 @@ def test_quest_by_hand():
         chosen = Quest(budget=16 * pages, page_size=16, share_pages=share)
         selection = select(chosen, query, context, sparsity=None)
         for part, expected in enumerate(want):
-            got = selection.pages[0, part, 0, : int(selection.counts[0, part, 0])].tolist()
+            got = selection.ids[0, part, 0, : int(selection.counts[0, part, 0])].tolist()
             assert got == sorted(expected)
             assert int(selection.keys_read(kv)[0, part, 0]) == 16 * (len(expected) - 1) + 2
         assert compare_pages(selection, query, context, chosen, None) == (len(want), len(want))
@@ -1132,7 +1134,7 @@ def test_ties_of_pages(share: bool, seed: int):
         for t in range(3):
             current = (length - 3 + t) // 16
             for part in range(1 if share else 2):
-                got = selection.pages[s, part, t, : int(selection.counts[s, part, t])].tolist()
+                got = selection.ids[s, part, t, : int(selection.counts[s, part, t])].tolist()
                 assert got == list(range(current - 4, current + 1))
     values = [float(rng.randint(-1, 1)) for _ in range(len(kv.keys) // 16 + 1)]
     keys = torch.tensor(values).repeat_interleave(16)[: len(kv.keys), None].repeat(1, 16)

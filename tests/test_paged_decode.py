@@ -206,8 +206,8 @@ def test_a_sequence_alone_is_as_among_others(
         longer = replace(case, kv=replace(case.kv, longest=case.kv.longest + 5000))
         if case.selection is not None:
             more = torch.full((*case.selection.counts.shape, 77), 2**31 - 1, dtype=torch.int32)
-            pages = torch.cat([case.selection.pages, more], -1)
-            longer = replace(longer, selection=replace(case.selection, pages=pages))
+            pages = torch.cat([case.selection.ids, more], -1)
+            longer = replace(longer, selection=replace(case.selection, ids=pages))
         assert torch.equal(together, longer.run(backend))
         for place in range(len(lengths)):
             assert torch.equal(together[place], one_of(case, place).run(backend)[0]), f"{lengths}, sequence {place}"
@@ -252,7 +252,7 @@ def test_selection_check_finds_faults(ids: list[list[int]], counts: list[int], m
     bad = Reads(torch.tensor(ids).int()[None, None], torch.tensor(counts).int()[None, None], 16)
     if message == "may not see" and ids[1] == [0, 2]:
         bad.check(kv)  # the last token sees key 32
-        bad = replace(bad, pages=bad.pages.flip(2))
+        bad = replace(bad, ids=bad.ids.flip(2))
     with pytest.raises(ValueError, match=message):
         bad.check(kv)
     nobody = replace(kv, lengths=torch.zeros(1, dtype=torch.int32))
@@ -339,8 +339,8 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: s
 def test_other_pages_and_windows_are_refused() -> None:
     query, kv, selection = decode_call()
     for change, message in (
-        ({"pages": selection.pages.to("meta"), "counts": selection.counts.to("meta")}, "devices are"),
-        ({"pages": selection.pages.long()}, "pages are torch.int64"),
+        ({"pages": selection.ids.to("meta"), "counts": selection.counts.to("meta")}, "devices are"),
+        ({"pages": selection.ids.long()}, "pages are torch.int64"),
         ({"page_size": 0}, "page size is 0"),
         ({"ready": torch.ones(len(query), dtype=torch.int64)}, "ready is"),
     ):

@@ -306,12 +306,12 @@ class Brute:
         group, length = heads // kv_heads, self.prompt
         allowed = torch.ones(heads, total, total, dtype=torch.bool).tril()
         if layer in self.seen.prefill:
-            allowed[:, :length, :length] = layout_mask(self.seen.prefill[layer].layout)
+            allowed[:, :length, :length] = layout_mask(self.seen.prefill[layer])
         self.prefill[layer] = allowed[:, :length, :length].sum((1, 2))
         held = [list(range(length))] * kv_heads
         if layer in self.seen.eviction:
             chosen = self.seen.eviction[layer]
-            held = [ids[:count].tolist() for ids, count in zip(chosen.indices, chosen.counts, strict=True)]
+            held = [ids[:count].tolist() for ids, count in zip(chosen.ids, chosen.counts, strict=True)]
             assert all(ids == sorted(set(ids)) and ids and 0 <= ids[0] <= ids[-1] < length for ids in held)
         self.kept[layer] = [len(ids) for ids in held]
         after = torch.zeros(heads, total - length, total, dtype=torch.bool)
@@ -351,11 +351,11 @@ class Brute:
         picked = [set(sorted(range(before), key=lambda p: (-float(row[p]), -p))[:wanted]) for row in bounds]
         first = max(first for first in self.seen.decode[layer] if first <= position)
         selection = self.seen.decode[layer][first]
-        assert position - first < selection.pages.shape[2] and self.seen.executed[layer][first] is selection
+        assert position - first < selection.ids.shape[2] and self.seen.executed[layer][first] is selection
         found = []
         for head, brute in enumerate(picked):
-            at = (kv_head, head if selection.pages.shape[1] > 1 else 0, position - first)
-            pages = selection.pages[at][: int(selection.counts[at])].tolist()
+            at = (kv_head, head if selection.ids.shape[1] > 1 else 0, position - first)
+            pages = selection.ids[at][: int(selection.counts[at])].tolist()
             assert pages == sorted(set(pages)) and len(pages) == wanted + 1 and before in pages
             chosen, row = set(pages) - {before}, bounds[head]
             for mine, theirs in zip(sorted(brute - chosen), sorted(chosen - brute), strict=True):
@@ -423,7 +423,7 @@ def check_figures(own: PreTrainedModel, brute: Brute, counts: RowCounts, total: 
             assert figures["decode"]["bytes_read_fraction"] == pytest.approx(loaded / whole, abs=1e-9)
     # A selection that leaves nothing out in any head counts as a fallback.
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    open_layouts = [found for found in brute.seen.prefill.values() if not (layout_mask(found.layout) | ~causal).all()]
+    open_layouts = [found for found in brute.seen.prefill.values() if not (layout_mask(found) | ~causal).all()]
     assert counts.phase("prefill").calls["sparse"] == len(open_layouts)
     evicting = [found for found in brute.seen.eviction.values() if int(found.counts.sum()) < kv_heads * length]
     assert counts.phase("eviction").calls["sparse"] == len(evicting)

@@ -162,10 +162,10 @@ def test_kept_tokens_of_a_new_method_are_checked(
     ids: list[list[int]], counts: list[int], total: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Keep(torch.tensor(ids), torch.tensor(counts), total, 0, 0).check(1, 10)
+        Keep(torch.tensor(ids), torch.tensor(counts), total).check(1, 10)
     # What stands behind the counts is undefined.
     kept = torch.tensor([[0, 4, 9, 99], [3, 0, -7, 3]])
-    Keep(kept, torch.tensor([3, 1]), 4, 0, 0).check(2, 10)
+    Keep(kept, torch.tensor([3, 1]), 4).check(2, 10)
 
 
 # --- coarse knobs and few heads ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import copy
 import json
 import pickle
 import random
+from dataclasses import replace
 from typing import Any
 
 import dill
@@ -69,9 +70,8 @@ def test_a_prompt_is_a_string_that_keeps_its_window(prompt: Prompt) -> None:
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The paper's table as if it began at 4096 tokens."""
     for name, cell in (("vertical_slash", (90, 90)), ("flexprefill_vs", (0.5, 90)), ("snapkv", (400,))):
-        own = presets.PAPER[name]
-        monkeypatch.setitem(presets.PAPER, name, copy.copy(own))
-        object.__setattr__(presets.PAPER[name], "rows", {4096: (cell,) * len(own.budgets)})
+        own = METHODS[name].paper
+        monkeypatch.setattr(METHODS[name], "paper", replace(own, rows={4096: (cell,) * len(own.budgets)}))
 
 
 def test_two_tasks_of_a_run_have_their_own_windows(table, tmp_path, monkeypatch, source) -> None:

@@ -1,38 +1,49 @@
-"""Where a budget ends: the entries that are taken, best first, until their weights come to a goal."""
+"""Where a budget ends: what is taken, best first, until it comes to a goal.
+
+`solve` answers where every entry has an admission and a weight of its own: a sort, sums and a cut, without waiting for
+the device. Where what is taken together weighs otherwise than its parts (the union of verticals and slashes; pooled
+maps of a layer that are too large to be sorted) only the density of a whole choice can be asked for:
+`bisect_share` and `closest_count` do that on the host, one question after the other. Their twins on a device look at
+many answers at once, and are written into the kernels that count (`index.top_p_blocks`, `index.vertical_slash`); what
+they have in common with these is in `triton.py`.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from . import naive
+from .naive import bisect_share, closest_count
 
-def solve(admission: Tensor, weight: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+__all__ = ["bisect_share", "closest_count", "solve"]
+
+
+def solve(admission: Tensor, weight: Tensor, goal: float | Tensor) -> tuple[Tensor, Tensor]:
     """Take entries by descending admission until the sum of their weights is as close to `goal` as whole entries allow.
 
-    What has an admission of infinity is always taken, of minus infinity never. Ties go to later entries. A device is
-    not waited for.
+    What has an admission of infinity is always taken; of minus infinity, or one that is not a number, never. Ties go
+    to later entries, and of two numbers of entries that are equally close the larger is taken. A device is not waited
+    for.
 
     Args:
-        admission: of any shape, floating point, no NaN.
-        weight: int64 of the same shape, not negative.
-        goal: in units of the weights.
+        admission: of any shape, floating point.
+        weight: integers of the same shape, not negative; their sum is below 2^53.
+        goal: in units of the weights, a number, or a tensor of one number on the device.
 
     Returns:
-        What is taken, bool of the same shape, and the least admission that was taken, a tensor of one number.
+        What is taken, bool of the same shape, and the least admission that was taken, a tensor of one number, infinity
+        where nothing was.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
     """
-    flat, weights = admission.flatten(), weight.reshape(-1)
-    order = len(flat) - 1 - flat.flip(0).sort(descending=True, stable=True).indices
-    ordered = flat[order]
-    total = weights[order].cumsum(0)
-    below = (total - goal).abs()
-    # The closest of all numbers of entries, the larger of equals; forced ones at least, impossible ones never.
-    least, most = (ordered == torch.inf).sum(), (ordered > -torch.inf).sum()
-    place = torch.arange(1, len(flat) + 1, device=flat.device)
-    inside = (place >= least.clamp(min=1)) & (place <= most)
-    near = below.masked_fill(~inside, torch.inf)
-    number = len(flat) - near.flip(0).argmin()
-    none = (least == 0) & ((goal < below.gather(0, (number - 1).clamp(min=0)[None])[0]) | (most == 0))
-    number = torch.where(none, 0, number)
-    taken = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, order, place <= number)
-    rest = ordered.gather(0, (number - 1).clamp(min=0)[None])[0]
-    return taken.reshape(admission.shape), rest
+    if not admission.dtype.is_floating_point or weight.dtype.is_floating_point or weight.dtype == torch.bool:
+        raise ValueError(f"admission is {admission.dtype}, weight {weight.dtype}; expected floating point and integers")
+    if admission.shape != weight.shape:
+        raise ValueError(f"admission is {tuple(admission.shape)}, weight {tuple(weight.shape)}; expected one shape")
+    if admission.device != weight.device:
+        raise ValueError(f"devices are {admission.device} and {weight.device} (weight); expected one device")
+    if not admission.numel():
+        return torch.zeros_like(admission, dtype=torch.bool), admission.new_full((), torch.inf)
+    return naive.solve(admission, weight, goal)

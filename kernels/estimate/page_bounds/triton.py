@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...types import RaggedKV
-from . import PageBounds
+from ...types import PageBounds, RaggedKV
 
 #: Bytes of a token of all pages that a program of `update` reads at once, and its warps: 16 bytes a thread.
 UPDATE_BYTES, UPDATE_WARPS = 1 << 11, 4
@@ -17,7 +16,7 @@ SCORE_BYTES, SCORE_WARPS = 1 << 14, 4
 
 
 def update(kv: RaggedKV, bounds: PageBounds, before: Tensor) -> None:
-    """`bounds.update_bounds`."""
+    """See `page_bounds.update_bounds`."""
     dim, size = kv.keys.shape[1], bounds.page_size
     padded = triton.next_power_of_2(dim)
     tile = max(1, UPDATE_BYTES // (padded * kv.keys.element_size()))

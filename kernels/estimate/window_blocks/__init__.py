@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...backends import choose
-from ..pooling import sum_blocks
-from ..window import window_sums
+from . import naive
 
 
 @dataclass(frozen=True)
@@ -52,20 +50,7 @@ def window_blocks(
         ValueError: a backend that cannot run here.
     """
     if choose(backend, query.device) == "triton":
-        from .triton import window_blocks as on_device
+        from . import triton
 
-        return WindowBlocks(*on_device(query, key, pooled_keys, block, scale, softcap))
-    sums = window_sums(query, key, block, scale=scale, softcap=softcap, columns=True, diagonals=True, backend="naive")
-    vertical, slash = sum_blocks(sums.columns, block) / block, sum_blocks(sums.diagonals, block) / block
-    pooled_keys = pooled_keys.repeat_interleave(query.shape[0] // key.shape[0], 0)
-    predicted = torch.einsum("hd,hnd->hn", query[:, -block:].float().mean(1), pooled_keys) * scale
-    if softcap is not None:
-        predicted = softcap * torch.tanh(predicted / softcap)
-    return WindowBlocks(vertical, slash, root_jensen_shannon(predicted.softmax(-1), vertical))
-
-
-def root_jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
-    """Square root of the Jensen-Shannon divergence (natural logarithm) along the last dimension."""
-    m = (p + q) / 2
-    divergence = (torch.xlogy(p, p) - torch.xlogy(p, m) + torch.xlogy(q, q) - torch.xlogy(q, m)).sum(-1) / 2
-    return divergence.clamp(min=0).sqrt()
+        return WindowBlocks(*triton.window_blocks(query, key, pooled_keys, block, scale, softcap))
+    return WindowBlocks(*naive.window_blocks(query, key, pooled_keys, block, scale, softcap))

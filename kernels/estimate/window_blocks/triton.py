@@ -242,7 +242,7 @@ def _divergence(vertical, predicted, divergence, blocks, CHUNK: tl.constexpr):
 def window_blocks(
     query: Tensor, key: Tensor, pooled_keys: Tensor, block: int, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `estimators.window_blocks`: vertical and slash masses `(H, n)`, and the divergence `(H,)`."""
+    """See `window_blocks.window_blocks`: vertical and slash masses `(H, n)`, and the divergence `(H,)`."""
     heads, length, dim = query.shape
     kv_heads, device = key.shape[0], query.device
     group, window, blocks = heads // kv_heads, min(block, length), -(-length // block)

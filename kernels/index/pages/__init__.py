@@ -135,7 +135,7 @@ def choose_pages(
     overlap: bool = False,
     backend: str = "auto",
 ) -> Reads:
-    """`select_pages` by the scores of `estimators.page_scores`, in front of which new tokens may be appended.
+    """`select_pages` by the scores of `estimate.page_scores`, in front of which new tokens may be appended.
 
     Where Triton runs, `kv` has tickets, there is one list for a sequence and one token, and no more than 8192 pages,
     this is a single launch.

@@ -1,8 +1,7 @@
 """The choice of pages in Triton, of given scores or together with the scores: a list is made by one program.
 
-It works out its budget itself. Nothing is sorted: the smallest score that is taken is found by counting the scores
-that reach some values. Made together, a list is made by the last one of the programs that score its pages, while
-others go on scoring pages of other sequences.
+It works out its budget itself. Made together, a list is made by the last one of the programs that score its pages,
+while others go on scoring pages of other sequences.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from ...backends import can_overlap
 from ...cache.append.triton import write_tokens
 from ...estimate.page_bounds.triton import load_bounds, signed_sums, summed_scores
 from ...types import RaggedKV
+from .budget_triton import number_of_pages
+from .choice_triton import choose, row_of_scores
 
 if TYPE_CHECKING:
     from ...types import PageBounds
@@ -40,7 +41,7 @@ VALUE_TURNS = 16
 
 
 def forward(scores: Tensor, kv: RaggedKV, logical: Tensor, budget: PageBudget, width: int) -> tuple[Tensor, Tensor]:
-    """See `page_select.select_pages`."""
+    """See `pages.select_pages`."""
     sequences, lists, steps, columns = scores.shape
     pages, counts = _lists((sequences, lists, steps), width, scores.device)
     if not counts.numel():
@@ -74,7 +75,7 @@ def together(
     new: tuple[Tensor, Tensor] | None,
     overlap: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """See `page_select.choose_pages`: one launch, for one token of each sequence; lists, and what it works in."""
+    """See `pages.choose_pages`: one launch, for one token of each sequence; lists, and what it works in."""
     sequences, group, _, dim = query.shape
     query = query if query.stride(3) == 1 or dim == 1 else query.contiguous()
     pages, counts = _lists((sequences, 1, 1), width, query.device)
@@ -160,210 +161,8 @@ def _options(budget: PageBudget, padded: int) -> dict[str, Any]:
 
 
 @triton.jit
-def _ordered(bits):
-    """Integers in the order of the fp32 numbers with these bits; its own inverse."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _narrowed(low, high, reached, above, read, value, count):
-    """The range of the search, and how many scores reach its ends, once it is known that `count` reach a value."""
-    enough = count >= read
-    return (
-        tl.where(enough, value, low),
-        tl.where(enough, high, value),
-        tl.where(enough, count, reached),
-        tl.where(enough, above, count),
-    )
-
-
-@triton.jit
-def _threshold(score, low, high, a, b, reached, read, TURNS: tl.constexpr):
-    """The smallest of the `read` largest scores, or a value that just as many scores reach; and how many reach it.
-
-    Args:
-        score: NaN where there is none.
-        low, high: the smallest and the largest score; `reached`: the number of scores, at least `read`.
-        a, b: where to look first, if they lie in this order between these two.
-    """
-    third = 0.3333333
-    if (low < a) & (a < b) & (b < high):
-        pass
-    else:
-        a = low * (1.0 - third) + high * third
-        b = low * third + high * (1.0 - third)
-    # Then ranges of values: few operations on single numbers, which all threads wait for.
-    above = 1  # scores that reach `high`
-    turn = 0
-    while (turn < TURNS) & (reached > read) & (low < a) & (a < b) & (b < high):
-        # Two counts of 16 bits in one sum: most of a turn goes by putting the program's warps together.
-        both = tl.sum((score >= a).to(tl.int32) + ((score >= b).to(tl.int32) << 16))
-        at_a, at_b = both & 0xFFFF, (both >> 16) & 0xFFFF
-        between = reached - above
-        low, high, reached, above = _narrowed(low, high, reached, above, read, a, at_a)
-        if at_a >= read:
-            low, high, reached, above = _narrowed(low, high, reached, above, read, b, at_b)
-        # Where a turn has halved what is between, scores spread evenly enough that their number says where to look,
-        # give or take half of its spread; otherwise thirds, which no spread of scores makes slow.
-        left = reached - above
-        root = tl.rsqrt(tl.maximum(left, 1).to(tl.float32))
-        single = root * root
-        at = (reached - read).to(tl.float32) * single
-        even = 2 * left <= between
-        lower = tl.where(even, tl.maximum(at - 0.25 * root, 0.3 * single), third)
-        upper = tl.where(even, tl.minimum(at + 0.25 * root, 1.0 - 0.3 * single), 1.0 - third)
-        a = low * (1.0 - lower) + high * lower
-        b = low * (1.0 - upper) + high * upper
-        turn += 1
-    # Halves of the range of bit patterns: 32 turns at most, whatever the scores are.
-    first, last = _ordered(low.to(tl.int32, bitcast=True)), _ordered(high.to(tl.int32, bitcast=True))
-    while (reached > read) & (first < last):
-        # first < middle <= last, and their difference may not be an int32.
-        middle = (first & last) + ((first ^ last) >> 1) + ((first ^ last) & 1)
-        count = tl.sum((score >= _ordered(middle).to(tl.float32, bitcast=True)).to(tl.int32))
-        if count >= read:
-            first = middle
-            reached = count
-        else:
-            last = middle - 1
-    return _ordered(first).to(tl.float32, bitcast=True), reached
-
-
-@triton.jit
-def _shared_budget(keep, tokens, visible, before, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, SIZE: tl.constexpr):
-    """Pages that each KV head of a row reads: `naive.budget_pages`, and `naive._fill` over all pairs of heads."""
-    heads = tl.arange(0, HEADS_PADDED)
-    asked = (keep * tokens.to(tl.float64) - (visible - before * SIZE).to(tl.float64)) / SIZE
-    asked = tl.maximum(asked, 0.0)
-    wanted = asked.to(tl.int64)
-    rest = asked - wanted.to(tl.float64)
-    wanted += ((rest > 0.5) | ((rest == 0.5) & (wanted % 2 == 1))).to(tl.int64)  # half to even
-    wanted = tl.where((heads < HEADS) & (visible > 0), wanted, 0)
-    enough = tl.sum((wanted > before).to(tl.int32), 0) == 0
-    total = tl.minimum(tl.sum(wanted, 0), tl.sum(before, 0).to(tl.int64)).to(tl.int32)
-    mine, other = before[:, None], before[None, :]
-    first = heads[None, :] < heads[:, None]
-    real = (heads < HEADS)[None, :]
-    smaller = real & ((other < mine) | ((other == mine) & first))
-    sharing = tl.maximum(HEADS - tl.sum(smaller.to(tl.int32), 1), 1)
-    shares = (total - tl.sum(tl.where(smaller, other, 0), 1)) // sharing
-    level = tl.max(tl.where(heads < HEADS, shares, 0), 0)
-    given = tl.minimum(before, level)
-    rank = tl.sum((real & ((other > mine) | ((other == mine) & first))).to(tl.int32), 1)
-    given += ((rank < total - tl.sum(given, 0)) & (given < before)).to(tl.int32)
-    return tl.where(enough, wanted.to(tl.int32), given)
-
-
-@triton.jit
-def _number(
-    lengths,
-    logical,
-    sequence,
-    behind,
-    most,
-    low_bits,
-    high_bits,
-    SHARE: tl.constexpr,
-    SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_PADDED: tl.constexpr,
-):
-    """Complete pages that a token of a sequence reads, one that `behind` others follow."""
-    if SHARE:
-        keep = ((high_bits.to(tl.int64) << 32) | (low_bits.to(tl.int64) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
-        heads = tl.arange(0, HEADS_PADDED)
-        tokens = tl.load(logical + sequence // HEADS) - behind
-        seen = tl.load(lengths + sequence // HEADS * HEADS + heads, mask=heads < HEADS, other=0) - behind
-        seen = tl.where(heads < HEADS, seen, 0)
-        held = tl.maximum(seen - 1, 0) // SIZE
-        shared = _shared_budget(keep, tokens, seen, held, HEADS, HEADS_PADDED, SIZE)
-        read = tl.sum(tl.where(heads == sequence % HEADS, shared, 0), 0)
-    else:
-        length = tl.load(lengths + sequence)
-        read = tl.minimum(most, tl.maximum(length - behind - 1, 0) // SIZE)
-    return read
-
-
-@triton.jit
-def _row_of_scores(scores, place, columns, PADDED: tl.constexpr):
-    """All scores of row `place`, in groups of 32, of which each can be one number whose bits say which are meant."""
-    ids = tl.arange(0, PADDED // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    # It need not be known yet how many are looked at: one load does not wait for the other.
-    return tl.load(scores + place * columns + ids, mask=ids < columns, other=0.0)
-
-
-@triton.jit
-def _choose(
-    score,
-    pages,
-    place,
-    width,
-    before,
-    read,
-    low,
-    high,
-    a,
-    b,
-    KNOWN: tl.constexpr,
-    PADDED: tl.constexpr,
-    VALUE_TURNS: tl.constexpr,
-):
-    """Write the best `read` of the first `before` pages, by their scores, to list `place`, and `before`.
-
-    Where it is known that scores are numbers, from `low` to `high`, the search begins at `a` and `b`.
-    """
-    group = tl.arange(0, PADDED // 32)
-    bit = tl.arange(0, 32)[None, :]
-    ids = group[:, None] * 32 + bit
-    if not KNOWN:
-        score = tl.where(score == score, score, float("-inf"))
-    # What is no score is NaN from here on, which reaches no value, and which minimum and maximum pass over.
-    score = tl.where(ids < before, score, float("nan"))
-    if not KNOWN:
-        low, high = tl.min(score), tl.max(score)
-        a, b = low, high
-    least, reached = _threshold(score, low, high, a, b, before, tl.maximum(read, 1), VALUE_TURNS)
-    chosen = _bits(score >= least, bit)
-    if reached > read:
-        # Ties at the smallest: as many as there is room for, from the right.
-        equal = _bits(score == least, bit)
-        number = _ones(equal)
-        excess = tl.minimum(tl.maximum(reached - read - (tl.cumsum(number, 0) - number), 0), number)
-        left = equal
-        for turn in range(tl.max(excess, 0)):
-            left = tl.where(turn < excess, left & (left - 1), left)
-        chosen = chosen & ~(equal ^ left)
-    chosen = tl.where(read > 0, chosen, 0)
-    number = _ones(chosen)
-    target = pages + place * width
-    slot = tl.cumsum(number, 0) - number
-    for turn in range(tl.max(number, 0)):
-        lowest = chosen & -chosen
-        # Its place among the bits: the exponent of the number that it is.
-        at = (lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        tl.store(target + slot + turn, group * 32 + at, mask=(turn < number) & (slot + turn < width))
-        chosen = chosen ^ lowest
-    tl.store(target + read, before, mask=read < width)
-
-
-@triton.jit
 def _merged(low, high, total, squares, low_, high_, total_, squares_):
     return tl.minimum(low, low_), tl.maximum(high, high_), total + total_, squares + squares_
-
-
-@triton.jit
-def _bits(which, bit):
-    """Of each row of 32, one number."""
-    return tl.sum(which.to(tl.int32) << bit, 1)
-
-
-@triton.jit
-def _ones(x):
-    """How many bits of an int32 are set."""
-    x -= (x >> 1) & 0x55555555
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return (x * 0x01010101 >> 24) & 0xFF
 
 
 # Numbers that change with the budget are not specialised on: each kind of them would compile anew.
@@ -391,9 +190,11 @@ def _select_kernel(
     place = (sequence * tl.num_programs(1) + list_) * tl.num_programs(0) + step
     visible = tl.load(lengths + sequence) - behind
     if visible > 0:
-        read = _number(lengths, logical, sequence, behind, most, low_bits, high_bits, SHARE, SIZE, HEADS, HEADS_PADDED)
-        _choose(
-            _row_of_scores(scores, place, columns, PADDED),
+        read = number_of_pages(
+            lengths, logical, sequence, behind, most, low_bits, high_bits, SHARE, SIZE, HEADS, HEADS_PADDED
+        )
+        choose(
+            row_of_scores(scores, place, columns, PADDED),
             pages,
             place,
             width,
@@ -485,7 +286,7 @@ def _score_and_choose_kernel(
         if part == 0:
             number = 0
             if length > 0:
-                number = 1 + _number(
+                number = 1 + number_of_pages(
                     lengths, logical, sequence, 0, most, low_bits, high_bits, SHARE, SIZE, HEADS, HEADS_PADDED
                 )
             tl.store(counts + sequence, number)
@@ -530,7 +331,7 @@ def _score_and_choose_kernel(
         tl.debug_barrier()
         if tl.atomic_add(tickets + sequence, 1, sem="acq_rel") == tiles + 1:
             tl.store(tickets + sequence, 0)
-            score = _row_of_scores(scores, sequence, columns, PADDED)
+            score = row_of_scores(scores, sequence, columns, PADDED)
             number = tl.load(counts + sequence)
             read = tl.maximum(number - 1, 0)
             tile = tl.arange(0, STATS)
@@ -553,7 +354,7 @@ def _score_and_choose_kernel(
             odds = tl.maximum(tl.minimum(share, 1.0 - share), 1e-6) / tl.maximum(share, 1.0 - share)
             away = 5.5556 - 5.5556 * tl.exp2(0.1186 * tl.log2(odds))
             away = tl.where(share < 0.5, away, -away)
-            _choose(
+            choose(
                 score,
                 pages,
                 sequence,

@@ -15,9 +15,9 @@ from torch import Tensor
 from ...backends import choose
 from ...types import Blocks
 from . import naive
-from .naive import APART, coverage_keys, solve
+from .naive import APART, coverage_keys
 
-__all__ = ["APART", "Coverage", "coverage_keys", "select", "solve"]
+__all__ = ["APART", "Coverage", "coverage_keys", "select"]
 
 #: The counters of the Triton backend hold the tiles of a map of fewer blocks than this.
 MAX_BLOCKS = 1 << 14

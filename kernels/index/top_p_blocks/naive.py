@@ -1,23 +1,15 @@
-"""The oracle of `coverage`: torch on any device, a loop over query-aware heads, a solve that waits for each step."""
+"""The oracle of this choice: torch on any device, a loop over query-aware heads, a solve that waits for each step."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...budget import bisect_share
 from ...estimate import pool
 from ...types import Blocks, causal_pairs, tile_pairs
 
-#: The solve stops once the mean density is this close to the target (a tenth of the promised tolerance).
-CLOSE_ENOUGH = 0.001
-#: Natural logarithms of the shares between which it searches: the first leaves nothing out, the last everything.
-LOWEST, HIGHEST = -100.0, 1e-6
-#: It halves that range at most so often.
-HALVINGS = 60
 #: Smaller shares to leave out than this cannot be told from 0 once written as gamma = 1 - share.
 REPRESENTABLE = 1e-6
 #: Relative offset between equal shares of different heads, so that the solve takes their blocks one by one.
@@ -40,7 +32,7 @@ def select(
     rest: float | None,
     density: float | None,
 ) -> tuple[Blocks, float, float]:
-    """See `coverage.select`: the layout, gamma and rest."""
+    """See `top_p_blocks.select`: the layout, gamma and rest."""
     heads, length, _ = query.shape
     blocks = vertical.shape[1]
     # Ties go to recent keys: to the larger key block, and to the nearer band.
@@ -67,7 +59,7 @@ def select(
             pairs[head] += block_map.pairs(rest)
         return float(pairs.sum()) / (heads * causal_pairs(length))
 
-    rest = solve(mean_density, density) if rest is None else rest
+    rest = bisect_share(mean_density, density) if rest is None else rest
     gamma = max(0.0, 1 - rest)
     if REPRESENTABLE < rest < 1:  # so that the reported gamma, typed as a knob, selects the same blocks
         rest = 1 - gamma
@@ -173,28 +165,3 @@ def union_pairs(
     last = length - (blocks - 1) * block
     triangle = (blocks - 1) * (block * (block + 1) // 2) + last * (last + 1) // 2
     return off_diagonal * block * block - last_row * (block - last) * block + triangle
-
-
-def solve(density: Callable[[float], float], target: float) -> float:
-    """The share left out, 1 - gamma, whose density comes closest to `target`.
-
-    `density` falls as the share grows. The share spans many orders of magnitude (attention is concentrated),
-    so the bisection runs on its logarithm.
-    """
-    low, high = LOWEST, HIGHEST
-    below = density(math.exp(low))
-    if below <= target:
-        return math.exp(low)
-    above = density(math.exp(high))
-    if above >= target - 1e-9:
-        return math.exp(high)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        value = density(math.exp(middle))
-        if value > target:
-            low, below = middle, value
-        else:
-            high, above = middle, value
-        if min(below - target, target - above) < CLOSE_ENOUGH:
-            break
-    return math.exp(low if below - target < target - above else high)

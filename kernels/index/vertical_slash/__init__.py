@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...backends import choose
-from .naive import TOLERANCE, Pattern, closest
+from .naive import Pattern
 
-__all__ = ["TOLERANCE", "Pattern", "closest", "rank"]
+__all__ = ["Pattern", "rank"]
 
 
 def rank(columns: Tensor, diagonals: Tensor, sinks: int, near: int, tile: int, *, backend: str = "auto") -> Pattern:

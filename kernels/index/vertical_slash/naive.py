@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ...budget import bisect_share, closest_count
 from ...estimate import sum_blocks
 from ...types import Blocks, causal_pairs
-from ..top_p_blocks import solve
 
 #: Counts stay as found as long as the density is met to this; else verticals, which are finer, make up for it.
 TOLERANCE = 0.009
@@ -108,7 +107,7 @@ class Pattern:
         def same(count: int) -> Tensor:
             return torch.full((self.heads,), count, device=self.column_rank.device)
 
-        count = closest(lambda n: int(self.executed_pairs(same(n), same(n)).sum()), goal, 1, self.length)
+        count = closest_count(lambda n: int(self.executed_pairs(same(n), same(n)).sum()), goal, 1, self.length)
         return self._fit(same(count), same(count), goal)
 
     def covering(self, keys: tuple[Tensor, Tensor], rest: float | Tensor, floor: int = 0) -> tuple[Tensor, Tensor]:
@@ -128,7 +127,7 @@ class Pattern:
         Returns the share, a number or an fp64 tensor of one on the device, verticals and slashes.
         """
         pairs = self.heads * causal_pairs(self.length)
-        rest = solve(lambda rest: float(self.executed_pairs(*self.covering(keys, rest)).sum()) / pairs, density)
+        rest = bisect_share(lambda rest: float(self.executed_pairs(*self.covering(keys, rest)).sum()) / pairs, density)
         return rest, *self._fit(*self.covering(keys, rest), self._goal(density))
 
     def _goal(self, density: float) -> float:
@@ -153,7 +152,7 @@ class Pattern:
             while fewer - low > 1:
                 middle = (low + fewer) // 2
                 low, fewer = (low, middle) if pairs(0, middle) <= goal else (middle, fewer)
-        more = closest(lambda n: pairs(n, fewer), goal, 0, self.length)
+        more = closest_count(lambda n: pairs(n, fewer), goal, 0, self.length)
         return (n_vertical + more).clamp(max=self.length), (n_slash - fewer).clamp(min=1)
 
 
@@ -178,17 +177,6 @@ def pattern_pairs(columns: Tensor, bands: Tensor, last: Tensor, length: int, til
     open_last = (~last).flip(-1).long()
     open_last[:, -1] = 0
     return tiles + diagonal + (columns * (full * tile + open_last * rest)).sum(-1)
-
-
-def closest(pairs: Callable[[int], int], goal: float, low: int, high: int) -> int:
-    """The count in [low, high] whose `pairs`, which do not fall, come closest to `goal`; the larger of equals."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        if pairs(middle) <= goal:
-            low = middle
-        else:
-            high = middle
-    return high if pairs(high) - goal <= goal - pairs(low) else low
 
 
 def _inverse(order: Tensor) -> Tensor:
