@@ -273,7 +273,7 @@ def documents(lm: ControlledLM, leaf: str, indexes: list[int], options: argparse
     from lm_eval.api.instance import Instance
     from lm_eval.tasks import TaskManager
 
-    from lm_eval_sparse.patches.register_tasks import task_folders
+    from lm_eval_sparse.paths import task_folders
     from lm_eval_sparse.protocol import SharedPrompt
 
     metadata = {"qa_folder": options.qa_folder} if options.qa_folder else {}

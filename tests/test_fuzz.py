@@ -25,9 +25,9 @@ from lm_eval_sparse import masking
 from lm_eval_sparse.analysis import curve
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.frontier import qa_data, show
+from lm_eval_sparse.frontier.metadata import check_metadata
 from lm_eval_sparse.frontier.recipe import Unavailable
 from lm_eval_sparse.frontier.store import DocumentStore
-from lm_eval_sparse.frontier.metadata import check_metadata
 from lm_eval_sparse.hub import upload as hub
 from lm_eval_sparse.methods import METHODS
 from lm_eval_sparse.methods.plan import argument_names, parse, split

@@ -23,7 +23,6 @@ from ..cli.app import PROGRAM, Parser
 from ..errors import UserError, nearest
 from ..model.embedded import NAME, ensure, is_embedded
 from ..output import columns
-from ..patches.register_tasks import task_folders
 from ..results.files import brief
 from . import apart, document
 from .document import Document, Piece
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     index = read_number("--index", options.index, 0)
     metadata = read_metadata(options.metadata)
-    folders = task_folders()
+    folders = paths.task_folders()
     if options.include_path is not None:
         folders.append(str(paths.folder(f"--include_path {options.include_path}", options.include_path)))
     check_leaf_name(options.task, folders)  # before anything is loaded

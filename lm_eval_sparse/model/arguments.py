@@ -1,8 +1,8 @@
 """What the model arguments of `sparse-hf` that lm-eval's `hf` and transformers know have to be, as a table.
 
 A value that is none is refused before anything is loaded: deep inside a loader it would be a traceback, or be taken
-for something else (`trust_remote_code=no` for true). Arguments that name sparsity are checked in `methods.plan`, fields of a
-model's own configuration by transformers when it makes the model.
+for something else (`trust_remote_code=no` for true). Arguments that name sparsity are checked in `methods.plan`, fields
+of a model's own configuration by transformers when it makes the model.
 """
 
 from __future__ import annotations
