@@ -29,7 +29,7 @@ import lm_eval_sparse
 from lm_eval_sparse import patches
 from lm_eval_sparse.frontier.leaves import BUILT_IN, LENGTHS
 from lm_eval_sparse.frontier.show import Reader
-from lm_eval_sparse.patches.register_tasks import task_folders
+from lm_eval_sparse.paths import task_folders
 
 
 def leaf(name: str, metadata: dict[str, Any]) -> Any:

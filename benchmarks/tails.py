@@ -36,7 +36,7 @@ from lm_eval_sparse.frontier.leaves import BUILT_IN
 from lm_eval_sparse.frontier.qa_rows import Item
 from lm_eval_sparse.frontier.recipe import Message, Unavailable
 from lm_eval_sparse.frontier.show import Reader, load_leaves, make, manager, prompt_of
-from lm_eval_sparse.patches.register_tasks import task_folders
+from lm_eval_sparse.paths import task_folders
 
 #: Mean tokens after the context in the paper's table of tasks, there with Qwen2.5's tokenizer.
 PAPER = {

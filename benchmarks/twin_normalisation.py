@@ -47,7 +47,7 @@ def measure(lm: Any, leaf: str, limit: int, metadata: dict[str, Any], chat: bool
     from lm_eval.api.instance import Instance
     from lm_eval.tasks import TaskManager
 
-    from lm_eval_sparse.patches.register_tasks import task_folders
+    from lm_eval_sparse.paths import task_folders
     from lm_eval_sparse.protocol import SharedPrompt
 
     manager = TaskManager(include_path=task_folders(), include_defaults=False, metadata=metadata)

@@ -185,7 +185,7 @@ class ControlledScorer(Scorer):
         sequences = context.sequences()
         cache = self.lm.runtime.new_cache(self.lm.model.config, reserve=max(map(len, sequences)))
         prefill = RowCounts()
-        with self.lm.runtime.running([prefill], cache, len(context.prompt)):
+        with self.lm.runtime.running(prefill, cache, len(context.prompt)):
             logits = self.lm.forward(torch.tensor([context.prompt], device=self.lm.device), cache=cache, keep=1)
             first = self.lm.forward.log_softmax(logits[:, -1])[0].double()
         counts = [context.counts if other is not plan else RowCounts() for other in plans]
@@ -199,7 +199,7 @@ class ControlledScorer(Scorer):
             snapshot = rows.snapshot()
             for number, other in enumerate(plans):
                 self.lm.runtime.plan = other
-                with self.lm.runtime.running([counts[number]], rows, len(context.prompt)):
+                with self.lm.runtime.running(counts[number], rows, len(context.prompt), read=len(context.prompt)):
                     found = self._side_by_side(part, first, rows)
                 rows.restore(snapshot)
                 for tokens, (logprobs, greedy) in zip(part, found, strict=True):
@@ -264,7 +264,7 @@ def documents(lm: ControlledLM, leaf: str, indexes: list[int], options: argparse
     from lm_eval.api.instance import Instance
     from lm_eval.tasks import TaskManager
 
-    from lm_eval_sparse.patches.register_tasks import task_folders
+    from lm_eval_sparse.paths import task_folders
     from lm_eval_sparse.protocol import SharedPrompt
 
     metadata = {"qa_folder": options.qa_folder} if options.qa_folder else {}

@@ -160,7 +160,7 @@ def asked(options: argparse.Namespace) -> tuple[str, str, str]:
     Raises `UserError` when the task is no twin, or has no such document.
     """
     reader = show.Reader.of(None, {}, options.apply_chat_template)
-    task = show.load_leaves(show.manager(show.task_folders(), {}), [options.task])[options.task]
+    task = show.load_leaves(show.manager(paths.task_folders(), {}), [options.task])[options.task]
     document = show.read(task, options.answer, reader)
     if not document.requests:
         raise UserError(f"--answer {options.answer} needs a teacher-forced twin; type --task forced_{options.task}")

@@ -6,6 +6,7 @@ Messages begin with what was typed, as the user typed it (`pretrained='~/m'`, `-
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from .results.files import why
 #: The variable that names the folder of our caches, and the folder without it.
 CACHE = "LM_EVAL_SPARSE_CACHE"
 _CACHE = "~/.cache/lm_eval_sparse"
+#: The package that holds the YAML files of our tasks.
+TASKS = "lm_eval_sparse.tasks"
 
 
 def expand(option: str, given: Any) -> Path:
@@ -107,6 +110,14 @@ def cache_root() -> Path:
         if typed:
             raise
         raise UserError(f"{error}, in the variable {CACHE}") from None
+
+
+def task_folders() -> list[str]:
+    """The folders of `lm_eval_sparse.tasks`, in a wheel as in a checkout (a namespace package: data, no Python)."""
+    spec = importlib.util.find_spec(TASKS)
+    if spec is None or spec.submodule_search_locations is None:
+        raise FileNotFoundError(f"the folder of {TASKS} is missing")
+    return [str(folder) for folder in spec.submodule_search_locations]
 
 
 def check_writable(option: str, folder: Path, names: Sequence[str]) -> None:

@@ -8,19 +8,10 @@ Does nothing on a lm-eval that discovers plug-in tasks itself. Delete when the o
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 from types import ModuleType
 
-TASKS = "lm_eval_sparse.tasks"
-
-
-def task_folders() -> list[str]:
-    """The folders of `lm_eval_sparse.tasks`, in a wheel as in a checkout (a namespace package: data, no Python)."""
-    spec = importlib.util.find_spec(TASKS)
-    if spec is None or spec.submodule_search_locations is None:
-        raise FileNotFoundError(f"the folder of {TASKS} is missing")
-    return [str(folder) for folder in spec.submodule_search_locations]
+from lm_eval_sparse.paths import task_folders
 
 
 def apply(module: ModuleType) -> None:

@@ -179,7 +179,7 @@ def _alone(frontier: bool) -> Iterator[None]:
     from lm_eval_sparse import patches
     from lm_eval_sparse.frontier import show
     from lm_eval_sparse.model import embedded
-    from lm_eval_sparse.patches.register_tasks import task_folders
+    from lm_eval_sparse.paths import task_folders
 
     patches.install()
     original = TaskManager.__init__

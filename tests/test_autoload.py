@@ -15,6 +15,7 @@ import pytest
 from fresh_venv import ROOT, lent_packages, run
 
 import lm_eval_sparse.patches as patches
+from lm_eval_sparse import paths
 from lm_eval_sparse.patches import register_model, register_tasks, user_errors
 
 HOOK = ROOT / "patches" / "_lm_eval_sparse_hook.py"
@@ -295,7 +296,7 @@ def test_user_paths_come_after_ours(given: object, theirs: list) -> None:
     module = released_manager()
     register_tasks.apply(module)
     register_tasks.apply(module)
-    ours = register_tasks.task_folders()
+    ours = paths.task_folders()
     assert ours == [str(ROOT / "tasks")]
     for manager in (module.TaskManager(include_path=given), module.TaskManager(None, given)):
         assert manager.paths == [*ours, *theirs]

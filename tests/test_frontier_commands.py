@@ -23,7 +23,7 @@ from lm_eval_sparse.errors import UserError, plain
 from lm_eval_sparse.frontier import document, show
 from lm_eval_sparse.frontier.leaves import BUILT_IN, LENGTHS, TaskFolder
 from lm_eval_sparse.frontier.recipe import Unavailable
-from lm_eval_sparse.patches.register_tasks import task_folders
+from lm_eval_sparse.paths import task_folders
 
 NAME = "parcel_search"
 

@@ -22,7 +22,6 @@ from .. import paths
 from ..errors import PROGRAM, UserError, nearest
 from ..model.embedded import NAME, ensure, is_embedded
 from ..output import columns
-from ..patches.register_tasks import task_folders
 from ..results.files import brief
 from . import apart, document
 from .document import Document, Piece
@@ -58,7 +57,7 @@ def run(
     """
     number = read_number("--index", index, 0)
     given = read_metadata(metadata)
-    folders = task_folders()
+    folders = paths.task_folders()
     if include_path is not None:
         folders.append(str(paths.folder(f"--include_path {include_path}", include_path)))
     check_leaf_name(leaf, folders)  # before anything is loaded

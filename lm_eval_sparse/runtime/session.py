@@ -87,15 +87,21 @@ class Runtime:
 
     @contextmanager
     def running(
-        self, counts: RowCounts, cache: SparseCache | None = None, prompt: int = 0, window: int | None = None
+        self,
+        counts: RowCounts,
+        cache: SparseCache | None = None,
+        prompt: int = 0,
+        window: int | None = None,
+        read: int = 0,
     ) -> Iterator[None]:
         """Run a prompt of `prompt` tokens and its answers inside the block: count into `counts`, work on `cache`.
 
         Args:
             window: what its task says.
+            read: tokens that `cache` holds already.
         """
         self.counts, self.cache, self.prompt, self.task_window = counts, cache, prompt, window
-        self._read = 0
+        self._read = read
         try:
             yield
             settle([counts])

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ... import frontier, paths
 from ...errors import PROGRAM, UserError, nearest
-from ...patches.register_tasks import task_folders
 from ..leaves import LENGTHS
 from ..store import cache_dir
 
@@ -37,7 +36,7 @@ def folder_of(given: str) -> Path:
 
 def built_in() -> dict[str, Path]:
     """The folders of this package's tasks, by their names."""
-    roots = [Path(folder) for folder in task_folders()]
+    roots = [Path(folder) for folder in paths.task_folders()]
     return {name: (root / name).resolve() for name in frontier.RECIPES for root in roots if (root / name).is_dir()}
 
 
