@@ -439,8 +439,8 @@ def test_weights_and_virtual_keys_in_scoring_and_generation(method: str, family:
     def watch(query: Tensor, new: Any, kv: Any, layer: Any, filled: Any, **options: Any) -> Any:
         found = ask(query, new, kv, layer, filled, **options)
         if filled is not None:
-            call = Call(query.clone(), kv.keys.clone(), kv.values.clone(), options["scale"], options["softcap"], "decode",
-                        filled.budget, layer, cache=None)  # fmt: skip
+            states = query.clone(), kv.keys.clone(), kv.values.clone()
+            call = Call(*states, options["scale"], options["softcap"], "decode", filled.budget, layer)
             from lm_eval_sparse.methods import CacheView
 
             lengths = replace(

@@ -222,7 +222,7 @@ class ScoredPrefill(PrefillMethod):
 
 
 def missing_mass(score: Tensor, forced: Tensor) -> Tensor:
-    """For each entry the share of its row that is still missing before it is taken: forced ones first, then the largest.
+    """For each entry the share of its row that is missing before it is taken: forced ones first, then the largest.
 
     An entry belongs to the fewest that leave out at most `rest` exactly when this is larger than `rest`. Ties are taken
     from the last entry on.
