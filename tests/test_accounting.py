@@ -34,11 +34,10 @@ from lm_eval_sparse.methods.prefill.vertical_slash import Pattern, VerticalSlash
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.model.scoring import Scorer
 from lm_eval_sparse.protocol import stats_of
-from lm_eval_sparse.runtime import accounting
-from lm_eval_sparse.runtime.accounting import Ledger, RowCounts
+from lm_eval_sparse.runtime.accounting import COVERED, Ledger, RowCounts
+from lm_eval_sparse.runtime.decoder import Decoder, Row
 from lm_eval_sparse.runtime.masks import FULL
-from lm_eval_sparse.runtime.session import COVERED, Runtime
-from lm_eval_sparse.runtime.steps import Decoder, Row
+from lm_eval_sparse.runtime.session import Runtime
 
 patches.install()
 
@@ -84,8 +83,9 @@ def drive(
     torch.manual_seed(length)
     counts, cache, module = RowCounts(), runtime.new_cache(config, reserve=8), SimpleNamespace(layer_idx=0)
     runtime.see({0: FULL})
-    with runtime.running([counts], cache, prompt_tokens or length):
+    with runtime.running(counts, cache, prompt_tokens or length):
         for new in (length, *steps):
+            runtime.begin(new)
             query, key = torch.randn(heads, new, 4), torch.randn(kv_heads, new, 4)
             if prompt is not None and new == length:
                 query, key = prompt
@@ -148,7 +148,7 @@ def test_numbers_on_a_device_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch
     arguments = {"method": "vertical_slash+snapkv+quest", "sparsity": 0.5, "decode_sparsity": 0.7}
     expected = drive(arguments, 4, 2, 200, [1])
     transfers: list[int] = []
-    to_host = accounting.to_host
+    to_host = rows.to_host
 
     def noted(tensors: Sequence[Tensor]) -> list[Any]:
         transfers.extend([len(tensors)] * (len(tensors) > 0))
@@ -180,10 +180,10 @@ def test_numbers_of_a_device_keep_their_kind() -> None:
         torch.ones(2, 0),
         torch.tensor([[2.5]]),
     ]
-    whole, pair, half, none, one = accounting.to_host([*tensors[:3], tensors[3].int(), tensors[4].double()])
+    whole, pair, half, none, one = rows.to_host([*tensors[:3], tensors[3].int(), tensors[4].double()])
     assert whole == large and type(whole) is int and type(half) is float and half == 0.5
     assert pair.tolist() == [1, large] and none.shape == (2, 0) and one.tolist() == [[2.5]]
-    assert accounting.to_host([]) == []
+    assert rows.to_host([]) == []
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (2, 1)])
@@ -406,8 +406,8 @@ class Recorder:
             )
             return layout(pattern, n_vertical, n_slash)
 
-        def recorded_quest(method: Quest, query: Tensor, context: Any, *, sparsity: float | None) -> Any:
-            found = quest(method, query, context, sparsity=sparsity)
+        def recorded_quest(method: Quest, call: Any) -> Any:
+            found, query, context = quest(method, call), call.query, call.cache
             visible, steps = context.kv.visible(query.shape[2]), query.shape[2]
             assert context.kv_heads == KV_HEADS and len(query) == KV_HEADS * len(context.tokens)
             if recorder.decoding is None:  # scoring
@@ -436,10 +436,10 @@ class Recorder:
                 recorder.rows = None
 
         def recorded(select: Any, into: dict[tuple[int, int], Any], with_pattern: bool) -> Any:
-            def wrapper(method: Any, query: Tensor, key: Tensor, **options: Any) -> Any:
+            def wrapper(method: Any, call: Any) -> Any:
                 recorder.pattern = None
-                found = select(method, query, key, **options)
-                place = (query.shape[1], recorder.layer)
+                found = select(method, call)
+                place = (call.length, recorder.layer)
                 assert place not in into, "a prompt was prefilled twice"
                 into[place] = (found, recorder.pattern) if with_pattern else found
                 return found

@@ -40,12 +40,12 @@ from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
 from lm_eval_sparse.methods.prefill.vertical_slash import VerticalSlash
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import SharedPrompt
-from lm_eval_sparse.runtime import session as attention
-from lm_eval_sparse.runtime import steps as decoding
-from lm_eval_sparse.runtime.accounting import RowCounts
-from lm_eval_sparse.runtime.cache import PreallocatedLayer
+from lm_eval_sparse.runtime import decoder as decoding
+from lm_eval_sparse.runtime import steps
+from lm_eval_sparse.runtime.accounting import COVERED, RowCounts
+from lm_eval_sparse.runtime.cache import CacheLayer
 from lm_eval_sparse.runtime.selections import COVERS
-from lm_eval_sparse.runtime.session import COVERED, Runtime
+from lm_eval_sparse.runtime.session import Runtime
 from lm_eval_sparse.testing import select
 
 SEED = int(os.environ.get("TEST_PHASES_SEED") or random.SystemRandom().randrange(1 << 31))
@@ -247,8 +247,8 @@ def recording(lm: SparseHFLM) -> Iterator[Seen]:
                 held = lm.runtime.decoder.layers[index]
                 seen.lengths[index].append(held.lengths[: held.heads].tolist())
         for index, held in enumerate(lm.runtime.cache.layers if lm.runtime.cache else []):
-            if isinstance(held, PreallocatedLayer):
-                seen.lengths[index].append(held.view().lengths.tolist())
+            if isinstance(held, CacheLayer):
+                seen.lengths[index].append(held.ended().lengths.tolist())
 
     def noted_stats(counts: RowCounts) -> Any:
         seen.counts.append(counts)
@@ -257,8 +257,7 @@ def recording(lm: SparseHFLM) -> Iterator[Seen]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runtime, "attend", noted_attend)
         patch.setattr(lm.reporter, "stats", noted_stats)
-        for module in (attention, decoding):
-            patch.setattr(module, "paged_decode", noted_paged)
+        patch.setattr(steps, "paged_decode", noted_paged)
         for cls in METHODS.values():
             if "select" in vars(cls):
                 patch.setattr(cls, "select", noted_select(vars(cls)["select"], cls.phase))
@@ -558,8 +557,7 @@ def test_everything_selected_through_the_sparse_path_is_dense(
     model, own, prompts, pairs = dense_case
     lm = sparse(copy.deepcopy(model), **covering(method), batch_size=2)
     lm.decoding.get()
-    for module in (attention, decoding):
-        monkeypatch.setattr(module, "paged_decode", noted_paged)
+    monkeypatch.setattr(steps, "paged_decode", noted_paged)
     found = assert_dense(own, lm, prompts, pairs, 6)
     report = lm.report()["phases"]
     for name in method.split("+"):
@@ -628,11 +626,11 @@ def test_evicted_memory_is_given_back(rng: random.Random, method: str, name: str
     layers = full_layers(model)
     config = model.config
     kv_heads, dim = config.num_key_value_heads, getattr(config, "head_dim", config.hidden_size // 4)
-    update = PreallocatedLayer.update
+    update = CacheLayer.update
     # Fixtures of other tests in this process may live; held here, so that nothing else comes to lie where they do.
     others_own = [tensor for tensor in gc.get_objects() if type(tensor) is Tensor]
 
-    def noted(self: PreallocatedLayer, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def noted(self: CacheLayer, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = update(self, key_states, value_states, *args, **kwargs)
         if key_states.shape[2] == length:
             dense.extend(weakref.ref(states) for states in (*out, *self._flat[:2]))
@@ -669,18 +667,18 @@ def test_evicted_memory_is_given_back(rng: random.Random, method: str, name: str
         sizes = {}
         for index in layers:
             fields = vars(cache.layers[index])
-            kv = fields["ragged"].kv
-            tensors = [value for holder in (fields, vars(fields["ragged"]), vars(kv)) for value in holder.values()
+            held, pool = fields["sequences"], fields["pool"]
+            tensors = [value for holder in (fields, vars(held), vars(pool), pool.tensors) for value in holder.values()
                        if isinstance(value, Tensor)]  # fmt: skip
             tables = [tensor for tensor in tensors if not tensor.is_floating_point()]
-            assert {id(table) for table in tables} == {id(kv.starts), id(kv.lengths)}
+            assert {id(table) for table in tables} == {id(held.starts), id(held.lengths)}
             assert all(tensor.numel() == kv_heads for tensor in tables)
             sizes[index] = size_of([tensor for tensor in tensors if tensor.is_floating_point()])
         logical = [cache.layers[index].get_seq_length() for index in layers]
         after.append((alive, sizes, cache.storage_bytes(), logical))
 
     with pytest.MonkeyPatch.context() as patch, recording(lm) as seen:
-        patch.setattr(PreallocatedLayer, "update", noted)
+        patch.setattr(CacheLayer, "update", noted)
         hook = lm.model.register_forward_hook(inspect)
         if way == "scored":
             (found,) = score(lm, [(text(rng, length), answer(rng, tokens))])
@@ -832,7 +830,7 @@ def step_by_step(
     """Logits after the prompt, feeding `tokens` in pieces of these widths through one cache."""
     counts = RowCounts()
     cache = lm.runtime.new_cache(lm.model.config, reserve=len(tokens) if reserve is None else reserve)
-    with lm.runtime.running([counts], cache, len(prompt)):
+    with lm.runtime.running(counts, cache, len(prompt)):
         logits = [lm.forward(torch.tensor([prompt]), cache=cache, keep=1)]
         for width in widths:
             piece, tokens = tokens[:width], tokens[width:]
@@ -1074,8 +1072,8 @@ def test_lengths_around_every_knob(rng: random.Random, method: str) -> None:
             assert int(selection.counts.min()) >= 1
         for selection in seen.prefill.values():
             assert int(selection.counts.min()) >= 1
-        for steps in seen.decode.values():
-            for selection in steps.values():
+        for chosen in seen.decode.values():
+            for selection in chosen.values():
                 assert int(selection.counts.min()) >= 1
         assert all(int(read.min()) >= 1 for read in brute.read.values())
         if "snapkv" in method:

@@ -25,7 +25,7 @@ from transformers.masking_utils import (
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels import dense
 from lm_eval_sparse.model.lm import SparseHFLM
-from lm_eval_sparse.runtime import cache, interface, probe
+from lm_eval_sparse.runtime import cache, interface, probe, steps
 from lm_eval_sparse.runtime import session as attention
 from lm_eval_sparse.runtime.masks import sight_of
 from tests import families
@@ -283,7 +283,7 @@ def test_a_single_wrong_layer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("method", ["snapkv", "quest", "snapkv+quest"])
 def test_a_cache_that_mixes_tokens_up_is_found(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    append, compact = cache.append, cache.compact
+    append, compact = steps.append, cache.compact
 
     def late(kv: Any, keys: Any, values: Any, *rest: Any) -> None:
         append(kv, keys, torch.roll(values, 1, 0), *rest)
@@ -293,18 +293,18 @@ def test_a_cache_that_mixes_tokens_up_is_found(method: str, monkeypatch: pytest.
 
     ours(model(), method=method, sparsity=0.5)
     if "snapkv" in method:
-        monkeypatch.setattr(cache, "append", late)
+        monkeypatch.setattr(steps, "append", late)
         assert "layer 0" in refusal(method=method, sparsity=0.5)
-        monkeypatch.setattr(cache, "append", append)
+        monkeypatch.setattr(steps, "append", append)
         monkeypatch.setattr(cache, "compact", shifted)
         assert "layer 0" in refusal(method=method, sparsity=0.5)
     else:
-        paged = attention.paged_decode
+        paged = steps.paged_decode
 
         def everything(query: Any, kv: Any, selection: Any = None, **options: Any) -> Any:
             return paged(query, kv, None, **options)
 
-        monkeypatch.setattr(attention, "paged_decode", everything)
+        monkeypatch.setattr(steps, "paged_decode", everything)
         assert "layer 0" in refusal(method=method, sparsity=0.5)
 
 

@@ -27,9 +27,8 @@ from lm_eval_sparse.kernels.decode import paged_decode
 from lm_eval_sparse.kernels.types import Blocks, Cost, Keep, RaggedKV, Reads, listed
 from lm_eval_sparse.methods import METHODS, Call, DecodeMethod, EvictionMethod, PrefillMethod
 from lm_eval_sparse.methods.plan import Assignment, Plan, parse
-from lm_eval_sparse.runtime import selections
-from lm_eval_sparse.runtime import session as attention
-from lm_eval_sparse.runtime import steps as decoding
+from lm_eval_sparse.runtime import selections, steps
+from lm_eval_sparse.runtime.accounting import RowCounts
 from lm_eval_sparse.runtime.selections import COVERS, DEBUGGED
 
 SEED = int(os.environ.get("SELECTIONS_SEED") or random.SystemRandom().randrange(1 << 31))
@@ -481,10 +480,10 @@ def test_flags_of_layouts_are_read_with_the_counts(rng: random.Random, model: An
     lm = sparse(model, method="bad_prefill", backend="gather")
     monkeypatch.setattr(selections, "choose", lambda backend, device: "triton")
     later: list[Any] = []
-    monkeypatch.setattr(attention.RowCounts, "later", lambda self, count, *numbers: later.append((count, numbers)))
+    monkeypatch.setattr(RowCounts, "later", lambda self, count, *numbers: later.append((count, numbers)))
     score(lm, [(tiny.words(3, 50), " apple")])
     monkeypatch.undo()
-    faulty = [call for call in later if call[0].__qualname__.startswith("count_sparse")]
+    faulty = [call for call in later if call[0].__qualname__.startswith("count_prefill")]
     assert len(faulty) == LAYERS
     settled = [
         lambda call=call: call[0](*(n.numpy() if isinstance(n, Tensor) else n for n in call[1])) for call in faulty
@@ -497,8 +496,7 @@ def test_flags_of_layouts_are_read_with_the_counts(rng: random.Random, model: An
 @pytest.mark.parametrize("run", [score, generate])
 def test_flags_of_pages_are_read_with_the_counts(rng: random.Random, model: Any, monkeypatch: Any, run: Any) -> None:
     """As on a GPU: attention raises them, and they are fetched together with the keys read."""
-    for module in (attention, decoding):
-        monkeypatch.setattr(module, "check_pages", lambda *args: None)
+    monkeypatch.setattr(steps, "check_reads", lambda *args: None)
     spoil, words = PAGES[rng.choice(("no page", "too many", "negative", "wraps", "twice", "descending"))]
     bad(monkeypatch, Decode, spoil)
     lm, prompt = sparse(model, method="bad_decode", backend="triton"), tiny.words(3, 25)
@@ -601,7 +599,7 @@ def test_debug_is_yes_or_no(value: Any) -> None:
 def test_debug_takes_no_graphs(model: Any) -> None:
     lm = sparse(model, method="quest", debug=True)
     decoder, _ = lm.decoding.get()
-    assert decoder is not None and decoder.no_graph == DEBUGGED
+    assert decoder is not None and decoder.graphs.refused == DEBUGGED
 
 
 # --- what a method returns beside its lists --------------------------------------------------------------------
