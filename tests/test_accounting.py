@@ -34,7 +34,7 @@ from lm_eval_sparse.methods.prefill.vertical_slash import Pattern, VerticalSlash
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.model.scoring import Scorer
 from lm_eval_sparse.protocol import stats_of
-from lm_eval_sparse.runtime.accounting import COVERED, Ledger, RowCounts
+from lm_eval_sparse.runtime.accounting import COVERED, Ledger, RowCounts, rows
 from lm_eval_sparse.runtime.decoder import Decoder, Row
 from lm_eval_sparse.runtime.masks import FULL
 from lm_eval_sparse.runtime.session import Runtime
@@ -154,9 +154,9 @@ def test_numbers_on_a_device_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch
         transfers.extend([len(tensors)] * (len(tensors) > 0))
         return to_host(tensors)
 
-    monkeypatch.setattr(accounting, "on_device", lambda value: isinstance(value, Tensor))
-    monkeypatch.setattr(accounting, "to_host", noted)
-    monkeypatch.setattr(accounting, "MOST_PENDING", most)
+    monkeypatch.setattr(rows, "on_device", lambda value: isinstance(value, Tensor))
+    monkeypatch.setattr(rows, "to_host", noted)
+    monkeypatch.setattr(rows, "MOST_PENDING", most)
     counts = drive(arguments, 4, 2, 200, [1])
     once = [7] if most > 3 else [3 + 1, 1 + 2]
     assert transfers == once and not counts.pending
