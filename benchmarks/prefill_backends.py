@@ -86,7 +86,7 @@ def main() -> None:
             def select(q: torch.Tensor = query, k: torch.Tensor = key, s: float = sparsity) -> Any:
                 return select_by(method, q, k, scale=scale, softcap=None, sparsity=s)
 
-            layout = select().layout
+            layout = select()
             row: dict[str, Any] = {
                 "length": length,
                 "requested_sparsity": sparsity,

@@ -8,7 +8,6 @@ from typing import Any
 import peft
 import pytest
 import tiny
-import torch
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM
 
@@ -17,19 +16,6 @@ from lm_eval_sparse.model.lm import SparseHFLM
 #: lm-eval cuts the embeddings to the tokenizer's size under an adapter; a model of that size keeps them.
 SIZE = {"vocab_size": len(tiny.tiny_tokenizer())}
 FLEX: dict[str, Any] = {"method": "flexprefill", "gamma": 0.5, "min_budget": 0, "block_size": 16, "backend": "gather"}
-
-
-def lora(base: Path, folder: Path, *, seed: int = 7, **options: Any) -> Path:
-    """Save a random LoRA adapter for the model in `base`, none of whose matrices is zero."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    config = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**config))
-    torch.manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.3)
-    adapted.save_pretrained(folder)
-    return folder
 
 
 def answers(**args: Any) -> tuple[list[tuple[float, bool]], list[str], SparseHFLM]:
@@ -50,7 +36,7 @@ def assert_alike(left: Any, right: Any) -> None:
 @pytest.mark.parametrize("method", [{}, FLEX])
 def test_an_adapter_is_the_merged_model(tmp_path: Path, method: dict[str, Any], task_type: str | None) -> None:
     base = tiny.tiny_llama(tmp_path / "base", **SIZE)
-    adapter = lora(base, tmp_path / "adapter", task_type=task_type)
+    adapter = tiny.lora(base, tmp_path / "adapter", task_type=task_type)
     merged = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
     tiny.save(merged, tmp_path / "merged")
     got = answers(pretrained=str(base), peft=str(adapter), **method)
@@ -80,6 +66,6 @@ def test_a_delta_is_added(tmp_path: Path) -> None:
 
 def test_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny.tiny_llama(tmp_path / "base", **SIZE)
-    lora(base, tmp_path / "adapter")
+    tiny.lora(base, tmp_path / "adapter")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert SparseHFLM(device="cpu", pretrained="~/base", peft="~/adapter").peft == str(tmp_path / "adapter")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_analysis import result, save, size
+from result_files import result, save, size
 
 from lm_eval_sparse.analysis import curve, picture
 from lm_eval_sparse.cli import plot

@@ -25,7 +25,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from test_adapters import lora
 
 from lm_eval_sparse import patches
 from lm_eval_sparse.cli import app as cli
@@ -394,7 +393,7 @@ def test_addition_of_another_kind(
 
 
 def test_adapter_without_weights(llama: str, tmp_path: Path, complaint: Callable[..., str]) -> None:
-    folder = lora(Path(llama), tmp_path / "adapter")
+    folder = tiny.lora(Path(llama), tmp_path / "adapter")
     (folder / "adapter_model.safetensors").write_bytes(b"")
     assert_says(complaint(f"pretrained={llama},peft={folder}"), f"peft={str(folder)!r}", "does not fit")
     (folder / "adapter_model.safetensors").unlink()
@@ -416,7 +415,7 @@ def test_adapter_made_for_another_model(other: str, llama: str, tmp_path: Path, 
     name, options, words, _ = OTHERS[other]
     base = tiny.tiny(name, tmp_path / "other", **options)
     targets = ["qkv_proj"] if name == "phi3" else ["q_proj", "v_proj"]
-    folder = lora(base, tmp_path / "adapter", target_modules=targets)
+    folder = tiny.lora(base, tmp_path / "adapter", target_modules=targets)
     message = complaint(f"pretrained={llama},peft={folder}")
     assert_says(message, f"peft={str(folder)!r}", f"made for {str(base)!r}", "does not fit", words, "made for this")
     assert len(message) < 1000
@@ -455,7 +454,7 @@ def test_a_model_that_does_not_load_is_not_the_fault_of_its_adapter(
     tmp_path: Path, complaint: Callable[..., str]
 ) -> None:
     base = tiny.tiny_llama(tmp_path / "base")
-    folder = lora(base, tmp_path / "adapter")
+    folder = tiny.lora(base, tmp_path / "adapter")
     (base / "model.safetensors").unlink()
     assert_says(complaint(f"pretrained={base},peft={folder}"), f"pretrained={str(base)!r} could not be loaded")
 

@@ -76,9 +76,14 @@ def test_equals_the_definition(backend: str, seed: int) -> None:
     torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=1e-4)
 
 
-needs_flex = pytest.mark.skipif(
-    flex.unavailable_reason("cpu", 32, 32) is not None, reason=f"flex: {flex.unavailable_reason('cpu', 32, 32)}"
-)
+@pytest.fixture(scope="module")
+def compiled_flex() -> None:
+    """Skips where flex does not work. Finding out compiles a kernel, so that nobody does who runs other tests."""
+    if (reason := flex.unavailable_reason("cpu", 32, 32)) is not None:
+        pytest.skip(f"flex: {reason}")
+
+
+needs_flex = pytest.mark.usefixtures("compiled_flex")
 
 
 @needs_flex

@@ -1,5 +1,7 @@
 """Answers decoded token by token: the same alone and side by side, whatever the storage, the limits and the loop."""
 
+# ruff: noqa: F811 - fixtures of a helper module are arguments of tests
+
 from __future__ import annotations
 
 import itertools
@@ -12,7 +14,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from lm_eval.api.instance import Instance
+from decoding_lms import (
+    DEVICE,
+    all_stats,
+    decode_stats,
+    generate,
+    lm_of,
+    prompts_of,
+    rng,  # noqa: F401 (fixtures)
+    words,
+)
 from lm_eval.models.utils_hf import MultiTokenEOSCriteria
 from prefill_cases import interpreter_missing
 from torch import Tensor
@@ -32,7 +43,6 @@ from lm_eval_sparse.runtime.interface import CALL
 from lm_eval_sparse.runtime.memory import MemoryModel, out_of_memory
 from lm_eval_sparse.runtime.rounding import rows_alike
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOOP = "cuda_graph" if DEVICE == "cuda" else "eager"
 on_a_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="what a CPU does")
 
@@ -46,45 +56,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "snapkv": {"method": "snapkv", "capacity": 24, "window": 8, "sinks": 2, "local": 4},
     "ada+quest": {"method": "flexprefill+ada_snapkv+quest", "sparsity": 0.4, "page_size": 8},
 }
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    """Fresh prompts in every run; a failure shows its seed."""
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")
-    return random.Random(seed)
-
-
-def words(rng: random.Random, number: int) -> str:
-    return "".join(rng.choice("abcdefghij klm nop qrs tuv") for _ in range(number))
-
-
-def prompts_of(rng: random.Random, number: int, low: int = 5, high: int = 180) -> list[str]:
-    return [words(rng, rng.randint(low, high)) for _ in range(number)]
-
-
-def request(prompt: str, options: dict[str, Any]) -> Instance:
-    return Instance("generate_until", {}, (prompt, options), 0, metadata=("t", 0, 1))
-
-
-def lm_of(family: str | Callable[[], Any], dtype: torch.dtype = torch.bfloat16, **options: Any) -> SparseHFLM:
-    model = tiny.family(family) if isinstance(family, str) else family()
-    model = model.to(DEVICE, dtype)
-    return SparseHFLM(pretrained=model, tokenizer=tiny.tiny_tokenizer(), device=DEVICE, **options)
-
-
-def generate(lm: SparseHFLM, prompts: list[str], **options: Any) -> list[Any]:
-    options = {"until": [], "max_gen_toks": 12, **options}
-    return lm.generate_until([request(prompt, options) for prompt in prompts], disable_tqdm=True)
-
-
-def decode_stats(texts: list[Any]) -> list[dict[str, Any]]:
-    return [text.stats["decode"] for text in texts]
-
-
-def all_stats(texts: list[Any]) -> list[dict[str, Any]]:
-    return [{**text.stats, "run": None} for text in texts]
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_decoding import all_stats, generate
+from decoding_lms import all_stats, generate
 
 from lm_eval_sparse.model import decoding as model_decoding
 from lm_eval_sparse.model import embedded

@@ -43,30 +43,36 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
     return walk(ast.parse(path.read_text()), True)
 
 
-FOUND = {
-    (module, early, path.relative_to(ROOT).as_posix())
-    for folder in ("lm_eval_sparse", "kernels", "tasks", "patches", "hub_cards")
-    for path in (ROOT / folder).rglob("*.py")
-    for module, early in imports(path)
-    if module not in sys.stdlib_module_names and module not in OURS
-}
+@pytest.fixture(scope="module")
+def found() -> set[tuple[str, bool, str]]:
+    """Modules of others, whether as soon as the file is imported, and the file."""
+    return {
+        (module, early, path.relative_to(ROOT).as_posix())
+        for folder in ("lm_eval_sparse", "kernels", "tasks", "patches", "hub_cards")
+        for path in (ROOT / folder).rglob("*.py")
+        for module, early in imports(path)
+        if module not in sys.stdlib_module_names and module not in OURS
+    }
 
 
-def test_imports_are_found() -> None:
+def test_imports_are_found(found: set[tuple[str, bool, str]]) -> None:
     """Guards the test itself."""
-    assert ("torch", True, "kernels/layout.py") in FOUND
-    assert ("matplotlib", False, "lm_eval_sparse/analysis/picture.py") in FOUND
-    assert ("psutil", True, "lm_eval_sparse/runtime/memory.py") in FOUND
+    assert ("torch", True, "kernels/types/blocks.py") in found
+    assert ("matplotlib", False, "lm_eval_sparse/analysis/picture.py") in found
+    assert ("psutil", True, "lm_eval_sparse/runtime/memory.py") in found
 
 
-@pytest.mark.parametrize("module", sorted({module for module, _, _ in FOUND}))
-def test_what_is_imported_is_declared(module: str) -> None:
-    early = sorted(path for name, early, path in FOUND if name == module and early)
-    if module in OPTIONAL:
-        assert not early and OPTIONAL[module] in PROJECT["optional-dependencies"]
-        return
-    names = {canonicalize_name(name) for name in packages_distributions().get(module, [module])}
-    assert names & set(DECLARED), f"{module} of {sorted(names)} is imported by {early or 'a function'}"
+def test_what_is_imported_is_declared(found: set[tuple[str, bool, str]]) -> None:
+    homes, undeclared = packages_distributions(), []
+    for module in sorted({module for module, _, _ in found}):
+        early = sorted(path for name, early, path in found if name == module and early)
+        if module in OPTIONAL:
+            assert not early and OPTIONAL[module] in PROJECT["optional-dependencies"], (module, early)
+            continue
+        names = {canonicalize_name(name) for name in homes.get(module, [module])}
+        if not names & set(DECLARED):
+            undeclared.append(f"{module} of {sorted(names)} is imported by {early or 'a function'}")
+    assert not undeclared
 
 
 @pytest.mark.parametrize("name", sorted(DECLARED))

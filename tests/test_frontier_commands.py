@@ -1,5 +1,7 @@
 """`show`, `check-task` and `new-task`: what they print, what they find wrong, and one line for each mistake."""
 
+# ruff: noqa: F811 - fixtures of a helper module are arguments of tests
+
 from __future__ import annotations
 
 import json
@@ -13,62 +15,17 @@ from pathlib import Path
 
 import lm_eval
 import pytest
+from command_cases import DRAFT, NAME, cache, command, folder, one_line, tokenizers  # noqa: F401 (fixtures)
 from frontier_common import tokenizer
 from lm_eval.tasks import TaskManager
 from tiny import tiny_llama
 
 from lm_eval_sparse import frontier, protocol
-from lm_eval_sparse.cli import app as cli
 from lm_eval_sparse.errors import UserError, plain
 from lm_eval_sparse.frontier import document, show
 from lm_eval_sparse.frontier.leaves import BUILT_IN, LENGTHS, TaskFolder
 from lm_eval_sparse.frontier.recipe import Unavailable
 from lm_eval_sparse.paths import task_folders
-
-NAME = "parcel_search"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LM_EVAL_SPARSE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(protocol, "_active", None)
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory) -> Callable[[str], str]:
-    root = tmp_path_factory.mktemp("tokenizers")
-
-    def saved(kind: str) -> str:
-        if not (root / kind).exists():
-            tokenizer(kind).save_pretrained(root / kind)
-        return str(root / kind)
-
-    return saved
-
-
-@pytest.fixture
-def command(capsys):
-    """Runs a command line; returns exit status, stdout and stderr."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        status = cli.main([str(argument) for argument in argv])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def folder(tmp_path, command) -> Path:
-    assert command("new-task", NAME, "--folder", tmp_path)[0] == 0
-    return tmp_path / NAME
-
-
-def one_line(error: str) -> str:
-    (line,) = error.splitlines()
-    assert line.startswith("lm-eval-sparse: error: ")
-    return line
 
 
 def available(name: str) -> bool:
@@ -396,7 +353,6 @@ def test_data_out_of_reach_is_told(command, tokenizers):
 GOLD = '"target": self.locker}'
 SCORE = '{"acc": float(found[:1] == [doc["locker"]])}'
 SEED = "rng(self.name, self.version, length, seed, index)"
-DRAFT = "self._random = random_source\n"
 BROKEN = {
     "hash order": ("for _, line in placed)", "for line in {x for _, x in placed})", "other process", "hash order"),
     "a clock": (SEED, "__import__('random').Random()", "order", "has another 'input'"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from frontier_common import build
-from test_frontier_recipes import (  # noqa: F401 (fixtures)
+from recipe_cases import (  # noqa: F401 (fixtures)
     LENGTHS,
     QA,
     active,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_sparse_hf import PAIRS, PROMPTS, generate, score
+from small_lms import PAIRS, PROMPTS, generate, score
 
 from lm_eval_sparse.kernels.decode import paged_decode
 from lm_eval_sparse.kernels.estimate import update_bounds

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from decoding_lms import generate, lm_of, prompts_of
 
 from lm_eval_sparse.runtime.steps import Decoder
-from tests.test_decoding import generate, lm_of, prompts_of
 
 pytestmark = pytest.mark.gpu
 

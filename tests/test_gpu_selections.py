@@ -1,6 +1,6 @@
 """Selections on a CUDA device: flags are raised without waiting, also in captured graphs, and nonsense faults nothing.
 
-The kinds of nonsense and the oracles are those of test_selections_checked.py; SELECTIONS_SEED=<seed> repeats a run.
+The kinds of nonsense and the oracles are those of selection_cases.py; SELECTIONS_SEED=<seed> repeats a run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_selections_checked import (
+from selection_cases import (
     KEPT,
     LAYOUTS,
     PAGES,
@@ -31,7 +31,7 @@ from test_selections_checked import (
     spoiled,
     wrong_lists,
 )
-from test_sparse_hf import generate, score, sparse
+from small_lms import generate, score, sparse
 from torch import Tensor
 
 from lm_eval_sparse.errors import UserError

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lm_eval_sparse.kernels.dense import dense_attention
 from lm_eval_sparse.kernels.estimate import diagonal_sums, pool, sum_blocks, window_flops, window_sums
-from lm_eval_sparse.kernels.estimate import window as window_estimator
+from lm_eval_sparse.kernels.estimate.window import naive as window_estimator
 from lm_eval_sparse.kernels.prefill import block_sparse_prefill, flex
 from lm_eval_sparse.kernels.prefill import gather as prefill_gather
 from lm_eval_sparse.kernels.types import BLOCK_SIZES, Blocks

@@ -339,9 +339,9 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: s
 def test_other_pages_and_windows_are_refused() -> None:
     query, kv, selection = decode_call()
     for change, message in (
-        ({"pages": selection.ids.to("meta"), "counts": selection.counts.to("meta")}, "devices are"),
-        ({"pages": selection.ids.long()}, "pages are torch.int64"),
-        ({"page_size": 0}, "page size is 0"),
+        ({"ids": selection.ids.to("meta"), "counts": selection.counts.to("meta")}, "devices are"),
+        ({"ids": selection.ids.long()}, "pages are torch.int64"),
+        ({"unit": 0}, "page size is 0"),
         ({"ready": torch.ones(len(query), dtype=torch.int64)}, "ready is"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_sparse_hf import generate, request, score, sparse
+from small_lms import generate, request, score, sparse
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask

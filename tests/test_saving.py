@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_records import RESULTS, sample
 from lm_eval.loggers import EvaluationTracker, evaluation_tracker
-from test_hub import RESULTS, sample
 
 from lm_eval_sparse import endings
 from lm_eval_sparse.errors import UserError

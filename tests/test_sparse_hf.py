@@ -16,9 +16,9 @@ import lm_eval
 import pytest
 import tiny
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from small_lms import CONTINUATIONS, PAIRS, PROMPTS, generate, request, score, sparse
 
 from lm_eval_sparse import __version__, patches
 from lm_eval_sparse.errors import UserError
@@ -36,10 +36,7 @@ FLEX: dict[str, Any] = {
     "method": "flexprefill", "gamma": 0.5, "min_budget": 0, "block_size": 16, "backend": "gather"
 }  # fmt: skip
 HALF: dict[str, Any] = {"method": "flexprefill", "sparsity": 0.5, "backend": "gather"}
-PROMPTS = [tiny.words(seed, count) for seed, count in enumerate((105, 420, 150, 115, 240))]
 BRIEF = [tiny.words(seed, count) for seed, count in enumerate((30, 90, 9, 55, 31))]
-CONTINUATIONS = (" apple", " river stone cloud", " river stone", " unusual zebra, said he")
-PAIRS = [(prompt, continuation) for prompt in PROMPTS for continuation in CONTINUATIONS]
 BRIEF_PAIRS = [(prompt, continuation) for prompt in BRIEF for continuation in CONTINUATIONS]
 
 
@@ -78,26 +75,6 @@ def evaluate(folder: Path, names: str | list[str], args: Any, *, model: Any = "s
     return lm_eval.simple_evaluate(
         model=model, model_args=args, tasks=names, task_manager=manager, bootstrap_iters=0, **options
     )
-
-
-def request(kind: str, *args: Any, task: str = "t") -> Instance:
-    return Instance(request_type=kind, doc={}, arguments=args, idx=0, metadata=(task, 0, 1))
-
-
-def score(lm: Any, pairs: list[tuple[str, str]], task: str = "t") -> list[tuple[float, bool]]:
-    return lm.loglikelihood([request("loglikelihood", *pair, task=task) for pair in pairs], disable_tqdm=True)
-
-
-def generate(lm: Any, prompts: list[str], **options: Any) -> list[str]:
-    options = {"until": [], "max_gen_toks": 8, **options}
-    return lm.generate_until([request("generate_until", prompt, options) for prompt in prompts], disable_tqdm=True)
-
-
-def sparse(model: Any, **options: Any) -> SparseHFLM:
-    """A `sparse-hf` of a saved model, or of a model in memory with the tiny tokenizer."""
-    if not isinstance(model, str):
-        options = {"tokenizer": tiny.tiny_tokenizer(), **options}
-    return SparseHFLM(pretrained=model, **options)
 
 
 @torch.no_grad()

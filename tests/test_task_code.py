@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_frontier_commands import DRAFT, NAME, cache, command, folder, one_line, tokenizers  # noqa: F401 (fixtures)
+from command_cases import DRAFT, NAME, cache, command, folder, one_line, tokenizers  # noqa: F401 (fixtures)
 
 from lm_eval_sparse import errors, output
 from lm_eval_sparse.errors import UserError

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
+from command_cases import NAME, cache, command, one_line, tokenizers  # noqa: F401 (fixtures)
 from frontier_common import leaf, tokenizer
-from test_frontier_commands import NAME, cache, command, one_line, tokenizers  # noqa: F401 (fixtures)
 
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.frontier import meter, show

@@ -259,3 +259,19 @@ def write_tasks(folder: Path, lengths: tuple[int, ...] = LENGTHS) -> Path:
 def manager(folder: Path) -> TaskManager:
     """The tasks of `folder` only: lm-eval's own thousands take five seconds to list."""
     return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def lora(base: Path, folder: Path, *, seed: int = 7, **options: Any) -> Path:
+    """Save a random LoRA adapter for the model in `base`, none of whose matrices is zero."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**config))
+    torch.manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    adapted.save_pretrained(folder)
+    return folder
