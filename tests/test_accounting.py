@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lm_eval_sparse import patches
 from lm_eval_sparse.kernels.types import Blocks
+from lm_eval_sparse.methods import Call
 from lm_eval_sparse.methods.decode.quest import Quest
 from lm_eval_sparse.methods.eviction.snapkv import SnapKV
 from lm_eval_sparse.methods.plan import parse
@@ -405,8 +406,8 @@ class Recorder:
             )
             return layout(pattern, n_vertical, n_slash)
 
-        def recorded_quest(method: Quest, query: Tensor, context: Any, *, sparsity: float | None) -> Any:
-            found = quest(method, query, context, sparsity=sparsity)
+        def recorded_quest(method: Quest, call: Call) -> Any:
+            found, query, context = quest(method, call), call.query, call.cache
             visible, steps = context.kv.visible(query.shape[2]), query.shape[2]
             assert context.kv_heads == KV_HEADS and len(query) == KV_HEADS * len(context.tokens)
             if recorder.decoding is None:  # scoring
@@ -435,10 +436,10 @@ class Recorder:
                 recorder.rows = None
 
         def recorded(select: Any, into: dict[tuple[int, int], Any], with_pattern: bool) -> Any:
-            def wrapper(method: Any, query: Tensor, key: Tensor, **options: Any) -> Any:
+            def wrapper(method: Any, call: Call) -> Any:
                 recorder.pattern = None
-                found = select(method, query, key, **options)
-                place = (query.shape[1], recorder.layer)
+                found = select(method, call)
+                place = (call.length, recorder.layer)
                 assert place not in into, "a prompt was prefilled twice"
                 into[place] = (found, recorder.pattern) if with_pattern else found
                 return found
