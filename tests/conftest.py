@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,11 @@ import pytest
 # Several processes of several threads each would get into each other's way.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where Python is told to write no bytecode, each of hundreds of processes would compile torch and transformers anew,
+# which takes longer than most tests. It is written beside pytest's own cache then, and not into any folder of sources.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": sys.pycache_prefix}
 # Triton looks at this once, when it is imported; neither torch nor our package imports it before a kernel is needed.
 if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") is not None:
     import torch

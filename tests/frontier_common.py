@@ -29,6 +29,12 @@ TRIMMING = (
 )
 
 
+def noise(seed: int, alphabet: str, count: int = 100_000) -> str:
+    """So many characters of an alphabet of ASCII characters, the same for the same seed."""
+    table = bytes(ord(alphabet[byte % len(alphabet)]) for byte in range(256))
+    return random.Random(seed).randbytes(count).translate(table).decode()
+
+
 def written(draft, units, filler=""):
     """A document as a task makes it, without what a task adds about tokens."""
     message = draft.message(units, filler)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lm_eval_sparse import patches
 from lm_eval_sparse.kernels.types import Blocks
+from lm_eval_sparse.methods import Call
 from lm_eval_sparse.methods.decode.quest import Quest
 from lm_eval_sparse.methods.eviction.snapkv import SnapKV
 from lm_eval_sparse.methods.plan import parse
@@ -406,7 +407,7 @@ class Recorder:
             )
             return layout(pattern, n_vertical, n_slash)
 
-        def recorded_quest(method: Quest, call: Any) -> Any:
+        def recorded_quest(method: Quest, call: Call) -> Any:
             found, query, context = quest(method, call), call.query, call.cache
             visible, steps = context.kv.visible(query.shape[2]), query.shape[2]
             assert context.kv_heads == KV_HEADS and len(query) == KV_HEADS * len(context.tokens)
@@ -436,7 +437,7 @@ class Recorder:
                 recorder.rows = None
 
         def recorded(select: Any, into: dict[tuple[int, int], Any], with_pattern: bool) -> Any:
-            def wrapper(method: Any, call: Any) -> Any:
+            def wrapper(method: Any, call: Call) -> Any:
                 recorder.pattern = None
                 found = select(method, call)
                 place = (call.length, recorder.layer)

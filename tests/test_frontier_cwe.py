@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import statistics
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import wonderwords
-from frontier_common import StandIn, build, leaf
+from frontier_common import StandIn, build, leaf, noise
 
 from lm_eval_sparse.frontier import cwe
 from lm_eval_sparse.frontier.cwe import Cwe
@@ -246,9 +245,8 @@ def tagged(text: str) -> str:
     return f"<answer>\n{text}\n</answer>"
 
 
-random_source = random.Random(4)
-LETTERS = "".join(random_source.choices("abcdefghijklmnopqrstuvwxyz ,:-()[]\n", k=100_000))
-DIGITS = "".join(random_source.choices("0123456789 \n", k=100_000))
+LETTERS = noise(4, "abcdefghijklmnopqrstuvwxyz ,:-()[]\n")
+DIGITS = noise(4, "0123456789 \n")
 
 OUTPUTS = [
     # name, output, words both given and gold, words in either: worked out by hand

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import random
 import re
 import time
 
 import pytest
-from frontier_common import KINDS, StandIn, build, leaf, tokenizer
+from frontier_common import KINDS, StandIn, build, leaf, noise, tokenizer
 
 from lm_eval_sparse.frontier.niah import Niah, NiahDraft, parse
 from lm_eval_sparse.protocol import MeasuredLoglikelihood, MeasuredText, SharedPrompt, set_active_lm
@@ -126,8 +125,7 @@ V = [f"val{i}aaaa-11111111-22222222-3333333z" for i in range(1, 5)]
 DOC = {"keys": K, "values": V}
 LINES = [f"{i}. {k}: {v}" for i, (k, v) in enumerate(zip(K, V, strict=True), 1)]
 ALL = "\n".join(LINES)
-noise = random.Random(5)
-NOISE = "".join(noise.choices("abcdefghij0123456789-.:<>/ \n", k=100_000))
+NOISE = noise(5, "abcdefghij0123456789-.:<>/ \n")
 
 OUTPUTS = [
     # name, output, hand-derived share of the four

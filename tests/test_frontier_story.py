@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 from frontier_common import KINDS as TOKENIZERS
-from frontier_common import tokenizer
+from frontier_common import noise, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -387,8 +387,7 @@ def test_sales_of_what_was_never_bought_become_other_sales():
 
 # ----------------------------------------------------------------------------------------------------------- scoring
 
-noise = random.Random(5)
-NOISE = "".join(noise.choices("abcdefghij0123456789-.:<>/ \n", k=100_000))
+NOISE = noise(5, "abcdefghij0123456789-.:<>/ \n")
 
 VALUES = ["Harbour Market", "Ambrose", "ornate brass bowl", "tiny oak box"]
 LINES = [f"{i}. {value}" for i, value in enumerate(VALUES, 1)]

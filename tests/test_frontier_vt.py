@@ -10,7 +10,7 @@ import time
 from itertools import islice, product
 
 import pytest
-from frontier_common import StandIn, build, leaf
+from frontier_common import StandIn, build, leaf, noise
 
 from lm_eval_sparse.frontier.vt import Vt
 from lm_eval_sparse.protocol import set_active_lm
@@ -117,10 +117,10 @@ def test_the_question_stands_before_and_after_the_text_and_the_format_last():
 
 
 def test_noise_and_assignments_are_shuffled_together():
-    noise = re.compile(r"^The road is long\b.*$|" + ASSIGNMENT.pattern, re.MULTILINE)
+    lines = re.compile(r"^The road is long\b.*$|" + ASSIGNMENT.pattern, re.MULTILINE)
     shares, gaps = [], set()
     for index in range(60):
-        kinds = [match.group().startswith("VAR") for match in noise.finditer(draft(index).message(80, ""))]
+        kinds = [match.group().startswith("VAR") for match in lines.finditer(draft(index).message(80, ""))]
         assert sum(kinds) == 40 and len(kinds) == 120
         shares += [i / 119 for i, is_assignment in enumerate(kinds) if is_assignment]
         gaps |= {kinds[0], kinds[-1]}
@@ -196,8 +196,7 @@ DOC = {"names": G, "value": "48213", "variables": sorted([*G, *OTHERS])}
 ALL = ", ".join(G)
 W = OTHERS[2:]  # FFFFF, FFFFG, …: other chains' names
 
-random_source = random.Random(3)
-LOWER = "".join(random_source.choices("acdfghijkmopqrstuvwxyz0123456789 .,:<>/\n", k=100_000))  # b, e, l, n: never
+LOWER = noise(3, "acdfghijkmopqrstuvwxyz0123456789 .,:<>/\n")  # b, e, l, n: never
 MANY = [f"C{''.join(t)}" for t in islice(product(string.ascii_uppercase, repeat=4), 14_280)]  # 100 KB, none known
 
 OUTPUTS = [
