@@ -42,7 +42,7 @@ from lm_eval_sparse.frontier.leaves import BUILT_IN  # noqa: E402
 from lm_eval_sparse.kernels.types import Blocks, Keep, Reads  # noqa: E402
 from lm_eval_sparse.methods import Call, DecodeMethod, Density, EvictionMethod, PrefillMethod  # noqa: E402
 from lm_eval_sparse.methods.plan import Assignment, Plan  # noqa: E402
-from lm_eval_sparse.methods.scored import row_budgets  # noqa: E402
+from lm_eval_sparse.methods.scored.prefill import row_budgets  # noqa: E402
 from lm_eval_sparse.model.lm import SparseHFLM  # noqa: E402
 from lm_eval_sparse.model.report import device_name  # noqa: E402
 from lm_eval_sparse.model.scoring import Context, Scorer  # noqa: E402

@@ -36,8 +36,9 @@ from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.model.scoring import Scorer
 from lm_eval_sparse.protocol import stats_of
 from lm_eval_sparse.runtime.accounting import COVERED, Ledger, RowCounts, rows
-from lm_eval_sparse.runtime.decoder import Decoder, Row
+from lm_eval_sparse.runtime.decoder import Decoder
 from lm_eval_sparse.runtime.masks import FULL
+from lm_eval_sparse.runtime.rows import Row
 from lm_eval_sparse.runtime.session import Runtime
 
 patches.install()

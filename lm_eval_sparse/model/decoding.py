@@ -18,9 +18,10 @@ from ..protocol import window_of
 from ..runtime import probe
 from ..runtime.accounting import RowCounts
 from ..runtime.cache import SparseCache
-from ..runtime.decoder import Decoder, Row, undecodable
+from ..runtime.decoder import Decoder
 from ..runtime.memory import MemoryModel, out_of_memory
 from ..runtime.rounding import rows_alike
+from ..runtime.rows import Row, undecodable
 from .load import first_line
 from .sampling import Sampling, Stop
 

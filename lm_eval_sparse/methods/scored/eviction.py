@@ -1,0 +1,144 @@
+"""What stays of the cache, by a score for each token."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...kernels.types import Cost, Keep
+from ..base import FORCED_SHARE, Budget, Call, Count, Density, EvictionMethod, Layer, top
+from .allocation import Allocation, Pooled, Uniform
+
+
+@dataclass(frozen=True)
+class ScoredEviction(EvictionMethod):
+    """Tokens by a score for each (KV head, token).
+
+    `forced` names the knobs that say how many of the first and of the last tokens are always kept, with the paper's
+    numbers: a knob that is `auto` has that number, and fewer where a requested sparsity leaves no room for it. The
+    first of `budget_knobs` is how many tokens a KV head keeps on average.
+    """
+
+    unit: ClassVar[str] = "tokens"
+    kv: ClassVar[str] = "evicted"
+    allocation: ClassVar[Allocation] = Uniform()
+    budget_knobs: ClassVar[tuple[str, ...]] = ("capacity",)
+    forced: ClassVar[Mapping[str, int]] = {}
+
+    @abstractmethod
+    def score(self, call: Call) -> Tensor:
+        """`(H_kv, L)` fp32, the larger the better."""
+
+    def cost(self, call: Call) -> Cost:
+        """What `score` costs: by default every key is read once, with two operations a number."""
+        kv_heads, length, dim = call.key.shape
+        return Cost(2 * kv_heads * length * dim, call.key.element_size() * dim * kv_heads * length)
+
+    @property
+    def _capacity(self) -> int:
+        return int(getattr(self, self.budget_knobs[0]))
+
+    def as_native(self) -> ScoredEviction:
+        typed = {name: number for name, number in self.forced.items() if getattr(self, name) == "auto"}
+        return replace(self, **typed)
+
+    def knobs_for(self, sparsity: float, length: int, layer: Layer | None = None) -> ScoredEviction:
+        """Capacity in closed form; first and last tokens shrink to a quarter of it, unless they were typed."""
+        capacity = max(1, round((1 - sparsity) * length))
+        room, found = int(capacity * FORCED_SHARE), {}
+        for name, paper in self.forced.items():
+            if getattr(self, name) == "auto":
+                # The last tokens hold the one that answers begin from.
+                found[name] = min(paper, room) if name == "sinks" else max(1, min(paper, room))
+                room -= found[name]
+            elif name == "sinks":
+                room -= getattr(self, name)
+        return replace(self, **found, **{self.budget_knobs[0]: capacity})
+
+    def largest_sparsity(self, length: int) -> float:
+        typed = sum(value for name in self.forced if (value := getattr(self, name)) != "auto")
+        return max(0.0, 1 - typed / length)
+
+    def too_short(self, sparsity: float | None, length: int) -> str | None:
+        if sparsity is not None and self.largest_sparsity(length) < sparsity:
+            typed = " and ".join(f"{name}={getattr(self, name)}" for name in self.forced)
+            return (
+                f"prompt of {length} tokens is too short for sparsity {sparsity:g} ({typed} are always kept: at most "
+                f"{self.largest_sparsity(length):.3f} there)"
+            )
+        capacity = self._capacity if sparsity is None else max(1, round((1 - sparsity) * length))
+        if capacity >= length:
+            return f"prompt of {length} tokens fits into the capacity of {capacity}"
+        return None
+
+    def keeps(self, sparsity: float | None, length: int) -> int:
+        return min(length, self._capacity) if sparsity is None else super().keeps(sparsity, length)
+
+    @torch.no_grad()
+    def select(self, call: Call) -> Keep:
+        length, kv_heads = call.length, len(call.key)
+        capacity = self._tokens(self.allocation.at(call.budget, call.layer), length)
+        score = self.score(call)
+        first, last = (getattr(self, name, 0) for name in ("sinks", "local"))
+        score[:, :first] = math.inf
+        score[:, max(0, length - last) :] = math.inf
+        if isinstance(self.allocation, Pooled):
+            kept, counts, width = pooled(score, capacity, getattr(self, self.allocation.floor), first + last)
+        else:
+            width = min(capacity, length)
+            kept, counts = top(score, width), torch.full((kv_heads,), width, device=score.device)
+        # Tokens that are not kept are written to a place behind the lists.
+        places = torch.where(kept, kept.cumsum(-1) - 1, width)
+        tokens = torch.arange(length, device=score.device).expand_as(places)
+        ids = places.new_zeros(kv_heads, width + 1).scatter_(1, places, tokens)
+        knobs = {name: getattr(self, name) for name in self.knobs()}
+        return Keep(
+            ids[:, :width],
+            counts,
+            kv_heads * min(capacity, length),
+            cost=self.cost(call),
+            knobs={**knobs, self.budget_knobs[0]: capacity, **self.solved(length)},
+        )
+
+    def solved(self, length: int) -> dict[str, Any]:
+        """Knobs as they are for a prompt of so many tokens, for the results."""
+        return {}
+
+    def _tokens(self, budget: Budget, length: int) -> int:
+        """Tokens that a KV head keeps on average."""
+        match budget:
+            case Count(number):
+                return int(number)
+            case Density(share):
+                return max(1, round(share * length))
+        raise TypeError(f"{budget} is no number of tokens")
+
+
+def pooled(score: Tensor, capacity: int, floor: float, forced: int) -> tuple[Tensor, Tensor, int]:
+    """What a layer keeps whose KV heads share `capacity` times their number of tokens (Feng et al., 2024).
+
+    Args:
+        score: `(H_kv, L)`; what is forced is infinite.
+        floor: share of `capacity` that each head keeps at least; never fewer than `forced`.
+
+    Returns:
+        What is kept `(H_kv, L)` bool, how many of each head `(H_kv,)` int64, and how many one may keep at most.
+    """
+    heads, length = score.shape
+    capacity = min(capacity, length)
+    least = min(capacity, max(int(floor * capacity), forced))
+    own = top(score, least)
+    # The rest of the layer's capacity goes to the largest scores of any head. Of equals the more recent position is
+    # taken, then the lower head: that is the order of this transposed and flipped list.
+    rest = score.masked_fill(own, -math.inf).T.flip(0).flatten()
+    order = rest.sort(descending=True, stable=True).indices[: (capacity - least) * heads]
+    more = torch.zeros_like(rest, dtype=torch.bool).scatter_(0, order, True)
+    kept = own | more.reshape(length, heads).flip(0).T
+    # One head may take all that the others may leave.
+    return kept, kept.sum(-1), min(length, least + (capacity - least) * heads)
