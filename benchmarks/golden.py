@@ -3,7 +3,7 @@
     python benchmarks/golden.py record --models tiny embedded --output before.json --lists before
     python benchmarks/golden.py record --models tiny embedded --output after.json --lists after
     python benchmarks/golden.py compare before.json after.json --lists before after
-    python benchmarks/golden.py time --models embedded Qwen=FOLDER --output times.json
+    python benchmarks/golden.py time --models Qwen=FOLDER --output times.json
 
 `record` keeps for each model, configuration and phase a hash of every selection (with `--lists` the lists themselves),
 log-probabilities and answers to the last digit, and the figures of the results. `compare` says what differs: bit-equal
@@ -306,26 +306,23 @@ def once(lm: SparseHFLM, tokens: int, answer: int, rows: int) -> float:
 def time_all(options: argparse.Namespace) -> None:
     found: dict[str, float] = {}
     for model in options.models:
+        name, _, folder = model.partition("=")
+        tokens = options.tokens
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         for label, configuration in TIMED.items():
-            longest = max(options.tokens, 8 * 1024)
-            given = {"max_length": longest + 512} if model != "embedded" else {}
-            lm = load(model, {**configuration, **given})
-            lm.batch_size_per_gpu = 8
-            tokens = options.tokens if model != "embedded" else min(options.tokens, 7680)
-            name = f"{model.partition('=')[0]} {label}"
+            given = {"max_length": tokens + 512, "batch_size": 8, "device": DEVICE, **configuration}
+            lm = SparseHFLM(pretrained=loaded, tokenizer=tokenizer, **given)
             once(lm, 4200, 4, 1)  # kernels are compiled
             once(lm, tokens, 4, 1)
-            first = min(once(lm, tokens, 1, 1) for _ in range(3))
-            found[f"{name}: prefill of {tokens} tokens, s"] = first
-            many = min(once(lm, tokens, 129, 1) for _ in range(2))
-            found[f"{name}: step behind {tokens} tokens, ms"] = (many - first) / 128 * 1e3
-            once(lm, 4200, 65, 8)
-            found[f"{name}: 8 answers of 65 tokens to 4200, s"] = min(once(lm, 4200, 65, 8) for _ in range(2))
+            first = min(once(lm, tokens, 1, 1) for _ in range(2))
+            found[f"{name}, {label}: prefill of {tokens} tokens, s"] = first
+            found[f"{name}, {label}: step behind {tokens} tokens, ms"] = (once(lm, tokens, 129, 1) - first) / 128 * 1e3
+            once(lm, 4200, 9, 8)
+            found[f"{name}, {label}: 8 answers of 65 tokens to 4200, s"] = min(once(lm, 4200, 65, 8) for _ in range(2))
             print(name, {key: round(value, 4) for key, value in list(found.items())[-3:]}, flush=True)
             del lm
-            if DEVICE == "cuda":
-                torch.cuda.empty_cache()
-    options.output.write_text(json.dumps({"about": about(), "times": found}, indent=1))
+        options.output.write_text(json.dumps({"about": about(), "times": found}, indent=1))
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -362,7 +359,7 @@ def main() -> None:
     comparing.add_argument("--lists", type=Path, nargs=2)
     comparing.set_defaults(run=compare)
     timing = commands.add_parser("time")
-    timing.add_argument("--models", nargs="+", default=["embedded"])
+    timing.add_argument("--models", nargs="+", required=True, help="NAME=FOLDER")
     timing.add_argument("--tokens", type=int, default=36 * 1024)
     timing.add_argument("--output", type=Path, required=True)
     timing.set_defaults(run=time_all)

@@ -8,6 +8,8 @@ What a row gets does not depend on its neighbours, to the bit. Attention works s
 the model sees numbers of rows for which products round alike, of which some may be idle: a product with one row and one
 with eight are computed by different kernels, which round differently. `Decoder` checks that this holds for a model
 before it decodes rows side by side, and otherwise decodes them one at a time.
+
+The file is long since the loop, what it launches and what it fetches share their static tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from ..methods.base import DecodeMethod, Layer
-from .accounting import DecodeShape, count_steps
+from .accounting import DecodeShape, count_answer
 from .cache import CacheLayer, SparseCache, same_memory
 from .graphs import Graphs
 from .pool import Pool, Sequences
@@ -480,16 +482,4 @@ class Decoder:
                 own = reads[:, start : start + each].T.reshape(layer.heads, -1, row.fed)
                 start += each
             if self.runtime.layers.get(index, "") is None:
-                row.counts.later(_counter(phase, index, layer, logical, own, self.method), held.lengths)
-
-
-def _counter(
-    phase: Any, index: int, layer: DecodeLayer, logical: np.ndarray, reads: np.ndarray | None, method: Any
-) -> Callable[[np.ndarray], None]:
-    shape, backend, steps = layer.shape, layer.backend, len(logical)
-
-    def count(held: np.ndarray) -> None:
-        visible = held[:, None] + 1 + np.arange(steps)
-        count_steps(phase, index, shape, visible, logical, reads, method, backend, calls=steps)
-
-    return count
+                count_answer(row.counts, index, layer.shape, held.lengths, logical, own, self.method, layer.backend)

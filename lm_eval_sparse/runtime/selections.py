@@ -173,7 +173,7 @@ def check_reads(
     ready = selection.ready
     if ready is not None and (kv.tickets is None or ready.data_ptr() != kv.tickets[1].data_ptr()):
         # Attention would wait for ever for lists that nobody completes.
-        raise misfit(method.name, layer, "ready is given, but not that of kernels.page_select; expected None")
+        raise misfit(method.name, layer, "ready is given, but not that of kernels.index.pages; expected None")
     if debug or not query.is_cuda or decode.choose_backend(query, kv, backend) != "triton":
         refuse_reads(method, layer, -selection.faults(kv), selection.ids.shape[-1], kv.heads)
 

@@ -26,11 +26,11 @@ __all__ = [
     "Ledger",
     "PhaseCounts",
     "RowCounts",
+    "count_answer",
     "count_dense",
     "count_eviction",
     "count_memory",
     "count_prefill",
     "count_step",
-    "count_steps",
     "settle",
 ]

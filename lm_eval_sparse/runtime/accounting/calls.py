@@ -280,3 +280,29 @@ def count_step(
 
     # The lengths are those of a tensor that goes on to be written.
     counts.later(count, held.clone(), read)
+
+
+def count_answer(
+    counts: RowCounts,
+    layer: int,
+    shape: DecodeShape,
+    held: Tensor,
+    logical: np.ndarray,
+    reads: np.ndarray | None,
+    method: DecodeMethod | None,
+    backend: str,
+) -> None:
+    """Count all steps of an answer that was decoded token by token, each a call.
+
+    Args:
+        held: `(H_kv,)` keys held when decoding began.
+        logical: `(T,)` tokens of the row up to each step's, evicted ones included.
+        reads: `(H_kv, Gs, T)` keys read, or None when a decode method had no part in it.
+    """
+
+    def count(held: np.ndarray) -> None:
+        steps = len(logical)
+        visible = held[:, None] + 1 + np.arange(steps)
+        count_steps(counts.phases["decode"], layer, shape, visible, logical, reads, method, backend, calls=steps)
+
+    counts.later(count, held)
