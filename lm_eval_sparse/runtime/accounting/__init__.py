@@ -12,7 +12,6 @@ from .calls import (
     count_memory,
     count_prefill,
     count_step,
-    count_steps,
 )
 from .ledger import Ledger
 from .rows import FIGURES, MEMORY, PHASES, PhaseCounts, RowCounts, settle
