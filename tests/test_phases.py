@@ -33,7 +33,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.decode import paged_decode
 from lm_eval_sparse.kernels.prefill import block_sparse_prefill
-from lm_eval_sparse.methods import METHODS
+from lm_eval_sparse.methods import METHODS, Call
 from lm_eval_sparse.methods.decode.quest import Quest
 from lm_eval_sparse.methods.prefill.block_sparse import BlockSparse
 from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
@@ -224,13 +224,13 @@ def recording(lm: SparseHFLM) -> Iterator[Seen]:
         offset[module.layer_idx] += query.shape[2]
         return out
 
-    def noted_select(select: Any, phase: str) -> Any:
-        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            selection = select(self, *args, **kwargs)
-            if phase == "decode":
+    def noted_select(select: Any) -> Any:
+        def wrapped(self: Any, call: Call) -> Any:
+            selection = select(self, call)
+            if self.phase == "decode":
                 seen.decode[layer[0]][offset[layer[0]]] = selection
             else:
-                getattr(seen, phase)[layer[0]] = selection
+                getattr(seen, self.phase)[layer[0]] = selection
             return selection
 
         return wrapped
@@ -256,11 +256,19 @@ def recording(lm: SparseHFLM) -> Iterator[Seen]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runtime, "attend", noted_attend)
+<<<<<<< HEAD
         patch.setattr(lm.reporter, "stats", noted_stats)
         patch.setattr(steps, "paged_decode", noted_paged)
         for cls in METHODS.values():
             if "select" in vars(cls):
                 patch.setattr(cls, "select", noted_select(vars(cls)["select"], cls.phase))
+=======
+        patch.setattr(lm, "_stats", noted_stats)
+        for module in (attention, decoding):
+            patch.setattr(module, "paged_decode", noted_paged)
+        for owner in {base for cls in METHODS.values() for base in cls.__mro__ if "select" in vars(base)}:
+            patch.setattr(owner, "select", noted_select(vars(owner)["select"]))
+>>>>>>> h-tests
         hook = lm.model.register_forward_hook(after_forward, with_kwargs=True)
         try:
             yield seen
