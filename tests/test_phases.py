@@ -256,19 +256,10 @@ def recording(lm: SparseHFLM) -> Iterator[Seen]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runtime, "attend", noted_attend)
-<<<<<<< HEAD
         patch.setattr(lm.reporter, "stats", noted_stats)
         patch.setattr(steps, "paged_decode", noted_paged)
-        for cls in METHODS.values():
-            if "select" in vars(cls):
-                patch.setattr(cls, "select", noted_select(vars(cls)["select"], cls.phase))
-=======
-        patch.setattr(lm, "_stats", noted_stats)
-        for module in (attention, decoding):
-            patch.setattr(module, "paged_decode", noted_paged)
         for owner in {base for cls in METHODS.values() for base in cls.__mro__ if "select" in vars(base)}:
             patch.setattr(owner, "select", noted_select(vars(owner)["select"]))
->>>>>>> h-tests
         hook = lm.model.register_forward_hook(after_forward, with_kwargs=True)
         try:
             yield seen
