@@ -85,7 +85,8 @@ def step(
         out, used = paged_decode(query, kv, window=window, **options)
         return Stepped(out, used)
     method, steps = filled.method, query.shape[2]
-    cache = CacheView(kv, filled.tokens, layer.kv_heads, None, overlap)
+    # Only a method that appends is the last thing before attention: what is around one looks at its lists.
+    cache = CacheView(kv, filled.tokens, layer.kv_heads, None, overlap and method.appends)
     call = Call(
         query, kv.keys, kv.values, scale, softcap, "decode", filled.budget, layer, cache=cache, state=filled.state
     )
