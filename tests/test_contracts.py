@@ -602,3 +602,38 @@ def test_what_covers_everything_is_a_fallback(rng: random.Random) -> None:
         assert found["executed_sparsity"] == 0
     finally:
         METHODS.discard("test_everything")
+
+
+NONSENSE: dict[str, tuple[str, Any, str]] = {
+    "values of another size": (
+        "test_merging",
+        lambda k: replace(k, values=k.values[..., :3]),
+        "values are .* expected",
+    ),
+    "positions of another kind": ("test_turned", lambda k: replace(k, positions=k.positions.float()), "positions are"),
+    "a bias of another shape": ("test_sampled", lambda r: replace(r, bias=r.bias[..., :1]), "bias is .* expected"),
+    "a bias that is none": (
+        "test_sampled",
+        lambda r: replace(r, bias=r.bias * math.nan),
+        "bias holds numbers",
+    ),
+    "a unit of another size": ("test_sampled", lambda r: replace(r, unit=2), "page_size is 1"),
+    "virtual values of another size": (
+        "test_virtual",
+        lambda r: replace(r, extra=replace(r.extra, values=r.extra.values[..., :3])),
+        "extra",
+    ),
+    "tiles to skip": ("test_coverage", lambda b: replace(b, skip_below=-3.0), "no backend skips tiles yet"),
+}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_nonsense_is_refused_in_one_line(kind: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, spoil, words = NONSENSE[kind]
+    cls = METHODS[method]
+    select = cls.select
+    monkeypatch.setattr(cls, "select", lambda self, call: spoil(select(self, call)))
+    lm = lm_of("llama", method=method)
+    with pytest.raises(UserError, match=f"method {method}, layer 0.*{words}") as refused:
+        score(lm, rng)
+    assert "\n" not in str(refused.value)
