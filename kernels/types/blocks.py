@@ -36,7 +36,7 @@ class Blocks:
             the block. A column in a listed tile of the block adds nothing (shared lists hold such, own lists do not).
         column_counts: `(H, n_q)` int32, number of valid columns, may be 0.
         skip_below: logarithm of the share of a query's largest weight so far below which a tile's values are not read,
-            or None; no backend skips yet, and one that cannot refuses.
+            or None. No backend skips yet: anything but None is refused.
         cost: what selecting took.
         knobs: the knobs as solved for this call, numbers (tensors of one number on a GPU), for the results.
         count_selected: gives the `(H,)` int64 pairs of the method's own pattern inside the causal triangle; None
@@ -303,6 +303,8 @@ def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_shapes(layout: Blocks, heads: int) -> None:
     """The cheap checks that every call makes: they touch shapes and dtypes only."""
+    if layout.skip_below is not None:
+        raise ValueError(f"layout has skip_below={layout.skip_below}, and no backend skips tiles yet; expected None")
     lists = (layout.indices, layout.counts, layout.columns, layout.column_counts)
     if any(part is not None and part.dtype != torch.int32 for part in lists):
         found = ", ".join(str(part.dtype) for part in lists if part is not None)

@@ -58,8 +58,8 @@ class Keep:
         lowest = (int(bits) & -int(bits)).bit_length() - 1
         return FAULTS[lowest].format(most=min(width, length), total=total, length=length)
 
-    def check_shapes(self, kv_heads: int, length: int) -> None:
-        """The part of `check` that looks at shapes, dtypes and the total only."""
+    def check_shapes(self, kv_heads: int, length: int, value_dim: int | None = None) -> None:
+        """The part of `check` that looks at shapes, dtypes and the total only. `value_dim`: of the cached values."""
         shape = tuple(self.ids.shape)
         if len(shape) != 2 or shape[0] != kv_heads or tuple(self.counts.shape) != (kv_heads,):
             raise ValueError(
@@ -71,8 +71,10 @@ class Keep:
             raise ValueError(f"total is a {type(self.total).__name__}; expected an int, which the host knows")
         if not kv_heads <= self.total <= kv_heads * min(length, shape[1]):
             raise ValueError(f"total is {self.total}, expected {kv_heads} to {kv_heads * min(length, shape[1])} tokens")
-        if self.values is not None and tuple(self.values.shape[:2]) != shape:
-            raise ValueError(f"values are {tuple(self.values.shape)}, expected ({shape[0]}, {shape[1]}, D_v) like ids")
+        if self.values is not None:
+            given, dim = tuple(self.values.shape), "D_v" if value_dim is None else value_dim
+            if len(given) != 3 or given[:2] != shape or value_dim not in (None, given[2]):
+                raise ValueError(f"values are {given}, expected ({shape[0]}, {shape[1]}, {dim}) like ids")
         if self.positions is not None and (tuple(self.positions.shape) != shape or self.positions.dtype != torch.int64):
             raise ValueError(
                 f"positions are {tuple(self.positions.shape)} {self.positions.dtype}, expected torch.int64 like ids "

@@ -113,7 +113,7 @@ class CacheView:
         new: keys `(S, T, D)` and values `(S, T, D_v)` of the new tokens where a method says that it `appends` them and
             they are not in the cache yet, else None.
         overlap: whether attention directly follows the choice on the stream, so that `index.pages.choose_pages` may let
-            them run into each other. Nothing need come of it.
+            them run into each other; only for a method that `appends`. Nothing need come of it.
     """
 
     kv: RaggedKV

@@ -140,11 +140,11 @@ def _check_layout(given: Blocks, query: Tensor) -> None:
 
 
 def check_kept(
-    method: str, layer: int, kept: Keep, kv_heads: int, length: int, debug: bool
+    method: str, layer: int, kept: Keep, kv_heads: int, length: int, value_dim: int, debug: bool
 ) -> tuple[Keep, Tensor | None, Words]:
     """What can be kept, `(H_kv,)` int32 flags that are yet to be looked at, and what they say."""
     try:
-        kept.check_shapes(kv_heads, length)
+        kept.check_shapes(kv_heads, length, value_dim)
     except ValueError as error:
         raise misfit(method, layer, error) from error
     words = partial(_kept_words, kept.ids.shape[1], kept.total, length)
@@ -176,6 +176,10 @@ def check_reads(
         raise misfit(method.name, layer, "ready is given, but not that of kernels.index.pages; expected None")
     if debug or not query.is_cuda or decode.choose_backend(query, kv, backend) != "triton":
         refuse_reads(method, layer, -selection.faults(kv), selection.ids.shape[-1], kv.heads)
+        extra = selection.extra
+        for name, part in (("bias", selection.bias), ("extra.bias", None if extra is None else extra.bias)):
+            if part is not None and bool(part.isnan().any()):
+                raise misfit(method.name, layer, f"{name} holds numbers that are none; expected finite ones, or -inf")
 
 
 def refuse_reads(method: Any, layer: int, reads: np.ndarray, width: int, kv_heads: int) -> None:

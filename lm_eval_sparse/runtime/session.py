@@ -361,7 +361,7 @@ class Runtime:
         call = Call(query, key, value, scale, softcap, "eviction", budget, layer)
         kept = chosen(method, call, Keep, self.plan.debug)
         debug = self.plan.debug or counts is None
-        kept, faults, words = check_kept(method.name, layer.index, kept, len(key), length, debug)
+        kept, faults, words = check_kept(method.name, layer.index, kept, len(key), length, value.shape[-1], debug)
         if counts is not None:
             count_eviction(counts, layer.index, query, key, method.name, kept, faults, words)
         return kept

@@ -16,7 +16,7 @@ from ..kernels.decode import BACKENDS, mass, paged_decode
 from ..kernels.types import RaggedKV, Reads, State
 from ..methods.base import Budget, CacheView, Call, DecodeMethod, Layer
 from ..methods.plan import Plan
-from .selections import check_reads, chosen
+from .selections import check_reads, chosen, misfit
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def step(
         out, used = paged_decode(query, kv, window=window, **options)
         return Stepped(out, used)
     method, steps = filled.method, query.shape[2]
-    cache = CacheView(kv, filled.tokens, layer.kv_heads, None, overlap)
+    # Only a method that appends is the last thing before attention: what is around one looks at its lists.
+    cache = CacheView(kv, filled.tokens, layer.kv_heads, None, overlap and method.appends)
     call = Call(
         query, kv.keys, kv.values, scale, softcap, "decode", filled.budget, layer, cache=cache, state=filled.state
     )
@@ -100,12 +101,13 @@ def step(
         read = torch.empty(reads.counts.shape, dtype=torch.int32, device=query.device)
     else:
         read = room[: reads.counts.numel()].view(reads.counts.shape)
-    if not method.wants_mass:
-        out, used = paged_decode(query, kv, reads, keys_read=read, **options)
-        return Stepped(out, used, read, reads.ids.shape[-1])
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    out, used = paged_decode(query, kv, reads, keys_read=read, lse=lse, **options)
-    method.attended(call, reads, mass(query, kv, reads, lse, scale=scale, softcap=softcap))
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if method.wants_mass else None
+    try:
+        out, used = paged_decode(query, kv, reads, keys_read=read, lse=lse, **options)
+    except ValueError as error:  # weights or virtual keys that do not fit
+        raise misfit(method.name, layer.index, error) from error
+    if lse is not None:
+        method.attended(call, reads, mass(query, kv, reads, lse, scale=scale, softcap=softcap))
     return Stepped(out, used, read, reads.ids.shape[-1])
 
 

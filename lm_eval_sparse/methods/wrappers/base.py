@@ -24,6 +24,8 @@ class Wrapper(Method):
     wraps: ClassVar[tuple[str, ...]]
     unit: ClassVar[str] = "as inside"
     kv: ClassVar[str] = "as inside"
+    #: New tokens are stored before the method inside is asked, and its lists are complete when it answers.
+    appends: ClassVar[bool] = False
 
     inner: Any = None
 

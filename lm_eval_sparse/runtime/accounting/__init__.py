@@ -7,6 +7,7 @@ of a prompt, `ledger` those of many.
 from .calls import (
     COVERED,
     DecodeShape,
+    count_answer,
     count_dense,
     count_eviction,
     count_memory,
