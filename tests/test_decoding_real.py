@@ -20,7 +20,7 @@ from lm_eval_sparse.model import decoding as model_decoding
 from lm_eval_sparse.model import embedded
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.runtime import steps as decoding
-from lm_eval_sparse.runtime.steps import Decoder
+from lm_eval_sparse.runtime.decoder import Decoder
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from decoding_lms import generate, lm_of, prompts_of
 
-from lm_eval_sparse.runtime.steps import Decoder
+from lm_eval_sparse.runtime.decoder import Decoder
 
 pytestmark = pytest.mark.gpu
 
