@@ -127,6 +127,11 @@ def hashed(lists: list[np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
+def digest(figures: dict[str, Any]) -> str:
+    """What an answer says of its sparsity, as a hash."""
+    return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def load(name: str, options: dict[str, Any]) -> SparseHFLM:
     """`tiny:FAMILY`, `embedded`, or `NAME=FOLDER`."""
     if name.startswith("tiny:"):
@@ -174,7 +179,7 @@ def record(name: str, options: dict[str, Any], lengths: list[int], answer: int, 
         "selections": [f"{name} {hashed(lists)}" for name, lists in zip(watch.names, watch.lists, strict=True)],
         "scores": [[float(logprob), bool(greedy)] for logprob, greedy in found],
         "answers": [str(text) for text in texts],
-        "stats": [{key: value for key, value in one.stats.items() if key != "run"} for one in [*found, *texts]],
+        "stats": [digest({key: value for key, value in one.stats.items() if key != "run"}) for one in [*found, *texts]],
         "figures": json.loads(json.dumps(figures)),
     }
 
