@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +24,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where Python is told to write no bytecode, each of hundreds of processes would compile torch and transformers anew,
 # which takes longer than most tests. It is written beside pytest's own cache then, and not into any folder of sources.
-if sys.dont_write_bytecode:
-    sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": sys.pycache_prefix}
+BYTECODE = Path(__file__).parents[1] / ".pytest_cache" / "bytecode" if sys.dont_write_bytecode else None
+if BYTECODE is not None:
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(BYTECODE)
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(BYTECODE)}
 # Triton looks at this once, when it is imported; neither torch nor our package imports it before a kernel is needed.
 if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") is not None:
     import torch
@@ -78,6 +81,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
         settings.register_profile("fuzz")
         settings.load_profile("fuzz")
+
+
+def pytest_unconfigure() -> None:
+    """Bytecode of what tests made for themselves is of no use to the next run."""
+    if BYTECODE is not None:
+        shutil.rmtree(f"{BYTECODE}{tempfile.gettempdir()}", ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,10 +6,9 @@ site-packages except this project's own files, which it usually has installed as
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import functools
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,16 +43,26 @@ def run(*argv: object, cwd: Path | None = None, check: bool = True, **env: str) 
 
 @functools.cache
 def lent_packages() -> Path:
-    """A folder of links to the running interpreter's installed packages, without this project's."""
-    folder = Path(tempfile.mkdtemp(prefix="lent-packages-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # removes the links, follows none
+    """A folder of links to the running interpreter's installed packages, without this project's.
+
+    Always the same one, so that bytecode which is kept by path is found again.
+    """
+    folder = ROOT / ".pytest_cache" / "lent-packages"
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {}
     for entry in sys.path:
         if Path(entry).name not in ("site-packages", "dist-packages") or not Path(entry).is_dir():
             continue
         for item in Path(entry).iterdir():
             skip = item.name.startswith(_OURS) or item.suffix == ".pth" or item.name == "__pycache__"
-            if not skip and not (folder / item.name).exists():
-                (folder / item.name).symlink_to(item)
+            if not skip:
+                wanted.setdefault(item.name, item)
+    for link in folder.iterdir():
+        if link.name not in wanted or link.readlink() != wanted[link.name]:
+            link.unlink(missing_ok=True)
+    for name, item in wanted.items():
+        with contextlib.suppress(FileExistsError):  # another process of the tests makes the same links
+            (folder / name).symlink_to(item)
     return folder
 
 

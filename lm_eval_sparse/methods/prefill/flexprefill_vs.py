@@ -35,7 +35,7 @@ class FlexPrefillVS(VerticalSlashMethod):
     reference: ClassVar[str] = "Lai et al., ICLR 2025; Nawrot et al., 2025"
     budget_knobs: ClassVar[tuple[str, ...]] = ("alpha", "min_budget")
     native: ClassVar[type] = Mass
-    tiny: ClassVar = {"alpha": 0.5, "min_budget": 8, "window": 32, "tile": 16, "near": 8}
+    tiny: ClassVar = {"alpha": 0.2, "min_budget": 4, "window": 32, "tile": 16, "near": 4}
     paper: ClassVar = Parameters(
         SEVEN,
         ("alpha", "min_budget"),

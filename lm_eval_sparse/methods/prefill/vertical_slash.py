@@ -120,7 +120,7 @@ class VerticalSlash(VerticalSlashMethod):
     allocation: ClassVar[str] = "uniform"
     reference: ClassVar[str] = "Jiang et al., NeurIPS 2024 (MInference)"
     budget_knobs: ClassVar[tuple[str, ...]] = ("verticals", "slashes")
-    tiny: ClassVar = {"verticals": 24, "slashes": 20, "window": 32, "tile": 16, "near": 8}
+    tiny: ClassVar = {"verticals": 12, "slashes": 8, "window": 32, "tile": 16, "near": 4}
     paper: ClassVar = Parameters(
         TEN,
         ("verticals", "slashes"),
