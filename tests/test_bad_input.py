@@ -29,6 +29,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval_sparse import patches
 from lm_eval_sparse.cli import app as cli
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.methods import METHODS
 from lm_eval_sparse.model import embedded
 from lm_eval_sparse.model.lm import SparseHFLM
 
@@ -129,7 +130,7 @@ SPARSE_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "method=quest,kv_sparsity=0.9": (
         "kv_sparsity=0.9",
         "eviction phase",
-        "snapkv, ada_snapkv",
+        ", ".join(name for name, cls in METHODS.items() if cls.phase == "eviction"),
         "quest fills the decode",
     ),
     "method=quest,preset=papr,sparsity=0.9": ("preset='papr'", "did you mean 'paper'"),

@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 from torch import Tensor
 
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.kernels.cache.replace import turn
 from lm_eval_sparse.kernels.types import Blocks, Extra, Keep, Reads, Slot
 from lm_eval_sparse.methods import (
     METHODS,
@@ -246,7 +247,7 @@ def test_kept_values_are_replaced(family: str, rng: random.Random) -> None:
             assert torch.allclose(kv.values[start : start + 32], value[0, head].mean(0).expand(32, -1))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3"])
 def test_kept_keys_are_turned_to_other_positions(family: str, rng: random.Random) -> None:
     """Turned back to where tokens would stand had nothing come before them, keys are those of such a prompt.
 
@@ -257,19 +258,23 @@ def test_kept_keys_are_turned_to_other_positions(family: str, rng: random.Random
 
     def watch(self: Any, layer: Any, held: Any, query: Tensor, key: Tensor, *rest: Any) -> None:
         close(self, layer, held, query, key, *rest)
-        if layer.index == 0:
-            seen.append(held)
+        if layer.index == (1 if family == "gemma3" else 0):  # the first with full attention
+            seen.append((held, key))
 
     prompt = tiny.words(rng.randrange(10**6), 150)
     ids = torch.tensor([lm.tok_encode(prompt)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session.Runtime, "_end_prefill", watch)
         lm.loglikelihood([Instance("loglikelihood", {}, (prompt, " the"), 0, metadata=("t", 0, 1))], disable_tqdm=True)
-    keys: list[Tensor] = []
-    own = tiny.family(family)
-    cache = own(ids[:, -32:], use_cache=True).past_key_values
-    keys = cache.layers[0].keys[0]
-    kv = seen[-1].sequences.kv(seen[-1].pool)
+    held, key = seen[-1]
+    kv = held.sequences.kv(held.pool)
+    if family == "gemma3":  # what lies below hides how the prompt would have begun: turned back, it is as it was
+        layer = lm.runtime.known.of(lm.model.model.layers[1].self_attn, 4, 2, 16, 16)
+        cosines, sines = layer.rotary(torch.tensor([ids.shape[1] - 32]))
+        for head, start in enumerate(kv.starts.tolist()):
+            assert torch.allclose(turn(kv.keys[start : start + 32], cosines, sines), key[0, head, -32:], atol=1e-4)
+        return
+    keys = tiny.family(family)(ids[:, -32:], use_cache=True).past_key_values.layers[0].keys[0]
     for head, start in enumerate(kv.starts.tolist()):
         assert torch.allclose(kv.keys[start : start + 32], keys[head], atol=1e-4)
 

@@ -545,7 +545,7 @@ def test_native_knobs_are_in_the_results(tasks: Path, llama: str) -> None:
 
 def test_measured_sparsity_is_what_the_layout_says(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted again from the block layouts, pair by pair."""
-    from lm_eval_sparse.methods import FlexPrefill
+    from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
 
     lm, layouts = sparse(llama, **FLEX), []
     select = FlexPrefill.select
