@@ -2,6 +2,8 @@
 
 Most cases go through lm-eval's real command line in this process, on tiny models; its thousands of own tasks are left
 out because listing them takes five seconds. Three go through a real process.
+
+Long, since each way to go wrong is a row of one table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What the contract lets a method do, each done by a small method of its own and held against plain arithmetic."""
+"""What the contract lets a method do, each done by a small method of its own and held against plain arithmetic.
+
+Long, since the small methods stand beside what is asked of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`sparse-hf` on tiny random models: equal to `hf` when dense, and the same for every batch when sparse."""
+"""`sparse-hf` on tiny random models: equal to `hf` when dense, and the same for every batch when sparse.
+
+Long, since one saved model and its tasks serve all cases.
+"""
 
 from __future__ import annotations
 

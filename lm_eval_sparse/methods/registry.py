@@ -70,6 +70,10 @@ class Registry(Mapping[str, "type[Method]"]):
 METHODS = Registry(BUILT_IN)
 
 
+#: What a method says of itself: a row of the table.
+ROW = ("name", "unit", "importance", "allocation", "kv", "reference")
+
+
 def check_class(method: Any) -> None:
     """Raise ValueError for a class that is no whole method: what it lacks would be found in the middle of a run."""
     who = getattr(method, "__name__", repr(method))
