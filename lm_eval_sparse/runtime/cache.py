@@ -355,6 +355,10 @@ class SparseCache(Cache):
             ]
         )
 
+    def logical(self) -> int:
+        """Tokens so far in full-attention layers, evicted ones included."""
+        return max((layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayer)), default=0)
+
     def snapshot(self) -> list[Any]:
         """The present state of every layer, for `restore`."""
         return [self._layer_state(layer) for layer in self.layers]

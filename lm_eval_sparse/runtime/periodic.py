@@ -6,15 +6,19 @@ goes on with other starts and lengths in the same tensors. It waits for the devi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ..kernels.types import Keep
-from ..methods.base import Budget, CacheView, Call, Density, EvictionMethod, Layer
+from ..methods.base import Budget, Density, EvictionMethod, Layer
 from ..methods.plan import Plan
 from .accounting import RowCounts, count_compaction
+from .cache import CacheLayer, SparseCache
 from .pool import Pool, Sequences
 from .selections import check_held, chosen
+from .steps import call_of
 
 #: Why nothing was asked to leave.
 TOO_FEW = "too few tokens so far to evict again"
@@ -26,6 +30,37 @@ def kept_by(plan: Plan) -> tuple[EvictionMethod, Budget] | None:
         return None
     method, sparsity = plan.eviction.method, plan.eviction.sparsity
     return method, method.native_budget() if sparsity is None else Density(1 - sparsity)
+
+
+def evict_due(
+    plan: Plan,
+    cache: SparseCache,
+    prompt: int,
+    scales: Mapping[int, tuple[float, float | None]],
+    counts: RowCounts | None,
+) -> bool:
+    """Evict again in the layers of a prompt's cache, or its beams', that have taken in enough of the answer.
+
+    Args:
+        prompt: tokens of the prompt; scales: by layer, the factor on its scores and its softcap.
+
+    Returns:
+        Whether there were any.
+    """
+    due = [each for each in cache.layers if isinstance(each, CacheLayer) and each.newest and each.fresh >= plan.every]
+    for each in due:
+        (layer, query), held, tokens = each.newest, each.sequences, each.get_seq_length()
+        scale, softcap = scales[layer.index]
+        rows = held.rows()
+        freed = [
+            evict_again(plan, layer, each.pool, row, own, prompt, tokens, scale=scale, softcap=softcap, counts=counts)
+            for row, own in zip(rows, query.split(held.heads), strict=True)
+        ]
+        held.lengths = torch.cat([row.lengths for row in rows])
+        held.longest, held.total = max(row.longest for row in rows), sum(row.total for row in rows)
+        held.room += min(freed)
+        each.fresh = 0
+    return bool(due)
 
 
 def evict_again(
@@ -60,7 +95,7 @@ def evict_again(
             count_compaction(counts, layer.index, method.name, *number, pool.keys)
         return 0
     method, budget = method.resolved(sparsity, tokens, layer)
-    call = _call(layer, pool, held, query, tokens, scale, softcap, "eviction", budget)
+    call = call_of(layer, pool, held, query, tokens, scale, softcap, "eviction", budget)
     kept = chosen(method, call, Keep, plan.debug)
     check_held(method.name, layer.index, kept, held.lengths)
     if counts is not None:
@@ -92,7 +127,7 @@ def _rebuild(
         return
     method, budget = plan.decode.resolved(prompt, layer)
     last = query[:, :, query.shape[2] - min(method.looks_back, query.shape[2]) :]
-    call = _call(layer, pool, held, last, tokens, scale, softcap, "decode", budget)
+    call = call_of(layer, pool, held, last, tokens, scale, softcap, "decode", budget)
     place = torch.arange(held.longest, device=held.starts.device)
     entries = {"sequence": held.place, "token": held.starts[:, None] + place.minimum(held.lengths[:, None] - 1)}
     own = {slot.name: entries[slot.per] for slot in method.slots() if slot.per != "page"}
@@ -100,21 +135,3 @@ def _rebuild(
     method.prefilled(call)
     for name, at in own.items():
         pool.tensors[name][at] = before[name]
-
-
-def _call(
-    layer: Layer,
-    pool: Pool,
-    held: Sequences,
-    query: Tensor,
-    tokens: int,
-    scale: float,
-    softcap: float | None,
-    phase: str,
-    budget: Budget,
-) -> Call:
-    kv = held.kv(pool)
-    so_far = torch.full((len(held.starts) // held.heads,), tokens, dtype=torch.int64, device=query.device)
-    cache = CacheView(kv, so_far, held.heads)
-    state = pool.state(held.first, held.place)
-    return Call(query, kv.keys, kv.values, scale, softcap, phase, budget, layer, cache=cache, state=state)

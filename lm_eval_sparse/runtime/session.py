@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..kernels.dense import dense_attention, masked_attention
 from ..kernels.prefill import block_sparse_prefill_rows
 from ..kernels.types import Blocks, Keep, Slot
-from ..methods.base import Budget, CacheView, Call, Layer, Method
+from ..methods.base import Call, Layer
 from ..methods.plan import Plan
 from .accounting import (
     DecodeShape,
@@ -34,10 +34,10 @@ from .accounting import (
 from .cache import CacheLayer, SparseCache
 from .layers import Layers
 from .masks import Sight, sight_of, structure
-from .periodic import evict_again, kept_by
+from .periodic import evict_due, kept_by
 from .pool import Pool
 from .selections import Walked, check_kept, chosen
-from .steps import Filled, step
+from .steps import Filled, call_of, step
 
 
 class Runtime:
@@ -118,7 +118,8 @@ class Runtime:
         self._read += tokens
         self.phase = "prefill" if self.cache is None or self._read <= self.prompt else "decode"
         if self.phase == "decode" and self.plan.every is not None:
-            self._evict_due(tokens)
+            self.compactions += evict_due(self.plan, self.cache, self.prompt, self.scales, self.counts)
+            self.longest_answer = max(self.longest_answer, self.cache.logical() - self.prompt + tokens + 1)
 
     def check_lengths(self, lengths: Iterable[int]) -> None:
         """Raise `UserError` when a prompt of one of these lengths (tokens) cannot be run as requested."""
@@ -330,35 +331,22 @@ class Runtime:
             held.close(kept, layer)
         elif self.plan.decode is not None:
             held.close()
-        if self.plan.every is not None:
-            held.every = self.plan.every
-            self._begin_state(layer, held, query, scale, softcap, "eviction", *kept_by(self.plan))
-        if self.plan.decode is not None:
-            own = self.plan.decode.resolved(self.prompt, layer)
-            self._begin_state(layer, held, query, scale, softcap, "decode", *own)
+        if held.sequences is not None:
+            self._begin_state(layer, held, query, scale, softcap)
         if self.counts is not None and layer.index not in self.counts.kv:
             count_memory(self.counts, layer.index, *held.held_bytes(0))
 
-    @staticmethod
-    def _begin_state(
-        layer: Layer,
-        held: CacheLayer,
-        query: Tensor,
-        scale: float,
-        softcap: float | None,
-        phase: str,
-        method: Method,
-        budget: Budget,
-    ) -> None:
-        """Let a method fill its state from what stays of the prompt."""
-        last = query[:, :, query.shape[2] - min(method.looks_back, query.shape[2]) :]
-        grouped = last.reshape(len(held.sequences.starts), layer.heads // layer.kv_heads, *last.shape[2:])
-        kv = held.sequences.kv(held.pool)
-        tokens = torch.full((len(query),), held.get_seq_length(), device=query.device)
-        state = held.pool.state(held.sequences.first, held.sequences.place)
-        cache = CacheView(kv, tokens, layer.kv_heads)
-        call = Call(grouped, kv.keys, kv.values, scale, softcap, phase, budget, layer, cache=cache, state=state)
-        method.prefilled(call)
+    def _begin_state(self, layer: Layer, held: CacheLayer, query: Tensor, scale: float, softcap: float | None) -> None:
+        """Let methods fill their state from what stays of the prompt."""
+        held.every = self.plan.every
+        fillers = {} if held.every is None else {"eviction": kept_by(self.plan)}
+        if self.plan.decode is not None:
+            fillers["decode"] = self.plan.decode.resolved(self.prompt, layer)
+        rows, length, tokens = held.sequences, query.shape[2], held.get_seq_length()
+        for phase, (method, budget) in fillers.items():
+            last = query[:, :, length - min(method.looks_back, length) :]
+            grouped = last.reshape(len(rows.starts), layer.heads // layer.kv_heads, *last.shape[2:])
+            method.prefilled(call_of(layer, held.pool, rows, grouped, tokens, scale, softcap, phase, budget))
 
     def _evict(
         self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
@@ -384,32 +372,6 @@ class Runtime:
         if counts is not None:
             count_eviction(counts, layer.index, query, key, method.name, kept, faults, words)
         return kept
-
-    def _evict_due(self, tokens: int) -> None:
-        """Evict again where enough of the answer is in the cache, before the next `tokens` are read."""
-        closed = [each for each in self.cache.layers if isinstance(each, CacheLayer) and each.sequences is not None]
-        due = [each for each in closed if each.newest is not None and each.fresh >= self.plan.every]
-        for held in due:
-            self._evict_again(held)
-        self.compactions += bool(due)
-        if closed:
-            self.longest_answer = max(self.longest_answer, closed[0].get_seq_length() - self.prompt + tokens + 1)
-
-    def _evict_again(self, held: CacheLayer) -> None:
-        (layer, query), rows = held.newest, held.sequences.rows()
-        scale, softcap = self.scales[layer.index]
-        freed = [
-            evict_again(
-                self.plan, layer, held.pool, row, own, self.prompt, held.get_seq_length(), scale=scale, softcap=softcap,
-                counts=self.counts,
-            )
-            for row, own in zip(rows, query.split(held.sequences.heads), strict=True)
-        ]  # fmt: skip
-        held.sequences.lengths = torch.cat([row.lengths for row in rows])
-        held.sequences.longest = max(row.longest for row in rows)
-        held.sequences.total = sum(row.total for row in rows)
-        held.sequences.room += min(freed)
-        held.fresh = 0
 
     # --- decode ------------------------------------------------------------------------------------------------
 

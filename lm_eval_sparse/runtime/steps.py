@@ -16,6 +16,7 @@ from ..kernels.decode import BACKENDS, mass, paged_decode
 from ..kernels.types import RaggedKV, Reads, State
 from ..methods.base import Budget, CacheView, Call, DecodeMethod, EvictionMethod, Layer
 from ..methods.plan import Plan
+from .pool import Pool, Sequences
 from .selections import check_reads, chosen
 
 
@@ -155,6 +156,29 @@ class _Watch:
 def room_for_lse(query: Tensor) -> Tensor:
     """`(S, G, T)` fp32 for the queries `(S, G, T, D)`."""
     return torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+
+
+def call_of(
+    layer: Layer,
+    pool: Pool,
+    held: Sequences,
+    query: Tensor,
+    tokens: int,
+    scale: float,
+    softcap: float | None,
+    phase: str,
+    budget: Budget,
+) -> Call:
+    """What a method is told of all that some rows hold, outside of a step.
+
+    Args:
+        query: `(S, G, T, D)` of the newest tokens; tokens: of each row so far, evicted ones included.
+    """
+    kv = held.kv(pool)
+    so_far = torch.full((len(held.starts) // held.heads,), tokens, dtype=torch.int64, device=query.device)
+    cache = CacheView(kv, so_far, held.heads)
+    state = pool.state(held.first, held.place)
+    return Call(query, kv.keys, kv.values, scale, softcap, phase, budget, layer, cache=cache, state=state)
 
 
 def backend_of(plan: Plan) -> str:
