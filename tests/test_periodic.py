@@ -26,11 +26,13 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.kernels.types import Keep, Reads, Slot
 from lm_eval_sparse.methods import METHODS, Allocation, Call, EvictionMethod, Pooled, ScoredEviction
+from lm_eval_sparse.methods.base import Layer
 from lm_eval_sparse.methods.decode.quest import Quest
 from lm_eval_sparse.methods.plan import parse
 from lm_eval_sparse.model import decoding, scoring
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.runtime import decoder, periodic
+from lm_eval_sparse.runtime.cache import CacheLayer
 
 TOKENIZER = tiny.tiny_tokenizer()
 WORDS = [word for word in tiny.WORDS if len(TOKENIZER(" " + word).input_ids) == 1]
@@ -47,7 +49,7 @@ def rng() -> random.Random:
 
 @pytest.fixture(autouse=True)
 def _own_methods() -> None:
-    for cls in (Heavy, Latest, Clashing, Paged, Competing, Wrong):
+    for cls in (Heavy, Latest, Clashing, Paged, Competing, Wrong, Marked):
         METHODS.add(cls)
 
 
@@ -179,6 +181,34 @@ class Wrong(Latest):
 
     def select(self, call: Call) -> Keep:
         return super().select(call) if call.cache is None else type(self).found(call)
+
+
+@dataclass(frozen=True)
+class Marked(Quest):
+    """Marks each token of the answer with its number, and pages with their bounds."""
+
+    name: ClassVar[str] = "test_marked"
+    appends: ClassVar[bool] = False
+
+    def slots(self) -> tuple[Slot, ...]:
+        return (*super().slots(), Slot("mark", "token", (), torch.int64), Slot("last", "sequence", (), torch.int64))
+
+    def prefilled(self, call: Call) -> None:
+        super().prefilled(call)
+        call.state["last"][call.state.place] = 0
+        for start, length in spans(call):
+            call.state["mark"][start : start + length] = 0
+
+    def appended(self, call: Call, before: Tensor) -> None:
+        super().appended(call, before)
+        for (start, length), first, place in zip(spans(call), before.tolist(), call.state.place, strict=True):
+            new = torch.arange(1, length - first + 1) + call.state["last"][place]
+            call.state["mark"][start + first : start + length] = new
+            call.state["last"][place] = new[-1]
+            answer = min(18, int(new[-1]))
+            assert call.state["mark"][start : start + length].tolist()[-answer:] == list(
+                range(int(new[-1]) - answer + 1, int(new[-1]) + 1)
+            )
 
 
 # --- the simulation ---------------------------------------------------------------------------------------------------
@@ -375,16 +405,29 @@ def test_generation_is_the_simulation(
     assert 0.5 < stats["eviction"]["knobs_solved"]["dropped"]["min"] < 0.7
 
 
-@pytest.mark.parametrize("by", ["decoder", "transformers"])
-def test_beams_and_growth(by: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers that outgrow their storage are those of one that was large enough; beams go their own ways."""
+@pytest.mark.parametrize(("method", "options"), [("test_heavy", {}), ("test_latest", {"sparsity": 0.4})])
+def test_answers_outgrow_their_storage(
+    method: str, options: dict[str, Any], rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, context = model_of(rng), text(rng, 40)
-    options = {"num_beams": 3} if by == "transformers" else {}
-    answers = [str(generate(lm_of(copy.deepcopy(model), "test_heavy"), [context], max_gen_toks=30, **options)[0])]
+    answers = [str(generate(lm_of(copy.deepcopy(model), method, **options), [context], max_gen_toks=40)[0])]
     monkeypatch.setattr(decoding, "RESERVE", 3)
     monkeypatch.setattr(decoder, "LEAST_GROWTH", 2)
-    answers.append(str(generate(lm_of(model, "test_heavy"), [context], max_gen_toks=30, **options)[0]))
+    answers.append(str(generate(lm_of(model, method, **options), [context], max_gen_toks=40)[0]))
     assert answers[0] == answers[1]
+
+
+def test_beams_are_evicted(rng: random.Random) -> None:
+    """Where nothing has to leave, beams are those of dense decoding; where something has, each goes on by itself."""
+    model, context = model_of(rng), text(rng, 40)
+    texts = [
+        str(generate(lm_of(copy.deepcopy(model), **typed), [context], max_gen_toks=14, num_beams=3)[0])
+        for typed in ({"method": "dense"}, {"method": "test_latest", "capacity": 90})
+    ]
+    assert texts[0] == texts[1]
+    lm = lm_of(model, "test_heavy")
+    generate(lm, [context], max_gen_toks=14, num_beams=3)
+    assert lm.runtime.compactions == 3 and lm.report()["phases"]["eviction"]["calls"]["sparse"] >= 2 * (1 + 3)
 
 
 # --- company ----------------------------------------------------------------------------------------------------------
@@ -421,6 +464,26 @@ def test_answers_of_one_context_are_those_of_each_alone(method: str, quest: bool
     lm = lm_of(model, method, quest)
     for pair, one in zip(pairs, found, strict=True):
         assert tuple(one) == tuple(score(lm, [pair])[0])
+    # Two layers, once after the prompt, and in the course of answers 3, 0, 1 and 2 times.
+    assert sum(found[0].stats["eviction"]["calls"].values()) == 2 * (1 + 6)
+
+
+def test_what_a_decode_method_keeps_of_tokens_moves_with_them(rng: random.Random) -> None:
+    model = model_of(rng)
+    typed = {"method": "test_latest+test_marked", "budget": 16, "page_size": 8}
+    lm = SparseHFLM(pretrained=model, tokenizer=tiny.tiny_tokenizer(), device="cpu", **typed)
+    score(lm, [(text(rng, 50), text(rng, 14))])
+    generate(lm, [text(rng, 50), text(rng, 40)], max_gen_toks=14)
+    assert lm.runtime.compactions == 3 * 3
+
+
+def test_the_newest_query_goes_with_its_beam() -> None:
+    layer = CacheLayer()
+    layer.update(torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4))
+    layer.close()
+    layer.newest = Layer(), torch.arange(6.0).view(6, 1, 1, 1)
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    assert layer.newest[1].flatten().tolist() == [4, 5, 0, 1, 0, 1]
 
 
 def test_pieces_are_cut_where_evictions_are(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
