@@ -121,7 +121,8 @@ class Plan:
         debug: whether selections are checked at once on a GPU too, which waits for it.
 
     Raises:
-        UserError: a decode method with pages of a size that no kernel takes.
+        UserError: a decode method with pages of a size that no kernel takes, or states of two methods that do not go
+            together.
     """
 
     prefill: Assignment | None = None
@@ -133,6 +134,29 @@ class Plan:
     def __post_init__(self) -> None:
         if self.decode is not None:
             check_page_size(self.decode.method)
+        if self.every is not None:
+            self._check_state()
+
+    @property
+    def every(self) -> int | None:
+        """Tokens of an answer between two evictions, or None."""
+        return None if self.eviction is None else getattr(self.eviction.method, "every", None)
+
+    def _check_state(self) -> None:
+        own = self.eviction.method.slots()
+        for slot in own:
+            if slot.per == "page":
+                raise UserError(
+                    f"method {self.eviction.method.name} keeps {slot.name!r} of each page, but an eviction method has "
+                    "no pages: give it a slot per token or per sequence"
+                )
+        others = () if self.decode is None else self.decode.method.slots()
+        shared = {slot.name for slot in own} & {slot.name for slot in others}
+        if shared:
+            raise UserError(
+                f"methods {self.eviction.method.name} and {self.decode.method.name} both keep a state called "
+                f"{', '.join(sorted(shared))}: use one of them, or give the slots of one of them other names"
+            )
 
     @property
     def phases(self) -> dict[str, Assignment]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -202,12 +203,13 @@ class Scorer:
         with lm.runtime.running(context.counts, cache, len(context.prompt), context.window):
             logits = lm.forward(torch.tensor([context.prompt], device=lm.device), cache=cache, keep=1)
             first = lm.forward.log_softmax(logits[:, -1])
-            snapshot = cache.snapshot()
+            snapshot = cache.snapshot() if len(sequences) > 1 else None
             scored: dict[tuple, Tensor] = {}
             hits: dict[tuple, Tensor] = {}
-            for tokens in sequences:
+            for number, tokens in enumerate(sequences):
+                if number:
+                    cache.restore(snapshot)
                 scored[tuple(tokens)], hits[tuple(tokens)] = self._score_tokens(tokens, first, cache)
-                cache.restore(snapshot)
         return context.answers(scored, hits)
 
     def _score_tokens(self, tokens: list[int], first: Tensor, cache: SparseCache) -> tuple[Tensor, Tensor]:
@@ -221,9 +223,7 @@ class Scorer:
             greedy.append((logprobs.argmax(-1) == wanted).cpu())
 
         note(first, tokens[:1])
-        steps = len(tokens) - 1
-        for begin in range(0, steps, SCORE_CHUNK):
-            end = min(begin + SCORE_CHUNK, steps)
+        for begin, end in cut(len(tokens) - 1, self.lm.runtime.plan.every):
             # Token i predicts token i + 1. Where it stands is told by the cache, as it is to `hf` by what came before.
             logits = self.lm.forward(torch.tensor([tokens[begin:end]], device=self.lm.device), cache=cache)
             note(self.lm.forward.log_softmax(logits[0]), tokens[begin + 1 : end + 1])
@@ -278,6 +278,20 @@ class Scorer:
             context_len=1,
         )
         return list(map(make_disjoint_window, windows))
+
+
+def cut(steps: int, every: int | None) -> Iterator[tuple[int, int]]:
+    """Parts of so many tokens of an answer: of `SCORE_CHUNK` at most, and none across a multiple of `every`.
+
+    Between two of them the runtime may evict, and all tokens of one attend to the same cache.
+    """
+    begin = 0
+    while begin < steps:
+        end = min(begin + SCORE_CHUNK, steps)
+        if every is not None:
+            end = min(end, (begin // every + 1) * every)
+        yield begin, end
+        begin = end
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:

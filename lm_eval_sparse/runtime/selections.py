@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -157,6 +158,47 @@ def check_kept(
 
 def _kept_words(width: int, total: int, length: int, bits: int) -> str:
     return f"it {Keep.words(bits, width, total, length)}"
+
+
+#: What may be wrong with places in what a head holds, in the order of the faults of a `Keep`.
+HELD_FAULTS = (
+    "keeps fewer than one token, or more than it lists",
+    "keeps numbers of tokens that do not add up to its total of {total} tokens",
+    "lists places that are negative or not below the {length} tokens that the head holds",
+    "lists places that are not strictly ascending (one twice, or unsorted)",
+)
+
+
+def check_held(method: str, layer: int, kept: Keep, lengths: Tensor) -> None:
+    """Check what is to stay of sequences that hold `lengths (H_kv,)` tokens. Waits for the device: it must not be read
+    from elsewhere, and the next step relies on what is left."""
+    lengths = lengths.long()
+    longest = int(lengths.max())
+    for name in ("values", "positions"):
+        if getattr(kept, name) is not None:
+            raise misfit(method, layer, f"{name} of a Keep are not taken in the course of an answer, with every")
+    try:
+        kept.check_shapes(len(lengths), longest)
+    except ValueError as error:
+        raise misfit(method, layer, error) from error
+    place = torch.arange(kept.ids.shape[1], device=kept.ids.device)
+    valid = place < kept.counts[:, None]
+    uncountable = (kept.counts < 1) | (kept.counts > len(place))
+    found = (
+        uncountable,
+        ~uncountable.any() & (kept.counts.sum() != kept.total),
+        (((kept.ids < 0) | (kept.ids >= lengths[:, None])) & valid).any(1),
+        ((kept.ids[:, 1:] <= kept.ids[:, :-1]) & valid[:, 1:]).any(1),
+    )
+    bits = torch.stack([wrong.int().expand(len(lengths)) << bit for bit, wrong in enumerate(found)]).sum(0)
+    for head, (own, length) in enumerate(zip(bits.tolist(), lengths.tolist(), strict=True)):
+        words = partial(_held_words, kept.total, length)
+        refuse(method, layer, [0] * head + [own], words, "KV head")
+
+
+def _held_words(total: int, length: int, bits: int) -> str:
+    lowest = (bits & -bits).bit_length() - 1
+    return f"it {HELD_FAULTS[lowest].format(total=total, length=length)}"
 
 
 def check_reads(

@@ -137,11 +137,51 @@ def count_eviction(
         faults: flags that are yet to be looked at; words: what they say.
     """
     heads, (kv_heads, length, dim) = len(query), key.shape
+    flops = 4 * dim * causal_pairs(length)
+    _count_kept(counts, layer, method, heads, kv_heads, length, key, flops, kept, faults, words)
+
+
+def count_compaction(
+    counts: RowCounts,
+    layer: int,
+    method: str,
+    heads: int,
+    kv_heads: int,
+    tokens: int,
+    keys: Tensor,
+    kept: Keep | None = None,
+) -> None:
+    """Count what stays of one row in the course of its answer; what is held without `kept`.
+
+    As one more call, whose keys are the tokens so far. Its operations go with those of the prefill.
+
+    Args:
+        heads, kv_heads: of the layer; tokens: of the row so far, evicted ones included.
+        keys: `(N, D)` as they are stored.
+        kept: places in what each head holds, already checked.
+    """
+    _count_kept(counts, layer, method, heads, kv_heads, tokens, keys, 0.0, kept, again=True)
+
+
+def _count_kept(
+    counts: RowCounts,
+    layer: int,
+    method: str | None,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    keys: Tensor,
+    flops_dense: float,
+    kept: Keep | None = None,
+    faults: Tensor | None = None,
+    words: Words | None = None,
+    again: bool = False,
+) -> None:
     phase = counts.phases["eviction"]
     dense = {
         "pairs": length,
-        "bytes_dense": length * 2 * dim * key.element_size() * kv_heads / heads,
-        "flops_dense": 4 * dim * causal_pairs(length),
+        "bytes_dense": length * 2 * keys.shape[-1] * keys.element_size() * kv_heads / heads,
+        "flops_dense": flops_dense,
     }
     if kept is None:
         everything = {"selected": length, "executed": length, "bytes_read": 0, "flops_estimator": 0, **dense}
@@ -157,6 +197,8 @@ def count_eviction(
         if faults is not None:
             refuse(method, layer, faults, words, "KV head")
         check_figures(method, layer, length, estimator_flops=flops, estimator_bytes=read)
+        if again:
+            phase.note_knobs({"dropped": 1 - float(kept.sum()) / (kv_heads * length)})
         kept = np.repeat(kept, heads // kv_heads)
         costs = {"bytes_read": read / heads, "flops_estimator": flops / heads}
         phase.add(layer, heads, kind, "compact", selected=kept, executed=kept, **costs, **dense)
@@ -287,6 +329,7 @@ def count_answer(
     layer: int,
     shape: DecodeShape,
     held: Tensor,
+    begun: np.ndarray,
     logical: np.ndarray,
     reads: np.ndarray | None,
     method: DecodeMethod | None,
@@ -295,14 +338,16 @@ def count_answer(
     """Count all steps of an answer that was decoded token by token, each a call.
 
     Args:
-        held: `(H_kv,)` keys held when decoding began.
+        held: `(C, H_kv)` keys held when decoding began, and whenever it went on with less.
+        begun: `(C,)` steps of the answer that were behind it then, ascending from 0.
         logical: `(T,)` tokens of the row up to each step's, evicted ones included.
         reads: `(H_kv, Gs, T)` keys read, or None when a decode method had no part in it.
     """
 
     def count(held: np.ndarray) -> None:
-        steps = len(logical)
-        visible = held[:, None] + 1 + np.arange(steps)
+        place = np.arange(steps := len(logical))
+        span = np.searchsorted(begun, place, side="right") - 1
+        visible = np.ascontiguousarray(held[span].T) + 1 + place - begun[span]
         count_steps(counts.phases["decode"], layer, shape, visible, logical, reads, method, backend, calls=steps)
 
     counts.later(count, held)
