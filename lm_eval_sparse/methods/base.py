@@ -188,7 +188,8 @@ class Method:
         tiny: knobs that make the method sparse at 200 tokens; every matrix of the tests runs on them.
         paper: what `preset=paper` knows of the method (`presets.Parameters`), or None.
         looks_back: queries of the prompt that `prefilled` gets.
-        wants_mass: whether `attended` is called.
+        wants_mass: whether `attended` is called. The tokens of an answer are then scored one by one, as they are
+            generated: what each reads follows from what those before it read.
     """
 
     name: ClassVar[str]

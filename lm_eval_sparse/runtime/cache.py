@@ -143,7 +143,7 @@ class CacheLayer(DynamicLayer):
         self._flat = pool.keys, pool.values, first
 
     def _enlarge(self, room: int) -> None:
-        pool = Pool()
+        pool = Pool(self.pool.slots, self.pool.page_size)
         pool.keys, pool.values = self._flat[:2]
         sequences = self._as_sequences()
         pool.move([(sequences, 0)], room)
@@ -243,7 +243,7 @@ class CacheLayer(DynamicLayer):
             return self.get_seq_length()
         if self.every is not None:  # what is held will be moved in place
             return self._logical, self.fresh, copy.copy(self.sequences), self.pool.whole()
-        return self._logical, self.sequences.snapshot(), self.pool.snapshot()
+        return self._logical, self.sequences.snapshot(), self.pool.snapshot(self.sequences)
 
     def truncate(self, state: Any) -> None:
         """Forget everything after `state`; the storage stays."""
@@ -254,7 +254,7 @@ class CacheLayer(DynamicLayer):
         elif self.sequences is not None:
             self._logical, sequences, kept = state
             self.sequences.restore(sequences)
-            self.pool.restore(kept)
+            self.pool.restore(self.sequences, kept)
         elif self.is_initialized:  # a model may leave layers of its cache alone
             self.keys, self.values = self.keys[..., :state, :], self.values[..., :state, :]
 

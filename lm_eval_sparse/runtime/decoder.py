@@ -254,7 +254,8 @@ class Decoder:
         )
         if filled is not None:
             layer.reads, layer.width = found.read, found.width
-        layer.backend, layer.shape = found.backend, DecodeShape.of(heads, layer.heads, kv)
+        layer.backend = found.backend
+        layer.shape = DecodeShape.of(heads, layer.heads, kv, found.virtual, found.weighed, found.altered)
         out = found.out.reshape(rows, heads, 1, -1)
         return out if rows == width else torch.cat([out, out.new_zeros(width - rows, *out.shape[1:])])
 

@@ -17,7 +17,7 @@ from ..methods.plan import Plan
 from .accounting import RowCounts, count_compaction
 from .cache import CacheLayer, SparseCache
 from .pool import Pool, Sequences
-from .selections import check_held, chosen
+from .selections import check_held, chosen, tell
 from .steps import call_of
 
 #: Why nothing was asked to leave.
@@ -132,6 +132,6 @@ def _rebuild(
     entries = {"sequence": held.place, "token": held.starts[:, None] + place.minimum(held.lengths[:, None] - 1)}
     own = {slot.name: entries[slot.per] for slot in method.slots() if slot.per != "page"}
     before = {name: pool.tensors[name][at] for name, at in own.items()}
-    method.prefilled(call)
+    tell(method, "prefilled", call, debug=plan.debug)
     for name, at in own.items():
         pool.tensors[name][at] = before[name]

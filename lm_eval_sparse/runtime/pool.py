@@ -176,7 +176,11 @@ class Pool:
         starts = _places(length + room for length in lengths)
         pages = _places(-(-(length + room) // size) if size else 0 for length in lengths)
         self.made += 1
-        self.used = {"token": starts[-1], "page": pages[-1], "sequence": len(lengths)}
+        self.used = {
+            "token": starts[-1],
+            "page": pages[-1] if any(part.first is not None for part, _ in parts) else 0,
+            "sequence": len(lengths) if any(part.place is not None for part, _ in parts) else 0,
+        }
         entries = max(starts[-1], len(old[0]))
         self.keys, self.values = (states.new_empty(entries, states.shape[-1]) for states in old)
         self.tensors = {
@@ -243,13 +247,27 @@ class Pool:
         """What does not follow from the keys."""
         return {s.name: self.tensors[s.name] for s in self.slots if not s.derived and s.name in self.tensors}
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """A copy of that, for `restore`."""
-        return {name: tensor.clone() for name, tensor in self.kept().items()}
+    def snapshot(self, held: Sequences) -> Any:
+        """A copy of that and where it belongs, for `restore`."""
+        where = held.starts, held.lengths, held.first, held.place
+        return self.made, where, {name: tensor.clone() for name, tensor in self.kept().items()}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in state.items():
-            self.tensors[name][: len(tensor)] = tensor
+    def restore(self, held: Sequences, state: Any) -> None:
+        """Put back what sequences `held` had. Waits for the device where storage has moved in the meantime."""
+        made, (starts, lengths, first, place), kept = state
+        if made == self.made:
+            for name, tensor in kept.items():
+                self.tensors[name][: len(tensor)] = tensor
+            return
+        size, per = self.page_size, {slot.name: slot.per for slot in self.slots}
+        now = {"token": held.starts, "page": held.first, "sequence": held.place}
+        was = {"token": starts, "page": first, "sequence": place}
+        for name, tensor in kept.items():
+            kind = per[name]
+            places = zip(now[kind].tolist(), was[kind].tolist(), lengths.tolist(), strict=True)
+            for there, here, length in places:
+                count = {"token": length, "page": -(-length // size) if size else 0, "sequence": 1}[kind]
+                self.tensors[name][there : there + count] = tensor[here : here + count]
 
     def whole(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """A copy of all that is stored, for `put_back`."""

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..kernels import decode
 from ..kernels.backends import choose
 from ..kernels.cache import compact
-from ..kernels.types import Blocks, Keep, RaggedKV, Reads, check_shapes
+from ..kernels.types import Blocks, Keep, RaggedKV, Reads, Slot, check_shapes
 from ..methods.base import Call
 from .memory import out_of_memory
 
@@ -79,6 +79,41 @@ def chosen(method: Any, call: Call, kind: type, debug: bool) -> Any:
     if [states._version for states in inputs] != before:
         raise misfit(method.name, layer, "select wrote into the queries, keys or values that it was given")
     return found
+
+
+def tell(method: Any, hook: str, call: Call, *more: Any, debug: bool = False) -> None:
+    """Call a hook of a method's state: what goes wrong in it is named, and the cache is not its to write.
+
+    Raises:
+        UserError: it failed, or wrote into the keys or values.
+    """
+    layer = call.layer.index
+    before = call.key._version, call.value._version
+    try:
+        getattr(method, hook)(call, *more)
+    except Exception as error:  # methods are written by anybody
+        if debug or isinstance(error, UserError) or out_of_memory(error):
+            raise
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise misfit(
+            method.name, layer, f"{hook} failed ({type(error).__name__}: {line}); type debug=True to see where"
+        ) from error
+    if (call.key._version, call.value._version) != before:
+        raise misfit(method.name, layer, f"{hook} wrote into the keys or values of the cache")
+
+
+def check_slots(named: Iterable[tuple[str, Slot]]) -> None:
+    """Raise `UserError` for tensors of methods' states, each with its method, that cannot be kept side by side."""
+    seen: dict[str, str] = {}
+    for method, slot in named:
+        if not isinstance(slot, Slot) or slot.per not in ("sequence", "page", "token"):
+            raise UserError(
+                f"method {method}: {slot!r} cannot be kept; expected a Slot per 'sequence', 'page' or 'token'"
+            )
+        if slot.name in seen:
+            whose = "twice" if seen[slot.name] == method else f"and {seen[slot.name]} does, too"
+            raise UserError(f"method {method} keeps a tensor {slot.name!r} {whose}; give it another name")
+        seen[slot.name] = method
 
 
 def check_figures(method: str, layer: int, most: float, **figures: Any) -> None:

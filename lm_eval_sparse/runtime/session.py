@@ -36,7 +36,7 @@ from .layers import Layers
 from .masks import Sight, sight_of, structure
 from .periodic import evict_due, kept_by
 from .pool import Pool
-from .selections import Walked, check_kept, chosen
+from .selections import Walked, check_kept, check_slots, chosen, tell
 from .steps import Filled, call_of, step
 
 
@@ -140,10 +140,13 @@ class Runtime:
 
     def kept_state(self) -> tuple[tuple[Slot, ...], int]:
         """What methods keep of each layer between steps, and keys of the decode method's pages."""
-        evicting = () if self.plan.every is None else self.plan.eviction.method.slots()
-        if self.plan.decode is None:
-            return evicting, 0
-        return (*evicting, *self.plan.decode.method.slots()), self.plan.decode.method.page_size
+        found: list[tuple[str, Slot]] = []
+        if self.plan.every is not None:
+            found += [(self.plan.eviction.method.name, slot) for slot in self.plan.eviction.method.slots()]
+        if self.plan.decode is not None:
+            found += [(self.plan.decode.method.name, slot) for slot in self.plan.decode.method.slots()]
+        check_slots(found)
+        return tuple(slot for _, slot in found), 0 if self.plan.decode is None else self.plan.decode.method.page_size
 
     def attach(self, model: torch.nn.Module) -> None:
         """Make this the runtime of every attention module of `model`."""
@@ -346,7 +349,8 @@ class Runtime:
         for phase, (method, budget) in fillers.items():
             last = query[:, :, length - min(method.looks_back, length) :]
             grouped = last.reshape(len(rows.starts), layer.heads // layer.kv_heads, *last.shape[2:])
-            method.prefilled(call_of(layer, held.pool, rows, grouped, tokens, scale, softcap, phase, budget))
+            call = call_of(layer, held.pool, rows, grouped, tokens, scale, softcap, phase, budget)
+            tell(method, "prefilled", call, debug=self.plan.debug)
 
     def _evict(
         self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
@@ -406,7 +410,7 @@ class Runtime:
             held.newest = layer, grouped[:, :, -1:].clone()
         found = step(grouped, new, kv, layer, filled, scale=scale, softcap=softcap, plan=self.plan, keeper=keeper)
         if self.counts is not None:
-            shape = DecodeShape.of(heads, kv.heads, kv)
+            shape = DecodeShape.of(heads, kv.heads, kv, found.virtual, found.weighed, found.altered)
             for row in range(rows):
                 own = slice(row * kv.heads, (row + 1) * kv.heads)
                 read = None if found.read is None else found.read[own]

@@ -17,7 +17,7 @@ from ..kernels.types import RaggedKV, Reads, State
 from ..methods.base import Budget, CacheView, Call, DecodeMethod, EvictionMethod, Layer
 from ..methods.plan import Plan
 from .pool import Pool, Sequences
-from .selections import check_reads, chosen, misfit
+from .selections import check_reads, chosen, misfit, tell
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,18 @@ class Stepped:
         backend: what computed it.
         read: `(S, Gs, T)` int32 keys read, minus its faults for a list that is nonsense; None without a method.
         width: places of a list.
+        virtual: virtual keys that each token reads besides.
+        weighed: whether the weights of what was read were made in a second pass over its keys.
+        altered: whether reading everything would not be dense attention: scores have biases, or keys are virtual.
     """
 
     out: Tensor
     backend: str
     read: Tensor | None = None
     width: int = 0
+    virtual: int = 0
+    weighed: bool = False
+    altered: bool = False
 
 
 def step(
@@ -102,7 +108,7 @@ def step(
         call = replace(call, cache=replace(cache, new=new))
     elif new is not None:
         append(kv, *new)
-        method.appended(call, (kv.lengths - steps).clamp(min=0))
+        tell(method, "appended", call, (kv.lengths - steps).clamp(min=0), debug=plan.debug)
     reads = chosen(method, call, Reads, plan.debug)
     check_reads(method, layer.index, reads, query, kv, options["backend"], plan.debug)
     if room is None:
@@ -119,11 +125,13 @@ def step(
         raise misfit(method.name, layer.index, error) from error
     if lse is not None:
         weights = mass(query, kv, reads, lse, scale=scale, softcap=softcap)
-        if method.wants_mass:
-            method.attended(call, reads, weights)
+        if method.wants_mass and new is not None:  # a layer that borrows another's keys is none of its state's business
+            tell(method, "attended", call, reads, weights, debug=plan.debug)
         if watch is not None:
             watch.attended(reads, weights)
-    return Stepped(out, used, read, reads.ids.shape[-1])
+    virtual = 0 if reads.extra is None else reads.extra.values.shape[1]
+    altered = virtual > 0 or reads.bias is not None
+    return Stepped(out, used, read, reads.ids.shape[-1], virtual, lse is not None, altered)
 
 
 class _Watch:
@@ -151,11 +159,11 @@ class _Watch:
         #: Room for what weights are made from, where the method wants them.
         self.lse = room_for_lse(query) if own and self.method.wants_mass else None
         if own:
-            self.method.appended(self.call, (kv.lengths - query.shape[2]).clamp(min=0))
+            tell(self.method, "appended", self.call, (kv.lengths - query.shape[2]).clamp(min=0))
 
     def attended(self, reads: Reads | None, weights: Tensor) -> None:
         if self.lse is not None:
-            self.method.attended(self.call, reads, weights)
+            tell(self.method, "attended", self.call, reads, weights)
 
 
 def room_for_lse(query: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...kernels.types import Cost, Keep
 from ..base import FORCED_SHARE, Budget, Call, Count, Density, EvictionMethod, Layer, top
-from .allocation import Allocation, Pooled, Uniform
+from .allocation import Allocation, PerLayer, Pooled, Uniform, checked
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class ScoredEviction(EvictionMethod):
     unit: ClassVar[str] = "tokens"
     kv: ClassVar[str] = "evicted"
     allocation: ClassVar[Allocation] = Uniform()
+    allocations: ClassVar[tuple[type, ...]] = (Uniform, Pooled, PerLayer)
     budget_knobs: ClassVar[tuple[str, ...]] = ("capacity",)
     forced: ClassVar[Mapping[str, int]] = {}
 
@@ -98,7 +99,7 @@ class ScoredEviction(EvictionMethod):
             return self._again(call)
         length, kv_heads = call.length, len(call.key)
         capacity = self._tokens(self.allocation.at(call.budget, call.layer), length)
-        score = self.score(call)
+        score = checked(self.score(call))
         first, last = (getattr(self, name, 0) for name in ("sinks", "local"))
         score[:, :first] = math.inf
         score[:, max(0, length - last) :] = math.inf
@@ -117,7 +118,7 @@ class ScoredEviction(EvictionMethod):
         first, last = (getattr(self, name, 0) for name in ("sinks", "local"))
         place = torch.arange(kv.longest, device=lengths.device)
         # Nothing that is held may lose to what is not.
-        score = self.score(call).float().clamp(min=torch.finfo(torch.float32).min)
+        score = checked(self.score(call)).clamp(min=torch.finfo(torch.float32).min)
         score = score.masked_fill((place < first) | (place >= lengths - last), math.inf)
         counts = lengths[:, 0].clamp(max=capacity)
         kept = top(score.masked_fill(place >= lengths, -math.inf), counts)

@@ -212,18 +212,28 @@ def _count_kept(
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """What the counts of decoding need to know of a layer: heads, dimension, bytes of a number and of a key + value."""
+    """What the counts of decoding need to know of a step in a layer.
+
+    Attributes:
+        heads, kv_heads: query heads and KV heads; dim: of a key; element: bytes of a number; per_key: bytes of a key
+            and its value.
+        virtual, weighed, altered: as in `steps.Stepped`.
+    """
 
     heads: int
     kv_heads: int
     dim: int
     element: int
     per_key: int
+    virtual: int = 0
+    weighed: bool = False
+    altered: bool = False
 
     @staticmethod
-    def of(heads: int, kv_heads: int, kv: RaggedKV) -> DecodeShape:
+    def of(heads: int, kv_heads: int, kv: RaggedKV, virtual: int, weighed: bool, altered: bool) -> DecodeShape:
         dim, element = kv.keys.shape[-1], kv.keys.element_size()
-        return DecodeShape(heads, kv_heads, dim, element, (dim + kv.values.shape[-1]) * element)
+        per_key = (dim + kv.values.shape[-1]) * element
+        return DecodeShape(heads, kv_heads, dim, element, per_key, virtual, weighed, altered)
 
 
 def count_memory(counts: RowCounts, layer: int, held: Tensor, dense: int) -> None:
@@ -257,7 +267,7 @@ def count_steps(
     if reads is None:
         kinds, read, group, flops, metadata = {"dense": calls}, visible[:, None], 1, 0.0, 0.0
     else:
-        covered = (reads == visible[:, None]).all((0, 1)).reshape(calls, -1).all(1)
+        covered = (reads == visible[:, None]).all((0, 1)).reshape(calls, -1).all(1) & (not shape.altered)
         kinds = {"sparse": int((~covered).sum()), "fallback": int(covered.sum())}
         read, group = reads, reads.shape[1]
         pair = (torch.from_numpy(table).long() for table in (visible, reads.max(1)))
@@ -268,14 +278,16 @@ def count_steps(
             budgets = reads.mean((0, 1)).reshape(calls, -1).mean(1)[~covered]
             counts.note_many("budget", budgets)
             counts.note_many("page_size", np.full(len(budgets), method.page_size))
-    totals, whole = read.sum(-1), float(logical.sum())
+    # A virtual key is read like any other; the second pass that weighs keys reads those of the cache again.
+    again = read.sum(-1) if shape.weighed else 0.0
+    totals, whole = read.sum(-1) + shape.virtual * len(logical), float(logical.sum())
 
     def per_head(values: Any) -> Any:
         """From per KV head, and maybe per query head of its group, to `(H,)`."""
         return np.broadcast_to(np.asarray(values, dtype=float), (shape.kv_heads, share)).reshape(-1)
 
     # A list of pages that the group shares is loaded once for all its query heads.
-    loads = totals / share if group == 1 else totals
+    loads, reloads = (part / share if group == 1 else part for part in (totals, again))
     counts.add(
         layer,
         shape.heads,
@@ -285,9 +297,11 @@ def count_steps(
         selected=per_head(totals),
         executed=per_head(totals),
         bytes_dense=whole * shape.per_key / share,
-        bytes_read=per_head(loads * shape.per_key + np.reshape(metadata, (-1, 1)) / share),
+        bytes_read=per_head(
+            loads * shape.per_key + reloads * shape.dim * shape.element + np.reshape(metadata, (-1, 1)) / share
+        ),
         flops_dense=whole * 4 * shape.dim,
-        flops_estimator=per_head(np.reshape(flops, (-1, 1)) / share),
+        flops_estimator=per_head(np.reshape(flops, (-1, 1)) / share + again * 2 * shape.dim),
     )
     counts.calls.update({kind: number for kind, number in kinds.items() if number})
     counts.backends[backend] += calls
