@@ -203,13 +203,12 @@ class Scorer:
         with lm.runtime.running(context.counts, cache, len(context.prompt), context.window):
             logits = lm.forward(torch.tensor([context.prompt], device=lm.device), cache=cache, keep=1)
             first = lm.forward.log_softmax(logits[:, -1])
-            snapshot = cache.snapshot() if len(sequences) > 1 else None
+            snapshot = cache.snapshot()
             scored: dict[tuple, Tensor] = {}
             hits: dict[tuple, Tensor] = {}
-            for number, tokens in enumerate(sequences):
-                if number:
-                    cache.restore(snapshot)
+            for tokens in sequences:
                 scored[tuple(tokens)], hits[tuple(tokens)] = self._score_tokens(tokens, first, cache)
+                cache.restore(snapshot)
         return context.answers(scored, hits)
 
     def _score_tokens(self, tokens: list[int], first: Tensor, cache: SparseCache) -> tuple[Tensor, Tensor]:
