@@ -340,12 +340,12 @@ def recorded_pages() -> Iterator[dict[int, list[Reads]]]:
 
     def watch(self: Quest, call: Call) -> Reads:
         selection = select(self, call)
-        kv, bounds = call.cache.kv, call.state.bounds
+        kv, low, high = call.cache.kv, call.state["low"], call.state["high"]
         for s, (start, length) in enumerate(spans(call)):
             for page in range(length // 8):
                 keys = kv.keys[start + 8 * page : start + 8 * page + 8]
-                assert torch.equal(bounds.low[call.state.first[s] + page], keys.amin(0)), "stale bounds"
-                assert torch.equal(bounds.high[call.state.first[s] + page], keys.amax(0)), "stale bounds"
+                assert torch.equal(low[call.state.first[s] + page], keys.amin(0)), "stale bounds"
+                assert torch.equal(high[call.state.first[s] + page], keys.amax(0)), "stale bounds"
         for t in range(call.query.shape[2]):
             part = slice(t, t + 1)
             found.setdefault(call.layer.index, []).append(

@@ -223,7 +223,7 @@ class Scorer:
 
         note(first, tokens[:1])
         plan = self.lm.runtime.plan
-        for begin, end in cut(len(tokens) - 1, plan.every, 1 if plan.one_by_one else SCORE_CHUNK):
+        for begin, end in cut(len(tokens) - 1, plan.every, 1 if plan.one_by_one else None):
             # Token i predicts token i + 1. Where it stands is told by the cache, as it is to `hf` by what came before.
             logits = self.lm.forward(torch.tensor([tokens[begin:end]], device=self.lm.device), cache=cache)
             note(self.lm.forward.log_softmax(logits[0]), tokens[begin + 1 : end + 1])
@@ -280,14 +280,14 @@ class Scorer:
         return list(map(make_disjoint_window, windows))
 
 
-def cut(steps: int, every: int | None, most: int = SCORE_CHUNK) -> Iterator[tuple[int, int]]:
-    """Parts of so many tokens of an answer: of `most` at most, and none across a multiple of `every`.
+def cut(steps: int, every: int | None, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Parts of so many tokens of an answer: of `most` at most (`SCORE_CHUNK`), and none across a multiple of `every`.
 
     Between two of them the runtime may evict, and all tokens of one attend to the same cache.
     """
     begin = 0
     while begin < steps:
-        end = min(begin + most, steps)
+        end = min(begin + (most or SCORE_CHUNK), steps)
         if every is not None:
             end = min(end, (begin // every + 1) * every)
         yield begin, end
