@@ -18,6 +18,8 @@ with fp32 attention over the keys that it should read. Bytes are those of keys, 
 read; the share of the copy bandwidth (bytes read and written) that they make says how far a kernel is from its limit.
 
 On a machine without a GPU everything runs in a small form with a clock on the wall, to see it work.
+
+Long, since what is compared has to run in one process on the same caches.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ every call of the model and every token, so that one run gives
 - an answer: seconds for answers of --answer tokens to all prompts with everything (tokenizing, prefill, start and
   counting), from the time of the whole call and the length of a step.
 A cell that takes longer than --cell_seconds is ended; what its clock has seen by then counts and is marked.
+
+Long, since both ways to generate run in one process.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@
 Times are medians over calls with a cold L2 cache, as `triton.testing.do_bench` takes them. Dense attention and whole
 methods are also called back to back: where launching takes longer than computing, events do not show it. The larger of
 the two counts. One layer, one prompt.
+
+Long, since what is compared has to run in one process on the same prompts.
 """
 
 from __future__ import annotations

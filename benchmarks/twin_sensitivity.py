@@ -10,6 +10,8 @@ differences are paired; what dense attention scores without the context is the f
 
     python benchmarks/twin_sensitivity.py --model Qwen=FOLDER --lengths 4k=50 16k=20 --processes 8 --output OUT.json
     python benchmarks/twin_sensitivity.py --merge A.json B.json --output benchmarks/results/twin_sensitivity.json
+
+Long, since the controls stand beside the measurement they are for.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Cases are made on the CPU. What they must give is written here from the definitions: loops over pages and tokens in
 fp64, and the loop by which pages were once shared among heads. What operators must not read is poisoned, and what they
 must not write is compared too.
+
+Long, since the operators of the cache share the cases they are tried on.
 """
 
 from __future__ import annotations

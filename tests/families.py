@@ -3,6 +3,8 @@
 `names` lists the model types of transformers' causal LM mapping, `build` makes one of them, and
 `python -m tests.families` prints what is built and what is not. A configuration is shrunk by the names of its fields
 (`SIZES`) and keeps one layer of each kind; what a family needs beyond that stands in `OVERRIDES`.
+
+Long, since it is one table of model families.
 """
 
 from __future__ import annotations

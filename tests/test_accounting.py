@@ -2,6 +2,8 @@
 
 The definitions are those of docs/accounting.md. `requested` is what was typed; the other five are counted here a
 second time from the recorded selections, without the counting functions of the package.
+
+Long, since the recorder of what methods selected serves all cases that are counted anew.
 """
 
 from __future__ import annotations

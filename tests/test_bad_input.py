@@ -2,6 +2,8 @@
 
 Most cases go through lm-eval's real command line in this process, on tiny models; its thousands of own tasks are left
 out because listing them takes five seconds. Three go through a real process.
+
+Long, since each way to go wrong is a row of one table.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval_sparse import patches
 from lm_eval_sparse.cli import app as cli
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.methods import METHODS
 from lm_eval_sparse.model import embedded
 from lm_eval_sparse.model.lm import SparseHFLM
 
@@ -129,7 +132,7 @@ SPARSE_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "method=quest,kv_sparsity=0.9": (
         "kv_sparsity=0.9",
         "eviction phase",
-        "snapkv, ada_snapkv",
+        ", ".join(name for name, cls in METHODS.items() if cls.phase == "eviction"),
         "quest fills the decode",
     ),
     "method=quest,preset=papr,sparsity=0.9": ("preset='papr'", "did you mean 'paper'"),

@@ -1,4 +1,7 @@
-"""The block-sparse operator against an fp64 definition written here, on random layouts and odd lengths."""
+"""The block-sparse operator against an fp64 definition written here, on random layouts and odd lengths.
+
+Long, since all backends are tried on the same layouts.
+"""
 
 from __future__ import annotations
 

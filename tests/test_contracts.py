@@ -1,4 +1,7 @@
-"""What the contract lets a method do, each done by a small method of its own and held against plain arithmetic."""
+"""What the contract lets a method do, each done by a small method of its own and held against plain arithmetic.
+
+Long, since the small methods stand beside what is asked of them.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,19 @@ from lm_eval.api.instance import Instance
 from torch import Tensor
 
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.kernels.cache.replace import turn
 from lm_eval_sparse.kernels.types import Blocks, Extra, Keep, Reads, Slot
 from lm_eval_sparse.methods import (
     METHODS,
     Allocation,
     CacheView,
     Call,
+    Count,
     DecodeMethod,
     EvictionMethod,
     Mass,
     PerLayer,
+    Pooled,
     ScoredDecode,
     ScoredEviction,
     ScoredPrefill,
@@ -246,7 +252,7 @@ def test_kept_values_are_replaced(family: str, rng: random.Random) -> None:
             assert torch.allclose(kv.values[start : start + 32], value[0, head].mean(0).expand(32, -1))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3"])
 def test_kept_keys_are_turned_to_other_positions(family: str, rng: random.Random) -> None:
     """Turned back to where tokens would stand had nothing come before them, keys are those of such a prompt.
 
@@ -257,19 +263,23 @@ def test_kept_keys_are_turned_to_other_positions(family: str, rng: random.Random
 
     def watch(self: Any, layer: Any, held: Any, query: Tensor, key: Tensor, *rest: Any) -> None:
         close(self, layer, held, query, key, *rest)
-        if layer.index == 0:
-            seen.append(held)
+        if layer.index == (1 if family == "gemma3" else 0):  # the first with full attention
+            seen.append((held, key))
 
     prompt = tiny.words(rng.randrange(10**6), 150)
     ids = torch.tensor([lm.tok_encode(prompt)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session.Runtime, "_end_prefill", watch)
         lm.loglikelihood([Instance("loglikelihood", {}, (prompt, " the"), 0, metadata=("t", 0, 1))], disable_tqdm=True)
-    keys: list[Tensor] = []
-    own = tiny.family(family)
-    cache = own(ids[:, -32:], use_cache=True).past_key_values
-    keys = cache.layers[0].keys[0]
-    kv = seen[-1].sequences.kv(seen[-1].pool)
+    held, key = seen[-1]
+    kv = held.sequences.kv(held.pool)
+    if family == "gemma3":  # what lies below hides how the prompt would have begun: turned back, it is as it was
+        layer = lm.runtime.known.of(lm.model.model.layers[1].self_attn, 4, 2, 16, 16)
+        cosines, sines = layer.rotary(torch.tensor([ids.shape[1] - 32]))
+        for head, start in enumerate(kv.starts.tolist()):
+            assert torch.allclose(turn(kv.keys[start : start + 32], cosines, sines), key[0, head, -32:], atol=1e-4)
+        return
+    keys = tiny.family(family)(ids[:, -32:], use_cache=True).past_key_values.layers[0].keys[0]
     for head, start in enumerate(kv.starts.tolist()):
         assert torch.allclose(kv.keys[start : start + 32], keys[head], atol=1e-4)
 
@@ -637,3 +647,172 @@ def test_nonsense_is_refused_in_one_line(kind: str, rng: random.Random, monkeypa
     with pytest.raises(UserError, match=f"method {method}, layer 0.*{words}") as refused:
         score(lm, rng)
     assert "\n" not in str(refused.value)
+
+
+# --- what a method can do wrong beside its lists ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "hook", "words"),
+    [("test_virtual", "prefilled", "prefilled"), ("test_recent", "appended", "appended"),
+     ("test_recent", "attended", "attended"), ("quest", "prefilled", "prefilled")],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["fails", "writes"])
+def test_hooks_that_go_wrong(
+    method: str, hook: str, words: str, how: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(self: Any, call: Call, *more: Any) -> None:
+        if how == "fails":
+            raise IndexError("no such page")
+        call.key.mul_(1)
+
+    lm = lm_of("llama", method=method, **({"budget": 32} if method == "quest" else {}))
+    monkeypatch.setattr(METHODS[method], hook, wrong)
+    said = "failed .IndexError: no such page" if how == "fails" else "wrote into the keys or values"
+    with pytest.raises(UserError, match=f"method {method}, layer 0: {words} {said}"):
+        score(lm, rng)
+
+
+@pytest.mark.parametrize(
+    ("slots", "words"),
+    [
+        ((Slot("a", "token"), Slot("a", "page")), "keeps a tensor 'a' twice"),
+        ((Slot("a", "pagee"),), "cannot be kept; expected a Slot per 'sequence', 'page' or 'token'"),
+        (("a",), "cannot be kept"),
+    ],
+)
+def test_slots_that_cannot_be(slots: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Virtual, "slots", lambda self: slots)
+    with pytest.raises(UserError, match=words):
+        lm_of("llama", method="test_virtual").runtime.kept_state()
+
+
+@pytest.mark.parametrize("method", ["test_norms", "test_coverage", "test_recent"])
+def test_scores_that_are_none(method: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = METHODS[method]
+    scored = cls.score
+
+    def spoiled(self: Any, call: Call, *more: Any) -> Tensor:
+        found = scored(self, call, *more).clone()
+        found.view(-1)[rng.randrange(found.numel())] = math.nan
+        return found
+
+    lm = lm_of("llama", method=method)
+    monkeypatch.setattr(cls, "score", spoiled)
+    with pytest.raises(UserError, match=f"method {method}, layer 0: select failed .*scores hold numbers that are none"):
+        score(lm, rng)
+
+
+def test_classes_that_are_no_methods() -> None:
+    def made(base: type, **own: Any) -> type:
+        fields = {"__annotations__": {"capacity": int}, "capacity": 8, "name": "test_made", **vars(Named), **own}
+        return dataclass(frozen=True)(type("Made", (base,), {k: v for k, v in fields.items() if k != "__dict__"}))
+
+    METHODS.add(made(Norms))
+    METHODS.discard("test_made")
+    for cls, words in (
+        (made(Norms, name="quest"), "'quest' is the name of a built-in method"),
+        (made(Norms, name=""), "does not say its name"),
+        (made(Norms, reference=""), "does not say its reference"),
+        (made(Norms, phase="later"), "phase 'later'"),
+        (made(Norms, budget_knobs=("size",)), "decides 'size', which is none of its knobs"),
+        (made(Norms, allocation=TopP()), "divides its budget by TopP"),
+        (made(Norms, allocation=Pooled()), "no knob 'floor'"),
+        (made(Norms, native=Mass), "TopP goes with Mass"),
+        (made(Coverage, native=Count, budget_knobs=()), "TopP goes with Mass"),
+        (type("Plain", (Norms,), {}), "no frozen dataclass"),
+        (int, "no subclass of Method"),
+        (
+            dataclass(frozen=True)(type("Around", (Named, Wrapper), {"name": "test_made", "allocation": "x"})),
+            "its wraps",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            METHODS.add(cls)
+    assert "test_made" not in METHODS
+
+
+# --- what is counted, and what is promised ----------------------------------------------------------------------------
+
+
+def test_virtual_keys_and_weights_are_counted(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = rng.randrange(10**6)
+
+    def figures(method: str) -> dict[str, Any]:
+        lm = lm_of("llama", method=method)
+        score(lm, random.Random(seed), words=90)
+        return lm.report()["phases"]["decode"]
+
+    one = figures("test_virtual")
+    choose = Virtual.select
+
+    def many(self: Virtual, call: Call) -> Reads:
+        found = choose(self, call)
+        wide = [part.repeat_interleave(40, dim) for part, dim in
+                ((found.extra.values, 1), (found.extra.keys, 1), (found.extra.bias, 3))]  # fmt: skip
+        return replace(found, extra=Extra(*wide))
+
+    monkeypatch.setattr(Virtual, "select", many)
+    more = figures("test_virtual")
+    assert one["executed_sparsity"] > more["executed_sparsity"] + 0.1
+    assert more["bytes_read_fraction"] > one["bytes_read_fraction"] + 0.1
+    assert one["calls"]["sparse"] and not one["calls"]["fallback"]
+    weighed = figures("test_recent")
+    monkeypatch.setattr(Recent, "wants_mass", False)
+    unweighed = figures("test_recent")
+    assert weighed["bytes_read_fraction"] == pytest.approx(1.5 * unweighed["bytes_read_fraction"])
+    assert weighed["estimator_flops_fraction"] > unweighed["estimator_flops_fraction"] == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_is_generated_with_a_gathered_mass_is_what_is_scored(family: str, rng: random.Random) -> None:
+    lm, prompt = lm_of(family, method="test_recent"), tiny.words(rng.randrange(10**6), 60)
+    decoder, _ = lm.decoding.get()
+    tokens: list[int] = []
+    run = type(decoder).run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(decoder), "run", lambda self, rows: (run(self, rows), tokens.extend(rows[0].tokens))[0])
+        generate(lm, [prompt], 12)
+    found = lm._loglikelihood_tokens([(("p", "a"), lm.tok_encode(prompt), tokens)], disable_tqdm=True)
+    assert found[0][1]
+
+
+@pytest.mark.parametrize(("sparsity", "words"), [(0.2, "sparsity must be at least 0.375"), (0.8, None)])
+def test_a_promise_for_layers_that_differ(sparsity: float, words: str | None, rng: random.Random) -> None:
+    lm = lm_of("llama", method="test_slopes", sparsity=sparsity)
+    if words is None:
+        score(lm, rng, words=400)
+        assert abs(lm.report()["phases"]["eviction"]["executed_sparsity"] - sparsity) < 0.01
+    else:
+        with pytest.raises(UserError, match=words):
+            score(lm, rng)
+
+
+def test_factors_of_layers_that_do_not_average_one(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slopes, "allocation", PerLayer(shape=lambda layer, layers: 2.0 - 0.4 * layer))
+    with pytest.raises(UserError, match="expected their mean to be 1"):
+        score(lm_of("llama", method="test_slopes", sparsity=0.6), rng)
+
+
+def test_the_window_of_a_method_inside(rng: random.Random) -> None:
+    lm = lm_of("llama", method="test_narrower:snapkv", sparsity=0.6, window=1500)
+    with pytest.raises(UserError, match="window=1500 was typed, and no prompt has so many tokens .* out for 256"):
+        score(lm, rng)
+    assert lm.report()["window_from"] == {"snapkv": "typed"}
+
+
+@pytest.mark.parametrize("options", [{"share_pages": False}, {}])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_beams_of_a_prompt_in_chunks(family: str, options: dict[str, Any], rng: random.Random) -> None:
+    """Storage that grows while a prompt is read keeps what the state needs."""
+    lm = lm_of(family, method="quest", sparsity=0.6, page_size=8, **options)
+    prompt = tiny.words(rng.randrange(10**6), 120)
+    asked = {"until": [], "max_gen_toks": 8, "num_beams": 2, "prefill_chunk_size": 50}
+    request = Instance("generate_until", {}, (prompt, asked), 0, metadata=("t", 0, 1))
+    (found,) = lm.generate_until([request], disable_tqdm=True)
+    whole = {name: value for name, value in asked.items() if name != "prefill_chunk_size"}
+    request = Instance("generate_until", {}, (prompt, whole), 0, metadata=("t", 0, 1))
+    assert [found] == lm_of(family, method="quest", sparsity=0.6, page_size=8, **options).generate_until(
+        [request], disable_tqdm=True
+    )
+    assert found.stats["decode"]["calls"]["sparse"]

@@ -1,4 +1,7 @@
-"""Answers decoded token by token: the same alone and side by side, whatever the storage, the limits and the loop."""
+"""Answers decoded token by token: the same alone and side by side, whatever the storage, the limits and the loop.
+
+Long, since all cases decode with the same tiny models.
+"""
 
 # ruff: noqa: F811 - fixtures of a helper module are arguments of tests
 

@@ -217,3 +217,31 @@ def test_a_state_comes_back() -> None:
     cache.restore(snapshot)
     assert (layer.get_seq_length(), layer.sequences.room, layer.sequences.lengths.tolist()) == (6, 8, [6, 6])
     assert (layer.pool.tensors["kept"] == 1).all()
+
+
+def test_a_state_comes_back_though_storage_has_moved() -> None:
+    slots = Slot("token", "token", ()), Slot("page", "page", ()), Slot("own", "sequence", ())
+    cache = SparseCache(LlamaConfig(num_hidden_layers=1), reserve=1, slots=slots, page_size=4)
+    layer = cache.layers[0]
+    cache.update(torch.randn(1, 2, 6, 4), torch.randn(1, 2, 6, 4), 0)
+    layer.close()
+    for tensor in layer.pool.tensors.values():
+        tensor.copy_(torch.randn_like(tensor))
+
+    def held() -> list[Tensor]:
+        own, found = layer.sequences, []
+        for start, page, place in zip(own.starts.tolist(), own.first.tolist(), own.place.tolist(), strict=True):
+            parts = layer.pool.tensors["token"][start : start + 6], layer.pool.tensors["page"][page : page + 2]
+            found += [part.clone() for part in (*parts, layer.pool.tensors["own"][place])]
+        return found
+
+    before, snapshot = held(), cache.snapshot()
+    layer.update(torch.randn(1, 2, 90, 4), torch.randn(1, 2, 90, 4))
+    made = layer.pool.made
+    layer.make_room(90)
+    layer.sequences.lengthen(90)
+    for tensor in layer.pool.tensors.values():
+        tensor.fill_(7.0)
+    assert layer.pool.made > made
+    cache.restore(snapshot)
+    assert all(torch.equal(*pair) for pair in zip(held(), before, strict=True))

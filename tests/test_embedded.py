@@ -2,6 +2,8 @@
 
 Most tests stand in a fake converter, which keeps torch out of them; one converts a tiny but real GGUF file, and
 one (`slow`) the published model.
+
+Long, since all cases damage one made-up GGUF file.
 """
 
 import base64

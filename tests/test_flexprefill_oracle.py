@@ -3,6 +3,8 @@
 The oracle works in fp64 with loops over heads, tokens and blocks, and shares no code with the package. Besides a
 head's block mask it returns how near the head came to a different outcome: the estimator works in fp32, so heads
 that sit on a cut are left out, and counted.
+
+Long, since the whole algorithm is written down once more, literally.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`show`, `check-task` and `new-task`: what they print, what they find wrong, and one line for each mistake."""
+"""`show`, `check-task` and `new-task`: what they print, what they find wrong, and one line for each mistake.
+
+Long, since the commands share one folder of tasks.
+"""
 
 # ruff: noqa: F811 - fixtures of a helper module are arguments of tests
 

@@ -1,4 +1,7 @@
-"""The QA tasks: reading their data, what their documents contain, how answers are scored, what their twins ask."""
+"""The QA tasks: reading their data, what their documents contain, how answers are scored, what their twins ask.
+
+Long, since four data sets share the made-up files and the tokenizers.
+"""
 
 from __future__ import annotations
 

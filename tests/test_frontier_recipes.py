@@ -1,4 +1,7 @@
-"""What every recipe promises, checked for each one in `RECIPES`: lengths, determinism, evidence, twins, leaves."""
+"""What every recipe promises, checked for each one in `RECIPES`: lengths, determinism, evidence, twins, leaves.
+
+Long, since what every recipe promises is asked of all recipes alike.
+"""
 
 # ruff: noqa: F811 - fixtures of a helper module are arguments of tests
 

@@ -1,4 +1,7 @@
-"""The story tasks: a reader of its own replays every story; how answers are scored; what the twins ask."""
+"""The story tasks: a reader of its own replays every story; how answers are scored; what the twins ask.
+
+Long, since three tasks are read from one story.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """What a model's generation configuration and `--gen_kwargs` ask for: the texts of `hf`, or one line before any run.
 
 The oracle is lm-eval's own `HFLM`, one prompt at a time, on the same tiny models with the same configuration.
+
+Long, since each field of a generation configuration is a row of one table.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Each combination of what Triton compiles for is one test that makes many random calls, so `pytest -n 8` spreads the
 compilation. A failing test shows its seed; GPU_CACHE_OPS_SEED=<seed> repeats it.
+
+Long, since the operators of a step are captured together.
 """
 
 from __future__ import annotations

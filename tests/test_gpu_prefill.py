@@ -3,6 +3,8 @@
 Each combination of what Triton compiles for is one test that makes many random calls, so `pytest -n 8` spreads the
 compilation. The combinations are the same in every run, the calls are not: a failing test shows its seed, and
 GPU_PREFILL_SEED=<seed> repeats it.
+
+Long, since kernels and methods are held against one reference on the GPU.
 """
 
 from __future__ import annotations

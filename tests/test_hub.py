@@ -1,4 +1,7 @@
-"""Pushing results: lm-eval's own tracker, our patch of it, and the card, against a Hub on the loopback interface."""
+"""Pushing results: lm-eval's own tracker, our patch of it, and the card, against a Hub on the loopback interface.
+
+Long, since one loopback Hub serves all cases.
+"""
 
 from __future__ import annotations
 

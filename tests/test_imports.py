@@ -42,14 +42,14 @@ PLANTED = {
         ("errors.py", "from .kernels.types import Blocks"),  # at second hand
     ],
     "kernels-alone": [("kernels/dense.py", "from ..errors import UserError"), ("kernels/dense.py", "import lm_eval")],
-    "methods-alone": [("methods/scored.py", "from transformers import AutoConfig")],
+    "methods-alone": [("methods/scored/prefill.py", "from transformers import AutoConfig")],
     "runtime-alone": [("runtime/memory.py", "from lm_eval.api import model")],
     "ground": [("values.py", "import torch"), ("paths.py", "from .hub import cards")],
     "command-line": [
         ("frontier/fill.py", "from ..cli import app"),
         ("patches/saving.py", "from ..cli.app import main"),
     ],
-    "kit": [("methods/scored.py", "from ..testing import select")],
+    "kit": [("methods/scored/prefill.py", "from ...testing import select")],
 }
 
 

@@ -5,6 +5,8 @@ its outcome hangs on a difference too small for that; such heads (rows, tokens) 
 scores go to the more recent key: the larger column, the nearer diagonal, the later block, the later page.
 
 Inputs and knobs are drawn anew in every run. A failing test shows its seed; ORACLE_SEED=<seed> repeats it.
+
+Long, since each method's transcription stands beside its cases.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The operators in kernels/ against definitions written here in fp64: loops over tokens, or a mask over all pairs.
 
 Inputs are fresh in every run. A test's seed is printed when it fails; TEST_OPERATORS_SEED=<seed> repeats it.
+
+Long, since all operators are held against references of one kind.
 """
 
 from __future__ import annotations

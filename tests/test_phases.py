@@ -4,6 +4,8 @@ What is expected comes from transformers' own eager attention over the whole seq
 query head, or from loops written here. The masks are those of the selections that the methods made (recorded as they
 are returned); pages are also picked anew by brute force. Models, prompts and lengths are drawn anew in every run: a
 failing test shows its seed, and TEST_PHASES_SEED=<seed> repeats it.
+
+Long, since every case is held against the one oracle at its head.
 """
 
 from __future__ import annotations

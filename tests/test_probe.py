@@ -1,6 +1,8 @@
 """The check at start-up: what is right is accepted in every dtype, what is wrong is refused with its layer.
 
 Models are tiny and random. Answers are compared with lm-eval's `hf`; masks with brute force.
+
+Long, since each wrong model is made from the same right one.
 """
 
 from __future__ import annotations

@@ -157,3 +157,21 @@ NAMED = re.compile(r"`((?:lm_eval_sparse|kernels|tests|benchmarks|examples|docs|
 def test_files_that_pages_name_are_there(name: str) -> None:
     missing = [path for path in NAMED.findall((ROOT / name).read_text()) if not (ROOT / path).exists()]
     assert not missing
+
+
+# --- length -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_file_says_why() -> None:
+    """Above 450 lines the head of a file says why it is one."""
+    folders = ("lm_eval_sparse", "kernels", "patches", "tests", "benchmarks", "examples", "tasks", "hub_cards")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(paths) > 200
+    long = {path: text for path in paths if (text := path.read_text()).count("\n") > 450}
+    assert ROOT / "tests" / "test_phases.py" in long
+    silent = [
+        str(path.relative_to(ROOT))
+        for path, text in long.items()
+        if not re.search(r"\b(long,? since|in one file)\b", text.split('"""')[1], re.IGNORECASE)
+    ]
+    assert not silent

@@ -1,4 +1,7 @@
-"""`sparse-hf` on tiny random models: equal to `hf` when dense, and the same for every batch when sparse."""
+"""`sparse-hf` on tiny random models: equal to `hf` when dense, and the same for every batch when sparse.
+
+Long, since one saved model and its tasks serve all cases.
+"""
 
 from __future__ import annotations
 
@@ -545,7 +548,7 @@ def test_native_knobs_are_in_the_results(tasks: Path, llama: str) -> None:
 
 def test_measured_sparsity_is_what_the_layout_says(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted again from the block layouts, pair by pair."""
-    from lm_eval_sparse.methods import FlexPrefill
+    from lm_eval_sparse.methods.prefill.flexprefill import FlexPrefill
 
     lm, layouts = sparse(llama, **FLEX), []
     select = FlexPrefill.select

@@ -9,8 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .bounds import PageBounds
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -59,8 +57,3 @@ class State:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
-
-    @property
-    def bounds(self) -> PageBounds:
-        """Slots `low` and `high`, per page, as bounds of pages."""
-        return PageBounds(self.page_size, self.tensors["low"], self.tensors["high"], self.first)

@@ -99,7 +99,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class CacheView:
-    """What a decode method may know of the cache when T new tokens of each sequence are to be attended.
+    """What a method may know of the cache: when T new tokens of each sequence are to be attended, or, for an eviction
+    method, of one row between two tokens of its answer.
 
     A sequence is what one KV head of one row holds. All numbers of sequences stand on their device, where a captured
     step reads what is true when it is replayed.
@@ -122,6 +123,14 @@ class CacheView:
     new: tuple[Tensor, Tensor] | None = None
     overlap: bool = False
 
+    def padded(self, entries: Tensor) -> Tensor:
+        """`(S, longest, …)`: what each sequence has in a flat storage (keys, values, a slot per token).
+
+        What lies behind a sequence's length is undefined.
+        """
+        place = torch.arange(self.kv.longest, device=entries.device)
+        return entries[(self.kv.starts[:, None] + place).clamp(max=len(entries) - 1)]
+
     def logical(self, steps: int) -> Tensor:
         """`(S, T)` int64: keys that a dense step would read for each new token."""
         behind = torch.arange(1 - steps, 1, device=self.tokens.device)
@@ -134,15 +143,16 @@ class Call:
 
     Attributes:
         query: `(H, L, D)` of one unpadded prompt, after rotary embedding; while decoding `(S, G, T, D)`, the query
-            heads of each KV head of each row.
-        key, value: `(H_kv, L, D)` and `(H_kv, L, D_v)` of the prompt; while decoding those are in `cache`, and these
-            are its flat storages.
+            heads of each KV head of each row. Where an eviction method is asked again in the course of an answer, T is
+            1: the query of the newest token.
+        key, value: `(H_kv, L, D)` and `(H_kv, L, D_v)` of the prompt; behind it those are in `cache`, and these are its
+            flat storages.
         scale, softcap: as the attention itself uses them.
         phase: `prefill`, `eviction` or `decode`.
         budget: what may be selected.
         layer: the layer.
-        cache: what is cached; while decoding only.
-        state: what the method keeps of this layer, where it declares any; while decoding only.
+        cache: what is cached; None until the prompt is complete.
+        state: what methods keep of this layer, where they declare any; None until the prompt is complete.
     """
 
     query: Tensor
@@ -178,7 +188,8 @@ class Method:
         tiny: knobs that make the method sparse at 200 tokens; every matrix of the tests runs on them.
         paper: what `preset=paper` knows of the method (`presets.Parameters`), or None.
         looks_back: queries of the prompt that `prefilled` gets.
-        wants_mass: whether `attended` is called.
+        wants_mass: whether `attended` is called. The tokens of an answer are then scored one by one, as they are
+            generated: what each reads follows from what those before it read.
     """
 
     name: ClassVar[str]
@@ -257,12 +268,13 @@ class Method:
     def appended(self, call: Call, before: Tensor) -> None:
         """New tokens are in the cache: take keys from `before (S,)` int32 up to the lengths into the state."""
 
-    def attended(self, call: Call, reads: Reads, mass: Tensor) -> None:
+    def attended(self, call: Call, reads: Reads | None, mass: Tensor) -> None:
         """What a step's tokens gave to each key that they read, where the method `wants_mass`.
 
         Args:
-            reads: what `select` returned.
-            mass: `(S, G, T, W * unit)` fp32, the weights of the keys of `reads.ids`; 0 behind the lists.
+            reads: what the decode method returned; None where the step read everything.
+            mass: `(S, G, T, W * unit)` fp32, the weights of the keys of `reads.ids`; 0 behind the lists. Without
+                `reads` it is `(S, G, T, longest)`, a place for each key that is held.
         """
 
     def select(self, call: Call) -> Any:
@@ -280,9 +292,26 @@ class PrefillMethod(Method):
 
 
 class EvictionMethod(Method):
-    """A method that drops part of the prompt's keys and values, once, after prefill. `select` returns `Keep`."""
+    """A method that drops part of the keys and values: once, after prefill, or again periodically.
+
+    `select` returns `Keep`. With `every` set, it is asked again whenever so many more tokens of the answer are in the
+    cache and another one is about to be read, for one row at a time. `call.cache` then has what each KV head holds and
+    the tokens so far, `call.state` what the method keeps, `call.query (H_kv, G, 1, D)` is that of the newest token, and
+    `call.budget` holds for all tokens so far: a `Density` is a share of them, a `Count` so many of each head. The ids
+    of the `Keep` are places in what each head holds: ascending, and below that head's length.
+
+    The hooks of the state are for such methods too. They are asked of the method as it was typed, before a budget has
+    resolved its knobs. What is kept per token moves with the tokens that stay; `prefilled` is asked once.
+    """
 
     phase: ClassVar[str] = "eviction"
+    #: Tokens of the answer between two evictions, or None: the prompt is evicted once. A method may make it a knob.
+    every: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every is not None:
+            number("every", self.every, 1, math.inf, whole=True, example=128)
 
     def keeps(self, sparsity: float | None, length: int) -> int:
         """Tokens of a prompt of `length` tokens that a KV head keeps on average, at most."""

@@ -28,6 +28,11 @@ OWN_ARGS = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend"
 STATS = ("basic", "full")
 
 
+def default(method: Any, knob: str) -> Any:
+    """What a knob of a method, or of one inside it, is by default."""
+    return next(part.knobs()[knob] for part in layers(method) if knob in part.knobs())
+
+
 @dataclass(frozen=True)
 class Assignment:
     """A method in its phase.
@@ -88,7 +93,7 @@ class Assignment:
         name = self.typed["window"]
         raise UserError(
             f"{name}={self.window} was typed, and no prompt has so many tokens (the shortest {shortest}, the longest "
-            f"{longest}): leave {name} out for {self.method.knobs()['window']}, or type {name}={longest} or less "
+            f"{longest}): leave {name} out for {default(self.method, 'window')}, or type {name}={longest} or less "
             f"({shortest} for all to have it)"
         )
 
@@ -101,7 +106,7 @@ class Assignment:
             name = self.typed["window"]
             raise UserError(
                 f"{lacking}, and {self.argument}={sparsity:g} is promised from {PROMISED_LENGTH} tokens on: leave "
-                f"{name} out for {self.method.knobs()['window']}, or type {name}={length} or less"
+                f"{name} out for {default(self.method, 'window')}, or type {name}={length} or less"
             )
         largest = method.largest_sparsity(length)
         if largest < sparsity:
@@ -121,7 +126,8 @@ class Plan:
         debug: whether selections are checked at once on a GPU too, which waits for it.
 
     Raises:
-        UserError: a decode method with pages of a size that no kernel takes.
+        UserError: a decode method with pages of a size that no kernel takes, or states of two methods that do not go
+            together.
     """
 
     prefill: Assignment | None = None
@@ -133,6 +139,34 @@ class Plan:
     def __post_init__(self) -> None:
         if self.decode is not None:
             check_page_size(self.decode.method)
+        if self.every is not None:
+            self._check_state()
+
+    @property
+    def every(self) -> int | None:
+        """Tokens of an answer between two evictions, or None."""
+        return None if self.eviction is None else getattr(self.eviction.method, "every", None)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether what a token reads depends on what the one before it gave to its keys."""
+        return self.decode is not None and self.decode.method.wants_mass
+
+    def _check_state(self) -> None:
+        own = self.eviction.method.slots()
+        for slot in own:
+            if slot.per == "page":
+                raise UserError(
+                    f"method {self.eviction.method.name} keeps {slot.name!r} of each page, but an eviction method has "
+                    "no pages: give it a slot per token or per sequence"
+                )
+        others = () if self.decode is None else self.decode.method.slots()
+        shared = {slot.name for slot in own} & {slot.name for slot in others}
+        if shared:
+            raise UserError(
+                f"methods {self.eviction.method.name} and {self.decode.method.name} both keep a state called "
+                f"{', '.join(sorted(shared))}: use one of them, or give the slots of one of them other names"
+            )
 
     @property
     def phases(self) -> dict[str, Assignment]:
@@ -191,7 +225,8 @@ class SparseConfig:
         """
         sources = {
             method.name: "typed" if "window" in self.typed[phase] else "task"
-            for phase, method in self.methods.items()
+            for phase, outer in self.methods.items()
+            for method in layers(outer)[-1:]
             if "window" in self.typed[phase] or presets.window(self.preset, type(method)) is not None
         }
         knobs = {

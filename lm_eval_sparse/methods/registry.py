@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import textwrap
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from .base import Method
+from .base import Mass, Method
 
 #: Name -> module and class.
 BUILT_IN = {
@@ -48,7 +49,16 @@ class Registry(Mapping[str, "type[Method]"]):
         return len({**self._places, **self._found})
 
     def add(self, method: type[Method]) -> None:
-        """Take in a method under its name, in this process."""
+        """Take in a method under its name, in this process.
+
+        Raises:
+            ValueError: what is no whole method, or has the name of another one.
+        """
+        check_class(method)
+        if method.name in self._places:
+            raise ValueError(
+                f"{method.__name__}: {method.name!r} is the name of a built-in method; give it another one"
+            )
         self._found[method.name] = method
 
     def discard(self, name: str) -> None:
@@ -58,6 +68,48 @@ class Registry(Mapping[str, "type[Method]"]):
 
 
 METHODS = Registry(BUILT_IN)
+
+
+#: What a method says of itself: a row of the table.
+ROW = ("name", "unit", "importance", "allocation", "kv", "reference")
+
+
+def check_class(method: Any) -> None:
+    """Raise ValueError for a class that is no whole method: what it lacks would be found in the middle of a run."""
+    who = getattr(method, "__name__", repr(method))
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise ValueError(f"{who} is no subclass of Method; derive it from the base class of its phase")
+    if "__dataclass_fields__" not in vars(method) or not method.__dataclass_params__.frozen:
+        raise ValueError(f"{who} is no frozen dataclass; write @dataclass(frozen=True) above it")
+    missing = [
+        name for name in ("name", "unit", "importance", "allocation", "kv", "reference") if not said(method, name)
+    ]
+    if said(method, "phase") and method.phase == "wrapper" and not said(method, "wraps"):
+        missing.append("wraps")
+    if missing:
+        raise ValueError(f"{who} does not say its {', '.join(missing)}; give it as a class attribute")
+    if method.phase not in (*PHASE_ARGUMENTS, "any", "wrapper"):
+        raise ValueError(f"{who} is of phase {method.phase!r}; expected one of {', '.join(PHASE_ARGUMENTS)}")
+    for name in method.budget_knobs:
+        if name not in method.knobs():
+            raise ValueError(f"{who} says that a sparsity decides {name!r}, which is none of its knobs")
+    allocations = getattr(method, "allocations", None)
+    if allocations is None:
+        return
+    if not isinstance(method.allocation, allocations):
+        kinds = ", ".join(kind.__name__ for kind in allocations)
+        raise ValueError(f"{who} divides its budget by {type(method.allocation).__name__}; here are {kinds}")
+    floor = getattr(method.allocation, "floor", None)
+    if floor is not None and floor not in method.knobs():
+        raise ValueError(f"{who} pools its budget and has no knob {floor!r}")
+    by_mass = type(method.allocation).__name__ == "TopP"
+    if by_mass != (method.native is Mass):
+        raise ValueError(f"{who}: native is {method.native.__name__}; TopP goes with Mass, every other one with Count")
+
+
+def said(method: type, name: str) -> bool:
+    """Whether a method says this of itself; a property is for its instances to say."""
+    return bool(getattr(method, name, None))
 
 
 def table() -> str:

@@ -201,6 +201,16 @@ class Reporter:
                 task, reason = next(iter(self.skipped.items()))
                 raise UserError(f"{method} never ran: every task was skipped, such as {task} ({reason})")
         self._check_eviction_mattered()
+        self._check_evicted_again()
+
+    def _check_evicted_again(self) -> None:
+        """Warn when a method that evicts periodically was never asked a second time."""
+        runtime = self.lm.runtime
+        if runtime.plan.every is not None and runtime.longest_answer and not runtime.compactions:
+            logger.warning(
+                "%s evicted prompts only, never an answer in its course: every=%d, the longest answer has %d tokens",
+                runtime.plan.eviction.method.name, runtime.plan.every, runtime.longest_answer,
+            )  # fmt: skip
 
     def _check_eviction_mattered(self) -> None:
         """Raise when nothing was decoded after eviction, warn when that is so in some tasks only."""

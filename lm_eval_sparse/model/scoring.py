@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -221,9 +222,8 @@ class Scorer:
             greedy.append((logprobs.argmax(-1) == wanted).cpu())
 
         note(first, tokens[:1])
-        steps = len(tokens) - 1
-        for begin in range(0, steps, SCORE_CHUNK):
-            end = min(begin + SCORE_CHUNK, steps)
+        plan = self.lm.runtime.plan
+        for begin, end in cut(len(tokens) - 1, plan.every, 1 if plan.one_by_one else None):
             # Token i predicts token i + 1. Where it stands is told by the cache, as it is to `hf` by what came before.
             logits = self.lm.forward(torch.tensor([tokens[begin:end]], device=self.lm.device), cache=cache)
             note(self.lm.forward.log_softmax(logits[0]), tokens[begin + 1 : end + 1])
@@ -278,6 +278,20 @@ class Scorer:
             context_len=1,
         )
         return list(map(make_disjoint_window, windows))
+
+
+def cut(steps: int, every: int | None, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Parts of so many tokens of an answer: of `most` at most (`SCORE_CHUNK`), and none across a multiple of `every`.
+
+    Between two of them the runtime may evict, and all tokens of one attend to the same cache.
+    """
+    begin = 0
+    while begin < steps:
+        end = min(begin + (most or SCORE_CHUNK), steps)
+        if every is not None:
+            end = min(end, (begin // every + 1) * every)
+        yield begin, end
+        begin = end
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:

@@ -84,6 +84,11 @@ class CacheLayer(DynamicLayer):
         self.pool = Pool() if pool is None else pool
         #: What is held once the layer is closed.
         self.sequences: Sequences | None = None
+        #: Tokens of an answer between two evictions, if any, and those since the last one.
+        self.every: int | None = None
+        self.fresh = 0
+        #: Then also which layer this is, and the query of the newest token `(S, G, 1, D)`.
+        self.newest: tuple[Layer, Tensor] | None = None
         #: The keys and values that the model was given last.
         self.given: tuple[Tensor, Tensor] | None = None
         self._logical = 0
@@ -103,6 +108,7 @@ class CacheLayer(DynamicLayer):
             self.given = self.keys, self.values
         else:
             self._logical += key_states.shape[-2]
+            self.fresh += key_states.shape[-2]
             self.given = key_states, value_states
         return self.given
 
@@ -137,7 +143,7 @@ class CacheLayer(DynamicLayer):
         self._flat = pool.keys, pool.values, first
 
     def _enlarge(self, room: int) -> None:
-        pool = Pool()
+        pool = Pool(self.pool.slots, self.pool.page_size)
         pool.keys, pool.values = self._flat[:2]
         sequences = self._as_sequences()
         pool.move([(sequences, 0)], room)
@@ -235,14 +241,20 @@ class CacheLayer(DynamicLayer):
         """What `truncate` needs to come back to the present length."""
         if self.sequences is None:
             return self.get_seq_length()
-        return self._logical, self.sequences.snapshot(), self.pool.snapshot()
+        if self.every is not None:  # what is held will be moved in place
+            return self._logical, self.fresh, copy.copy(self.sequences), self.pool.whole()
+        return self._logical, self.sequences.snapshot(), self.pool.snapshot(self.sequences)
 
     def truncate(self, state: Any) -> None:
         """Forget everything after `state`; the storage stays."""
-        if self.sequences is not None:
+        if self.sequences is not None and self.every is not None:
+            self._logical, self.fresh, sequences, whole = state
+            self.sequences = copy.copy(sequences)
+            self.pool.put_back(whole)
+        elif self.sequences is not None:
             self._logical, sequences, kept = state
             self.sequences.restore(sequences)
-            self.pool.restore(kept)
+            self.pool.restore(self.sequences, kept)
         elif self.is_initialized:  # a model may leave layers of its cache alone
             self.keys, self.values = self.keys[..., :state, :], self.values[..., :state, :]
 
@@ -260,12 +272,14 @@ class CacheLayer(DynamicLayer):
         held.starts, held.lengths = held.starts[order], held.lengths[order]
         held.first, held.place = (None if part is None else part[order] for part in (held.first, held.place))
         held.total = len(order) * held.longest
+        if self.newest is not None:
+            self.newest = self.newest[0], self.newest[1][order]
         self.pool.move([(held, 0)], held.room)
 
     def reset(self) -> None:
         super().reset()
-        self._flat = self.sequences = self.given = None
-        self._logical = self._capacity = 0
+        self._flat = self.sequences = self.given = self.newest = None
+        self._logical = self._capacity = self.fresh = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -340,6 +354,10 @@ class SparseCache(Cache):
                 for ours, x, pool in zip(full, layers, own, strict=True)
             ]
         )
+
+    def logical(self) -> int:
+        """Tokens so far in full-attention layers, evicted ones included."""
+        return max((layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayer)), default=0)
 
     def snapshot(self) -> list[Any]:
         """The present state of every layer, for `restore`."""

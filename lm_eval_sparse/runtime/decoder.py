@@ -28,6 +28,7 @@ from ..methods.base import DecodeMethod, Layer
 from .accounting import DecodeShape, count_answer
 from .cache import CacheLayer, SparseCache, same_memory
 from .graphs import Graphs
+from .periodic import evict_again, kept_by
 from .pool import Pool, Sequences
 from .rounding import CPU_ROWS
 from .rows import DecodeLayer, PassingLayer, Row
@@ -154,6 +155,7 @@ class Decoder:
         longest = [held.lengths.max() for held in row.held]
         for held, length in zip(row.held, torch.stack(longest).tolist(), strict=True):
             held.longest = length
+        row.spans = [(0, [held.lengths for held in row.held])]
 
     def _adopt_window(self, layer: DynamicSlidingWindowLayer, pool: Pool) -> Sequences:
         heads, held = layer.keys.shape[1:3]
@@ -178,7 +180,7 @@ class Decoder:
                 for pool, lengths, held in zip(self.pools, self.lengths.split(sizes), rows[0].held, strict=True)
             ]
         for place, layer in enumerate(self.layers):
-            longest = max(row.held[place].longest + row.room for row in rows)
+            longest = max(row.held[place].longest + row.room - row.since for row in rows)
             if longest > layer.longest or layer.pool.made != layer.made:
                 layer.made, layer.longest = layer.pool.made, max(longest, layer.longest)
                 self.graphs.clear()
@@ -197,7 +199,7 @@ class Decoder:
         more = max(LEAST_GROWTH, self.reserve, *(row.fed for row in rows))
         self.graphs.clear()
         for place, layer in enumerate(self.layers):
-            layer.pool.move([(row.held[place], row.fed) for row in rows], more)
+            layer.pool.move([(row.held[place], row.fed - row.since) for row in rows], more)
         for row in rows:
             row.room = row.fed + more
         self.grown = max(self.grown, *(row.room for row in rows))
@@ -225,15 +227,19 @@ class Decoder:
         layer, rows, method = self.layers[known.index], self._bucket, self.method if eligible else None
         width, heads, _, dim = query.shape
         sequences = rows * layer.heads
-        filled = None
+        filled = keeper = None
         if method is not None:
             if layer.room is None:
                 layer.room = torch.zeros(len(self.ids) * heads, dtype=torch.int32, device=self.device)
             method, budget = method.resolved(self.sparsity, 0, known)
             filled = Filled(method, budget, layer.state(rows), self.tokens_held[:rows])
         kv = layer.kv(rows)
+        grouped = query[:rows].reshape(sequences, heads // layer.heads, 1, dim)
+        if eligible and self.runtime.plan.every is not None:
+            layer.note(known, grouped)
+            keeper = Filled(*kept_by(self.runtime.plan), layer.state(rows), self.tokens_held[:rows])
         found = step(
-            query[:rows].reshape(sequences, heads // layer.heads, 1, dim),
+            grouped,
             (key[:rows].reshape(sequences, 1, dim), value[:rows].reshape(sequences, 1, -1)),
             kv,
             known,
@@ -244,10 +250,12 @@ class Decoder:
             window=window,
             overlap=True,
             room=layer.room,
+            keeper=keeper,
         )
         if filled is not None:
             layer.reads, layer.width = found.read, found.width
-        layer.backend, layer.shape = found.backend, DecodeShape.of(heads, layer.heads, kv)
+        layer.backend = found.backend
+        layer.shape = DecodeShape.of(heads, layer.heads, kv, found.virtual, found.weighed, found.altered)
         out = found.out.reshape(rows, heads, 1, -1)
         return out if rows == width else torch.cat([out, out.new_zeros(width - rows, *out.shape[1:])])
 
@@ -366,7 +374,7 @@ class Decoder:
         self._bucket = number if self.fixed is None else next(size for size in BUCKETS if size >= number)
         self._width = self.fixed or -(-number // self.multiple) * self.multiple
         for place, layer in enumerate(self.layers):
-            layer.load([row.held[place] for row in rows], [row.fed for row in rows])
+            layer.load([row.held[place] for row in rows], [row.fed - row.since for row in rows])
         numbers = torch.zeros(3, len(self.ids), dtype=torch.int64)
         numbers[0, :number] = torch.tensor([row.tokens[-1] for row in rows])
         numbers[1, :number] = torch.tensor([row.prompt + row.fed for row in rows])
@@ -384,11 +392,16 @@ class Decoder:
             return
         self._load(rows)
         depth = self.depth if all(row.choose is None for row in rows) else 1  # unless the host chooses the tokens
+        every = self.runtime.plan.every
         flying: deque[Any] = deque()
         while not any(row.done for row in rows):
             full = max(row.fed - row.room for row in rows) + len(flying) >= 0
-            if flying and (len(flying) == depth or full):
+            due = every is not None and max(row.fed - row.since for row in rows) + len(flying) >= every
+            if flying and (len(flying) == depth or full or due):
                 self._land(flying.popleft(), rows)
+            elif due:
+                self._evict([(place, row) for place, row in enumerate(rows) if row.fed - row.since >= every])
+                self._load(rows)
             elif full:
                 self._fetch(rows)
                 self._grow()
@@ -401,6 +414,29 @@ class Decoder:
         self._fetch(rows)
         if left := [row for row in rows if not row.done]:
             self._run(left)
+
+    def _evict(self, rows: list[tuple[int, Row]]) -> None:
+        """Let these rows, each at its place among those that are loaded, go on with less."""
+        runtime = self.runtime
+        for place, row in rows:
+            freed = []
+            for index, (layer, held) in enumerate(zip(self.layers, row.held, strict=True)):
+                held.lengthen(row.fed - row.since)
+                if runtime.layers.get(index, "") is not None:
+                    freed.append(0)
+                    continue
+                scale, softcap = runtime.scales[index]
+                query = layer.newest[place * layer.heads : (place + 1) * layer.heads]
+                freed.append(
+                    evict_again(
+                        runtime.plan, layer.known, layer.pool, held, query, row.prompt, row.prompt + row.fed,
+                        scale=scale, softcap=softcap, counts=row.counts,
+                    )
+                )  # fmt: skip
+            row.since = row.fed
+            row.room += min(freed)
+            row.spans.append((row.fed, [held.lengths for held in row.held]))
+            runtime.compactions += 1
 
     def _launch(self, rows: list[Row]) -> tuple[str, Tensor, Any]:
         """Run one step; returns what ran it, where its tokens will be, and the event to wait for on a GPU."""
@@ -474,12 +510,15 @@ class Decoder:
         phase = row.counts.phases["decode"]
         if self.alone is not None and self._asked > 1:
             phase.loop_reasons[self.alone] += row.fed
+        self.runtime.longest_answer = max(self.runtime.longest_answer, len(row.tokens))
+        begun, lengths = np.array([fed for fed, _ in row.spans]), [held for _, held in row.spans]
         start = 0
-        for index, (layer, held) in enumerate(zip(self.layers, row.held, strict=True)):
+        for index, layer in enumerate(self.layers):
             own = None
             if layer.reads is not None and reads is not None:
                 each = layer.heads * layer.reads.shape[1]
                 own = reads[:, start : start + each].T.reshape(layer.heads, -1, row.fed)
                 start += each
             if self.runtime.layers.get(index, "") is None:
-                count_answer(row.counts, index, layer.shape, held.lengths, logical, own, self.method, layer.backend)
+                held = torch.stack([each[index] for each in lengths])
+                count_answer(row.counts, index, layer.shape, held, begun, logical, own, self.method, layer.backend)

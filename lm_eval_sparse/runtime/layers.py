@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections.abc import Callable
@@ -24,10 +25,14 @@ class Layers:
     def __init__(self, model: nn.Module | None = None):
         self._found: dict[int, Layer] = {}
         self._rotary: Callable[[], nn.Module | None] = lambda: None
+        self._kinds: list[str] = []
         self.count = 0
         if model is not None:
             indices = {m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)}
             self.count = max(indices, default=-1) + 1
+            config = getattr(model, "config", None)
+            text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+            self._kinds = list(getattr(text, "layer_types", None) or [])
             own = [m for name, m in model.named_modules() if name.rpartition(".")[2] in ROTARY_NAMES]
             if len(own) == 1:  # several belong to layers of different kinds
                 self._rotary = weakref.ref(own[0])
@@ -43,19 +48,23 @@ class Layers:
                 heads,
                 kv_heads,
                 dim,
-                rope=self._rope() if halves_turn(module) else None,
+                rope=self._rope(index) if halves_turn(module) else None,
                 weight=_weight(module, heads * value_dim),
             )
         return found
 
-    def _rope(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-        place = self._rotary
+    def _rope(self, index: int) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        place, options = self._rotary, {}
         if place() is None:
             return None
+        if "layer_type" in inspect.signature(place().forward).parameters:  # Gemma 3 has an embedding for each kind
+            if index >= len(self._kinds):
+                return None
+            options["layer_type"] = self._kinds[index]
 
         def rope(positions: Tensor) -> tuple[Tensor, Tensor]:
             like = torch.empty(1, 1, 1, dtype=torch.float32, device=positions.device)
-            cosines, sines = place()(like, positions[None])
+            cosines, sines = place()(like, positions[None], **options)
             return cosines[0], sines[0]
 
         return rope

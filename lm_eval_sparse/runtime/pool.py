@@ -47,6 +47,21 @@ class Sequences:
         self.total += steps * len(self.starts)
         self.room -= steps
 
+    def rows(self) -> list[Sequences]:
+        """What each row holds, one after the other, to be changed on their own."""
+        ends = range(self.heads, len(self.starts) + 1, self.heads)
+        tensors = [
+            None if part is None else part.split(self.heads)
+            for part in (self.starts, self.lengths, self.first, self.place)
+        ]
+        total = self.heads * self.longest
+        return [
+            Sequences(starts, lengths, self.heads, self.longest, total, self.room, first, place)
+            for starts, lengths, first, place in zip(
+                *([None] * len(ends) if part is None else part for part in tensors), strict=True
+            )
+        ]
+
     def snapshot(self) -> Any:
         """What `restore` needs to come back to the present lengths."""
         return self.lengths.clone(), self.longest, self.total, self.room
@@ -161,7 +176,11 @@ class Pool:
         starts = _places(length + room for length in lengths)
         pages = _places(-(-(length + room) // size) if size else 0 for length in lengths)
         self.made += 1
-        self.used = {"token": starts[-1], "page": pages[-1], "sequence": len(lengths)}
+        self.used = {
+            "token": starts[-1],
+            "page": pages[-1] if any(part.first is not None for part, _ in parts) else 0,
+            "sequence": len(lengths) if any(part.place is not None for part, _ in parts) else 0,
+        }
         entries = max(starts[-1], len(old[0]))
         self.keys, self.values = (states.new_empty(entries, states.shape[-1]) for states in old)
         self.tensors = {
@@ -199,6 +218,23 @@ class Pool:
             part.room = room
             done = own.stop
 
+    def keep(self, starts: Tensor, ids: Tensor, counts: Tensor) -> None:
+        """Move tokens of sequences to their beginnings, in place: keys, values, and what is kept of each token.
+
+        Nothing beyond the kept tokens is written, and a device is not waited for.
+
+        Args:
+            starts: `(S,)` int64.
+            ids: `(S, W)` int64, of which the first `counts (S,)` are places in a sequence, ascending.
+        """
+        # Places behind a list repeat its last one: to write the same twice is safe.
+        place = torch.arange(ids.shape[1], device=ids.device).minimum(counts[:, None].long() - 1)
+        source = (starts[:, None] + ids.gather(1, place)).flatten()
+        target = (starts[:, None] + place).flatten()
+        tokens = [self.tensors[slot.name] for slot in self.slots if slot.per == "token"]
+        for states in (self.keys, self.values, *tokens):
+            states[target] = states[source]  # all is read before anything is written
+
     # --- what is stored ----------------------------------------------------------------------------------------
 
     def state(self, first: Tensor | None, place: Tensor | None) -> State | None:
@@ -211,13 +247,37 @@ class Pool:
         """What does not follow from the keys."""
         return {s.name: self.tensors[s.name] for s in self.slots if not s.derived and s.name in self.tensors}
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """A copy of that, for `restore`."""
-        return {name: tensor.clone() for name, tensor in self.kept().items()}
+    def snapshot(self, held: Sequences) -> Any:
+        """A copy of that and where it belongs, for `restore`."""
+        where = held.starts, held.lengths, held.first, held.place
+        return self.made, where, {name: tensor.clone() for name, tensor in self.kept().items()}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in state.items():
-            self.tensors[name][: len(tensor)] = tensor
+    def restore(self, held: Sequences, state: Any) -> None:
+        """Put back what sequences `held` had. Waits for the device where storage has moved in the meantime."""
+        made, (starts, lengths, first, place), kept = state
+        if made == self.made:
+            for name, tensor in kept.items():
+                self.tensors[name][: len(tensor)] = tensor
+            return
+        size, per = self.page_size, {slot.name: slot.per for slot in self.slots}
+        now = {"token": held.starts, "page": held.first, "sequence": held.place}
+        was = {"token": starts, "page": first, "sequence": place}
+        for name, tensor in kept.items():
+            kind = per[name]
+            places = zip(now[kind].tolist(), was[kind].tolist(), lengths.tolist(), strict=True)
+            for there, here, length in places:
+                count = {"token": length, "page": -(-length // size) if size else 0, "sequence": 1}[kind]
+                self.tensors[name][there : there + count] = tensor[here : here + count]
+
+    def whole(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A copy of all that is stored, for `put_back`."""
+        return self.keys.clone(), self.values.clone(), {name: part.clone() for name, part in self.tensors.items()}
+
+    def put_back(self, whole: tuple[Tensor, Tensor, dict[str, Tensor]]) -> None:
+        """Store all of it again, where it was. Storage never becomes smaller in the meantime."""
+        keys, values, tensors = whole
+        for now, was in ((self.keys, keys), (self.values, values), *((self.tensors[n], t) for n, t in tensors.items())):
+            now[: len(was)] = was
 
     def nbytes(self) -> int:
         """Bytes of all that is stored, room to grow included."""

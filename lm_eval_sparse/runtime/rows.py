@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..kernels.types import RaggedKV, State
+from ..methods.base import Layer
 from .accounting import RowCounts
 from .cache import CacheLayer, SparseCache, autocast
 from .pool import Pool, Sequences
@@ -30,6 +31,8 @@ class Row:
         tokens: generated so far; the first one comes from the prefill.
         held: by layer.
         room: tokens that fit behind the prompt; fed: those that are there, each by one step of the model.
+        since: of these, those that were there when `held` was last brought up to date: it counts them in.
+        spans: for each time that decoding began, or went on with less, the tokens fed by then and the lengths by layer.
         reads: keys read in each step, all layers after each other.
         done: whether the answer is whole.
     """
@@ -42,6 +45,8 @@ class Row:
     held: list[Sequences] = field(default_factory=list)
     room: int = 0
     fed: int = 0
+    since: int = 0
+    spans: list[tuple[int, list[Tensor]]] = field(default_factory=list)
     reads: list[np.ndarray] = field(default_factory=list)
     done: bool = False
 
@@ -71,6 +76,16 @@ class DecodeLayer:
         self.room: Tensor | None = None
         self.reads: Tensor | None = None
         self.backend, self.shape = "", None
+        #: Where an eviction method will be asked again: the layer, and the newest queries `(S, G, 1, D)` of all rows.
+        self.known: Layer | None = None
+        self.newest: Tensor | None = None
+
+    def note(self, known: Layer, query: Tensor) -> None:
+        """Keep the queries of a step `(S, G, 1, D)` of the first rows."""
+        self.known = known
+        if self.newest is None:
+            self.newest = query.new_zeros(len(self.starts), *query.shape[1:])
+        self.newest[: len(query)].copy_(query)
 
     def load(self, helds: Sequence[Sequences], fed: Sequence[int]) -> None:
         """Let these rows be the first ones, and the others idle."""

@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..kernels import decode
 from ..kernels.backends import choose
 from ..kernels.cache import compact
-from ..kernels.types import Blocks, Keep, RaggedKV, Reads, check_shapes
+from ..kernels.types import Blocks, Keep, RaggedKV, Reads, Slot, check_shapes
 from ..methods.base import Call
 from .memory import out_of_memory
 
@@ -78,6 +79,41 @@ def chosen(method: Any, call: Call, kind: type, debug: bool) -> Any:
     if [states._version for states in inputs] != before:
         raise misfit(method.name, layer, "select wrote into the queries, keys or values that it was given")
     return found
+
+
+def tell(method: Any, hook: str, call: Call, *more: Any, debug: bool = False) -> None:
+    """Call a hook of a method's state: what goes wrong in it is named, and the cache is not its to write.
+
+    Raises:
+        UserError: it failed, or wrote into the keys or values.
+    """
+    layer = call.layer.index
+    before = call.key._version, call.value._version
+    try:
+        getattr(method, hook)(call, *more)
+    except Exception as error:  # methods are written by anybody
+        if debug or isinstance(error, UserError) or out_of_memory(error):
+            raise
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise misfit(
+            method.name, layer, f"{hook} failed ({type(error).__name__}: {line}); type debug=True to see where"
+        ) from error
+    if (call.key._version, call.value._version) != before:
+        raise misfit(method.name, layer, f"{hook} wrote into the keys or values of the cache")
+
+
+def check_slots(named: Iterable[tuple[str, Slot]]) -> None:
+    """Raise `UserError` for tensors of methods' states, each with its method, that cannot be kept side by side."""
+    seen: dict[str, str] = {}
+    for method, slot in named:
+        if not isinstance(slot, Slot) or slot.per not in ("sequence", "page", "token"):
+            raise UserError(
+                f"method {method}: {slot!r} cannot be kept; expected a Slot per 'sequence', 'page' or 'token'"
+            )
+        if slot.name in seen:
+            whose = "twice" if seen[slot.name] == method else f"and {seen[slot.name]} does, too"
+            raise UserError(f"method {method} keeps a tensor {slot.name!r} {whose}; give it another name")
+        seen[slot.name] = method
 
 
 def check_figures(method: str, layer: int, most: float, **figures: Any) -> None:
@@ -157,6 +193,47 @@ def check_kept(
 
 def _kept_words(width: int, total: int, length: int, bits: int) -> str:
     return f"it {Keep.words(bits, width, total, length)}"
+
+
+#: What may be wrong with places in what a head holds, in the order of the faults of a `Keep`.
+HELD_FAULTS = (
+    "keeps fewer than one token, or more than it lists",
+    "keeps numbers of tokens that do not add up to its total of {total} tokens",
+    "lists places that are negative or not below the {length} tokens that the head holds",
+    "lists places that are not strictly ascending (one twice, or unsorted)",
+)
+
+
+def check_held(method: str, layer: int, kept: Keep, lengths: Tensor) -> None:
+    """Check what is to stay of sequences that hold `lengths (H_kv,)` tokens. Waits for the device: it must not be read
+    from elsewhere, and the next step relies on what is left."""
+    lengths = lengths.long()
+    longest = int(lengths.max())
+    for name in ("values", "positions"):
+        if getattr(kept, name) is not None:
+            raise misfit(method, layer, f"{name} of a Keep are not taken in the course of an answer, with every")
+    try:
+        kept.check_shapes(len(lengths), longest)
+    except ValueError as error:
+        raise misfit(method, layer, error) from error
+    place = torch.arange(kept.ids.shape[1], device=kept.ids.device)
+    valid = place < kept.counts[:, None]
+    uncountable = (kept.counts < 1) | (kept.counts > len(place))
+    found = (
+        uncountable,
+        ~uncountable.any() & (kept.counts.sum() != kept.total),
+        (((kept.ids < 0) | (kept.ids >= lengths[:, None])) & valid).any(1),
+        ((kept.ids[:, 1:] <= kept.ids[:, :-1]) & valid[:, 1:]).any(1),
+    )
+    bits = torch.stack([wrong.int().expand(len(lengths)) << bit for bit, wrong in enumerate(found)]).sum(0)
+    for head, (own, length) in enumerate(zip(bits.tolist(), lengths.tolist(), strict=True)):
+        words = partial(_held_words, kept.total, length)
+        refuse(method, layer, [0] * head + [own], words, "KV head")
+
+
+def _held_words(total: int, length: int, bits: int) -> str:
+    lowest = (bits & -bits).bit_length() - 1
+    return f"it {HELD_FAULTS[lowest].format(total=total, length=length)}"
 
 
 def check_reads(

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..kernels.dense import dense_attention, masked_attention
 from ..kernels.prefill import block_sparse_prefill_rows
 from ..kernels.types import Blocks, Keep, Slot
-from ..methods.base import CacheView, Call, Layer
+from ..methods.base import Call, Layer
 from ..methods.plan import Plan
 from .accounting import (
     DecodeShape,
@@ -34,9 +34,10 @@ from .accounting import (
 from .cache import CacheLayer, SparseCache
 from .layers import Layers
 from .masks import Sight, sight_of, structure
+from .periodic import evict_due, kept_by
 from .pool import Pool
-from .selections import Walked, check_kept, chosen
-from .steps import Filled, step
+from .selections import Walked, check_kept, check_slots, chosen, tell
+from .steps import Filled, call_of, step
 
 
 class Runtime:
@@ -82,6 +83,8 @@ class Runtime:
         #: The phase that the running forward pass belongs to, and the tokens that passes have read so far.
         self.phase = "prefill"
         self._read = 0
+        #: Tokens of the longest answer so far, and how often one was evicted in its course (with `every`).
+        self.longest_answer = self.compactions = 0
         #: What attends while answers are decoded token by token from a cache of its own.
         self.decoder: StepAttention | None = None
 
@@ -114,6 +117,9 @@ class Runtime:
         self.calls = 0
         self._read += tokens
         self.phase = "prefill" if self.cache is None or self._read <= self.prompt else "decode"
+        if self.phase == "decode" and self.plan.every is not None:
+            self.compactions += evict_due(self.plan, self.cache, self.prompt, self.scales, self.counts)
+            self.longest_answer = max(self.longest_answer, self.cache.logical() - self.prompt + tokens + 1)
 
     def check_lengths(self, lengths: Iterable[int]) -> None:
         """Raise `UserError` when a prompt of one of these lengths (tokens) cannot be run as requested."""
@@ -133,10 +139,14 @@ class Runtime:
         return SparseCache(config, reserve, evicts, pools, prompt, self.longest, slots, page_size)
 
     def kept_state(self) -> tuple[tuple[Slot, ...], int]:
-        """What the decode method keeps of each layer, and keys of its pages."""
-        if self.plan.decode is None:
-            return (), 0
-        return self.plan.decode.method.slots(), self.plan.decode.method.page_size
+        """What methods keep of each layer between steps, and keys of the decode method's pages."""
+        found: list[tuple[str, Slot]] = []
+        if self.plan.every is not None:
+            found += [(self.plan.eviction.method.name, slot) for slot in self.plan.eviction.method.slots()]
+        if self.plan.decode is not None:
+            found += [(self.plan.decode.method.name, slot) for slot in self.plan.decode.method.slots()]
+        check_slots(found)
+        return tuple(slot for _, slot in found), 0 if self.plan.decode is None else self.plan.decode.method.page_size
 
     def attach(self, model: torch.nn.Module) -> None:
         """Make this the runtime of every attention module of `model`."""
@@ -324,22 +334,23 @@ class Runtime:
             held.close(kept, layer)
         elif self.plan.decode is not None:
             held.close()
-        if self.plan.decode is not None:
+        if held.sequences is not None:
             self._begin_state(layer, held, query, scale, softcap)
         if self.counts is not None and layer.index not in self.counts.kv:
             count_memory(self.counts, layer.index, *held.held_bytes(0))
 
     def _begin_state(self, layer: Layer, held: CacheLayer, query: Tensor, scale: float, softcap: float | None) -> None:
-        """Let the decode method fill its state from what stays of the prompt."""
-        method, budget = self.plan.decode.resolved(self.prompt, layer)
-        last = query[:, :, query.shape[2] - min(method.looks_back, query.shape[2]) :]
-        grouped = last.reshape(len(held.sequences.starts), layer.heads // layer.kv_heads, *last.shape[2:])
-        kv = held.sequences.kv(held.pool)
-        tokens = torch.full((len(query),), held.get_seq_length(), device=query.device)
-        state = held.pool.state(held.sequences.first, held.sequences.place)
-        cache = CacheView(kv, tokens, layer.kv_heads)
-        call = Call(grouped, kv.keys, kv.values, scale, softcap, "decode", budget, layer, cache=cache, state=state)
-        method.prefilled(call)
+        """Let methods fill their state from what stays of the prompt."""
+        held.every = self.plan.every
+        fillers = {} if held.every is None else {"eviction": kept_by(self.plan)}
+        if self.plan.decode is not None:
+            fillers["decode"] = self.plan.decode.resolved(self.prompt, layer)
+        rows, length, tokens = held.sequences, query.shape[2], held.get_seq_length()
+        for phase, (method, budget) in fillers.items():
+            last = query[:, :, length - min(method.looks_back, length) :]
+            grouped = last.reshape(len(rows.starts), layer.heads // layer.kv_heads, *last.shape[2:])
+            call = call_of(layer, held.pool, rows, grouped, tokens, scale, softcap, phase, budget)
+            tell(method, "prefilled", call, debug=self.plan.debug)
 
     def _evict(
         self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
@@ -386,16 +397,20 @@ class Runtime:
             held.sequences.lengthen(steps)
             new = tuple(states.reshape(-1, steps, states.shape[-1]) for states in (key, value))
         kv, tokens = held.sequences.kv(held.pool), held.get_seq_length()
-        filled = None
-        if self.plan.decode is not None:
-            method, budget = self.plan.decode.resolved(self.prompt, layer)
+        filled = keeper = None
+        if self.plan.decode is not None or held.every is not None:
             state = held.pool.state(held.sequences.first, held.sequences.place)
             so_far = torch.full((rows,), tokens, dtype=torch.int64, device=query.device)
-            filled = Filled(method, budget, state, so_far)
+            if self.plan.decode is not None:
+                filled = Filled(*self.plan.decode.resolved(self.prompt, layer), state, so_far)
+            if held.every is not None:
+                keeper = Filled(*kept_by(self.plan), state, so_far)
         grouped = query.reshape(len(kv.starts), heads // kv.heads, steps, dim)
-        found = step(grouped, new, kv, layer, filled, scale=scale, softcap=softcap, plan=self.plan)
+        if keeper is not None and new is not None:
+            held.newest = layer, grouped[:, :, -1:].clone()
+        found = step(grouped, new, kv, layer, filled, scale=scale, softcap=softcap, plan=self.plan, keeper=keeper)
         if self.counts is not None:
-            shape = DecodeShape.of(heads, kv.heads, kv)
+            shape = DecodeShape.of(heads, kv.heads, kv, found.virtual, found.weighed, found.altered)
             for row in range(rows):
                 own = slice(row * kv.heads, (row + 1) * kv.heads)
                 read = None if found.read is None else found.read[own]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,11 +10,16 @@ from torch import Tensor
 
 from ..kernels.types import PageBounds, RaggedKV, State
 from ..methods.base import CacheView, Call, Layer, Method
+from ..runtime.pool import Pool, Sequences
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """A cache while T new tokens are decoded; fields as in `methods.CacheView`, and the bounds of its pages."""
+    """A cache while T new tokens are decoded; fields as in `methods.CacheView`.
+
+    With `bounds` of its pages they are the state, as Quest keeps it; without, a method fills the state that it
+    declares.
+    """
 
     kv: RaggedKV
     tokens: Tensor
@@ -52,7 +57,11 @@ def call_of(
         if bounds is not None:
             place = torch.arange(len(bounds.first), device=bounds.first.device)
             state = State({"low": bounds.low, "high": bounds.high}, bounds.page_size, bounds.first, place)
-        return found, Call(query, kv.keys, kv.values, scale, softcap, "decode", budget, layer, cache, state)
+        call = Call(query, kv.keys, kv.values, scale, softcap, "decode", budget, layer, cache, state)
+        if state is None and found.slots():
+            call = replace(call, state=_state_of(found, kv))
+            found.prefilled(call)
+        return found, call
     layer = layer or Layer(0, 1, len(query), len(key), query.shape[-1])
     found, budget = method.resolved(sparsity, query.shape[1], layer)
     return found, Call(query, key, key if value is None else value, scale, softcap, found.phase, budget, layer)
@@ -62,3 +71,12 @@ def select(method: Method, query: Tensor, key: Tensor | Decoding, value: Tensor 
     """What the method selects; arguments as in `call_of`."""
     found, call = call_of(method, query, key, value, **options)
     return found.select(call)
+
+
+def _state_of(method: Any, kv: RaggedKV) -> State | None:
+    """Room for what a method keeps of these sequences."""
+    pool = Pool(method.slots(), method.page_size)
+    held = Sequences(kv.starts, kv.lengths, kv.heads, kv.longest, int(kv.lengths.sum()), 0)
+    pool.take(len(kv.keys), kv.keys, kv.values)
+    pool.take_state(held)
+    return pool.state(held.first, held.place)

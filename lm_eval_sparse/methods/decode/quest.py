@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...kernels.estimate import update_bounds
 from ...kernels.index.pages import PageBudget, choose_pages
-from ...kernels.types import Reads, Slot
+from ...kernels.types import PageBounds, Reads, Slot
 from ..base import Call, number, one_of, yes_or_no
 from ..presets import TEN, Parameters, rows
 from ..scored import ScoredDecode
@@ -74,10 +74,10 @@ class Quest(ScoredDecode):
         return Slot("low", "page", (-1,), derived=True), Slot("high", "page", (-1,), derived=True)
 
     def prefilled(self, call: Call) -> None:
-        update_bounds(call.cache.kv, call.state.bounds, torch.zeros_like(call.cache.kv.lengths))
+        update_bounds(call.cache.kv, bounds_of(call), torch.zeros_like(call.cache.kv.lengths))
 
     def appended(self, call: Call, before: Tensor) -> None:
-        update_bounds(call.cache.kv, call.state.bounds, before)
+        update_bounds(call.cache.kv, bounds_of(call), before)
 
     def lists(self, call: Call) -> int:
         return 1 if self.share_pages else call.query.shape[1]
@@ -87,7 +87,7 @@ class Quest(ScoredDecode):
         cache = call.cache
         return choose_pages(
             call.query,
-            call.state.bounds,
+            bounds_of(call),
             cache.kv,
             cache.tokens,
             budget,
@@ -102,3 +102,9 @@ class Quest(ScoredDecode):
         # Two products with the bounds of each complete page, for each query head; nothing where all are read.
         scored = torch.where(read < visible, (visible - 1) // self.page_size, 0)
         return scored * (4 * dim * group), scored * (2 * dim * element)
+
+
+def bounds_of(call: Call) -> PageBounds:
+    """The state, as bounds of pages."""
+    state = call.state
+    return PageBounds(state.page_size, state["low"], state["high"], state.first)

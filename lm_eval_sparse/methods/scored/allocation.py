@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from ...errors import UserError
 from ..base import Budget, Count, Density, Layer
 
 
@@ -20,6 +24,27 @@ class Allocation:
     def at(self, budget: Budget, layer: Layer) -> Budget:
         """The budget of one layer, from what all layers have on average."""
         return budget
+
+
+def checked(score: Tensor, least: float | None = None) -> Tensor:
+    """A method's scores, as fp32 without NaN.
+
+    On a CPU a NaN, or a score below `least`, is an error; on a GPU, which is not waited for, it counts as the least
+    that there is.
+
+    Raises:
+        ValueError: such a score.
+    """
+    if not score.dtype.is_floating_point:
+        raise ValueError(f"scores are {score.dtype}; expected torch.float32")
+    low = -math.inf if least is None else least
+    if score.device.type == "cpu":
+        if bool(score.isnan().any()):
+            raise ValueError("scores hold numbers that are none")
+        if least is not None and score.numel() and float(score.min()) < least:
+            raise ValueError(f"scores go down to {float(score.min()):.3g}; expected shares of at least {least:g}")
+        return score.float()
+    return score.float().nan_to_num(nan=low, posinf=math.inf, neginf=-math.inf).clamp(min=low)
 
 
 @dataclass(frozen=True)
@@ -53,16 +78,27 @@ class PerLayer(Allocation):
     """Uniform in a layer, and from layer to layer as `shape` has it.
 
     Attributes:
-        shape: from `(layer, layers)` to that layer's factor; factors average 1.
+        shape: from `(layer, layers)` to that layer's factor. The mean over all layers is 1, so that the promise holds
+            on average; a sparsity at which a layer would keep more than it has is refused.
     """
 
     words: str = "per layer"
     shape: Callable[[int, int], float] = lambda layer, layers: 1.0
 
     def at(self, budget: Budget, layer: Layer) -> Budget:
-        factor = self.shape(layer.index, layer.count)
+        factors = [self.shape(index, layer.count) for index in range(layer.count)]
+        if min(factors) < 0 or abs(sum(factors) - layer.count) > 1e-6 * layer.count:
+            raise ValueError(
+                f"factors of {layer.count} layers are {factors}; expected their mean to be 1, none below 0"
+            )
+        factor = factors[layer.index]
         match budget:
             case Density(share):
+                if share * max(factors) > 1 + 1e-9:
+                    raise UserError(
+                        f"a layer would keep {share * max(factors):.3g} times what it has: with a budget for each "
+                        f"layer the sparsity must be at least {1 - 1 / max(factors):.3f}"
+                    )
                 return Density(min(1.0, share * factor))
             case Count(number):
                 return Count(max(1, round(number * factor)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels.index.pages import PageBudget, select_pages
 from ...kernels.types import Reads
 from ..base import Call, Count, DecodeMethod, Density
-from .allocation import Allocation, Uniform
+from .allocation import Allocation, PerLayer, Uniform, checked
 
 #: Scores of pages held at once.
 SCORE_ELEMENTS = 1 << 25
@@ -26,6 +26,7 @@ class ScoredDecode(DecodeMethod):
 
     kv: ClassVar[str] = "full cache"
     allocation: ClassVar[Allocation] = Uniform()
+    allocations: ClassVar[tuple[type, ...]] = (Uniform, PerLayer)
     budget_knobs: ClassVar[tuple[str, ...]] = ("budget",)
 
     def score(self, call: Call, pages: int) -> Tensor:
@@ -78,5 +79,5 @@ class ScoredDecode(DecodeMethod):
 
     def choose(self, call: Call, budget: PageBudget, width: int, most: int) -> Reads:
         """Lists of `width` places among the first `most` pages; a method with one kernel for all overrides it."""
-        score = self.score(call, most)
+        score = checked(self.score(call, most))
         return select_pages(score, call.cache.kv, call.cache.tokens, budget, width=width)

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...errors import UserError
 from ...kernels.types import Cost, Keep
 from ..base import FORCED_SHARE, Budget, Call, Count, Density, EvictionMethod, Layer, top
-from .allocation import Allocation, Pooled, Uniform
+from .allocation import Allocation, PerLayer, Pooled, Uniform, checked
 
 
 @dataclass(frozen=True)
@@ -23,22 +24,34 @@ class ScoredEviction(EvictionMethod):
     `forced` names the knobs that say how many of the first and of the last tokens are always kept, with the paper's
     numbers: a knob that is `auto` has that number, and fewer where a requested sparsity leaves no room for it. The
     first of `budget_knobs` is how many tokens a KV head keeps on average.
+
+    With `every`, forced are the first and the last of what each head holds.
     """
 
     unit: ClassVar[str] = "tokens"
     kv: ClassVar[str] = "evicted"
     allocation: ClassVar[Allocation] = Uniform()
+    allocations: ClassVar[tuple[type, ...]] = (Uniform, Pooled, PerLayer)
     budget_knobs: ClassVar[tuple[str, ...]] = ("capacity",)
     forced: ClassVar[Mapping[str, int]] = {}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every is not None and isinstance(self.allocation, Pooled):
+            raise UserError(
+                f"every={self.every}: heads that compete for a budget are not evicted periodically; leave every out, "
+                "or use a method whose heads keep the same number"
+            )
+
     @abstractmethod
     def score(self, call: Call) -> Tensor:
-        """`(H_kv, L)` fp32, the larger the better."""
+        """`(H_kv, L)` fp32, the larger the better; `(H_kv, longest)` of what is held where `call.cache` is given."""
 
     def cost(self, call: Call) -> Cost:
         """What `score` costs: by default every key is read once, with two operations a number."""
-        kv_heads, length, dim = call.key.shape
-        return Cost(2 * kv_heads * length * dim, call.key.element_size() * dim * kv_heads * length)
+        dim = call.key.shape[-1]
+        keys = call.key.shape[:-1].numel() if call.cache is None else int(call.cache.kv.lengths.sum())
+        return Cost(2 * keys * dim, call.key.element_size() * dim * keys)
 
     @property
     def _capacity(self) -> int:
@@ -82,9 +95,11 @@ class ScoredEviction(EvictionMethod):
 
     @torch.no_grad()
     def select(self, call: Call) -> Keep:
+        if call.cache is not None:
+            return self._again(call)
         length, kv_heads = call.length, len(call.key)
         capacity = self._tokens(self.allocation.at(call.budget, call.layer), length)
-        score = self.score(call)
+        score = checked(self.score(call))
         first, last = (getattr(self, name, 0) for name in ("sinks", "local"))
         score[:, :first] = math.inf
         score[:, max(0, length - last) :] = math.inf
@@ -93,15 +108,36 @@ class ScoredEviction(EvictionMethod):
         else:
             width = min(capacity, length)
             kept, counts = top(score, width), torch.full((kv_heads,), width, device=score.device)
+        return self._kept(call, kept, counts, width, kv_heads * min(capacity, length), capacity, length)
+
+    def _again(self, call: Call) -> Keep:
+        """What stays of what is held in the course of an answer. Waits for the device, which knows how much that is."""
+        kv, so_far = call.cache.kv, int(call.cache.tokens[0])
+        lengths = kv.lengths.long()[:, None]
+        capacity = self._tokens(self.allocation.at(call.budget, call.layer), so_far)
+        first, last = (getattr(self, name, 0) for name in ("sinks", "local"))
+        place = torch.arange(kv.longest, device=lengths.device)
+        # Nothing that is held may lose to what is not.
+        score = checked(self.score(call)).clamp(min=torch.finfo(torch.float32).min)
+        score = score.masked_fill((place < first) | (place >= lengths - last), math.inf)
+        counts = lengths[:, 0].clamp(max=capacity)
+        kept = top(score.masked_fill(place >= lengths, -math.inf), counts)
+        numbers = counts.tolist()
+        return self._kept(call, kept, counts, max(numbers), sum(numbers), capacity, so_far)
+
+    def _kept(
+        self, call: Call, kept: Tensor, counts: Tensor, width: int, total: int, capacity: int, length: int
+    ) -> Keep:
+        """The selection `kept (H_kv, L)` bool as lists of `width` places."""
         # Tokens that are not kept are written to a place behind the lists.
         places = torch.where(kept, kept.cumsum(-1) - 1, width)
-        tokens = torch.arange(length, device=score.device).expand_as(places)
-        ids = places.new_zeros(kv_heads, width + 1).scatter_(1, places, tokens)
+        tokens = torch.arange(kept.shape[1], device=kept.device).expand_as(places)
+        ids = places.new_zeros(len(kept), width + 1).scatter_(1, places, tokens)
         knobs = {name: getattr(self, name) for name in self.knobs()}
         return Keep(
             ids[:, :width],
             counts,
-            kv_heads * min(capacity, length),
+            total,
             cost=self.cost(call),
             knobs={**knobs, self.budget_knobs[0]: capacity, **self.solved(length)},
         )

@@ -14,7 +14,7 @@ from ...kernels.budget import solve
 from ...kernels.index.top_blocks import top_blocks, top_scored
 from ...kernels.types import Blocks, Cost, causal_pairs, tile_pairs
 from ..base import Budget, Call, Count, Density, Mass, PrefillMethod
-from .allocation import Allocation, TopP, Uniform
+from .allocation import Allocation, PerLayer, TopP, Uniform, checked
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class ScoredPrefill(PrefillMethod):
     unit: ClassVar[str] = "blocks"
     kv: ClassVar[str] = "full cache"
     allocation: ClassVar[Allocation] = Uniform()
+    allocations: ClassVar[tuple[type, ...]] = (Uniform, TopP, PerLayer)
     #: Key blocks that are always read, in front.
     first: ClassVar[int] = 1
     #: Words for what is always read.
@@ -87,14 +88,14 @@ class ScoredPrefill(PrefillMethod):
         budget = self.allocation.at(call.budget, call.layer)
         knobs: dict[str, Any] = {}
         if isinstance(budget, Mass) or isinstance(self.allocation, TopP):
-            indices, counts, knobs["rest"] = self._covering(self.score(call), budget, length, block)
+            indices, counts, knobs["rest"] = self._covering(checked(self.score(call), 0.0), budget, length, block)
         else:
             most, extra = self._rows(budget, length)
             pooled = self.factors(call)
             if pooled is not None:
                 indices, counts = top_blocks(*pooled, most, extra, near=self.near)
             else:
-                indices, counts = top_scored(self.score(call), most, extra, first=self.first, near=self.near)
+                indices, counts = top_scored(checked(self.score(call)), most, extra, first=self.first, near=self.near)
             knobs[self.budget_knobs[0]] = float(min(most + (extra > 0), blocks))
         knobs["block_size"] = block
         return Blocks(indices, counts, length, block, block, cost=self.cost(call), knobs=knobs)

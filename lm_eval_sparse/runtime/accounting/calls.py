@@ -137,11 +137,51 @@ def count_eviction(
         faults: flags that are yet to be looked at; words: what they say.
     """
     heads, (kv_heads, length, dim) = len(query), key.shape
+    flops = 4 * dim * causal_pairs(length)
+    _count_kept(counts, layer, method, heads, kv_heads, length, key, flops, kept, faults, words)
+
+
+def count_compaction(
+    counts: RowCounts,
+    layer: int,
+    method: str,
+    heads: int,
+    kv_heads: int,
+    tokens: int,
+    keys: Tensor,
+    kept: Keep | None = None,
+) -> None:
+    """Count what stays of one row in the course of its answer; what is held without `kept`.
+
+    As one more call, whose keys are the tokens so far. Its operations go with those of the prefill.
+
+    Args:
+        heads, kv_heads: of the layer; tokens: of the row so far, evicted ones included.
+        keys: `(N, D)` as they are stored.
+        kept: places in what each head holds, already checked.
+    """
+    _count_kept(counts, layer, method, heads, kv_heads, tokens, keys, 0.0, kept, again=True)
+
+
+def _count_kept(
+    counts: RowCounts,
+    layer: int,
+    method: str | None,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    keys: Tensor,
+    flops_dense: float,
+    kept: Keep | None = None,
+    faults: Tensor | None = None,
+    words: Words | None = None,
+    again: bool = False,
+) -> None:
     phase = counts.phases["eviction"]
     dense = {
         "pairs": length,
-        "bytes_dense": length * 2 * dim * key.element_size() * kv_heads / heads,
-        "flops_dense": 4 * dim * causal_pairs(length),
+        "bytes_dense": length * 2 * keys.shape[-1] * keys.element_size() * kv_heads / heads,
+        "flops_dense": flops_dense,
     }
     if kept is None:
         everything = {"selected": length, "executed": length, "bytes_read": 0, "flops_estimator": 0, **dense}
@@ -157,6 +197,8 @@ def count_eviction(
         if faults is not None:
             refuse(method, layer, faults, words, "KV head")
         check_figures(method, layer, length, estimator_flops=flops, estimator_bytes=read)
+        if again:
+            phase.note_knobs({"dropped": 1 - float(kept.sum()) / (kv_heads * length)})
         kept = np.repeat(kept, heads // kv_heads)
         costs = {"bytes_read": read / heads, "flops_estimator": flops / heads}
         phase.add(layer, heads, kind, "compact", selected=kept, executed=kept, **costs, **dense)
@@ -170,18 +212,28 @@ def count_eviction(
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """What the counts of decoding need to know of a layer: heads, dimension, bytes of a number and of a key + value."""
+    """What the counts of decoding need to know of a step in a layer.
+
+    Attributes:
+        heads, kv_heads: query heads and KV heads; dim: of a key; element: bytes of a number; per_key: bytes of a key
+            and its value.
+        virtual, weighed, altered: as in `steps.Stepped`.
+    """
 
     heads: int
     kv_heads: int
     dim: int
     element: int
     per_key: int
+    virtual: int = 0
+    weighed: bool = False
+    altered: bool = False
 
     @staticmethod
-    def of(heads: int, kv_heads: int, kv: RaggedKV) -> DecodeShape:
+    def of(heads: int, kv_heads: int, kv: RaggedKV, virtual: int, weighed: bool, altered: bool) -> DecodeShape:
         dim, element = kv.keys.shape[-1], kv.keys.element_size()
-        return DecodeShape(heads, kv_heads, dim, element, (dim + kv.values.shape[-1]) * element)
+        per_key = (dim + kv.values.shape[-1]) * element
+        return DecodeShape(heads, kv_heads, dim, element, per_key, virtual, weighed, altered)
 
 
 def count_memory(counts: RowCounts, layer: int, held: Tensor, dense: int) -> None:
@@ -215,7 +267,7 @@ def count_steps(
     if reads is None:
         kinds, read, group, flops, metadata = {"dense": calls}, visible[:, None], 1, 0.0, 0.0
     else:
-        covered = (reads == visible[:, None]).all((0, 1)).reshape(calls, -1).all(1)
+        covered = (reads == visible[:, None]).all((0, 1)).reshape(calls, -1).all(1) & (not shape.altered)
         kinds = {"sparse": int((~covered).sum()), "fallback": int(covered.sum())}
         read, group = reads, reads.shape[1]
         pair = (torch.from_numpy(table).long() for table in (visible, reads.max(1)))
@@ -226,14 +278,16 @@ def count_steps(
             budgets = reads.mean((0, 1)).reshape(calls, -1).mean(1)[~covered]
             counts.note_many("budget", budgets)
             counts.note_many("page_size", np.full(len(budgets), method.page_size))
-    totals, whole = read.sum(-1), float(logical.sum())
+    # A virtual key is read like any other; the second pass that weighs keys reads those of the cache again.
+    again = read.sum(-1) if shape.weighed else 0.0
+    totals, whole = read.sum(-1) + shape.virtual * len(logical), float(logical.sum())
 
     def per_head(values: Any) -> Any:
         """From per KV head, and maybe per query head of its group, to `(H,)`."""
         return np.broadcast_to(np.asarray(values, dtype=float), (shape.kv_heads, share)).reshape(-1)
 
     # A list of pages that the group shares is loaded once for all its query heads.
-    loads = totals / share if group == 1 else totals
+    loads, reloads = (part / share if group == 1 else part for part in (totals, again))
     counts.add(
         layer,
         shape.heads,
@@ -243,9 +297,11 @@ def count_steps(
         selected=per_head(totals),
         executed=per_head(totals),
         bytes_dense=whole * shape.per_key / share,
-        bytes_read=per_head(loads * shape.per_key + np.reshape(metadata, (-1, 1)) / share),
+        bytes_read=per_head(
+            loads * shape.per_key + reloads * shape.dim * shape.element + np.reshape(metadata, (-1, 1)) / share
+        ),
         flops_dense=whole * 4 * shape.dim,
-        flops_estimator=per_head(np.reshape(flops, (-1, 1)) / share),
+        flops_estimator=per_head(np.reshape(flops, (-1, 1)) / share + again * 2 * shape.dim),
     )
     counts.calls.update({kind: number for kind, number in kinds.items() if number})
     counts.backends[backend] += calls
@@ -287,6 +343,7 @@ def count_answer(
     layer: int,
     shape: DecodeShape,
     held: Tensor,
+    begun: np.ndarray,
     logical: np.ndarray,
     reads: np.ndarray | None,
     method: DecodeMethod | None,
@@ -295,14 +352,16 @@ def count_answer(
     """Count all steps of an answer that was decoded token by token, each a call.
 
     Args:
-        held: `(H_kv,)` keys held when decoding began.
+        held: `(C, H_kv)` keys held when decoding began, and whenever it went on with less.
+        begun: `(C,)` steps of the answer that were behind it then, ascending from 0.
         logical: `(T,)` tokens of the row up to each step's, evicted ones included.
         reads: `(H_kv, Gs, T)` keys read, or None when a decode method had no part in it.
     """
 
     def count(held: np.ndarray) -> None:
-        steps = len(logical)
-        visible = held[:, None] + 1 + np.arange(steps)
+        place = np.arange(steps := len(logical))
+        span = np.searchsorted(begun, place, side="right") - 1
+        visible = np.ascontiguousarray(held[span].T) + 1 + place - begun[span]
         count_steps(counts.phases["decode"], layer, shape, visible, logical, reads, method, backend, calls=steps)
 
     counts.later(count, held)
