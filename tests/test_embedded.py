@@ -98,7 +98,7 @@ class Index:
         program = (
             "import os, sys, time\n"
             "from pathlib import Path\n"
-            "from lm_eval_sparse import embedded\n"
+            "from lm_eval_sparse.model import embedded\n"
             f"embedded.WHEEL_SHA256 = {embedded.WHEEL_SHA256!r}\n"
             f"embedded.GGUF_SHA256 = {embedded.GGUF_SHA256!r}\n"
             f"def convert(gguf, folder):\n{body}\n    return {{}}\n"
@@ -671,7 +671,7 @@ def test_looking_for_pip_leaves_the_compiler_alone(tmp_path: Path) -> None:
     """setuptools must still import afterwards: torch.compile needs it for the CPU kernel."""
     code = (
         "from pathlib import Path\n"
-        "from lm_eval_sparse import embedded\n"
+        "from lm_eval_sparse.model import embedded\n"
         f"embedded._downloaders(Path({str(tmp_path)!r}))\n"
         "import distutils.core\n"
         "import setuptools\n"

@@ -201,8 +201,11 @@ def test_generation_equals_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3"])
 @torch.no_grad()
-def test_logits_of_left_padded_rows(name: str) -> None:
-    """The attention function alone, as `generate` calls it: 2-D mask, per-row positions, no cache."""
+def test_logits_of_rows(name: str) -> None:
+    """The attention function alone, without a cache: each row by itself as eager attention has it, padded ones refused.
+
+    Several prompts of different lengths run one after the other, so that none is ever padded.
+    """
     own = tiny.family(name)
     own.set_attn_implementation("eager")
     lm = sparse(tiny.family(name))
@@ -211,11 +214,11 @@ def test_logits_of_left_padded_rows(name: str) -> None:
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = lm.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    assert logits.isfinite().all()
-    for row, found in zip(rows, logits, strict=True):
-        expected = own(torch.tensor([row])).logits[0]
-        assert torch.allclose(found[-len(row) :], expected, atol=1e-4)
+    with pytest.raises(UserError, match="a prompt is padded"):
+        lm.model(input_ids=ids, attention_mask=mask, position_ids=positions)
+    for row in rows:
+        found, expected = (model(torch.tensor([row])).logits[0] for model in (lm.model, own))
+        assert found.isfinite().all() and torch.allclose(found, expected, atol=1e-4)
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
