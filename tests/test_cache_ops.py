@@ -75,9 +75,10 @@ def cases(draw: Draw, backend: str, page_size: int, **options):
         yield case
 
 
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("sizes", [PAGE_SIZES[:2], PAGE_SIZES[2:]])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bounds(draw: Draw, backend: str, page_size: int) -> None:
+def test_bounds(draw: Draw, backend: str, sizes: tuple[int, ...]) -> None:
+    page_size = draw.rng.choice(sizes)
     for case in cases(draw, backend, page_size, room=3):
         check_update(case, backend)
 
@@ -131,9 +132,10 @@ def test_selection_from_scores_of_all_kinds(draw: Draw, backend: str, kind: int)
         check_select(case, backend, kind=kind, keep=keep)
 
 
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("sizes", [PAGE_SIZES[:2], PAGE_SIZES[2:]])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step(draw: Draw, backend: str, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step(draw: Draw, backend: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    page_size = draw.rng.choice(sizes)
     for overlap in (True, False):
         for case in cases(draw, backend, page_size, room=3, steps=1):
             if backend == "triton":
@@ -146,7 +148,7 @@ def test_a_step(draw: Draw, backend: str, page_size: int, monkeypatch: pytest.Mo
             check_step(case, backend, overlap=overlap)
 
 
-@pytest.mark.parametrize("heads", [1, 3, 4])
+@pytest.mark.parametrize("heads", [3, 4])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_selection_shares_the_pages_of_evicted_rows(draw: Draw, backend: str, heads: int) -> None:
     """Many rows, so that all kinds of sharing are among them; shares that leave halves of pages to be rounded."""
