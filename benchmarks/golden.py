@@ -298,7 +298,8 @@ def synchronized() -> float:
 
 def once(lm: SparseHFLM, tokens: int, answer: int, rows: int) -> float:
     """Seconds to answer `rows` prompts of so many tokens with so many."""
-    ids = torch.randint(10, 20000, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    some = min(20000, len(lm.tokenizer))
+    ids = torch.randint(10, some, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     prompt = lm.tok_decode(ids)
     options = {"until": [], "max_gen_toks": answer, "do_sample": False, "min_new_tokens": answer}
     prompts = [lm.tok_decode(lm.tok_encode(prompt)[: tokens - 8 - row]) for row in range(rows)]
@@ -315,7 +316,8 @@ def time_all(options: argparse.Namespace) -> None:
         tokens = options.tokens
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        for label, configuration in TIMED.items():
+        for label in options.configurations:
+            configuration = TIMED[label]
             given = {"max_length": tokens + 512, "batch_size": 8, "device": DEVICE, **configuration}
             lm = SparseHFLM(pretrained=loaded, tokenizer=tokenizer, **given)
             once(lm, 4200, 4, 1)  # kernels are compiled
@@ -366,6 +368,7 @@ def main() -> None:
     timing = commands.add_parser("time")
     timing.add_argument("--models", nargs="+", required=True, help="NAME=FOLDER")
     timing.add_argument("--tokens", type=int, default=36 * 1024)
+    timing.add_argument("--configurations", nargs="+", choices=TIMED, default=list(TIMED))
     timing.add_argument("--output", type=Path, required=True)
     timing.set_defaults(run=time_all)
     merging = commands.add_parser("merge")

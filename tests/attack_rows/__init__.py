@@ -116,7 +116,7 @@ def table() -> list[Row]:
 
 
 #: Of the rows of one kind the first runs always, and of the others every so many-th.
-EVERY = 8
+EVERY = 12
 
 
 def daily(found: list[Row]) -> list[Row]:
