@@ -128,11 +128,11 @@ class Prefill(PrefillMethod):
     """The first block and the diagonal; `spoil` changes the layout in layer `layer`, or in all."""
 
     name: ClassVar[str] = "bad_prefill"
-    unit: ClassVar[str] = ""
-    importance: ClassVar[str] = ""
-    allocation: ClassVar[str] = ""
-    kv: ClassVar[str] = ""
-    reference: ClassVar[str] = ""
+    unit: ClassVar[str] = "-"
+    importance: ClassVar[str] = "-"
+    allocation: ClassVar[str] = "-"
+    kv: ClassVar[str] = "-"
+    reference: ClassVar[str] = "-"
     spoil: ClassVar[Callable[[Blocks], Blocks | None]] = lambda layout: None
     layer: ClassVar[int | None] = 1
     calls: ClassVar[list[int]] = []
@@ -154,7 +154,7 @@ class Eviction(EvictionMethod):
     """The first and the last tokens."""
 
     name: ClassVar[str] = "bad_eviction"
-    unit = importance = allocation = kv = reference = ""
+    unit = importance = allocation = kv = reference = "-"
     spoil: ClassVar[Callable[[Keep], Keep | None]] = lambda kept: None
     layer: ClassVar[int | None] = 1
     calls: ClassVar[list[int]] = []
@@ -174,7 +174,7 @@ class Decode(DecodeMethod):
     """The first page and the current one."""
 
     name: ClassVar[str] = "bad_decode"
-    unit = importance = allocation = kv = reference = ""
+    unit = importance = allocation = kv = reference = "-"
     spoil: ClassVar[Callable[[Reads], Reads | None]] = lambda pages: None
     layer: ClassVar[int | None] = 1
     calls: ClassVar[list[int]] = []

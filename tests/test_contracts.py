@@ -720,7 +720,7 @@ def test_classes_that_are_no_methods() -> None:
         (made(Norms, allocation=Pooled()), "no knob 'floor'"),
         (made(Norms, native=Mass), "TopP goes with Mass"),
         (made(Coverage, native=Count, budget_knobs=()), "TopP goes with Mass"),
-        (type("Plain", (Norms,), {}), "no frozen dataclass"),
+        (type("Plain", (Norms,), {"name": "test_made", "__annotations__": {"size": int}}), "no frozen dataclass"),
         (int, "no subclass of Method"),
         (
             dataclass(frozen=True)(type("Around", (Named, Wrapper), {"name": "test_made", "allocation": "x"})),

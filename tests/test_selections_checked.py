@@ -342,7 +342,7 @@ def test_page_sizes_that_no_kernel_takes(model: Any, monkeypatch: Any, size: Any
 
 def test_a_decode_method_without_a_page_size(model: Any, monkeypatch: Any) -> None:
     class Forgetful(DecodeMethod):
-        name = "forgetful"
+        name, unit, importance, allocation, kv, reference = "forgetful", "-", "-", "-", "full cache", "-"
 
     METHODS.add(Forgetful)
     assert "method forgetful has no page_size" in line_of(lambda: sparse(model, method="forgetful"))

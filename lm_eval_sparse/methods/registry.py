@@ -79,7 +79,9 @@ def check_class(method: Any) -> None:
     who = getattr(method, "__name__", repr(method))
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise ValueError(f"{who} is no subclass of Method; derive it from the base class of its phase")
-    if "__dataclass_fields__" not in vars(method) or not method.__dataclass_params__.frozen:
+    own = [name for name, kind in vars(method).get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
+    plain = "__dataclass_fields__" not in vars(method)
+    if not method.__dataclass_params__.frozen or (own and plain):
         raise ValueError(f"{who} is no frozen dataclass; write @dataclass(frozen=True) above it")
     missing = [
         name for name in ("name", "unit", "importance", "allocation", "kv", "reference") if not said(method, name)
