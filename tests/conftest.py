@@ -22,10 +22,12 @@ import pytest
 # Several processes of several threads each would get into each other's way.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Where Python is told to write no bytecode, each of hundreds of processes would compile torch and transformers anew,
-# which takes longer than most tests. It is written beside pytest's own cache then, and not into any folder of sources.
-BYTECODE = Path(__file__).parents[1] / ".pytest_cache" / "bytecode" if sys.dont_write_bytecode else None
-if BYTECODE is not None:
+# Where Python is told to write no bytecode and packages came without it, each of hundreds of processes would compile
+# torch and transformers anew, which takes longer than most tests. It is written beside pytest's own cache then, and not
+# into any folder of sources.
+BYTECODE: Path | None = None
+if sys.dont_write_bytecode and not Path(importlib.util.cache_from_source(pytest.__file__)).exists():
+    BYTECODE = Path(__file__).parents[1] / ".pytest_cache" / "bytecode"
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(BYTECODE)
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(BYTECODE)}
 # Triton looks at this once, when it is imported; neither torch nor our package imports it before a kernel is needed.
