@@ -550,8 +550,8 @@ def test_wrappers_in_what_is_typed() -> None:
     ("typed", "words"),
     [
         ({"method": "test_narrower"}, "test_narrower goes around a method; type one of .*snapkv.* behind it"),
-        ({"method": "test_narrower:"}, "method='' in method=test_narrower: is unknown"),
-        ({"method": ":quest"}, "method='' in method=:quest is unknown"),
+        ({"method": "test_narrower:"}, "a name is missing beside a colon"),
+        ({"method": ":quest"}, "a name is missing beside a colon"),
         ({"method": "test_narrower:test_narrower:quest"}, "test_narrower stands there twice; give it once"),
         (
             {"method": "test_narrower:flexprefill"},
@@ -699,13 +699,27 @@ def test_scores_that_are_none(method: str, rng: random.Random, monkeypatch: pyte
 
     lm = lm_of("llama", method=method)
     monkeypatch.setattr(cls, "score", spoiled)
-    with pytest.raises(UserError, match=f"method {method}, layer 0: select failed .*scores hold numbers that are none"):
+    with pytest.raises(UserError, match=f"method {method}, layer 0: select failed .*score returned NaN"):
+        score(lm, rng)
+
+
+@pytest.mark.parametrize("method", ["test_norms", "test_coverage", "test_recent"])
+@pytest.mark.parametrize("how", ["one less", "none", "whole numbers"])
+def test_scores_of_another_shape(method: str, how: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One off would be a plausible number."""
+    cls = METHODS[method]
+    scored = cls.score
+    change = {"one less": lambda found: found[..., :-1], "none": lambda found: None, "whole numbers": Tensor.long}[how]
+    lm = lm_of("llama", method=method)
+    monkeypatch.setattr(cls, "score", lambda *args: change(scored(*args)))
+    words = {"one less": r"\(.*\); expected \(", "none": "NoneType; exp", "whole numbers": "torch.int64; exp"}[how]
+    with pytest.raises(UserError, match=f"method {method}, layer 0: select failed .*score returned {words}"):
         score(lm, rng)
 
 
 def test_classes_that_are_no_methods() -> None:
     def made(base: type, **own: Any) -> type:
-        fields = {"__annotations__": {"capacity": int}, "capacity": 8, "name": "test_made", **vars(Named), **own}
+        fields = {**vars(Named), "__annotations__": {"capacity": int}, "capacity": 8, "name": "test_made", **own}
         return dataclass(frozen=True)(type("Made", (base,), {k: v for k, v in fields.items() if k != "__dict__"}))
 
     METHODS.add(made(Norms))
@@ -714,6 +728,9 @@ def test_classes_that_are_no_methods() -> None:
         (made(Norms, name="quest"), "'quest' is the name of a built-in method"),
         (made(Norms, name=""), "does not say its name"),
         (made(Norms, reference=""), "does not say its reference"),
+        (made(Norms, name="x:x"), "cannot be typed"),
+        (made(Norms, sparsity=0.5, __annotations__={"sparsity": float, "capacity": int}), "a knob 'sparsity'"),
+        (made(ScoredEviction), "does not score"),
         (made(Norms, phase="later"), "phase 'later'"),
         (made(Norms, budget_knobs=("size",)), "decides 'size', which is none of its knobs"),
         (made(Norms, allocation=TopP()), "divides its budget by TopP"),

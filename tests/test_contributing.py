@@ -119,7 +119,7 @@ def test_an_example_works(name: str, tmp_path: Path) -> None:
 BROKEN = {
     "an import": ("KNorm", "import Call,", "import Calls,", ImportError),
     "a typing error": ("KNorm", "call.key.float()", "call.keys.float()", UserError),
-    "no score": ("KNorm", "def score", "def scores", (TypeError, NotImplementedError, UserError)),
+    "no score": ("KNorm", "def score", "def scores", ValueError),
     "keys of the future": ("SinkWindow", "(behind >= 0) & (", "(", UserError),
     "another budget": ("SinkWindow", "row_budgets(length, 16, share, 2)", "row_budgets(length, 16, 0.6, 2)",
                        AssertionError),

@@ -2,6 +2,8 @@
 
 The simulation reads all tokens anew for each one, by transformers' own eager attention under explicit masks: what each
 KV head still holds is a list of positions here. Models and prompts are drawn anew in every run.
+
+Long, since the simulation stands beside the cases it is held against.
 """
 
 from __future__ import annotations

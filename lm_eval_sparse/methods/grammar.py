@@ -107,6 +107,11 @@ def _chain(name: str, in_full: str) -> Chain:
 
 def _known(part: str, name: str, in_full: str) -> type[Method]:
     cls = METHODS.get(part)
+    if not part:
+        raise UserError(
+            f"method={in_full!r}: a name is missing beside a colon or a plus sign; type for example method=quest, or "
+            "method=flexprefill+snapkv+quest for several phases"
+        )
     if cls is None:
         where = f" in method={in_full}" if in_full != part else ""
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -70,6 +71,10 @@ class Registry(Mapping[str, "type[Method]"]):
 METHODS = Registry(BUILT_IN)
 
 
+#: One of these makes a scored method.
+SCORING = ("score", "factors", "choose", "select")
+#: Arguments that are no knobs.
+RESERVED = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug")
 #: What a method says of itself: a row of the table.
 ROW = ("name", "unit", "importance", "allocation", "kv", "reference")
 
@@ -90,6 +95,11 @@ def check_class(method: Any) -> None:
         missing.append("wraps")
     if missing:
         raise ValueError(f"{who} does not say its {', '.join(missing)}; give it as a class attribute")
+    if not re.fullmatch(r"[a-z0-9_]+", method.name):
+        raise ValueError(f"{who}: its name {method.name!r} cannot be typed; use lower-case letters, digits and _")
+    taken = [name for name in method.knobs() if name in RESERVED]
+    if taken:
+        raise ValueError(f"{who} has a knob {taken[0]!r}, which is an argument of every method; give it another name")
     if method.phase not in (*PHASE_ARGUMENTS, "any", "wrapper"):
         raise ValueError(f"{who} is of phase {method.phase!r}; expected one of {', '.join(PHASE_ARGUMENTS)}")
     for name in method.budget_knobs:
@@ -98,6 +108,9 @@ def check_class(method: Any) -> None:
     allocations = getattr(method, "allocations", None)
     if allocations is None:
         return
+    scored = next(base for base in method.__mro__ if "allocations" in vars(base))
+    if all(getattr(method, name, None) is getattr(scored, name, None) for name in SCORING):
+        raise ValueError(f"{who} does not score: write score(self, call, ...), as its base class says")
     if not isinstance(method.allocation, allocations):
         kinds = ", ".join(kind.__name__ for kind in allocations)
         raise ValueError(f"{who} divides its budget by {type(method.allocation).__name__}; here are {kinds}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -26,23 +27,32 @@ class Allocation:
         return budget
 
 
-def checked(score: Tensor, least: float | None = None) -> Tensor:
+def checked(score: Any, shape: tuple[int | tuple[int, ...], ...], least: float | None = None) -> Tensor:
     """A method's scores, as fp32 without NaN.
 
     On a CPU a NaN, or a score below `least`, is an error; on a GPU, which is not waited for, it counts as the least
     that there is.
 
+    Args:
+        shape: what each dimension has to be, or one of what.
+
     Raises:
-        ValueError: such a score.
+        ValueError: such a score, or a tensor that is none of scores.
     """
+    if not isinstance(score, Tensor):
+        raise ValueError(f"score returned {type(score).__name__}; expected a tensor")
+    accepted = [size if isinstance(size, tuple) else (size,) for size in shape]
+    if score.dim() != len(shape) or any(n not in sizes for n, sizes in zip(score.shape, accepted, strict=True)):
+        words = ", ".join(" or ".join(map(str, dict.fromkeys(sizes))) for sizes in accepted)
+        raise ValueError(f"score returned {tuple(score.shape)}; expected ({words})")
     if not score.dtype.is_floating_point:
-        raise ValueError(f"scores are {score.dtype}; expected torch.float32")
+        raise ValueError(f"score returned {score.dtype}; expected torch.float32")
     low = -math.inf if least is None else least
     if score.device.type == "cpu":
         if bool(score.isnan().any()):
-            raise ValueError("scores hold numbers that are none")
+            raise ValueError("score returned NaN")
         if least is not None and score.numel() and float(score.min()) < least:
-            raise ValueError(f"scores go down to {float(score.min()):.3g}; expected shares of at least {least:g}")
+            raise ValueError(f"score returned {float(score.min()):.3g}; expected shares of at least {least:g}")
         return score.float()
     return score.float().nan_to_num(nan=low, posinf=math.inf, neginf=-math.inf).clamp(min=low)
 

@@ -79,5 +79,6 @@ class ScoredDecode(DecodeMethod):
 
     def choose(self, call: Call, budget: PageBudget, width: int, most: int) -> Reads:
         """Lists of `width` places among the first `most` pages; a method with one kernel for all overrides it."""
-        score = checked(self.score(call, most))
+        sequences, group, steps, _ = call.query.shape
+        score = checked(self.score(call, most), (sequences, (1, group), steps, most))
         return select_pages(score, call.cache.kv, call.cache.tokens, budget, width=width)

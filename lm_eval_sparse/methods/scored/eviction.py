@@ -99,7 +99,7 @@ class ScoredEviction(EvictionMethod):
             return self._again(call)
         length, kv_heads = call.length, len(call.key)
         capacity = self._tokens(self.allocation.at(call.budget, call.layer), length)
-        score = checked(self.score(call))
+        score = checked(self.score(call), (kv_heads, length))
         first, last = (getattr(self, name, 0) for name in ("sinks", "local"))
         score[:, :first] = math.inf
         score[:, max(0, length - last) :] = math.inf
@@ -118,7 +118,7 @@ class ScoredEviction(EvictionMethod):
         first, last = (getattr(self, name, 0) for name in ("sinks", "local"))
         place = torch.arange(kv.longest, device=lengths.device)
         # Nothing that is held may lose to what is not.
-        score = checked(self.score(call)).clamp(min=torch.finfo(torch.float32).min)
+        score = checked(self.score(call), (len(kv.starts), kv.longest)).clamp(min=torch.finfo(torch.float32).min)
         score = score.masked_fill((place < first) | (place >= lengths - last), math.inf)
         counts = lengths[:, 0].clamp(max=capacity)
         kept = top(score.masked_fill(place >= lengths, -math.inf), counts)

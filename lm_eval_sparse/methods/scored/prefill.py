@@ -86,16 +86,21 @@ class ScoredPrefill(PrefillMethod):
         length, block = call.length, int(self.block_size)
         blocks = -(-length // block)
         budget = self.allocation.at(call.budget, call.layer)
+        shape = len(call.query), blocks, blocks
         knobs: dict[str, Any] = {}
         if isinstance(budget, Mass) or isinstance(self.allocation, TopP):
-            indices, counts, knobs["rest"] = self._covering(checked(self.score(call), 0.0), budget, length, block)
+            indices, counts, knobs["rest"] = self._covering(
+                checked(self.score(call), shape, 0.0), budget, length, block
+            )
         else:
             most, extra = self._rows(budget, length)
             pooled = self.factors(call)
             if pooled is not None:
                 indices, counts = top_blocks(*pooled, most, extra, near=self.near)
             else:
-                indices, counts = top_scored(checked(self.score(call)), most, extra, first=self.first, near=self.near)
+                indices, counts = top_scored(
+                    checked(self.score(call), shape), most, extra, first=self.first, near=self.near
+                )
             knobs[self.budget_knobs[0]] = float(min(most + (extra > 0), blocks))
         knobs["block_size"] = block
         return Blocks(indices, counts, length, block, block, cost=self.cost(call), knobs=knobs)
