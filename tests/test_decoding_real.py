@@ -19,7 +19,7 @@ from decoding_lms import all_stats, generate
 from lm_eval_sparse.model import decoding as model_decoding
 from lm_eval_sparse.model import embedded
 from lm_eval_sparse.model.lm import SparseHFLM
-from lm_eval_sparse.runtime import steps as decoding
+from lm_eval_sparse.runtime import decoder as decoding
 from lm_eval_sparse.runtime.decoder import Decoder
 
 ON_GPU = torch.cuda.is_available()

@@ -1,6 +1,8 @@
 """The sparse model arguments: the paper's table as a preset, what fills which phase, and what is refused and how.
 
 The table is typed here a second time, from the paper. Nothing is loaded: all cases go through `config.parse`.
+
+Long, since every argument is a row of the same tables.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ It serves every model family: it sees queries, keys and values after rotary embe
 What each layer may see, and whether its keys and values are those of our cache, was found out when the model was
 loaded (`probe`). One prompt (or its beams) runs at a time, without padding, and each forward pass says which phase it
 belongs to.
+
+Long, since what the start-up check has learnt of each layer is what every call is held against.
 """
 
 from __future__ import annotations
