@@ -53,7 +53,7 @@ from lm_eval_sparse.methods import METHODS, PHASE_ARGUMENTS  # noqa: E402
 from lm_eval_sparse.methods.plan import parse  # noqa: E402
 from lm_eval_sparse.model import embedded  # noqa: E402
 from lm_eval_sparse.model.lm import SparseHFLM  # noqa: E402
-from lm_eval_sparse.runtime.rows import Row  # noqa: E402
+from lm_eval_sparse.runtime.rows import Row as DecodedRow  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -227,7 +227,7 @@ class Clock:
 @contextmanager
 def noted(model: torch.nn.Module, limit: float) -> Iterator[Clock]:
     """A clock over the model's calls and the tokens of our loop; raises `TimeUp` after `limit` seconds."""
-    clock, take = Clock(), Row.take
+    clock, take = Clock(), DecodedRow.take
 
     def before(module: torch.nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
         ids = options.get("input_ids", arguments[0] if arguments else None)
@@ -241,7 +241,7 @@ def noted(model: torch.nn.Module, limit: float) -> Iterator[Clock]:
         raise TimeUp
 
     handle = model.register_forward_pre_hook(before, with_kwargs=True)
-    Row.take = noted_take
+    DecodedRow.take = noted_take
     previous = signal.signal(signal.SIGALRM, up)
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
@@ -249,7 +249,7 @@ def noted(model: torch.nn.Module, limit: float) -> Iterator[Clock]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-        Row.take = take
+        DecodedRow.take = take
         handle.remove()
 
 

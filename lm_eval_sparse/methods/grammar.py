@@ -107,13 +107,10 @@ def _chain(name: str, in_full: str) -> Chain:
 
 def _known(part: str, name: str, in_full: str) -> type[Method]:
     cls = METHODS.get(part)
-    if not part:
-        raise UserError(
-            f"method={in_full!r}: a name is missing beside a colon or a plus sign; type for example method=quest, or "
-            "method=flexprefill+snapkv+quest for several phases"
-        )
     if cls is None:
         where = f" in method={in_full}" if in_full != part else ""
+        if not part and where:
+            where += " (a name is missing beside a colon or a plus sign)"
         raise UserError(
             f"method={part!r}{where} is unknown{nearest(part, METHODS)} (accepted: {', '.join(METHODS)}; "
             "type for example method=flexprefill, or method=flexprefill+snapkv+quest for several phases)"
