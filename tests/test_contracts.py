@@ -687,7 +687,7 @@ def test_slots_that_cannot_be(slots: Any, words: str, monkeypatch: pytest.Monkey
         lm_of("llama", method="test_virtual").runtime.kept_state()
 
 
-@pytest.mark.parametrize("method", ["test_norms", "test_coverage", "test_recent"])
+@pytest.mark.parametrize("method", ["test_norms", "test_coverage"])
 def test_scores_that_are_none(method: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     cls = METHODS[method]
     scored = cls.score

@@ -27,7 +27,13 @@ class Allocation:
         return budget
 
 
-def checked(score: Any, shape: tuple[int | tuple[int, ...], ...], least: float | None = None) -> Tensor:
+def checked(
+    score: Any,
+    shape: tuple[int | tuple[int, ...], ...],
+    least: float | None = None,
+    *,
+    undefined: bool = False,
+) -> Tensor:
     """A method's scores, as fp32 without NaN.
 
     On a CPU a NaN, or a score below `least`, is an error; on a GPU, which is not waited for, it counts as the least
@@ -35,6 +41,7 @@ def checked(score: Any, shape: tuple[int | tuple[int, ...], ...], least: float |
 
     Args:
         shape: what each dimension has to be, or one of what.
+        undefined: whether some scores are of nothing that is there, so that they may be anything.
 
     Raises:
         ValueError: such a score, or a tensor that is none of scores.
@@ -48,6 +55,8 @@ def checked(score: Any, shape: tuple[int | tuple[int, ...], ...], least: float |
     if not score.dtype.is_floating_point:
         raise ValueError(f"score returned {score.dtype}; expected torch.float32")
     low = -math.inf if least is None else least
+    if undefined:  # what scores are chosen from knows
+        return score.float()
     if score.device.type == "cpu":
         if bool(score.isnan().any()):
             raise ValueError("score returned NaN")

@@ -80,5 +80,5 @@ class ScoredDecode(DecodeMethod):
     def choose(self, call: Call, budget: PageBudget, width: int, most: int) -> Reads:
         """Lists of `width` places among the first `most` pages; a method with one kernel for all overrides it."""
         sequences, group, steps, _ = call.query.shape
-        score = checked(self.score(call, most), (sequences, (1, group), steps, most))
+        score = checked(self.score(call, most), (sequences, (1, group), steps, most), undefined=True)
         return select_pages(score, call.cache.kv, call.cache.tokens, budget, width=width)
