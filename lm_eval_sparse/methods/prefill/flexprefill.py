@@ -36,8 +36,8 @@ class FlexPrefill(PrefillMethod):
         max_budget: tokens' worth that each of the two may get at most; None for no limit.
         block_size: 16, 32, 64 or 128, or `auto`.
         coverage: how verticals and slashes are counted. `blocks`: the mass of a key block, and of a band of
-            `block_size` diagonals, is summed first, and the smallest set of blocks with a share of at least `gamma` is
-            taken. `tokens`, as the authors' code has it: the fewest single keys (and diagonals) with that share are counted,
+            `block_size` diagonals, is summed first, and the smallest set with a share of at least `gamma` is taken.
+            `tokens`, as the authors' code has it: the fewest single keys (and diagonals) with that share are counted,
             and as many blocks taken as these would fill, and one.
 
     The first key block and the diagonal blocks are kept besides.
