@@ -25,10 +25,8 @@ TYPED |= {
     "flexprefill tokens": {"method": "flexprefill", **METHODS["flexprefill"].tiny, "coverage": "tokens"},
     "streaming_llm rotated": {"method": "streaming_llm", "capacity": 48, "rotate": True},
     "quest own pages": {"method": "quest", **METHODS["quest"].tiny, "share_pages": False},
-    **{
-        f"{name} every": {"method": name, "capacity": 48, "every": 4}
-        for name in ("h2o", "tova", "streaming_llm", "knorm")
-    },
+    **{f"{name} every": {"method": name, "capacity": 48, "every": 4} for name in ("h2o", "tova", "knorm")},
+    "streaming_llm every": {"method": "streaming_llm", "capacity": 48, "every": 4},
     "h2o every, quest": {"method": "h2o+quest", "capacity": 60, "every": 4, "budget": 16, "page_size": 8},
     "h2o every, twilight:quest": {"method": "h2o+twilight:quest", "capacity": 60, "every": 4, "page_size": 8},
 }
