@@ -3,7 +3,7 @@
 Of the token columns (and of the token diagonals) of a head the fewest that cover `gamma` are counted; their number over
 the block size, plus one, is how many key blocks (and bands) the head takes, those with the largest pooled mass. In
 torch on any device: every tile has an admission, the share that may be left out below which it is taken, and one cut
-through all of them meets a density.
+through all of them meets a density; of the last column or band it may take a part, later rows first.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def by_tokens(
         at = at * (1 + APART * (torch.arange(heads, device=at.device, dtype=torch.float64)[:, None] + apart))
         at = at.masked_fill(query_aware[:, None], -torch.inf).masked_fill(ids >= max(ceiling, floor), -torch.inf)
         at = at.masked_fill(ids < floor, torch.inf)
-        at[:, 0] = torch.where(query_aware, at[:, 0], torch.inf)
+        if density is None:  # the one block besides; under a density nothing is taken that it leaves no room for
+            at[:, 0] = torch.where(query_aware, at[:, 0], torch.inf)
         return at.gather(1, Ranking(mass, 0.0, larger_first=larger_first).rank)
 
     by_column, by_diagonal = admissions(columns, vertical, 0.0, True), admissions(diagonals, slash, 0.5, False)
@@ -75,4 +76,5 @@ def by_tokens(
     else:
         weight = tile_pairs(length, block, block, query.device).clamp(min=0).expand_as(admission)
         taken, rest = solve(admission, weight, density * heads * causal_pairs(length))
+        rest = rest.clamp(max=1.0)  # infinity where nothing is taken but the forced tiles
     return Blocks.from_mask(taken, length, block, block), rest

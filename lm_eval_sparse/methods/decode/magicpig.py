@@ -167,7 +167,7 @@ class MagicPIG(DecodeMethod):
             """Sums over the heads of a row, for each of its sequences: `(S, n)` of `(S, n)`."""
             return counts.unflatten(0, (-1, heads)).sum(1).repeat_interleave(heads, 0)
 
-        drawn = there & ~forced
+        drawn = (there & ~forced).expand(equal.shape[:-1])  # each query head reads its own
         fixed = of_row(forced.expand_as(drawn).sum((1, 2))[:, None])
         both = equal.topk(min(2, equal.shape[-1]), -1).values[..., -1]  # bits that two tables agree in
         levels = torch.arange(self.bits, 0, -1, device=equal.device)

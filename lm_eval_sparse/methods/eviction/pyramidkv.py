@@ -7,10 +7,10 @@ it, and the slope is what leaves the mean as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from ..base import Budget, Call, Count, Density, number
+from ..base import Budget, Call, Count, Density, Layer, number
 from ..scored import Allocation, PerLayer
 from .snapkv import SnapKV
 
@@ -21,7 +21,9 @@ class PyramidKV(SnapKV):
 
     Knobs:
         beta: how much less than the mean the last layer keeps, from 1 (as much).
-        capacity, window, kernel, sinks, local: as in `snapkv`.
+        capacity, window, kernel: as in `snapkv`.
+        sinks, local: first and last tokens that are always kept: 4 and 128, and no more than a quarter of what a layer
+            keeps; what is typed is kept.
     """
 
     name: ClassVar[str] = "pyramidkv"
@@ -35,6 +37,21 @@ class PyramidKV(SnapKV):
     def __post_init__(self) -> None:
         super().__post_init__()
         number("beta", self.beta, 1, 1e6, example=20)
+
+    # What is always kept follows the capacity of each layer.
+
+    def check_native(self) -> None:
+        self.check_window()
+
+    def as_native(self) -> PyramidKV:
+        return self
+
+    def knobs_for(self, sparsity: float, length: int, layer: Layer | None = None) -> PyramidKV:
+        return replace(self, capacity=max(1, round((1 - sparsity) * length)))
+
+    def kept_ends(self, capacity: int) -> tuple[int, int]:
+        own = self.ends(capacity)
+        return own["sinks"], own["local"]
 
     def layer_budget(self, call: Call, length: int) -> Budget:
         match call.budget:

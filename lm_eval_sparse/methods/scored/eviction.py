@@ -66,15 +66,21 @@ class ScoredEviction(EvictionMethod):
     def knobs_for(self, sparsity: float, length: int, layer: Layer | None = None) -> ScoredEviction:
         """Capacity in closed form; first and last tokens shrink to a quarter of it, unless they were typed."""
         capacity = max(1, round((1 - sparsity) * length))
+        found = {name: count for name, count in self.ends(capacity).items() if getattr(self, name) == "auto"}
+        return replace(self, **found, **{self.budget_knobs[0]: capacity})
+
+    def ends(self, capacity: int) -> dict[str, int]:
+        """The knobs of what is always kept: what was typed, the others at most a quarter of `capacity` together."""
         room, found = int(capacity * FORCED_SHARE), {}
         for name, paper in self.forced.items():
-            if getattr(self, name) == "auto":
+            found[name] = getattr(self, name)
+            if found[name] == "auto":
                 # The last tokens hold the one that answers begin from.
                 found[name] = min(paper, room) if name == "sinks" else max(1, min(paper, room))
-                room -= found[name]
-            elif name == "sinks":
-                room -= getattr(self, name)
-        return replace(self, **found, **{self.budget_knobs[0]: capacity})
+            elif name != "sinks":
+                continue
+            room -= found[name]
+        return found
 
     def largest_sparsity(self, length: int) -> float:
         typed = sum(value for name in self.forced if (value := getattr(self, name)) != "auto")
