@@ -236,7 +236,7 @@ class Decoder:
         kv = layer.kv(rows)
         grouped = query[:rows].reshape(sequences, heads // layer.heads, 1, dim)
         if eligible and self.runtime.plan.every is not None:
-            layer.note(known, grouped)
+            layer.note(self.runtime.known.evicted(known), grouped)
             keeper = Filled(*kept_by(self.runtime.plan), layer.state(rows), self.tokens_held[:rows])
         found = step(
             grouped,

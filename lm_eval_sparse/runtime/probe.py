@@ -363,6 +363,7 @@ def check(model: PreTrainedModel, forward: Forward, runtime: Runtime, steps: int
         if plan.phases:
             _check_phases(model, forward, runtime, plan, ids, steps)
         runtime.calls_of_a_pass = calls
+        runtime.known.sparse((n for n, reason in runtime.layers.items() if reason is None), runtime.lenders)
     finally:
         runtime.plan = plan
     return ids[:, : PROMPT + 1]

@@ -240,8 +240,8 @@ def check_reads(
     method: Any, layer: int, selection: Reads, query: Tensor, kv: RaggedKV, backend: str, debug: bool
 ) -> None:
     """Check lists of pages at once, or leave it to attention, which then gives minus their faults for keys read."""
-    if selection.unit != method.page_size:
-        own = f"pages of {selection.unit!r} keys are selected, but the method's page_size is {method.page_size!r}"
+    if selection.unit != method.read_unit:
+        own = f"pages of {selection.unit!r} keys are selected, but the method's read_unit is {method.read_unit!r}"
         raise misfit(method.name, layer, own)
     try:
         selection.check_shapes(query)

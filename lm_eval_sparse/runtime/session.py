@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..kernels.cache.replace import replace
 from ..kernels.dense import dense_attention, masked_attention
 from ..kernels.prefill import block_sparse_prefill_rows
 from ..kernels.types import Blocks, Keep, Slot
@@ -38,7 +39,7 @@ from .layers import Layers
 from .masks import Sight, sight_of, structure
 from .periodic import evict_due, kept_by
 from .pool import Pool
-from .selections import Walked, check_kept, check_slots, chosen, tell
+from .selections import Walked, check_kept, check_slots, chosen, misfit, tell
 from .steps import Filled, call_of, step
 
 
@@ -338,6 +339,7 @@ class Runtime:
             held.close()
         if held.sequences is not None:
             self._begin_state(layer, held, query, scale, softcap)
+            self._carry(layer, held, kept)
         if self.counts is not None and layer.index not in self.counts.kv:
             count_memory(self.counts, layer.index, *held.held_bytes(0))
 
@@ -353,6 +355,19 @@ class Runtime:
             grouped = last.reshape(len(rows.starts), layer.heads // layer.kv_heads, *last.shape[2:])
             call = call_of(layer, held.pool, rows, grouped, tokens, scale, softcap, phase, budget)
             tell(method, "prefilled", call, debug=self.plan.debug)
+
+    def _carry(self, layer: Layer, held: CacheLayer, kept: Sequence[Keep | None]) -> None:
+        """Begin the state of kept tokens with what came with the selection, where it is asked for again."""
+        for row, own in zip(kept, held.sequences.rows(), strict=True):
+            for name, entries in ({} if row is None else row.carried).items():
+                tensor = held.pool.tensors.get(name)
+                if held.every is None or tensor is None or entries.shape[2:] != tensor.shape[1:]:
+                    raise misfit(
+                        self.plan.eviction.method.name,
+                        layer.index,
+                        f"carried {name!r} {tuple(entries.shape)} is no slot per token of a method with every",
+                    )
+                replace(tensor, own.starts, row.counts, entries.to(tensor.dtype))
 
     def _evict(
         self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
@@ -370,6 +385,7 @@ class Runtime:
                 counts.phases["eviction"].reasons[reason] += 1
                 count_eviction(counts, layer.index, query, key, method.name)
             return None
+        layer = self.known.evicted(layer)
         method, budget = plan.resolved(length, layer, self.task_window)
         call = Call(query, key, value, scale, softcap, "eviction", budget, layer)
         kept = chosen(method, call, Keep, self.plan.debug)
@@ -409,7 +425,7 @@ class Runtime:
                 keeper = Filled(*kept_by(self.plan), state, so_far)
         grouped = query.reshape(len(kv.starts), heads // kv.heads, steps, dim)
         if keeper is not None and new is not None:
-            held.newest = layer, grouped[:, :, -1:].clone()
+            held.newest = self.known.evicted(layer), grouped[:, :, -1:].clone()
         found = step(grouped, new, kv, layer, filled, scale=scale, softcap=softcap, plan=self.plan, keeper=keeper)
         if self.counts is not None:
             shape = DecodeShape.of(heads, kv.heads, kv, found.virtual, found.weighed, found.altered)

@@ -277,7 +277,7 @@ def count_steps(
         if kinds["sparse"]:
             budgets = reads.mean((0, 1)).reshape(calls, -1).mean(1)[~covered]
             counts.note_many("budget", budgets)
-            counts.note_many("page_size", np.full(len(budgets), method.page_size))
+            counts.note_many("page_size", np.full(len(budgets), method.read_unit))
     # A virtual key is read like any other; the second pass that weighs keys reads those of the cache again.
     again = read.sum(-1) if shape.weighed else 0.0
     totals, whole = read.sum(-1) + shape.virtual * len(logical), float(logical.sum())
