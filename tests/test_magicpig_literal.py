@@ -17,10 +17,11 @@ import literal_methods as literal
 import numpy as np
 import pytest
 import torch
-from test_methods_literal import BATCHES, SPARSITIES, Steps, steps_of
+from test_methods_literal import BATCHES, DIM, SPARSITIES, Steps, steps_of
 
 from lm_eval_sparse.kernels.types import RaggedKV, Reads
 from lm_eval_sparse.methods import METHODS
+from lm_eval_sparse.methods.decode import magicpig
 from lm_eval_sparse.testing import call_of
 
 #: Angles from a bit's plane, in the sense of a product over the lengths, that fp32 may see on either side.
@@ -73,6 +74,12 @@ def heads_of(batch: Steps) -> Iterator[tuple[int, int, int, np.ndarray, np.ndarr
             kv, g = divmod(h, group)
             own = key[kv]
             yield row * batch.kv_heads + kv, g, t, query[h], own, own[: len(own) - 1 - t].mean(0), tokens
+
+
+def directions(method: Any) -> np.ndarray:
+    """`(T, bits, D)`: what the method draws, bit by bit of table after table."""
+    drawn = magicpig.directions(DIM, method.tables, method.bits, method.seed, 0, torch.device("cpu"))
+    return drawn.double().numpy().T.reshape(method.tables, method.bits, DIM)
 
 
 def forced(sinks: int, local: int, visible: int) -> set[int]:

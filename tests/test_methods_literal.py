@@ -209,7 +209,7 @@ def test_blocks_by_mass(name: str, length: int, heads: int, kv_heads: int, seed:
 def test_a_shape(length: int, heads: int, kv_heads: int, seed: int) -> None:
     inputs = prompt(seed, length, heads, kv_heads)
     for window, sinks in ((16, 16), (50, 16), (100, 40), (1, 1), (9999, 16)):
-        layout = select(METHODS["a_shape"](window=window, sinks=sinks), **inputs.arguments)
+        layout = select(METHODS["a_shape"](local=window, sinks=sinks), **inputs.arguments)
         want = literal.a_shape(length, sinks, [-(-window // 16)] * -(-length // 16))
         assert layout.block_q == layout.block_k == 16
         assert all(np.array_equal(mask, want) for mask in layout.mask().numpy()), (window, sinks)
@@ -282,8 +282,8 @@ def test_eviction(name: str, length: int, heads: int, kv_heads: int, seed: int) 
             scores = literal.h2o_scores(weights, kv_heads)
             want = [literal.h2o(own, number, recent) for own in scores]
         else:
-            options["sinks"] = 4
             sinks = 4 if sparsity is None else min(4, number // 4)  # what is always kept is a quarter at most
+            options |= {"sinks": sinks} if sparsity is None else {}
             scores = [[0.0] * length] * kv_heads
             want = [literal.streaming_llm(range(length), number, sinks)] * kv_heads
         got = kept(select(METHODS[name](**options), **inputs.arguments, sparsity=sparsity), length)
@@ -331,12 +331,14 @@ def test_pyramidkv(layers: int, length: int, heads: int, kv_heads: int, seed: in
                 index, layers, more.get("beta", 20), mean if native else share * length, length
             )
             number = len(got[0])
-            assert abs(number - asked) <= 1 or number == max(1, round(asked)), (share, index, number, asked)
+            assert abs(number - asked) <= 0.5 + 1e-9 or number == 1 > asked, (share, index, number, asked)
             total += number
             scores = literal.snapkv_scores(
                 query, key, scale, softcap, more.get("window", 256), more.get("kernel", 21)
             )
-            sinks, local = (1, 1) if native else pyramid_forced(number)
+            sinks, local = (1, 1) if native else pyramid_forced(mean)
+            if sinks + local > number:
+                continue
             for own, ours in zip(scores, got, strict=True):
                 want = literal.best(own, number, {*range(sinks), *range(length - local, length)})
                 different, lists = different + ranked_alike(own, ours, want), lists + 1
@@ -433,8 +435,11 @@ def test_oracle_topk(evicted: int, lengths: list[int], heads: int, kv_heads: int
         options = {"budget": budget} if sparsity is None else {}
         found = batch.select(METHODS["oracle_topk"](**options), sparsity)
         for row, t, query, key, tokens in batch.each():
-            want = literal.oracle_topk(query, key, budget, None if sparsity is None else 1 - sparsity, tokens)
-            for h, (ours, other) in enumerate(zip(batch.reads(found, row, t), want, strict=True)):
+            share, got = None if sparsity is None else 1 - sparsity, batch.reads(found, row, t)
+            if share == 0.5 and abs(len(got[0]) - share * tokens) == 0.5:
+                share = len(got[0]) / tokens  # half a token: either side
+            want = literal.oracle_topk(query, key, budget, share, tokens)
+            for h, (ours, other) in enumerate(zip(got, want, strict=True)):
                 scores = (key[h * kv_heads // heads] @ query[h]).tolist()
                 different, lists = different + ranked_alike(scores, ours, other), lists + 1
     few(different, lists)
@@ -477,7 +482,7 @@ def test_twilight(
     batch = steps_of(seed, lengths, heads, kv_heads, steps, 3.0 if heads == 3 else None, dtype=dtype)
     rounded = (lambda x: torch.tensor(x, dtype=torch.float64).to(dtype).double()) if heads == 4 else np.float32
     different, lists = 0, 0
-    for p, budget, loose, sparsity in ((0.6, 64, 4, None), (0.9, 9999, 4, None), *((0, 0, 4, s) for s in SPARSITIES)):
+    for p, budget, loose, sparsity in ((0.6, 64, 4, None), (0.9, 9984, 4, None), *((0, 0, 4, s) for s in SPARSITIES)):
         inside = METHODS["quest"](share_pages=share_pages, **({"budget": budget} if sparsity is None else {}))
         options = {"p": p} if sparsity is None else {}
         found = batch.select(METHODS["twilight"](inner=inside, loose=loose, **options), sparsity)
