@@ -154,8 +154,8 @@ def xattention_scores(query: np.ndarray, key: np.ndarray, scale: float, block: i
 
 
 def a_shape(length: int, sinks: int, near: list[int]) -> np.ndarray:
-    """A-shape, StreamingLLM's pattern in prefill (Xiao et al., ICLR 2024, section 3.2): the first blocks of 16 keys that
-    hold `sinks` tokens, and for query block I the nearest `near[I]` ones, its own included. `(n, n)` bool."""
+    """A-shape, StreamingLLM's pattern in prefill (Xiao et al., ICLR 2024, section 3.2): the first blocks of 16 keys
+    that hold `sinks` tokens, and for query block I the nearest `near[I]` ones, its own included. `(n, n)` bool."""
     number, first = -(-length // 16), -(-sinks // 16)
     mask = np.zeros((number, number), dtype=bool)
     for i in range(number):
@@ -267,7 +267,7 @@ def capacity_of(share: float, tokens: int) -> int:
 
 
 def knorm(key: np.ndarray, capacity: int) -> Sets:
-    """Devoto et al., EMNLP 2024, section 4: the tokens whose keys have the smallest L2 norm."""
+    """Devoto et al., EMNLP 2024, section 3: the tokens whose keys have the smallest L2 norm."""
     return [best([-math.sqrt(sum(x * x for x in k)) for k in own], capacity) for own in key.tolist()]
 
 
@@ -284,7 +284,7 @@ def streaming_positions(length: int, capacity: int) -> list[int]:
 
 
 def tova_scores(newest: np.ndarray) -> list[float]:
-    """Oren et al., 2024 (Transformers are Multi-State RNNs), section 3.2: weights `(H, n)` of the newest query on
+    """Oren et al., EMNLP 2024 (TOVA), section 3: weights `(H, n)` of the newest query on
     what is held, mean over all query heads of the layer."""
     return [sum(newest[h, j] for h in range(len(newest))) / len(newest) for j in range(newest.shape[1])]
 
@@ -375,7 +375,7 @@ def oracle_topp(
     share: float | None = None,
     tokens: int = 0,
 ) -> tuple[float, Sets]:
-    """The upper bound of all that chooses by mass (Lin et al., 2025, section 3, its oracle top-p)."""
+    """The upper bound of all that chooses by mass (Lin et al., NeurIPS 2025, section 3, its oracle top-p)."""
     return top_p([softmax(np.array(row)) for row in step_scores(query, key, scale, softcap)], p, share, tokens)
 
 
@@ -400,8 +400,8 @@ def quest(query: np.ndarray, key: np.ndarray, page: int, complete: int, share_pa
 
 
 def four_bit(key: np.ndarray, dtype: type) -> tuple[np.ndarray, float]:
-    """Twilight (Lin et al., 2025), section 4.2: keys `(n, D)` in 16 steps between each one's least and largest number;
-    and how near a number came to another code."""
+    """Twilight (Lin et al., NeurIPS 2025), section 4: keys `(n, D)` in 16 steps from each one's least to its
+    largest number; and how near a number came to another code."""
     found, near = np.zeros_like(key), math.inf
     for j, k in enumerate(key):
         low = float(dtype(k.min()))
@@ -423,7 +423,7 @@ def twilight(
     share: float | None = None,
     tokens: int = 0,
 ) -> tuple[float, Sets, list[np.ndarray]]:
-    """Twilight, section 4.1: of the tokens that the method `inside` takes, the fewest with mass p by keys in 4 bits.
+    """Twilight, section 4: of the tokens that the method `inside` takes, the fewest with mass p by keys in 4 bits.
 
     Returns:
         What may be missing, the tokens, and each head's weights on those inside.
@@ -456,13 +456,13 @@ class Hashed:
         return must.all(2).sum(1) >= 2, may.all(2).sum(1) >= 2
 
     def chance(self, bits: int, tables: int) -> np.ndarray:
-        """MagicPIG (Chen et al., ICLR 2025), section 4.2: probability of at least two collisions."""
+        """MagicPIG (Chen et al., ICLR 2025), section 4: probability of at least two collisions."""
         x = self.p**bits
         return 1 - (1 - x) ** tables - tables * x * (1 - x) ** (tables - 1)
 
 
 def hashed(query: np.ndarray, key: np.ndarray, mean: np.ndarray, directions: np.ndarray, near: float) -> Hashed:
-    """MagicPIG, sections 4.2 and 5: SimHash of one query `(D,)` and centred keys `(n, D)`; directions `(T, bits, D)`."""
+    """MagicPIG, section 4: SimHash of one query `(D,)` and centred keys `(n, D)`; directions `(T, bits, D)`."""
     tables, bits, _ = directions.shape
     moved = key - mean
     equal, doubtful = (np.zeros((len(key), tables, bits), dtype=bool) for _ in "ab")

@@ -170,7 +170,9 @@ def test_twilight_keeps_p_of_what_is_inside(drawn: np.random.Generator) -> None:
         held = [w[sorted(inner).index(j)] for j in own]
         assert sum(held) >= 0.8 and sum(w) == pytest.approx(1)
     everything = [set(range(50))] * 4
-    assert literal.twilight(query, key, everything, 0.3, 2.0, 0.8)[1] == literal.oracle_topp(query, key, 0.3, 2.0, 0.8)[1]
+    assert (
+        literal.twilight(query, key, everything, 0.3, 2.0, 0.8)[1] == literal.oracle_topp(query, key, 0.3, 2.0, 0.8)[1]
+    )
 
 
 def test_magicpig_chances(drawn: np.random.Generator) -> None:

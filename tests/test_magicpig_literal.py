@@ -46,9 +46,7 @@ def one_thread() -> Iterator[None]:
 def asked(batch: Steps, method: Any, sparsity: float | None = None) -> Reads:
     """The prompt is what is there before the new tokens: the mean key is that of the prompt."""
     steps = batch.query.shape[2]
-    found, call = call_of(
-        method, batch.query, batch.cache, scale=batch.scale, softcap=batch.softcap, sparsity=sparsity
-    )
+    found, call = call_of(method, batch.query, batch.cache, scale=batch.scale, softcap=batch.softcap, sparsity=sparsity)
     kv = batch.cache.kv
     before = kv.lengths - steps
     prompt = RaggedKV.of(kv.keys, kv.values, kv.starts.tolist(), before.tolist(), heads=kv.heads)
@@ -68,7 +66,7 @@ def listed(reads: Reads, s: int, g: int, t: int) -> dict[int, float]:
 
 def heads_of(batch: Steps) -> Iterator[tuple[int, int, int, np.ndarray, np.ndarray, np.ndarray, int]]:
     """Sequence, query head of its group, step, query, keys, mean key of the prompt, and tokens so far."""
-    steps, group = batch.query.shape[2], batch.query.shape[1]
+    group = batch.query.shape[1]
     for row, t, query, key, tokens in batch.each():
         for h in range(len(query)):
             kv, g = divmod(h, group)
@@ -87,9 +85,7 @@ def forced(sinks: int, local: int, visible: int) -> set[int]:
 
 
 @pytest.mark.parametrize(("lengths", "heads", "kv_heads", "steps"), BATCHES)
-def test_bias_is_of_the_chance_to_be_read(
-    lengths: list[int], heads: int, kv_heads: int, steps: int, seed: int
-) -> None:
+def test_bias_is_of_the_chance_to_be_read(lengths: list[int], heads: int, kv_heads: int, steps: int, seed: int) -> None:
     batch = steps_of(seed, lengths, heads, kv_heads, steps, 3.0 if heads == 3 else None)
     for bits, tables, sinks, local in ((10, 150, 4, 64), (3, 8, 1, 5), (5, 40, 0, 1)):
         method = METHODS["magicpig"](bits=bits, tables=tables, sinks=sinks, local=local, seed=seed % 1000)
@@ -146,9 +142,7 @@ def compare(found: dict[int, float], own: literal.Hashed, always: set[int], bits
 
 
 @pytest.mark.parametrize(("lengths", "heads", "kv_heads", "steps"), BATCHES)
-def test_keys_that_meet_the_query_twice(
-    lengths: list[int], heads: int, kv_heads: int, steps: int, seed: int
-) -> None:
+def test_keys_that_meet_the_query_twice(lengths: list[int], heads: int, kv_heads: int, steps: int, seed: int) -> None:
     batch = steps_of(seed, lengths, heads, kv_heads, steps)
     doubtful, keys = 0, 0
     for bits, tables, sinks, local in ((10, 150, 4, 64), (3, 8, 1, 5)):

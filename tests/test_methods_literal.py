@@ -26,7 +26,7 @@ from torch import Tensor
 from lm_eval_sparse.kernels.types import Blocks, Keep, RaggedKV, Reads
 from lm_eval_sparse.methods import METHODS
 from lm_eval_sparse.methods.base import Layer
-from lm_eval_sparse.testing import Decoding, call_of, select
+from lm_eval_sparse.testing import Decoding, select
 
 #: Share of a row's sum below which fp32 and fp64 may rightly disagree.
 NEAR = 5e-6
@@ -80,7 +80,7 @@ def prompt(seed: int, length: int, heads: int, kv_heads: int, softcap: float | N
     return Prompt(query, key, DIM**-0.5, softcap)
 
 
-# ----------------------------------------------------------------------------------------------- what may be of rounding
+# ---------------------------------------------------------------------------------------------- what may be of rounding
 
 
 def missing(row: Row, taken: set[int]) -> float:
@@ -153,7 +153,7 @@ def few(different: int, lists: int) -> None:
     assert different <= 1 + lists // 50, (different, lists)
 
 
-# ------------------------------------------------------------------------------------------------------ what is returned
+# ----------------------------------------------------------------------------------------------------- what is returned
 
 
 def blocks_of(layout: Blocks) -> Sets:
@@ -213,9 +213,9 @@ def test_a_shape(length: int, heads: int, kv_heads: int, seed: int) -> None:
         want = literal.a_shape(length, sinks, [-(-window // 16)] * -(-length // 16))
         assert layout.block_q == layout.block_k == 16
         assert all(np.array_equal(mask, want) for mask in layout.mask().numpy()), (window, sinks)
-    for sparsity in SPARSITIES:
-        layout = select(METHODS["a_shape"](), **inputs.arguments, sparsity=sparsity)
-        off, masks = literal.a_shapes(length, 16, 1 - sparsity)
+    for sparsity, sinks in ((0.3, 40), *((s, 16) for s in SPARSITIES)):
+        layout = select(METHODS["a_shape"](sinks=sinks), **inputs.arguments, sparsity=sparsity)
+        off, masks = literal.a_shapes(length, sinks, 1 - sparsity)
         for mask in layout.mask().numpy():
             assert any(np.array_equal(mask, want) for want in masks), (sparsity, mask.astype(int), off)
 
@@ -333,9 +333,7 @@ def test_pyramidkv(layers: int, length: int, heads: int, kv_heads: int, seed: in
             number = len(got[0])
             assert abs(number - asked) <= 0.5 + 1e-9 or number == 1 > asked, (share, index, number, asked)
             total += number
-            scores = literal.snapkv_scores(
-                query, key, scale, softcap, more.get("window", 256), more.get("kernel", 21)
-            )
+            scores = literal.snapkv_scores(query, key, scale, softcap, more.get("window", 256), more.get("kernel", 21))
             sinks, local = (1, 1) if native else pyramid_forced(mean)
             if sinks + local > number:
                 continue
@@ -475,14 +473,17 @@ def quest_complete(share: float | None, budget: int, visible: int, tokens: int) 
 
 @pytest.mark.parametrize(("lengths", "heads", "kv_heads", "steps"), BATCHES)
 @pytest.mark.parametrize("share_pages", [True, False])
-def test_twilight(
-    share_pages: bool, lengths: list[int], heads: int, kv_heads: int, steps: int, seed: int
-) -> None:
+def test_twilight(share_pages: bool, lengths: list[int], heads: int, kv_heads: int, steps: int, seed: int) -> None:
     dtype = torch.bfloat16 if heads == 4 else torch.float32
     batch = steps_of(seed, lengths, heads, kv_heads, steps, 3.0 if heads == 3 else None, dtype=dtype)
     rounded = (lambda x: torch.tensor(x, dtype=torch.float64).to(dtype).double()) if heads == 4 else np.float32
     different, lists = 0, 0
-    for p, budget, loose, sparsity in ((0.6, 64, 4, None), (0.9, 9984, 4, None), *((0, 0, 4, s) for s in SPARSITIES)):
+    for p, budget, loose, sparsity in (
+        (0.6, 64, 4, None),
+        (0.9, 9984, 4, None),
+        (0, 0, 1, 0.8),
+        *((0, 0, 4, s) for s in SPARSITIES),
+    ):
         inside = METHODS["quest"](share_pages=share_pages, **({"budget": budget} if sparsity is None else {}))
         options = {"p": p} if sparsity is None else {}
         found = batch.select(METHODS["twilight"](inner=inside, loose=loose, **options), sparsity)
@@ -508,3 +509,53 @@ def test_twilight(
             else:
                 different += divided(rows, places, (1 - sparsity) * heads * tokens)
     few(different, lists)
+
+
+# ------------------------------------------------------------------------------------------------------ ends and equals
+
+
+def test_what_is_asked_in_full_is_everything(seed: int) -> None:
+    inputs = prompt(seed, 203, 4, 2)
+    triangle = np.tri(13, dtype=bool)
+    for method in (
+        METHODS["oracle_blocks"](mass=1, block_size=16),
+        METHODS["xattention"](threshold=1, block_size=16),
+        METHODS["a_shape"](local=203),
+    ):
+        assert (select(method, **inputs.arguments).mask().numpy() == triangle).all(), method.name
+    for name in ("knorm", "streaming_llm", "tova", "h2o", "pyramidkv"):
+        assert select(METHODS[name](capacity=300), **inputs.arguments).counts.tolist() == [203] * 2, name
+    batch = steps_of(seed, [63, 203], 4, 2)
+    for method in (
+        METHODS["oracle_topk"](budget=300),
+        METHODS["oracle_topp"](p=1),
+        METHODS["twilight"](inner=METHODS["quest"](budget=320), p=1),
+    ):
+        found = batch.select(method)
+        assert found.keys_read(batch.cache.kv)[:, 0, 0].tolist() == [63, 63, 203, 203], method.name
+
+
+def test_equals_go_to_the_later_key(seed: int) -> None:
+    """Zero queries weigh all keys alike; every other key has the same norm."""
+    inputs = prompt(seed, 128, 4, 2)
+    flat = replace(inputs, query=torch.zeros_like(inputs.query))
+    assert kept(select(METHODS["tova"](capacity=9), **flat.arguments), 128) == [set(range(119, 128))] * 2
+    even = replace(inputs, key=torch.ones_like(inputs.key))
+    even.key[:, ::2] = 2
+    want = set(range(111, 128, 2))
+    assert kept(select(METHODS["knorm"](capacity=9), **even.arguments), 128) == [want] * 2
+    layout = select(METHODS["oracle_blocks"](mass=0.6, block_size=16), **flat.arguments)
+    for own in (layout, select(METHODS["xattention"](threshold=0.6, block_size=16), **flat.arguments)):
+        for row in blocks_of(own):
+            last = max(row)
+            assert row == {0, *range(last - len(row) + 2, last + 1)}, row
+    batch = steps_of(seed, [63, 203], 4, 2)
+    batch.query.zero_()
+    methods = [METHODS["oracle_topk"](budget=15), METHODS["oracle_topp"](p=0.5)]
+    methods.append(METHODS["twilight"](inner=METHODS["oracle_topk"](budget=30), p=0.5))
+    for method in methods:
+        found = batch.select(method)
+        for row, t, _, key, _ in batch.each():
+            for own in batch.reads(found, row, t):
+                assert own == set(range(key.shape[1] - len(own), key.shape[1])), (method.name, sorted(own))
+                assert len(own) >= 15
