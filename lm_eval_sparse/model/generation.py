@@ -47,6 +47,7 @@ class Generator:
                 queue.append((index, *request.args))
         for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
             self._check_arguments(gen_kwargs)
+        self._check_every([item[2] for item in queue])
         lengths = {context: len(lm.tok_encode(context)) for _, context, _ in queue}
         self._check_prompts(queue, lengths)
         # The longest first: should memory run out, it does so at once, and storage made for them serves all others.
@@ -104,6 +105,20 @@ class Generator:
             raise UserError(
                 f"{source}prefill_chunk_size={chunk}: {' and '.join(whole)} looks at the whole prompt at once; {way}, "
                 "or use method=dense"
+            )
+
+    def _check_every(self, given: list[dict[str, Any]]) -> None:
+        """Raise `UserError` when no answer may be so long that it is evicted in its course, as asked for."""
+        every = self.lm.runtime.plan.every
+        if every is None or not given:
+            return
+        room = max(normalize_gen_kwargs(kwargs, self.lm.max_gen_toks)["max_gen_toks"] for kwargs in given)
+        # The last token of an answer is never read, and so many others are kept before any is dropped.
+        if room < every + 2:
+            way = f"type every={room - 2} or less, or " if room > 2 else ""
+            raise UserError(
+                f"every={every}: no answer is evicted in its course, since none may have more than {room} tokens "
+                f"(max_gen_toks={room}); {way}--gen_kwargs max_gen_toks={every + 2} or more, or leave every out"
             )
 
     def _whole_lengths(self, context: str, gen_kwargs: dict[str, Any], lengths: dict[str, int]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from .. import __version__
 from ..errors import UserError
 from ..methods import PHASE_ARGUMENTS, presets
 from ..protocol import SKIPPED
-from ..runtime.accounting import COVERED, PHASES, Ledger, RowCounts
+from ..runtime.accounting import COVERED, PHASES, Ledger, RowCounts, compactions
 
 if TYPE_CHECKING:
     from .lm import SparseHFLM
@@ -93,6 +93,7 @@ class Reporter:
                     "calls": dict(counts.phase(name).calls),
                     "backends": dict(counts.phase(name).backends),
                     **self._window_told(name, counts),
+                    **self._compactions_told(name, compactions(counts.phase(name).knobs)),
                 }
                 for name in PHASES
             },
@@ -102,6 +103,10 @@ class Reporter:
         """The window that a response was made with, where its task decided it."""
         assignment, used = self.lm.runtime.plan.phases.get(phase), counts.phase(phase).knobs.get("window")
         return {"window": used[1]} if assignment is not None and assignment.window_by_task and used else {}
+
+    def _compactions_told(self, phase: str, number: int) -> dict[str, Any]:
+        """How often layers were evicted again in the course of answers, where that was asked for."""
+        return {"compactions": number} if phase == "eviction" and self.lm.runtime.plan.every is not None else {}
 
     def add(self, fresh: dict[str, Ledger]) -> None:
         """Merge what this process counted, and on rank 0 what the others did."""
@@ -143,6 +148,7 @@ class Reporter:
                     "method": methods[name],
                     "requested_sparsity": lm.sparse.sparsities.get(name),
                     **ledger.report(name),
+                    **self._compactions_told(name, ledger.compactions),
                 }
                 for name in PHASES
             }
@@ -204,12 +210,17 @@ class Reporter:
         self._check_evicted_again()
 
     def _check_evicted_again(self) -> None:
-        """Warn when a method that evicts periodically was never asked a second time."""
-        runtime = self.lm.runtime
-        if runtime.plan.every is not None and runtime.longest_answer and not runtime.compactions:
+        """Warn of tasks in which a method that evicts periodically was never asked a second time."""
+        plan = self.lm.runtime.plan
+        if plan.every is None:
+            return
+        once = [task for task, ledger in self.ledgers.items() if ledger.rows and not ledger.compactions]
+        if once:
             logger.warning(
-                "%s evicted prompts only, never an answer in its course: every=%d, the longest answer has %d tokens",
-                runtime.plan.eviction.method.name, runtime.plan.every, runtime.longest_answer,
+                "%s evicted prompts only, never an answer in its course, in %s: every=%d, and no answer of theirs has "
+                "so many tokens (the longest of this process has %d); their scores are those of every=None",
+                plan.eviction.method.name, ", ".join(task or "the run" for task in once), plan.every,
+                self.lm.runtime.longest_answer,
             )  # fmt: skip
 
     def _check_eviction_mattered(self) -> None:

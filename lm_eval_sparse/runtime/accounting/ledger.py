@@ -30,6 +30,7 @@ class Ledger:
     loops: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
     loop_reasons: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PHASES})
     restored: int = 0
+    restored_compactions: int = 0
     full: bool = False
     details: dict[str, dict[int, dict[str, np.ndarray]]] = field(default_factory=lambda: {name: {} for name in PHASES})
 
@@ -60,6 +61,8 @@ class Ledger:
         self.restored += 1
         for name in PHASES:
             phase = dict(stats[name])
+            if again := phase.pop("compactions", 0):  # of how much each dropped nothing is known any more
+                self.restored_compactions += again
             calls, backends = phase.pop("calls"), phase.pop("backends")
             if (window := phase.pop("window", None)) is not None:
                 number = sum(calls.get(kind, 0) for kind in ("sparse", "fallback"))
@@ -81,6 +84,7 @@ class Ledger:
         """Add another rank's totals to these."""
         self.rows += other.rows
         self.restored += other.restored
+        self.restored_compactions += other.restored_compactions
         for name in PHASES:
             for figure, (total, count) in other.sums[name].items():
                 mine = self.sums[name].setdefault(figure, [0.0, 0])
@@ -95,6 +99,11 @@ class Ledger:
             for layer, figures in other.details[name].items():
                 for figure, values in figures.items():
                     self._add_detail(name, layer, figure, values)
+
+    @property
+    def compactions(self) -> int:
+        """How often a layer of a prompt was evicted again in the course of an answer."""
+        return compactions(self.knobs["eviction"]) + self.restored_compactions
 
     def report(self, name: str) -> dict[str, Any]:
         """The block of one phase for the results file."""
@@ -130,3 +139,8 @@ class Ledger:
             }
             for layer, figures in sorted(self.details[name].items())
         ]
+
+
+def compactions(knobs: dict[str, list[float]]) -> int:
+    """How often a layer was evicted again, from solved knobs of an eviction phase: each time notes what it dropped."""
+    return int(knobs["dropped"][3]) if "dropped" in knobs else 0
