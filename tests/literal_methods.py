@@ -195,68 +195,102 @@ def fewest(masses: Sequence[float], gamma: float) -> tuple[int, float]:
     return len(masses), 0.0
 
 
-def flexprefill_by_tokens(
-    query: np.ndarray,
-    key: np.ndarray,
-    scale: float,
-    softcap: float | None,
-    block: int,
-    gamma: float,
-    tau: float,
-    least: int,
-) -> tuple[np.ndarray, bool, float]:
-    """FlexPrefill (Lai et al., ICLR 2025), algorithms 1 to 4, for one head `(L, D)`, with coverage counted in tokens as
-    its public code counts. `least`: tokens of min_budget.
+@dataclass
+class FlexHead:
+    """FlexPrefill (Lai et al., ICLR 2025), algorithms 1 to 4: what decides for one head `(L, D)`.
 
-    Returns:
-        `(n, n)` bool, whether the head is query-aware, and how near it came to another outcome.
+    Attributes:
+        vertical, slash: attention of the last block's queries by key and by distance, `(L,)`; columns, bands: the
+            same by blocks of them, `(n,)`.
+        cells: pooled attention of (query block, key block), by the number of rows.
+        distance: of the pooled guess from the true attention of the last block.
     """
-    length, number = len(query), -(-len(query) // block)
-    vertical, slash = np.zeros(length), np.zeros(length)
-    for i in range(length - block, length):
-        for j, weight in enumerate(softmax(capped(scale * (key[: i + 1] @ query[i]), softcap))):
-            vertical[j] += weight
-            slash[i - j] += weight
-    columns, bands = np.zeros(number), np.zeros(number)
-    for at in range(length):
-        columns[at // block] += vertical[at] / block
-        bands[at // block] += slash[at] / block
-    mean_key = np.stack([key[j * block : (j + 1) * block].mean(0) for j in range(number)])
-    mean_query = np.stack([query[i * block : (i + 1) * block].mean(0) for i in range(number)])
-    guess = softmax(capped(scale * (mean_key @ query[length - block :].mean(0)), softcap))
-    distance = entropy_distance(guess, columns)
-    aware, margin = distance < tau, abs(distance - tau) if tau else math.inf
-    mask = np.eye(number, dtype=bool)
-    mask[:, 0] = True
-    low = min(-(-least // block), number)
-    if aware:
+
+    block: int
+    vertical: np.ndarray
+    slash: np.ndarray
+    columns: np.ndarray
+    bands: np.ndarray
+    cells: dict[tuple[int, int], float]
+    distance: float
+
+    @staticmethod
+    def of(query: np.ndarray, key: np.ndarray, scale: float, softcap: float | None, block: int) -> FlexHead:
+        length, number = len(query), -(-len(query) // block)
+        vertical, slash, columns, bands = np.zeros(length), np.zeros(length), np.zeros(number), np.zeros(number)
+        for i in range(length - block, length):
+            for j, weight in enumerate(softmax(capped(scale * (key[: i + 1] @ query[i]), softcap))):
+                vertical[j] += weight
+                slash[i - j] += weight
+                columns[j // block] += weight / block
+                bands[(i - j) // block] += weight / block
+        mean_key = np.stack([key[j * block : (j + 1) * block].mean(0) for j in range(number)])
+        mean_query = np.stack([query[i * block : (i + 1) * block].mean(0) for i in range(number)])
+        guess = softmax(capped(scale * (mean_key @ query[length - block :].mean(0)), softcap))
         cells = {}
         for i in range(number):
             for j, mass in enumerate(softmax(capped(scale * (mean_key[: i + 1] @ mean_query[i]), softcap)) / number):
                 cells[i, j] = float(mass)
-        many, near = fewest(list(cells.values()), gamma)
-        order = sorted(cells, key=lambda cell: (-cells[cell], -cell[0], -cell[1]))
-        for cell in order[:many]:
-            mask[cell] = True
-        following = cells[order[many]] if many < len(order) else -1.0
-        margin = min(margin, near, 1 - following / cells[order[many - 1]])
+        return FlexHead(block, vertical, slash, columns, bands, cells, entropy_distance(guess, columns))
+
+    def by_tokens(self, gamma: float, tau: float, least: int) -> tuple[np.ndarray, float]:
+        """What is read when coverage is counted in tokens, as the public code counts; `least`: tokens of min_budget.
+
+        Returns:
+            `(n, n)` bool, and how near the head came to another outcome.
+        """
+        block, number = self.block, len(self.columns)
+        low, margin = min(-(-least // block), number), abs(self.distance - tau) if tau else math.inf
+        mask = np.eye(number, dtype=bool)
+        mask[:, 0] = True
         many_columns = many_bands = low
-    else:
-        (by_column, near), (by_slash, other) = fewest(vertical.tolist(), gamma), fewest(slash.tolist(), gamma)
-        if by_column % block in (0, block - 1):  # one token more or less is another block
-            margin = min(margin, near)
-        if by_slash % block in (0, block - 1):
-            margin = min(margin, other)
-        many_columns = min(max(by_column // block + 1, low), number)
-        many_bands = min(max(by_slash // block + 1, low), number)
-    for masses, many, later in ((columns, many_columns, True), (bands, many_bands, False)):
-        order = sorted(range(number), key=lambda at: (-masses[at], -at if later else at))
-        if 0 < many < number:
-            margin = min(margin, 1 - masses[order[many]] / masses[order[many - 1]])
-        for i in range(number):
-            for j in range(i + 1):
-                mask[i, j] |= (j if later else i - j) in order[:many]
-    return mask, aware, margin
+        if self.distance < tau:
+            many, near = fewest(list(self.cells.values()), gamma)
+            order = sorted(self.cells, key=lambda cell: (-self.cells[cell], -cell[0], -cell[1]))
+            for cell in order[:many]:
+                mask[cell] = True
+            following = self.cells[order[many]] if many < len(order) else -1.0
+            margin = min(margin, near, 1 - following / self.cells[order[many - 1]])
+        else:
+            (tokens, near), (distances, other) = (
+                fewest(self.vertical.tolist(), gamma),
+                fewest(self.slash.tolist(), gamma),
+            )
+            if tokens % block in (0, block - 1):  # one token more or less is another block
+                margin = min(margin, near)
+            if distances % block in (0, block - 1):
+                margin = min(margin, other)
+            many_columns = min(max(tokens // block + 1, low), number)
+            many_bands = min(max(distances // block + 1, low), number)
+        for masses, many, later in ((self.columns, many_columns, True), (self.bands, many_bands, False)):
+            order = sorted(range(number), key=lambda at: (-masses[at], -at if later else at))
+            if 0 < many < number:
+                margin = min(margin, 1 - masses[order[many]] / masses[order[many - 1]])
+            for i in range(number):
+                for j in range(i + 1):
+                    mask[i, j] |= (j if later else i - j) in order[:many]
+        return mask, margin
+
+    def thresholds(self, tau: float) -> np.ndarray:
+        """`(n, n)`: the gamma above which each tile is read, with no least budget; below 0 what always is."""
+        number, found = len(self.columns), np.full((len(self.columns),) * 2, math.inf)
+        if self.distance < tau:
+            order, taken = sorted(self.cells, key=lambda cell: (-self.cells[cell], -cell[0], -cell[1])), 0.0
+            for cell in order:
+                found[cell] = taken / math.fsum(self.cells.values())
+                taken += self.cells[cell]
+        else:
+            for masses, tokens, later in ((self.columns, self.vertical, True), (self.bands, self.slash, False)):
+                falling = sorted(tokens.tolist(), reverse=True)
+                order = sorted(range(number), key=lambda at: (-masses[at], -at if later else at))
+                for place, at in enumerate(order):  # it takes place * block tokens, one less must not do
+                    need = math.fsum(falling[: place * self.block - 1]) / math.fsum(falling) if place else -1.0
+                    for i in range(number):
+                        for j in range(i + 1):
+                            if (j if later else i - j) == at:
+                                found[i, j] = min(found[i, j], need)
+        found[np.eye(number, dtype=bool)] = found[:, 0] = -1.0
+        return found
 
 
 # ------------------------------------------------------------------------------------------------------------- eviction

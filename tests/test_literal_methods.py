@@ -84,12 +84,22 @@ def test_flexprefill_by_hand() -> None:
     """80 tokens, all attention on key 37: one token covers any gamma of the columns, 15 of 16 distances cover .9."""
     query, key = np.zeros((80, 16)), np.zeros((80, 16))
     query[:, 0], key[37, 0] = 100.0, 100.0
-    mask, aware, _ = literal.flexprefill_by_tokens(query, key, 1.0, None, 16, 0.9, 0, 0)
+    head = literal.FlexHead.of(query, key, 1.0, None, 16)
+    mask, _ = head.by_tokens(0.9, 0, 0)
     # One of the column blocks: 2. One of the bands: distances 27..31 are in band 1, 32..42 in band 2: band 2.
-    assert not aware
     assert ["".join(".x"[int(bit)] for bit in row) for row in mask] == ["x....", "xx...", "x.x..", "xxxx.", "x.x.x"]
-    whole = literal.flexprefill_by_tokens(query, key, 1.0, None, 16, 0.9, 0, 48)[0]
+    whole, _ = head.by_tokens(0.9, 0, 48)
     assert whole[4].tolist() == [True, False, True, True, True]  # three bands: 2, 1 and the nearest one
+
+
+def test_thresholds_of_tiles_are_flexprefill_s(drawn: np.random.Generator) -> None:
+    query, key = drawn.normal(size=(150, 16)) * 2, drawn.normal(size=(150, 16))
+    head = literal.FlexHead.of(query, key, 0.25, None, 16)
+    assert head.vertical.sum() == pytest.approx(16) and head.slash.sum() == pytest.approx(16)
+    assert [head.columns.sum(), head.bands.sum(), sum(head.cells.values())] == pytest.approx([1] * 3)
+    for tau in (0, 9):
+        for gamma in (0, 0.2, *drawn.random(5)):
+            assert np.array_equal(head.by_tokens(gamma, tau, 0)[0], head.thresholds(tau) < max(gamma, 1e-12))
 
 
 def test_kept_by_hand() -> None:
