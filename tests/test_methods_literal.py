@@ -184,7 +184,8 @@ def test_blocks_by_mass(name: str, length: int, heads: int, kv_heads: int, seed:
     cls, lists, different = METHODS[name], 0, 0
     knob = "mass" if name == "oracle_blocks" else "threshold"
     asked: list[tuple[dict[str, Any], float | None]] = [
-        ({knob: mass, "block_size": block}, None) for mass, block in ((0.3, 16), (0.6, 32), (0.9, 16))
+        ({knob: mass, "block_size": block}, None)
+        for mass, block in ((0.3, 16), (0.6, 32), (0.9, 16), (0.5, 64), (0.7, 64), (0.85, 64))
     ]
     asked += [({}, sparsity) for sparsity in SPARSITIES]
     for knobs, sparsity in asked:
@@ -327,8 +328,8 @@ def test_streaming_llm_turns_keys(sparsity: float | None, seed: int) -> None:
 @pytest.mark.parametrize("layers", [2, 5])
 def test_pyramidkv(layers: int, length: int, heads: int, kv_heads: int, seed: int) -> None:
     different, lists = 0, 0
-    for share in (0.4, 0.1, *(1 - sparsity for sparsity in SPARSITIES), 0.7):
-        native = share in (0.4, 0.1)
+    for share in (0.4, 0.2, *(1 - sparsity for sparsity in SPARSITIES), 0.7):
+        native = share in (0.4, 0.2)
         mean, total = literal.capacity_of(share, length), 0
         for index in range(layers):
             inputs = prompt(seed + index, length, heads, kv_heads, 3.0 if heads == 3 else None)
