@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-#: What is typed for each: every method, wrappers around one that they go around, and evictions in the course of answers.
+#: What is typed: every method, wrappers around one that they go around, and evictions in the course of answers.
 TYPED = {name: {"method": name, **cls.tiny} for name, cls in METHODS.items() if cls.phase in PHASE_ARGUMENTS}
 TYPED |= {
     "twilight:quest": {"method": "twilight:quest", "p": 0.6, "budget": 48, "page_size": 8},

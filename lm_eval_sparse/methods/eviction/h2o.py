@@ -110,8 +110,8 @@ class H2O(ScoredEviction):
             for step in range(mass.shape[2]):
                 if reads is not None:
                     place = reads.keys(min(head, reads.ids.shape[1] - 1), step)
-                there = place < kv.lengths[:, None]
-                at = (kv.starts[:, None] + place).clamp(max=len(sums) - 1)
+                there = (place >= 0) & (place < kv.lengths[:, None])  # behind a list stands anything
+                at = (kv.starts[:, None] + place).clamp(0, len(sums) - 1)
                 # One list names no key twice, and to add nothing is safe: the order of additions does not matter.
                 sums.index_add_(0, at.flatten(), torch.where(there, mass[:, head, step], 0.0).flatten())
 

@@ -116,7 +116,7 @@ def listed_tokens(reads: Reads, tokens: int) -> Tensor:
     """`(S, Gs, T, tokens)` bool: the tokens of the pages that are listed."""
     pages = tokens // reads.unit
     valid = torch.arange(reads.ids.shape[-1], device=reads.ids.device) < reads.counts[..., None]
-    place = torch.where(valid, reads.ids, pages).long().clamp(max=pages)
+    place = torch.where(valid, reads.ids, pages).long().clamp(0, pages)
     mask = torch.zeros(*reads.counts.shape, pages + 1, dtype=torch.bool, device=reads.ids.device)
     return mask.scatter_(-1, place, True)[..., :pages].repeat_interleave(reads.unit, -1)
 
