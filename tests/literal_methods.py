@@ -284,7 +284,7 @@ class FlexHead:
                 falling = sorted(tokens.tolist(), reverse=True)
                 order = sorted(range(number), key=lambda at: (-masses[at], -at if later else at))
                 for place, at in enumerate(order):  # it takes place * block tokens, one less must not do
-                    need = math.fsum(falling[: place * self.block - 1]) / math.fsum(falling) if place else -1.0
+                    need = math.fsum(falling[: place * self.block - 1]) / math.fsum(falling) if place else 0.0
                     for i in range(number):
                         for j in range(i + 1):
                             if (j if later else i - j) == at:

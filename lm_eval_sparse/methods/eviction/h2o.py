@@ -101,7 +101,8 @@ class H2O(ScoredEviction):
         held = kv.lengths > 0
         own = torch.where(held, torch.arange(len(held), device=device), held.int().argmax())
         place = before[own, None] + torch.arange(call.query.shape[2], device=device)
-        call.state[GATHERED][kv.starts[own, None] + place] = 0.0
+        sums = call.state[GATHERED]
+        sums[kv.starts[own, None] + place] = sums.new_zeros(())  # a number of the host would be waited for
 
     def attended(self, call: Call, reads: Reads | None, mass: Tensor) -> None:
         kv, sums = call.cache.kv, call.state[GATHERED]
