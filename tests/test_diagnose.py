@@ -1,4 +1,4 @@
-"""`diagnose=N` held against a brute-force recomputation in fp64 from what each layer was given, and from what was chosen.
+"""`diagnose=N` held against a brute-force recomputation in fp64 from what each layer was given and what was chosen.
 
 The recomputation keeps lists of token numbers and knows nothing of caches or kernels. Models are tiny and random, the
 prompts of odd lengths are drawn anew in every run.
@@ -219,7 +219,8 @@ class Layer:
             if kept is not None:
                 held = [ids[:count] for ids, count in zip(kept.ids.tolist(), kept.counts.tolist(), strict=True)]
                 if kept.values is not None:
-                    values = {(h, i): kept.values[h, n].double() for h, own in enumerate(held) for n, i in enumerate(own)}
+                    pairs = [(h, n, i) for h, own in enumerate(held) for n, i in enumerate(own)]
+                    values = {(h, i): kept.values[h, n].double() for h, n, i in pairs}
             self.first = held, kept is not None, values
             return
         for own in self.held:
