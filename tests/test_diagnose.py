@@ -1,34 +1,28 @@
-"""`diagnose=N` held against a brute-force recomputation in fp64 from what each layer was given and what was chosen.
+"""`diagnose=N` held against a brute-force recomputation in fp64 (`diagnose_cases`), and what it must not change.
 
-The recomputation keeps lists of token numbers and knows nothing of caches or kernels. Models are tiny and random, the
-prompts of odd lengths are drawn anew in every run.
+Models are tiny and random, the prompts of odd lengths are drawn anew in every run.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import random
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from small_lms import generate, score, sparse
-from torch import Tensor
+from decoding_lms import lm_of
+from diagnose_cases import BANDS, FIGURES, RUNS, SNAP, Drawn, Everything, Latest, Merged, Recorder, Triangle, expected
+from small_lms import generate, request, score, sparse
 
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels.types import Blocks, Keep, RaggedKV, Reads
-from lm_eval_sparse.kernels.types.reads import Extra
-from lm_eval_sparse.methods import METHODS, Allocation, Call, EvictionMethod, ScoredEviction, Uniform
-from lm_eval_sparse.methods.base import DecodeMethod
+from lm_eval_sparse.methods import METHODS
 from lm_eval_sparse.methods.plan import parse
-from lm_eval_sparse.runtime import diagnose, periodic, session, steps
+from lm_eval_sparse.runtime import diagnose
 from lm_eval_sparse.runtime.accounting import Ledger, RowCounts
-from lm_eval_sparse.runtime.session import Runtime
-
-FIGURES = ("mass_kept", "output_error", "oracle_overlap")
 
 
 @pytest.fixture
@@ -40,264 +34,8 @@ def rng() -> random.Random:
 
 @pytest.fixture(autouse=True)
 def _own_methods() -> None:
-    for cls in (Drawn, Merged, Latest):
+    for cls in (Drawn, Everything, Latest, Merged, Triangle):
         METHODS.add(cls)
-
-
-class Named:
-    """What a row of the taxonomy asks for, here the same for all."""
-
-    unit: ClassVar[str] = "tokens"
-    kv: ClassVar[str] = "test"
-    importance: ClassVar[str] = "test"
-    reference: ClassVar[str] = "test"
-    allocation: ClassVar[str] = "uniform"
-
-
-@dataclass(frozen=True)
-class Drawn(Named, DecodeMethod):
-    """Every third key and the token itself, of which some are hidden and all others weighted, and a virtual key."""
-
-    name: ClassVar[str] = "test_drawn"
-    page_size: int = 1
-
-    def select(self, call: Call) -> Reads:
-        kv, (sequences, group, tokens, _) = call.cache.kv, call.query.shape
-        visible = kv.visible(tokens)
-        longest = int(visible.max())
-        ids = torch.zeros(sequences, group, tokens, longest, dtype=torch.int32)
-        counts = torch.zeros(sequences, group, tokens, dtype=torch.int32)
-        bias = torch.zeros(ids.shape)
-        for s in range(sequences):
-            for g in range(group):
-                for t in range(tokens):
-                    last = int(visible[s, t]) - 1
-                    own = sorted({*range((s + g) % 3, last, 3), last})
-                    ids[s, g, t, : len(own)], counts[s, g, t] = torch.tensor(own), len(own)
-                    bias[s, g, t, : len(own)] = torch.tensor(
-                        [-torch.inf if n % 4 == 1 and n + 1 < len(own) else 0.25 * n / last for n in range(len(own))]
-                    )
-        values = kv.values[kv.starts][:, None].clone()
-        return Reads(ids, counts, 1, bias, Extra(values, bias=torch.ones(sequences, 1, tokens, 1)))
-
-
-@dataclass(frozen=True)
-class Merged(Named, EvictionMethod):
-    """Every second token, whose values are halved, and the last one; other ones in each KV head."""
-
-    name: ClassVar[str] = "test_merged"
-
-    def select(self, call: Call) -> Keep:
-        lists = [sorted({*range(h % 2, call.length, 2), call.length - 1}) for h in range(len(call.key))]
-        ids = torch.zeros(len(lists), max(map(len, lists)), dtype=torch.int64)
-        for row, own in zip(ids, lists, strict=True):
-            row[: len(own)] = torch.tensor(own)
-        counts = torch.tensor(list(map(len, lists)))
-        values = call.value.gather(1, ids[..., None].expand(-1, -1, call.value.shape[-1])) / 2
-        return Keep(ids, counts, int(counts.sum()), values)
-
-
-@dataclass(frozen=True)
-class Latest(Named, ScoredEviction):
-    """The first tokens and the last ones, again after every few tokens."""
-
-    name: ClassVar[str] = "test_latest"
-    allocation: ClassVar[Allocation] = Uniform()
-    every: int | None = 3
-    capacity: int = 20
-    sinks: int = 2
-
-    def score(self, call: Call) -> Tensor:
-        length = call.length if call.cache is None else call.cache.kv.longest
-        return torch.arange(length).float().expand(call.layer.kv_heads, -1).clone()
-
-
-# --- the recomputation ------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """What every layer is given, what is chosen for it, and what it gives, in the order in which that happens.
-
-    `events`: ("attend", layer, phase, token of the first query, query, key, value, output, selections, softcap) with
-    states of one row `(H or H_kv, …)`, and ("compact", layer, keep).
-    """
-
-    def __init__(self, patch: pytest.MonkeyPatch):
-        self.events: list[tuple] = []
-        self.options: dict[int, tuple[float, float | None]] = {}
-        inside: list[list[Any]] = []
-        attend, chosen = Runtime.attend, session.chosen
-
-        def attended(runtime: Runtime, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **o: Any):
-            inside.append([])
-            out = attend(runtime, module, query, key, value, mask, **o)
-            found, index = inside.pop(), module.layer_idx
-            if runtime.probe is not None or runtime.layers[index] is not None:
-                return out
-            new = query.shape[2]
-            if runtime.decoder is not None:
-                first, phase = int(runtime.decoder.tokens_held[0]) - 1, "decode"
-            else:
-                first = key.shape[2] - new if runtime.cache is None else runtime.cache.logical() - new
-                phase = runtime.phase
-            self.options[index] = o["scale"], o["softcap"]
-            states = [part[0].double().clone() for part in (query, key[:, :, -new:], value[:, :, -new:], out)]
-            self.events.append(("attend", index, phase, first, *states, found))
-            return out
-
-        def noted(method: Any, call: Call, kind: type, debug: bool) -> Any:
-            found = chosen(method, call, kind, debug)
-            inside[-1].append(found)
-            return found
-
-        def noted_between(method: Any, call: Call, kind: type, debug: bool) -> Any:
-            found = chosen(method, call, kind, debug)
-            self.events.append(("compact", call.layer.index, found))
-            return found
-
-        patch.setattr(Runtime, "attend", attended)
-        for module, function in ((session, noted), (steps, noted), (periodic, noted_between)):
-            patch.setattr(module, "chosen", function)
-
-
-class Layer:
-    """Sums of one layer of one sample, and the tokens that it has had."""
-
-    def __init__(self, scale: float, softcap: float | None):
-        self.scale, self.softcap = scale, softcap
-        self.sums: dict[str, dict[int, list[tuple[float, float | None, float, float]]]] = {}
-        self.keys = self.values = None
-        self.prompt = 0
-        self.held: list[list[int]] = []
-        self.first: tuple[list[list[int]], bool, dict[tuple[int, int], Tensor]] = ([], False, {})
-        self.lossy = False
-        self.replaced: dict[tuple[int, int], Tensor] = {}
-
-    def weights(self, query: Tensor, key: Tensor) -> Tensor:
-        scores = key @ query * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        return scores.softmax(0)
-
-    def judge(self, phase: str, head: int, query: Tensor, token: int, read: list[int], out: Tensor) -> None:
-        own = head // (self.heads // len(self.keys))
-        weights = self.weights(query, self.keys[own][: token + 1])
-        dense = weights @ self.values[own][: token + 1]
-        chosen = set(read)  # of equal weights (a padding token's query is 0) these may as well be taken
-        best = sorted(range(len(weights)), key=lambda key: (-float(weights[key]), key not in chosen))[: len(read)]
-        both = len(chosen.intersection(best)) / len(read) if read else None
-        one = float(weights[read].sum()), both, float((out - dense).square().sum()), float(dense.square().sum())
-        self.sums.setdefault(phase, {}).setdefault(head, []).append(one)
-
-    def take(self, event: tuple, queries: int) -> None:
-        """An attention call."""
-        _, _, phase, first, query, key, value, out, selections = event
-        self.heads, new, _ = query.shape
-        group = self.heads // len(key)
-        if first == 0:
-            self.keys, self.values = key, value
-        elif phase == "decode":
-            if first == self.prompt:
-                held, self.lossy, self.replaced = self.first
-                self.held = [list(own) for own in held]
-            self.keys, self.values = (
-                torch.cat([old[:, :first], own], 1) for old, own in ((self.keys, key), (self.values, value))
-            )
-        if phase == "prefill":
-            for found in selections:
-                if isinstance(found, Blocks):
-                    mask, number = layout_mask(found), min(queries, new)
-                    for n in range(1, number + 1):
-                        token = n * new // number - 1
-                        for head in range(self.heads):
-                            read = [k for k in range(token + 1) if mask[head, token, k]]
-                            self.judge("prefill", head, query[head, token], token, read, out[head, token])
-            self.prompt = first + new
-            kept = next((found for found in selections if isinstance(found, Keep)), None)
-            held = [list(range(self.prompt)) for _ in key]
-            values = {}
-            if kept is not None:
-                held = [ids[:count] for ids, count in zip(kept.ids.tolist(), kept.counts.tolist(), strict=True)]
-                if kept.values is not None:
-                    pairs = [(h, n, i) for h, own in enumerate(held) for n, i in enumerate(own)]
-                    values = {(h, i): kept.values[h, n].double() for h, n, i in pairs}
-            self.first = held, kept is not None, values
-            return
-        for own in self.held:
-            own.extend(range(first, first + new))
-        reads = next((found for found in selections if isinstance(found, Reads)), None)
-        for head in range(self.heads):
-            sequence, member = divmod(head, group)
-            for t in range(new):
-                token, now = first + t, query[head, t]
-                held = [token_of for token_of in self.held[sequence] if token_of <= token]
-                whole = out[head, t]
-                if reads is not None:
-                    at = member if reads.ids.shape[1] > 1 else 0
-                    read = []
-                    for n in range(int(reads.counts[sequence, at, t])):
-                        page = int(reads.ids[sequence, at, t, n])
-                        if reads.bias is None or reads.bias[sequence, at, t, n] > -torch.inf:
-                            read += held[page * reads.unit : (page + 1) * reads.unit]
-                    self.judge("decode", head, now, token, read, out[head, t])
-                    values = [self.replaced.get((sequence, i), self.values[sequence, i]) for i in held]
-                    whole = self.weights(now, self.keys[sequence][held]) @ torch.stack(values)
-                if self.lossy:
-                    self.judge("eviction", head, now, token, held, whole)
-
-    def compact(self, kept: Keep) -> None:
-        self.held = [
-            [own[place] for place in ids[:count]]
-            for own, ids, count in zip(self.held, kept.ids.tolist(), kept.counts.tolist(), strict=True)
-        ]
-        self.lossy = True
-
-
-def layout_mask(layout: Blocks) -> Tensor:
-    """`(H, L, L)` bool: all pairs of tiles and columns, those of the future included."""
-    mask = torch.zeros(layout.heads, layout.length, layout.length, dtype=torch.bool)
-    for head in range(layout.heads):
-        for row in range(layout.blocks_q):
-            queries = slice(row * layout.block_q, (row + 1) * layout.block_q)
-            for block in layout.indices[head, row, : layout.counts[head, row]].tolist():
-                mask[head, queries, block * layout.block_k : (block + 1) * layout.block_k] = True
-            if layout.columns is not None:
-                own = layout.columns[head, row if layout.columns.shape[1] > 1 else 0]
-                mask[head, queries, own[: layout.column_counts[head, row]].long()] = True
-    return mask
-
-
-def expected(recorder: Recorder, queries: int = diagnose.QUERIES) -> dict[str, dict[int, dict[str, list[Any]]]]:
-    """Phase -> layer -> figure -> a value per head, averaged over samples. A prompt begins with a pass from token 0."""
-    samples: list[dict[int, Layer]] = []
-    for event in recorder.events:
-        kind, index = event[:2]
-        if kind == "attend" and event[3] == 0 and (not samples or index in samples[-1]):
-            samples.append({})
-        if kind == "compact":
-            samples[-1][index].compact(event[2])
-        else:
-            samples[-1].setdefault(index, Layer(*recorder.options[index])).take(event, queries)
-    found: dict[str, dict[int, dict[str, list[Any]]]] = {}
-    for sample in samples:
-        for index, layer in sample.items():
-            for phase, heads in layer.sums.items():
-                own = found.setdefault(phase, {}).setdefault(index, {name: [] for name in FIGURES})
-                rows = [list(zip(*heads[head], strict=True)) for head in range(layer.heads)]
-                known = [[one for one in row[1] if one is not None] for row in rows]
-                own["mass_kept"].append([sum(row[0]) / len(row[0]) for row in rows])
-                own["output_error"].append([(sum(row[2]) / sum(row[3])) ** 0.5 for row in rows])
-                own["oracle_overlap"].append([sum(one) / len(one) for one in known])
-    return {
-        phase: {
-            index: {
-                "samples": len(figures["mass_kept"]),
-                **{name: torch.tensor(values).mean(0).tolist() for name, values in figures.items()},
-            }
-            for index, figures in layers.items()
-        }
-        for phase, layers in found.items()
-    }
 
 
 def compare(lm: Any, wanted: dict[str, Any]) -> None:
@@ -320,31 +58,6 @@ def compare(lm: Any, wanted: dict[str, Any]) -> None:
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
-BANDS = {"window": 16, "sinks": 3, "near": 5, "tile": 16, "verticals": 20, "slashes": 12}
-SNAP = {"capacity": 24, "window": 8, "kernel": 5, "sinks": 2, "local": 4}
-
-
-def dotted(method: str, knobs: dict[str, Any]) -> dict[str, Any]:
-    return {f"{method}.{name}": value for name, value in knobs.items()}
-
-
-#: Name -> family and model arguments.
-RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiles": ("qwen3", {"method": "block_sparse", "top_k": 3}),
-    "columns": ("llama", {"method": "vertical_slash", **BANDS}),
-    "softcap, a window": ("gemma2", {"method": "flexprefill_vs+quest", "alpha": 0.5, "min_budget": 8, "budget": 16,
-                                     "page_size": 8, "window": 16, "near": 5, "tile": 16}),
-    "evicted, other numbers in each head": ("llama", {"method": "ada_snapkv", **SNAP}),
-    "pages of each query head": ("phi3", {"method": "quest", "budget": 16, "page_size": 8, "share_pages": False}),
-    "all": ("llama", {"method": "vertical_slash+ada_snapkv+quest", **dotted("vertical_slash", BANDS),
-                      **dotted("ada_snapkv", SNAP), "budget": 8, "page_size": 8}),
-    "again": ("mistral_full", {"method": "test_latest"}),
-    "again, and pages": ("llama", {"method": "test_latest+quest", "budget": 8, "page_size": 8}),
-    "biases and a virtual key": ("llama", {"method": "test_drawn"}),
-    "values replaced": ("llama", {"method": "test_merged"}),
-    "values replaced, and pages": ("llama", {"method": "test_merged+quest", "budget": 8, "page_size": 8}),
-}  # fmt: skip
-
 
 @pytest.mark.parametrize("way", ["scored", "generated"])
 @pytest.mark.parametrize("name", RUNS)
@@ -366,3 +79,252 @@ def test_figures_are_those_of_a_brute_force(
     assert set(wanted) == set(lm.sparse.plan.phases) or way == "generated"
     compare(lm, wanted)
     assert all(layers.keys() == ({1} if family == "gemma2" else {0, 1}) for layers in wanted.values())
+
+
+@pytest.mark.parametrize("way", ["scored", "generated"])
+def test_what_reads_everything_loses_nothing(way: str) -> None:
+    """Budgets beyond the prompt: mass and overlap are 1, and the output is off by rounding."""
+    options = {"method": "test_triangle+test_everything+quest", "budget": 992, "diagnose": 1}
+    lm = sparse(tiny.family("llama"), **options)
+    prompt = tiny.words(5, 97)
+    if way == "scored":
+        score(lm, [(prompt, " unusual zebra, said he")])
+    else:
+        generate(lm, [prompt])
+    for phase, block in lm.report()["phases"].items():
+        mean = block["diagnostics"]["mean"]
+        assert mean["mass_kept"] == pytest.approx(1, abs=1e-6) and mean["oracle_overlap"] == 1, phase
+        assert mean["output_error"] < 1e-5, phase
+
+
+def test_an_oracle_overlaps_with_itself(rng: random.Random) -> None:
+    """The best keys of a query are the oracle's, any others are not; equal ones may be any of them."""
+    scores = torch.rand(3, 41, generator=torch.Generator().manual_seed(rng.randrange(999)), dtype=torch.float64)
+    order = scores.argsort(descending=True)
+    best, worst = (torch.zeros(3, 41, dtype=torch.bool).scatter_(1, own, True) for own in (order[:, :9], order[:, -9:]))
+    for chosen, wanted in ((best, 1.0), (worst, 0.0)):
+        assert diagnose.overlap(scores, chosen, chosen.sum(1)).tolist() == [wanted] * 3
+    some = torch.rand(3, 41) > 0.7
+    assert diagnose.overlap(torch.zeros(3, 41), some, some.sum(1)).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("length", [1, 7, 255, 256, 257, 1000, 4097])
+def test_queries_are_spread_evenly_over_a_prompt(length: int) -> None:
+    found = diagnose.sampled(length, torch.device("cpu")).tolist()
+    assert len(set(found)) == min(length, 256) and found == sorted(found) and found[-1] == length - 1
+    gaps = {b - a for a, b in zip([-1, *found], found, strict=False)}
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_sinks_take_their_part_of_each_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a softmax with one key more, whose value is 0. Few scores are held at once."""
+    monkeypatch.setattr(diagnose, "MOST_SCORES", 40)
+    query, key, value = (torch.randn(heads, 19, dim, dtype=torch.float64) for heads, dim in ((4, 8), (2, 8), (2, 6)))
+    sinks, where = torch.randn(4, dtype=torch.float64), torch.tensor([3, 11, 18])
+    out, mass = torch.randn(4, 3, 6, dtype=torch.float64), torch.zeros(4)
+    wanted = torch.zeros(2, 4, dtype=torch.float64)
+    for head in range(4):
+        for n, token in enumerate(where.tolist()):
+            scores = torch.cat([key[head // 2, : token + 1] @ query[head, token] * 0.3, sinks[head, None]])
+            weights = scores.softmax(0)[:-1]
+            dense = weights @ value[head // 2, : token + 1]
+            wanted[0, head] += (out[head, n] - dense).square().sum()
+            wanted[1, head] += dense.square().sum()
+            mass[head] += weights[::2].sum() / weights.sum()
+
+    def even(head: int, some: torch.Tensor) -> torch.Tensor:
+        return (torch.arange(19) % 2 == 0).expand(len(some), -1)
+
+    found = diagnose.judge(query[:, where], key, value, where, even, out, scale=0.3, sinks=sinks)
+    assert found[4:] == pytest.approx(wanted.numpy()) and found[1] == pytest.approx(mass.numpy())
+
+
+def test_what_a_method_keeps_of_each_token() -> None:
+    """Quest has two bounds of 16 dimensions in fp32 for a page of 8 tokens, of which the last one may hold fewer."""
+    lm = sparse(tiny.family("llama"), method="quest", budget=16, page_size=8, diagnose=1)
+    score(lm, [(tiny.words(5, 97), " river stone")])
+    tokens = len(lm.tok_encode(tiny.words(5, 97)))
+    rows = lm.report()["phases"]["decode"]["diagnostics"]["layers"]
+    wanted = -(-tokens // 8) * 2 * 16 * 32 / tokens
+    assert all(row["auxiliary_bits_per_token"] == pytest.approx([wanted] * 2, rel=1e-5) for row in rows)
+
+
+def test_half_precision_rounds_and_no_more() -> None:
+    """In bf16 the output of an attention that reads everything is off by the rounding of one layer."""
+    lm = sparse(tiny.family("llama").bfloat16(), method="quest", budget=992, diagnose=1)
+    score(lm, [(tiny.words(5, 97), " unusual zebra, said he")])
+    mean = lm.report()["phases"]["decode"]["diagnostics"]["mean"]
+    assert mean["mass_kept"] == pytest.approx(1, abs=1e-6) and 1e-4 < mean["output_error"] < 1e-2
+
+
+# --- a run is not changed by it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_else_changes(dtype: torch.dtype) -> None:
+    """Scores, answers and all that is counted are the same; prompts are decoded side by side in bf16."""
+    knobs = {**RUNS["all"][1], "stats": "full", "batch_size": 4}
+    prompts = [tiny.words(seed, words) for seed, words in enumerate((61, 83, 107, 9, 70))]
+    runs = []
+    for more in ({}, {"diagnose": 3}):
+        lm = sparse(tiny.family("llama").to(dtype), **knobs, **more)
+        scores = score(lm, [(prompt, end) for prompt in prompts[:3] for end in (" unusual zebra", " red")])
+        texts = generate(lm, prompts)
+        stats = [{**one.stats, "run": None} for one in (*scores, *texts)]
+        report = lm.report()
+        for block in [report, *report["tasks"].values()]:
+            for phase in (block.get("phases") or block).values():
+                assert ("diagnostics" in phase) == bool(more)
+                phase.pop("diagnostics", None)
+                phase.pop("loop_reasons", None)
+        runs.append((scores, texts, stats, report, lm.detail_report(), lm.fingerprint()))
+    for plain, diagnosed in zip(*runs, strict=True):
+        assert plain == diagnosed
+
+
+def test_the_first_prompts_are_looked_at_each_once() -> None:
+    """In the order in which lm-eval gives them, whatever their lengths, over scored and generated tasks."""
+    lm = sparse(tiny.family("llama"), method="quest", budget=16, page_size=8, diagnose=4)
+    prompts = [tiny.words(seed, words) for seed, words in enumerate((61, 107, 83))]
+    score(lm, [(prompt, end) for prompt in prompts[:2] for end in (" unusual zebra", " red box")], task="a")
+    score(lm, [(prompts[2], " river stone")], task="b")
+    generate(lm, [*prompts, prompts[0]])
+    report = lm.report()
+    found = {task: block["decode"]["diagnostics"]["samples"] for task, block in report["tasks"].items()}
+    assert (
+        found == {"a": 2, "b": 1, "t": 1} == {**found}
+        and lm.report()["phases"]["decode"]["diagnostics"]["samples"] == 4
+    )
+    assert "layers" not in report["tasks"]["a"]["decode"]["diagnostics"]
+
+
+def test_prompts_that_a_method_does_not_run_on_are_none_of_its_samples(caplog: pytest.LogCaptureFixture) -> None:
+    lm = sparse(tiny.family("llama"), method="vertical_slash", diagnose=2, **BANDS)
+    score(lm, [(tiny.words(1, 9), " red box"), (tiny.words(2, 70), " red box"), (tiny.words(3, 70), " red box")])
+    assert lm.report()["phases"]["prefill"]["diagnostics"]["samples"] == 1
+    lm.check_it_ran()
+    assert "diagnose=2: vertical_slash ran in 1 of the first 2 prompts only" in caplog.text
+
+
+def test_windows_of_a_rolling_score_are_prefill() -> None:
+    lm = sparse(tiny.family("llama"), method="block_sparse", top_k=3, diagnose=1, max_length=64)
+    (found,) = lm.loglikelihood_rolling([request("loglikelihood_rolling", tiny.words(5, 97))], disable_tqdm=True)
+    block = lm.report()["phases"]["prefill"]["diagnostics"]
+    read = sum(len(head) + len(tail) - 1 for head, tail in lm.scorer._rolling_windows(tiny.words(5, 97)))
+    assert found < 0 and block["samples"] == 1 and block["queries"] == read > 64
+
+
+def test_ranks_come_to_the_same() -> None:
+    """Two processes have the documents in turn; what they found is merged."""
+    options = {"method": "snapkv+quest", **SNAP, "budget": 8, "page_size": 8, "diagnose": 3}
+    prompts = [tiny.words(seed, words) for seed, words in enumerate((61, 107, 83, 70))]
+    whole = sparse(tiny.family("llama"), **options)
+    score(whole, [(prompt, " unusual zebra") for prompt in prompts])
+    merged = None
+    for rank in (0, 1):
+        lm = sparse(tiny.family("llama"), **options)
+        same = {"unwrap_model": lambda own: own, "gather": lambda own: own}
+        lm.accelerator, lm._rank, lm._world_size = SimpleNamespace(device=lm.device, **same), rank, 2
+        lm.gather_object = lambda ledgers, dst: [ledgers]
+        score(lm, [(prompt, " unusual zebra") for prompt in prompts[rank::2]])
+        ledger = lm.reporter.ledgers["t"]
+        merged = ledger if merged is None else merged
+        if ledger is not merged:
+            merged.merge(ledger)
+    for phase in ("eviction", "decode"):
+        one, two = (own.diagnostics(phase, True) for own in (whole.reporter.ledgers["t"], merged))
+        assert one["samples"] == two["samples"] == 3 and one["queries"] == two["queries"]
+        for left, right in zip(one["layers"], two["layers"], strict=True):
+            for figure in FIGURES:
+                assert left[figure] == pytest.approx(right[figure], rel=1e-5)
+    assert whole.reporter.ledgers["t"].diagnostics("prefill", True) is None
+
+
+def test_what_is_kept_of_a_sample_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = sparse(tiny.family("llama"), method="snapkv", diagnose=2, **SNAP)
+    seen: list[RowCounts] = []
+    add = Ledger.add
+
+    def added(ledger: Ledger, row: RowCounts) -> None:
+        add(ledger, row)
+        seen.append(row)
+
+    monkeypatch.setattr(Ledger, "add", added)
+    score(lm, [(tiny.words(seed, 70), " red box") for seed in range(3)])
+    assert [row.diagnosis is None for row in seen].count(True) == 1
+    assert all(row.diagnosis is None or (row.diagnosis.sums and not row.diagnosis.whole) for row in seen)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "some", True, float("nan")], ids=str)
+def test_no_number_of_samples_is_refused_in_one_line(value: Any) -> None:
+    with pytest.raises(UserError) as failed:
+        parse({"method": "quest", "sparsity": 0.9, "diagnose": value})
+    wanted = f"diagnose={value!r} is not accepted: give a whole number of at least 1, for example diagnose=8"
+    assert str(failed.value) == wanted
+
+
+@pytest.mark.parametrize("given", [{}, {"method": "dense"}, {"method": "quest", "sparsity": 0}])
+def test_dense_attention_has_nothing_to_diagnose(given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="diagnose=3 holds a method against dense attention, and .*leave diagnose out"):
+        parse({**given, "diagnose": 3})
+    assert parse({**given}).diagnose == 0 and parse({**given, "diagnose": None}).diagnose == 0
+
+
+def test_more_samples_than_documents_are_refused_before_the_run(tmp_path: Path) -> None:
+    from lm_eval import simple_evaluate
+
+    folder = tiny.write_tasks(tmp_path / "tasks")
+    lm = sparse(tiny.family("llama"), method="quest", budget=16, page_size=8, diagnose=3)
+    options = {"model": lm, "tasks": ["tiny_loglikelihood"], "task_manager": tiny.manager(folder)}
+    with pytest.raises(
+        UserError, match="diagnose=3 is more than the 2 samples of this run: give diagnose=2 or less, or"
+    ):
+        simple_evaluate(**options, limit=2)
+    assert not lm.reporter.begun
+    with pytest.raises(UserError, match="diagnose=3 is more than the 1 samples"):
+        simple_evaluate(**options, samples={"tiny_loglikelihood": [4]})
+    results = simple_evaluate(**options, limit=3)
+    assert results["config"]["sparse"]["phases"]["decode"]["diagnostics"]["samples"] == 3
+    from lm_eval.utils import make_table
+
+    assert "oracle overlap" in make_table(results)
+
+
+def test_beams_are_refused() -> None:
+    lm = sparse(tiny.family("llama"), method="block_sparse", top_k=3, diagnose=1)
+    with pytest.raises(UserError, match="diagnose=N follows one answer to a prompt, and 2 beams are decoded here"):
+        generate(lm, [tiny.words(5, 97)], num_beams=2)
+
+
+def test_a_single_answer_of_transformers_loop_is_followed() -> None:
+    """A model that our decoder does not know, with eviction in the course of the answer."""
+    found = []
+    for own in (True, False):
+        lm = sparse(tiny.family("llama").double(), method="test_latest+quest", budget=8, page_size=8, diagnose=1)
+        if not own:
+            lm.decoding.reason = "for this test"
+        generate(lm, [tiny.words(5, 97)], max_gen_toks=10)
+        found.append({name: block["diagnostics"] for name, block in lm.report()["phases"].items() if name != "prefill"})
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_rest_runs_in_graphs() -> None:
+    """Answers, scores and counts stay what they are, to the bit, and only the samples leave the graphs."""
+    prompts = [tiny.words(seed, words) for seed, words in enumerate((261, 183, 307, 90))]
+    runs = []
+    for more in ({}, {"diagnose": 2}):
+        lm = lm_of("llama", method="vertical_slash+snapkv+quest", sparsity=0.5, batch_size=4, **more)
+        scores = score(lm, [(prompt, " unusual zebra") for prompt in prompts[:1]])
+        texts = generate(lm, prompts, max_gen_toks=40)
+        report = lm.report()
+        runs.append((scores, texts, [{**one.stats, "run": None} for one in (*scores, *texts)], report))
+    for plain, diagnosed in zip(runs[0][:3], runs[1][:3], strict=True):
+        assert plain == diagnosed
+    block = runs[1][3]["phases"]["decode"]
+    assert block["diagnostics"]["samples"] == 2 and block["loops"]["cuda_graph"] > 0
+    assert block["loop_reasons"][diagnose.LOOKS] == block["loops"]["eager"] > 0
+    assert "eager" not in runs[0][3]["phases"]["decode"]["loops"]

@@ -136,8 +136,8 @@ def _panel(figure: Any, axis: Any, bar: Any, one: Diagnosed, name: str, words: s
     known = values[~np.isnan(values)]
     largest = float(known.max()) if known.size else 0.0
     most = largest if name == "output_error" and 0 < largest < 1 else 1.0
-    colours = colormaps[_COLOURS[name]].copy()
-    colours.set_bad("#dddddd")
+    axis.set_facecolor("#dddddd")  # where there is no figure
+    colours = colormaps[_COLOURS[name]]
     image = axis.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=most)
     axis.set_title(f"{words} (mean {known.mean():.3f})" if known.size else words, fontsize=_FONT, loc="left")
     axis.set_xlabel("query head", fontsize=_FONT)

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..labels import label
 from .load import PHASES, find, load
-from .parts import MISSING, Part, is_finite
+from .parts import Part, is_finite
 
 #: Figures of query heads, with the words for them.
 HEADS = {"mass_kept": "mass kept", "output_error": "output error", "oracle_overlap": "oracle overlap"}
@@ -65,7 +65,8 @@ def diagnosed(content: dict[str, Any], where: str) -> list[Diagnosed]:
     whole = Part(where, "", content)
     if not whole["config"] or not (sparse := whole["config"]["sparse"]) or not sparse["phases"]:
         return []
-    name = whole["model_name"] if whole["model_name"].value not in (None, "", MISSING) else whole["config"]["model"]
+    names = [part.value for part in (whole["model_name"], whole["config"]["model"]) if isinstance(part.value, str)]
+    model = next((label(name) for name in names if name.strip()), "?")  # a model in memory need not have one
     found = []
     for phase in PHASES:
         part = sparse["phases"][phase]
@@ -83,7 +84,7 @@ def diagnosed(content: dict[str, Any], where: str) -> list[Diagnosed]:
         found.append(
             Diagnosed(
                 where,
-                label(name.text()) if name else "?",
+                model,
                 label(part["method"].text()),
                 phase,
                 block["samples"].count(),
