@@ -48,6 +48,16 @@ def test_a_picture_and_a_table(content: dict[str, Any], tmp_path: Path, capsys: 
     assert last.startswith("wrote ") and (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_torn_file_does_not_hide_the_others(
+    content: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, content)
+    (tmp_path / "results_2.json").write_text("{")
+    assert app.main(["heat", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3 and "results_2.json: not JSON" in caplog.text
+    assert app.main(["heat", str(tmp_path / "results_2.json"), str(tmp_path)]) == 1
+
+
 def test_cells_are_layers_and_heads(content: dict[str, Any]) -> None:
     """A panel shows the numbers of its figure, a row for each layer, also where there are none."""
     (eviction, decode) = diagnostics.diagnosed(content, "here")

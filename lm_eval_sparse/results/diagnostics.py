@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..labels import label
-from .load import PHASES, find, load
+from .load import PHASES, candidates, load
 from .parts import Part, is_finite
+
+logger = logging.getLogger(__name__)
 
 #: Figures of query heads, with the words for them.
 HEADS = {"mass_kept": "mass kept", "output_error": "output error", "oracle_overlap": "oracle overlap"}
@@ -46,15 +49,26 @@ class Diagnosed:
 def read(paths: Iterable[str | Path]) -> list[Diagnosed]:
     """The diagnosed phases of all result files among the given files and below the given folders.
 
+    A file below a folder that is torn or none of lm-eval is left out with a warning.
+
     Raises:
-        UserError: a file cannot be read, has parts of another shape, or none has what `diagnose=N` writes.
+        UserError: a file that was named itself is not good, none is, or none has what `diagnose=N` writes.
     """
-    files = find(paths)
-    found = [one for path in files for one in diagnosed(load(path), str(path))]
+    files, found = candidates(paths), []
+    refused: list[UserError] = []
+    for path, named in files:
+        try:
+            found += diagnosed(load(path), str(path))
+        except UserError as error:
+            if named or len(refused) + 1 == len(files):
+                raise
+            refused.append(error)
+    for error in refused:
+        logger.warning("a file is left out: %s", one_line(str(error)))
     if not found:
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         raise UserError(
-            f"{files[0]}{more}: nothing was diagnosed in these runs; run lm_eval with a method and --model_args "
+            f"{files[0][0]}{more}: nothing was diagnosed in these runs; run lm_eval with a method and --model_args "
             "method=NAME,sparsity=S,diagnose=8"
         )
     return found
