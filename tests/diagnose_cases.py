@@ -128,6 +128,7 @@ class Recorder:
     def __init__(self, patch: pytest.MonkeyPatch):
         self.events: list[tuple] = []
         self.options: dict[int, tuple[float, float | None]] = {}
+        self.lenders: dict[int, int] = {}
         inside: list[list[Any]] = []
         attend, chosen = Runtime.attend, session.chosen
 
@@ -143,7 +144,7 @@ class Recorder:
             else:
                 first = key.shape[2] - new if runtime.cache is None else runtime.cache.logical() - new
                 phase = runtime.phase
-            self.options[index] = o["scale"], o["softcap"]
+            self.options[index], self.lenders = (o["scale"], o["softcap"]), runtime.lenders
             states = [part[0].double().clone() for part in (query, key[:, :, -new:], value[:, :, -new:], out)]
             self.events.append(("attend", index, phase, first, *states, found))
             return out
@@ -166,8 +167,8 @@ class Recorder:
 class Layer:
     """Sums of one layer of one sample, and the tokens that it has had."""
 
-    def __init__(self, scale: float, softcap: float | None):
-        self.scale, self.softcap = scale, softcap
+    def __init__(self, scale: float, softcap: float | None, lender: Layer | None):
+        self.scale, self.softcap, self.lender = scale, softcap, lender
         self.sums: dict[str, dict[int, list[tuple[float, float | None, float, float]]]] = {}
         self.keys = self.values = None
         self.prompt = 0
@@ -226,8 +227,11 @@ class Layer:
                     values = {(h, i): kept.values[h, n].double() for h, n, i in pairs}
             self.first = held, kept is not None, values
             return
-        for own in self.held:
-            own.extend(range(first, first + new))
+        if self.lender is None:
+            for own in self.held:
+                own.extend(range(first, first + new))
+        else:
+            self.held, self.lossy = self.lender.held, self.lender.lossy
         reads = next((found for found in selections if isinstance(found, Reads)), None)
         for head in range(self.heads):
             sequence, member = divmod(head, group)
@@ -280,7 +284,8 @@ def expected(recorder: Recorder, queries: int = diagnose.QUERIES) -> dict[str, d
         if kind == "compact":
             samples[-1][index].compact(event[2])
         else:
-            samples[-1].setdefault(index, Layer(*recorder.options[index])).take(event, queries)
+            lender = samples[-1].get(recorder.lenders.get(index, -1))
+            samples[-1].setdefault(index, Layer(*recorder.options[index], lender)).take(event, queries)
     found: dict[str, dict[int, dict[str, list[Any]]]] = {}
     for sample in samples:
         for index, layer in sample.items():

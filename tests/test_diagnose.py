@@ -81,6 +81,26 @@ def test_figures_are_those_of_a_brute_force(
     assert all(layers.keys() == ({1} if family == "gemma2" else {0, 1}) for layers in wanted.values())
 
 
+def test_layers_that_borrow_keys_are_held_against_all_that_their_lender_had(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "head_dim": 16, "sliding_window": 24, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 384,
+        "intermediate_size": [96] * 4, "laurel_rank": 8, "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    }  # fmt: skip
+    model = tiny.build("Gemma3nTextConfig", seed=rng.randrange(99), **{**tiny.COMMON, **options}).double()
+    lm = sparse(model, method="test_latest+quest", budget=8, page_size=8, diagnose=1)
+    assert lm.runtime.lenders == {3: 1}
+    recorder = Recorder(monkeypatch)
+    prompt = tiny.words(rng.randrange(999), 83)
+    score(lm, [(prompt, end) for end in (" unusual zebra, said he", " river stone")])
+    wanted = expected(recorder)
+    compare(lm, wanted)
+    assert set(wanted) == {"eviction", "decode"} and all(set(layers) == {1, 3} for layers in wanted.values())
+
+
 @pytest.mark.parametrize("way", ["scored", "generated"])
 def test_what_reads_everything_loses_nothing(way: str) -> None:
     """Budgets beyond the prompt: mass and overlap are 1, and the output is off by rounding."""
