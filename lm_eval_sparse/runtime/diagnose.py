@@ -313,7 +313,7 @@ def prefill(
     _check_rows(len(query))
     where = sampled(query.shape[2], query.device)
     found = judge(
-        query[0, :, where], key[0], value[0], where, of_layout(layouts[0], where), out[0][:, where],
+        query[0][:, where], key[0], value[0], where, of_layout(layouts[0], where), out[0][:, where],
         scale=scale, softcap=softcap, sinks=sinks,
     )  # fmt: skip
     counts.diagnosis.add("prefill", layer, found)
