@@ -86,7 +86,7 @@ METHODS = Registry(BUILT_IN)
 #: One of these makes a scored method.
 SCORING = ("score", "factors", "choose", "select")
 #: Arguments that are no knobs.
-RESERVED = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug")
+RESERVED = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug", "diagnose")
 #: What a method says of itself: a row of the table.
 ROW = ("name", "unit", "importance", "allocation", "kv", "reference")
 

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..protocol import MeasuredText, window_of
 from ..runtime.accounting import Ledger, RowCounts
 from ..runtime.cache import generation_argument
+from ..runtime.diagnose import Diagnosis
 from ..runtime.interface import calling
 from .decoding import prompt_ids
 from .generation_checks import check as check_generation
@@ -34,6 +35,12 @@ class Generator:
 
     def __init__(self, lm: SparseHFLM):
         self.lm = lm
+        #: Requests that are samples of `diagnose=N`.
+        self.diagnosed: set[int] = set()
+
+    def new_counts(self, index: int) -> RowCounts:
+        """Where the answer to a request is counted."""
+        return RowCounts(diagnosis=Diagnosis() if index in self.diagnosed else None)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As lm-eval's; every text is a `str` that also carries its measured sparsity."""
@@ -50,6 +57,8 @@ class Generator:
         self._check_every([item[2] for item in queue])
         lengths = {context: len(lm.tok_encode(context)) for _, context, _ in queue}
         self._check_prompts(queue, lengths)
+        firsts = {context: index for index, context, _ in reversed(queue)}  # of several answers to a prompt
+        self.diagnosed = set(sorted(firsts.values())[: lm.reporter.to_diagnose(len(firsts))])
         # The longest first: should memory run out, it does so at once, and storage made for them serves all others.
         order = Collator(
             queue,
@@ -173,8 +182,9 @@ class Generator:
             ids, why = prompt_ids(lm, item[1], room), reason
             if item in bent:  # what the model then does with its cache is for it to say
                 why = f"the model has {lm.lengths.stretches[0]}"
-            text, counts = self._by_transformers(
-                ids, kwargs, until, why, own_cache=item not in bent, window=window_of(item[1])
+            counts = self.new_counts(item[0])
+            text = self._by_transformers(
+                counts, ids, kwargs, until, why, own_cache=item not in bent, window=window_of(item[1])
             )
             yield item, text, counts
         items = [item for item in items if item not in bent]
@@ -186,23 +196,25 @@ class Generator:
 
     def _by_transformers(
         self,
+        counts: RowCounts,
         ids: Tensor,
         kwargs: dict[str, Any],
         until: list[str],
         reason: str | None,
         own_cache: bool = True,
         window: int | None = None,
-    ) -> tuple[str, RowCounts]:
+    ) -> str:
         """Answer one prompt by `generate`: beams, and whatever else the decoder does not know.
 
         Args:
+            counts: where it is counted.
             own_cache: whether in our cache; without it no method can evict or decode.
             window: what the prompt's task says.
         """
         kwargs = dict(kwargs)
         max_gen_toks = kwargs.pop("max_gen_toks")
         cache = self.lm.runtime.new_cache(self.lm.model.config, reserve=max_gen_toks) if own_cache else None
-        counts, length = RowCounts(), ids.shape[1]
+        length = ids.shape[1]
         with self.lm.runtime.running(counts, cache, length, window):
             output = self._call_generate(
                 context=ids,
@@ -215,7 +227,7 @@ class Generator:
         phase = counts.phases["decode"]
         phase.loops["transformers"] += max(0, len(tokens) - 1)
         phase.loop_reasons[reason or ""] += max(0, len(tokens) - 1)
-        return self._finish(tokens, until), counts
+        return self._finish(tokens, until)
 
     def _call_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """As lm-eval's `_model_generate`, in our runtime."""

@@ -60,6 +60,18 @@ class Reporter:
         self.ledgers: dict[str, Ledger] = defaultdict(self.new_ledger)
         self.skipped: dict[str, str] = {}
         self.begun = False
+        #: Prompts of this process that are yet to be looked at: the documents go round the processes.
+        self._to_diagnose: int | None = None
+
+    def to_diagnose(self, prompts: int) -> int:
+        """How many of the next `prompts` prompts, the first ones, are samples of `diagnose=N`; they count as such."""
+        lm = self.lm
+        if self._to_diagnose is None:
+            each, more = divmod(lm.sparse.diagnose, lm.world_size)
+            self._to_diagnose = each + (lm.rank < more)
+        number = min(prompts, self._to_diagnose)
+        self._to_diagnose -= number
+        return number
 
     def new_ledger(self) -> Ledger:
         return Ledger(full=self.full)
@@ -141,21 +153,26 @@ class Reporter:
         count = getattr(lm.config.get_text_config(decoder=True), "num_hidden_layers", len(lm.runtime.layers))
         untouched |= {n: "no softmax attention" for n in range(count) if n not in lm.runtime.layers}
 
-        def phases(ledger: Ledger) -> dict[str, Any]:
+        def phases(ledger: Ledger, layers: bool = False) -> dict[str, Any]:
+            found = {name: ledger.diagnostics(name, layers) for name in PHASES}
             methods = {name: lm.sparse.methods[name].name if name in lm.sparse.methods else "dense" for name in PHASES}
             return {
                 name: {
                     "method": methods[name],
                     "requested_sparsity": lm.sparse.sparsities.get(name),
                     **ledger.report(name),
+<<<<<<< HEAD
                     **self._compactions_told(name, ledger.compactions),
+=======
+                    **({"diagnostics": found[name]} if found[name] is not None else {}),
+>>>>>>> h-diagnose
                 }
                 for name in PHASES
             }
 
         return {
             **lm.sparse.describe(),
-            "phases": phases(total),
+            "phases": phases(total, layers=True),
             "prompts": total.rows,
             "tasks": {task: phases(ledger) for task, ledger in self.ledgers.items() if task},
             "skipped": dict(self.skipped),
@@ -208,6 +225,19 @@ class Reporter:
                 raise UserError(f"{method} never ran: every task was skipped, such as {task} ({reason})")
         self._check_eviction_mattered()
         self._check_evicted_again()
+        self._check_diagnosed(report)
+
+    def _check_diagnosed(self, report: dict[str, Any]) -> None:
+        """Warn when fewer samples were looked at than were asked for."""
+        wanted = self.lm.sparse.diagnose
+        for phase, assignment in self.lm.runtime.plan.phases.items():
+            number = report["phases"][phase].get("diagnostics", {}).get("samples", 0)
+            if number < wanted and report["prompts"]:
+                logger.warning(
+                    "diagnose=%d: %s ran in %d of the first %d prompts only (no others ran, or they were too short, "
+                    "answered with one token, or answered by a response cache)",
+                    wanted, assignment.method.name, number, wanted,
+                )  # fmt: skip
 
     def _check_evicted_again(self) -> None:
         """Warn of tasks in which a method that evicts periodically was never asked a second time."""

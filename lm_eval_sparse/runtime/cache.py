@@ -222,11 +222,15 @@ class CacheLayer(DynamicLayer):
         lengths = held.lengths[row * held.heads : (row + 1) * held.heads].long()
         total = lengths * size
         if self.sequences is not None:
-            page = max(1, self.pool.page_size)
-            for slot in self.pool.slots:
-                entries = {"token": lengths, "page": (lengths + page - 1) // page, "sequence": (lengths > 0).long()}
-                total = total + entries[slot.per] * slot.bytes(keys)
+            total = total + self.state_bytes(row, self.pool.slots)
         return total, self.get_seq_length() * size
+
+    def state_bytes(self, row: int, slots: Sequence[Slot]) -> Tensor:
+        """Bytes that each KV head of a row has in these slots, once the layer is closed: `(H_kv,)` int64."""
+        held, page = self.sequences, max(1, self.pool.page_size)
+        lengths = held.lengths[row * held.heads : (row + 1) * held.heads].long()
+        entries = {"token": lengths, "page": (lengths + page - 1) // page, "sequence": (lengths > 0).long()}
+        return sum((entries[slot.per] * slot.bytes(self.pool.keys) for slot in slots), torch.zeros_like(lengths))
 
     def storage_bytes(self) -> int:
         """Bytes of all tensors that this layer holds, room to grow included."""

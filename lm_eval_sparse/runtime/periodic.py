@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernels.types import Keep
 from ..methods.base import Budget, Density, EvictionMethod, Layer
 from ..methods.plan import Plan
+from . import diagnose
 from .accounting import RowCounts, count_compaction
 from .cache import CacheLayer, SparseCache
 from .pool import Pool, Sequences
@@ -100,6 +101,7 @@ def evict_again(
     check_held(method.name, layer.index, kept, held.lengths)
     if counts is not None:
         count_compaction(counts, layer.index, method.name, *number, pool.keys, kept)
+    diagnose.compacted(counts, layer.index, kept)
     if kept.total == int(held.lengths.sum()):
         return 0
     pool.keep(held.starts, kept.ids, kept.counts)

@@ -24,6 +24,7 @@ from ..kernels.prefill import block_sparse_prefill_rows
 from ..kernels.types import Blocks, Keep, Slot
 from ..methods.base import Call, Layer
 from ..methods.plan import Plan
+from . import diagnose
 from .accounting import (
     DecodeShape,
     RowCounts,
@@ -298,6 +299,8 @@ class Runtime:
             for row, (found, each) in enumerate(zip(selections, walked, strict=True)):
                 states = query[row], key[row], value[row]
                 count_prefill(self.counts, method.name, layer.index, *states, found, each, backend, self.plan.backend)
+        layouts, options = [each.layout for each in walked], {"scale": scale, "softcap": softcap}
+        diagnose.prefill(self.counts, layer.index, query, key, value, layouts, made, **options)
         return made[0][None] if len(made) == 1 else torch.stack(list(made))
 
     def _is_sparse(self, length: int, rows: int) -> bool:
@@ -342,6 +345,7 @@ class Runtime:
             self._carry(layer, held, kept)
         if self.counts is not None and layer.index not in self.counts.kv:
             count_memory(self.counts, layer.index, *held.held_bytes(0))
+        diagnose.ended(self.counts, self.plan, layer.index, held, kept, key, value)
 
     def _begin_state(self, layer: Layer, held: CacheLayer, query: Tensor, scale: float, softcap: float | None) -> None:
         """Let methods fill their state from what stays of the prompt."""
@@ -427,6 +431,8 @@ class Runtime:
         if keeper is not None and new is not None:
             held.newest = self.known.evicted(layer), grouped[:, :, -1:].clone()
         found = step(grouped, new, kv, layer, filled, scale=scale, softcap=softcap, plan=self.plan, keeper=keeper)
+        lender, options = self.lenders.get(layer.index), {"scale": scale, "softcap": softcap}
+        diagnose.step(self.counts, layer.index, grouped, kv, found, tokens, lender=lender, **options)
         if self.counts is not None:
             shape = DecodeShape.of(heads, kv.heads, kv, found.virtual, found.weighed, found.altered)
             for row in range(rows):

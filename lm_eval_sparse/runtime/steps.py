@@ -49,6 +49,7 @@ class Stepped:
         virtual: virtual keys that each token reads besides.
         weighed: whether the weights of what was read were made in a second pass over its keys.
         altered: whether reading everything would not be dense attention: scores have biases, or keys are virtual.
+        reads: what was chosen; None without a method.
     """
 
     out: Tensor
@@ -58,6 +59,7 @@ class Stepped:
     virtual: int = 0
     weighed: bool = False
     altered: bool = False
+    reads: Reads | None = None
 
 
 def step(
@@ -131,7 +133,7 @@ def step(
             watch.attended(reads, weights)
     virtual = 0 if reads.extra is None else reads.extra.values.shape[1]
     altered = virtual > 0 or reads.bias is not None
-    return Stepped(out, used, read, reads.ids.shape[-1], virtual, lse is not None, altered)
+    return Stepped(out, used, read, reads.ids.shape[-1], virtual, lse is not None, altered, reads)
 
 
 class _Watch:
