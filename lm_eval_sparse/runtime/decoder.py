@@ -222,6 +222,7 @@ class Decoder:
         softcap: float | None,
         window: int | None,
         eligible: bool,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """See `session.StepAttention`. Rows beyond those of attention's bucket are idle and get 0."""
         layer, rows, method = self.layers[known.index], self._bucket, self.method if eligible else None
@@ -251,6 +252,7 @@ class Decoder:
             overlap=True,
             room=layer.room,
             keeper=keeper,
+            sink=sink,
         )
         if filled is not None:
             layer.reads, layer.width = found.read, found.width

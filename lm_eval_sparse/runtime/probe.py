@@ -142,6 +142,7 @@ class Probe:
         *,
         scale: float,
         softcap: float | None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """See `Runtime.attend`. `arguments` are those of the call beside states and mask."""
         index = module.layer_idx
@@ -156,9 +157,9 @@ class Probe:
                 self._note_cache(index, key, value)
             seen.keys, seen.values = key, value
         self.trial.layer, self.trial.shown, self.trial.pages = index, None, None
-        out = runtime.attend(module, query, key, value, mask, scale=scale, softcap=softcap)
+        out = runtime.attend(module, query, key, value, mask, scale=scale, softcap=softcap, sink=sink)
         given = mask if runtime.takes_mask(index) else None
-        self._compare(index, module, query, key, value, given, arguments, out, scale, softcap)
+        self._compare(index, module, query, key, value, given, arguments, out, scale, softcap, sink)
         return out
 
     # --- what is found out -------------------------------------------------------------------------------------
@@ -251,6 +252,7 @@ class Probe:
         out: Tensor,
         scale: float,
         softcap: float | None,
+        sink: Tensor | None,
     ) -> None:
         """Compare what our runtime made with transformers' own function on the same queries, keys and values."""
         seen, sight = self.layers[index], self.runtime.sights[index]
@@ -282,7 +284,7 @@ class Probe:
             work = torch.float64 if query.dtype == torch.float64 else torch.float32
             window = sight.size if sight.kind == "window" else None
             states = (states.to(work) for states in (query, key, value))
-            exact = dense_attention(*states, scale=scale, softcap=softcap, window=window)
+            exact = dense_attention(*states, scale=scale, softcap=softcap, window=window, sink=sink)
             self._judge(index, exact, right, size, EXACT, " in full precision")
 
     def _judge(self, index: int, found: Tensor, right: Tensor, size: Tensor, tolerance: float, how: str) -> None:

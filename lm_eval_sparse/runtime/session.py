@@ -188,6 +188,7 @@ class Runtime:
         *,
         scale: float,
         softcap: float | None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """Attention of `(B, H, q_len, D)` queries; returns `(B, H, q_len, D_v)`."""
         index = module.layer_idx
@@ -204,10 +205,10 @@ class Runtime:
                 raise changed(module, "is given other keys and values than its cache holds, unlike")
             known = self.known.of(module, query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
             return self.decoder.attend(
-                known, query, key, value, scale=scale, softcap=softcap, window=window, eligible=reason is None
+                known, query, key, value, scale=scale, softcap=softcap, window=window, eligible=reason is None, sink=sink
             )
         if self.takes_mask(index):
-            return masked_attention(query, key, value, mask, scale=scale, softcap=softcap)
+            return masked_attention(query, key, value, mask, scale=scale, softcap=softcap, sink=sink)
         if mask is not None:
             raise UserError(
                 "a prompt is padded: prompts run one at a time, so give each one alone (what hides part of a prompt "
@@ -218,12 +219,12 @@ class Runtime:
         if held is not None and index in self.by_memory and not held.gave(key, value):
             raise changed(module, "is given other keys and values than its cache holds, unlike")
         if held is not None and self.phase == "decode" and held.sequences is not None:
-            return self._step(known, held, query, key, value, scale, softcap)
+            return self._step(known, held, query, key, value, scale, softcap, sink)
         if self.phase == "prefill" and query.shape[2] == key.shape[2] and reason is None:
-            out = self._prefill(known, query, key, value, scale, softcap)
+            out = self._prefill(known, query, key, value, scale, softcap, sink)
         else:
             # A later chunk of a prompt, an answer that no method touches, or a layer that is none of ours.
-            out = dense_attention(query, key, value, scale=scale, softcap=softcap, window=window)
+            out = dense_attention(query, key, value, scale=scale, softcap=softcap, window=window, sink=sink)
             if reason is None:
                 self._count_dense(index, query, key, value)
         if held is not None and self.phase == "prefill" and key.shape[2] == self.prompt and index not in self.lenders:
@@ -262,19 +263,24 @@ class Runtime:
         sight = self.sights[index]
         if sight.kind != "full" or self.takes_mask(index):
             return str(sight)
-        if key.shape[-1] != value.shape[-1]:
-            return f"keys have {key.shape[-1]} dimensions, values {value.shape[-1]} (latent attention)"
         return None
 
     # --- prefill -----------------------------------------------------------------------------------------------
 
     def _prefill(
-        self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+        self,
+        layer: Layer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        sink: Tensor | None,
     ) -> Tensor:
         """The whole prompt, in a layer where sparse attention may run."""
         if not self._is_sparse(query.shape[2], len(query)):
             self._count_dense(layer.index, query, key, value)
-            return dense_attention(query, key, value, scale=scale, softcap=softcap)
+            return dense_attention(query, key, value, scale=scale, softcap=softcap, sink=sink)
         method, budget = self.plan.prefill.resolved(query.shape[2], layer, self.task_window)
         selections, walked = [], []
         for q, k, v in zip(query, key, value, strict=True):  # beams have a prompt each
@@ -290,6 +296,7 @@ class Runtime:
                 scale=scale,
                 softcap=softcap,
                 backend=self.plan.backend,
+                sink=sink,
             )
         except ValueError as error:
             raise UserError(f"backend={self.plan.backend}: {error}") from error
@@ -390,6 +397,7 @@ class Runtime:
         value: Tensor,
         scale: float,
         softcap: float | None,
+        sink: Tensor | None,
     ) -> Tensor:
         """New tokens against what is held; `q_len` is above 1 when given answers are scored."""
         rows, heads, steps, dim = query.shape
@@ -410,7 +418,8 @@ class Runtime:
         grouped = query.reshape(len(kv.starts), heads // kv.heads, steps, dim)
         if keeper is not None and new is not None:
             held.newest = layer, grouped[:, :, -1:].clone()
-        found = step(grouped, new, kv, layer, filled, scale=scale, softcap=softcap, plan=self.plan, keeper=keeper)
+        options = {"scale": scale, "softcap": softcap, "plan": self.plan, "keeper": keeper, "sink": sink}
+        found = step(grouped, new, kv, layer, filled, **options)
         if self.counts is not None:
             shape = DecodeShape.of(heads, kv.heads, kv, found.virtual, found.weighed, found.altered)
             for row in range(rows):
@@ -446,6 +455,7 @@ class StepAttention(Protocol):
         softcap: float | None,
         window: int | None,
         eligible: bool,
+        sink: Tensor | None,
     ) -> Tensor:
         """Append `key` and `value (B, H_kv, 1, D)` to this layer and attend; returns `(B, H, 1, D_v)`."""
         ...
