@@ -73,8 +73,11 @@ class Layers:
 def halves_turn(module: nn.Module) -> bool:
     """Whether the model turns the two halves of a key's dimensions against each other, as Llama does.
 
-    Others turn neighbouring dimensions; what modelling code calls `rotate_half` tells.
+    Others turn neighbouring dimensions; what modelling code calls `rotate_half` tells. In latent attention only some of
+    the dimensions are turned, and they are not the first ones.
     """
+    if hasattr(module, "qk_rope_head_dim"):
+        return False
     for kind in type(module).__mro__:
         rotate = getattr(sys.modules.get(kind.__module__), "rotate_half", None)
         if rotate is not None:

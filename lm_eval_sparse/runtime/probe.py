@@ -146,6 +146,8 @@ class Probe:
     ) -> Tensor:
         """See `Runtime.attend`. `arguments` are those of the call beside states and mask."""
         index = module.layer_idx
+        if not isinstance(index, int):
+            raise CheckError(f"{type(module).__name__} does not say which layer it is in (several layers share it)")
         seen = self.layers.setdefault(index, Seen())
         seen.calls += 1
         if self.looks:
@@ -215,6 +217,9 @@ class Probe:
         runtime, layers = self.runtime, self.runtime.cache.layers
         runtime.uncached.pop(index, None)
         runtime.by_memory.discard(index)
+        if index < 0:
+            runtime.uncached[index] = "several layers share one attention module, which does not say in which it runs"
+            return
         if (calls := self.layers[index].calls) > 1:
             runtime.uncached[index] = f"attention runs {calls} times in layer {index}"
             return
@@ -228,9 +233,10 @@ class Probe:
             else:
                 runtime.uncached[index] = f"layer {index} keeps more than keys and values ({type(own).__name__})"
         elif not (same(own.keys, key) and same(own.values, value)):
+            latent = (own.keys.shape[-1], own.values.shape[-1]) != (key.shape[-1], value.shape[-1])
             runtime.uncached[index] = (
                 f"attention in layer {index} is given other keys and values ({shape(key)} and {shape(value)}) than its "
-                f"cache holds ({shape(own.keys)} and {shape(own.values)})"
+                f"cache holds ({shape(own.keys)} and {shape(own.values)}{', latent attention' if latent else ''})"
             )
         elif own.gave(key, value):
             runtime.by_memory.add(index)

@@ -204,9 +204,8 @@ class Runtime:
             if index in self.by_memory and not self.decoder.gave(index, key, value):
                 raise changed(module, "is given other keys and values than its cache holds, unlike")
             known = self.known.of(module, query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
-            return self.decoder.attend(
-                known, query, key, value, scale=scale, softcap=softcap, window=window, eligible=reason is None, sink=sink
-            )
+            options = {"scale": scale, "softcap": softcap, "window": window, "sink": sink}
+            return self.decoder.attend(known, query, key, value, eligible=reason is None, **options)
         if self.takes_mask(index):
             return masked_attention(query, key, value, mask, scale=scale, softcap=softcap, sink=sink)
         if mask is not None:
@@ -368,14 +367,14 @@ class Runtime:
         length, counts, plan = key.shape[1], self.counts, self.plan.eviction
         if plan is None:
             if counts is not None:
-                count_eviction(counts, layer.index, query, key, None)
+                count_eviction(counts, layer.index, query, key, None, value_dim=value.shape[-1])
             return None
         method, sparsity = plan.at(length, self.task_window)
         plan.check_length(length)
         if reason := plan.lacks_window(length) or method.too_short(sparsity, length):
             if counts is not None:
                 counts.phases["eviction"].reasons[reason] += 1
-                count_eviction(counts, layer.index, query, key, method.name)
+                count_eviction(counts, layer.index, query, key, method.name, value_dim=value.shape[-1])
             return None
         method, budget = plan.resolved(length, layer, self.task_window)
         call = Call(query, key, value, scale, softcap, "eviction", budget, layer)
@@ -383,7 +382,7 @@ class Runtime:
         debug = self.plan.debug or counts is None
         kept, faults, words = check_kept(method.name, layer.index, kept, len(key), length, value.shape[-1], debug)
         if counts is not None:
-            count_eviction(counts, layer.index, query, key, method.name, kept, faults, words)
+            count_eviction(counts, layer.index, query, key, method.name, kept, faults, words, value.shape[-1])
         return kept
 
     # --- decode ------------------------------------------------------------------------------------------------
