@@ -136,7 +136,8 @@ def with_sink(query: Tensor, key: Tensor, value: Tensor, sink: Tensor, scale: fl
     width = -(-(dim + 2) // 8) * 8
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     # Two numbers, since one of half precision rounds. A sink of minus infinity, that is none, weighs nothing.
-    whole = (sink.to(work) / scale).clamp(-3e4, 3e4)
+    most = min(1e30, 0.9 * torch.finfo(query.dtype).max)
+    whole = (sink.to(work) / scale).clamp(-most, most)
     high = whole.to(query.dtype)
     low = (whole - high.to(work)).to(query.dtype)
     own = F.pad(torch.stack([high, low], -1), (0, width - dim - 2))

@@ -182,8 +182,12 @@ SPREAD = {
     "glm4_moe_lite": ("dense prefill", "is given other keys and values"),  # latent attention
     "jetmoe": ("dense prefill", "is given other keys and values"),  # they are repeated behind the cache
     "diffllama": ("dense prefill", "runs 2 times in layer 0"),
-    "falcon_h1": ("dense prefill", "keeps more than keys and values"),  # a recurrent state beside them
-    "gpt_oss": ("", "'s_aux' (attention sinks)"),
+    "deepseek_v3": ("dense prefill", "latent attention"),  # values of other dimensions than keys
+    "falcon_h1": ("dense prefill eviction decode", ""),  # a recurrent state in the same layer: generated tasks only
+    "gpt_oss": ("dense prefill eviction decode", ""),  # attention sinks, windows and full layers
+    "granite_swa": ("dense prefill eviction decode", ""),  # sinks that its own function applies behind the softmax
+    "zamba2": ("dense prefill", "several layers share one attention module"),
+    "zamba": ("", "does not say which layer it is in"),
     "deepseek_v32": ("", "'indices'"),
     "inkling_text": ("", "'position_bias'"),
     "doge": ("", "a mask that transformers' mask functions did not make"),
@@ -352,7 +356,7 @@ def test_a_mask_that_is_changed_on_its_way_is_refused() -> None:
         ours(given)
 
 
-@pytest.mark.parametrize("name", ["block_indices", "s_aux", "attention_bias", "something_new"])
+@pytest.mark.parametrize("name", ["block_indices", "sinks", "attention_bias", "something_new"])
 def test_arguments_that_nobody_knows_are_refused_by_name(name: str) -> None:
     given = model()
     module = given.model.layers[1].self_attn
