@@ -186,8 +186,7 @@ SPREAD = {
     "falcon_h1": ("dense prefill eviction decode", ""),  # a recurrent state in the same layer: generated tasks only
     "gpt_oss": ("dense prefill eviction decode", ""),  # attention sinks, windows and full layers
     "granite_swa": ("dense prefill eviction decode", ""),  # sinks that its own function applies behind the softmax
-    "zamba2": ("dense prefill", "several layers share one attention module"),
-    "zamba": ("", "does not say which layer it is in"),
+    "zamba2": ("dense prefill eviction decode", ""),  # one attention module that several layers share
     "deepseek_v32": ("", "'indices'"),
     "inkling_text": ("", "'position_bias'"),
     "doge": ("", "a mask that transformers' mask functions did not make"),
@@ -366,6 +365,17 @@ def test_arguments_that_nobody_knows_are_refused_by_name(name: str) -> None:
         ours(given)
     module.forward = types.MethodType(lambda self, *a, **k: forward(*a, **{**k, name: None}), module)
     ours(given)
+
+
+def test_modules_that_do_not_say_their_layer_are_refused() -> None:
+    given = model()
+    given.model.layers[1].self_attn.layer_idx = -1  # where the last layer lies, as it happens
+    ours(given, method="flexprefill", sparsity=0.5)
+    with pytest.raises(UserError, match="several layers share one attention module"):
+        ours(given, method="snapkv", sparsity=0.5)
+    given.model.layers[1].self_attn.layer_idx = None
+    with pytest.raises(UserError, match="LlamaAttention does not say which layer it is in"):
+        ours(given)
 
 
 def test_a_layer_that_first_runs_later_is_refused() -> None:

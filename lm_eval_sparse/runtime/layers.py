@@ -70,6 +70,23 @@ class Layers:
         return rope
 
 
+def follow(module: nn.Module) -> None:
+    """Let `layer_idx` of a module that several layers share (Zamba) be that of the layer which runs.
+
+    Such a module is told by an argument of its `forward`, and its own `layer_idx` is none.
+    """
+    index = module.layer_idx
+    shared = not isinstance(index, int) or index < 0
+    if shared and "layer_idx" in inspect.signature(module.forward).parameters:
+        module.register_forward_pre_hook(_note_layer, with_kwargs=True)
+
+
+def _note_layer(module: nn.Module, given: tuple, named: dict) -> None:
+    told = inspect.signature(module.forward).bind_partial(*given, **named).arguments.get("layer_idx")
+    if isinstance(told, int):
+        module.layer_idx = told
+
+
 def halves_turn(module: nn.Module) -> bool:
     """Whether the model turns the two halves of a key's dimensions against each other, as Llama does.
 

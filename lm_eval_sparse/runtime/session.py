@@ -34,7 +34,7 @@ from .accounting import (
     settle,
 )
 from .cache import CacheLayer, SparseCache
-from .layers import Layers
+from .layers import Layers, follow
 from .masks import Sight, sight_of, structure
 from .periodic import evict_due, kept_by
 from .pool import Pool
@@ -156,6 +156,7 @@ class Runtime:
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module._lm_eval_sparse = self
+                follow(module)
 
     def see(self, sights: dict[int, Sight]) -> None:
         """Take down what the queries of each layer see."""
