@@ -235,8 +235,8 @@ def _combine(
         total = total * shrink + grow
     whole = total
     if sink is not None:  # one more key, of value 0
-        own = tl.load(sink + sequence % heads * group + row % group).to(tl.float32) * 1.4426950408889634
-        whole += tl.exp2(own - base)
+        logit = tl.load(sink + sequence % heads * group + row % group).to(tl.float32) * 1.4426950408889634
+        whole += tl.exp2(logit - base)
     result = result / tl.where(total > 0, whole, 1.0)
     target = (sequence * group + row % group).to(tl.int64) * steps + row // group
     if lse is not None:

@@ -262,8 +262,8 @@ def attend(
         log = (peak + tl.log2(total)) * 0.6931471805599453
         tl.store(lse + wide * length + positions, log, mask=positions < length)
     if sink is not None:  # one more key, of value 0
-        own = tl.load(sink + head).to(tl.float32) * 1.4426950408889634
-        total += tl.exp2(own - peak)
+        logit = tl.load(sink + head).to(tl.float32) * 1.4426950408889634
+        total += tl.exp2(logit - peak)
     acc = acc / total[:, None]
     if padded_v:
         tl.store(outs, acc.to(out.dtype.element_ty), mask=(positions < length)[:, None] & (dims_v < value_dim)[None, :])
