@@ -27,7 +27,7 @@ from lm_eval_sparse.kernels.dense import dense_attention, masked_attention
 from lm_eval_sparse.kernels.prefill import block_sparse_prefill_rows
 from lm_eval_sparse.kernels.types import Extra
 from lm_eval_sparse.model.lm import SparseHFLM
-from lm_eval_sparse.runtime import interface
+from lm_eval_sparse.runtime import interface, session, steps
 
 MISSING = prefill_cases.interpreter_missing()
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(MISSING is not None, reason=MISSING or ""))
@@ -129,9 +129,9 @@ def test_prefill(seed: int, backend: str, kind: str | None) -> None:
 def test_decode(seed: int, backend: str, page_size: int | None) -> None:
     """Rows of two KV heads with sinks of their own, one of them idle; several tokens; lists shared and own."""
     draw = decode_cases.Draw(seed)
-    for steps, own, window in ((1, False, None), (1, True, 5), (3, False, 5)):
+    for new, own, window in ((1, False, None), (1, True, 5), (3, False, 5)):
         case = decode_cases.random_case(
-            draw, [70, 33, 0, 0, 64, 64], 3, steps, 24, 16, torch.float32, page_size=page_size, own=own, heads=2,
+            draw, [70, 33, 0, 0, 64, 64], 3, new, 24, 16, torch.float32, page_size=page_size, own=own, heads=2,
             window=None if page_size else window, softcap=draw.rng.choice((None, 5.0)), poison=backend != "naive",
             sinks=True,
         )  # fmt: skip
@@ -210,6 +210,30 @@ def test_sinks_that_are_left_out_are_found(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(interface, "sink_of", lambda *_: None)
     with pytest.raises(UserError, match="attention in layer 0 .* comes out .* off transformers' own"):
         lm_of("gpt_oss")
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "method"),
+    [
+        (session, "block_sparse_prefill_rows", "flexprefill"),
+        (steps, "paged_decode", "snapkv"),
+        (steps, "paged_decode", "quest"),
+    ],
+)
+def test_sinks_that_sparse_attention_leaves_out_are_found(
+    monkeypatch: pytest.MonkeyPatch, room: Any, name: str, method: str
+) -> None:
+    """Each phase runs on trial with transformers' own function beside it."""
+    own = getattr(room, name)
+    monkeypatch.setattr(room, name, lambda *args, sink, **options: own(*args, **options))
+    with pytest.raises(UserError, match="attention in layer 1 .* comes out .* off transformers' own"):
+        lm_of("gpt_oss", torch.float32, method=method, sparsity=0.5)
+
+
+def test_a_typed_backend_that_takes_no_sinks_is_refused() -> None:
+    lm = lm_of("gpt_oss", method="flexprefill", sparsity=0.5, backend="flex")
+    with pytest.raises(UserError, match="backend=flex: .*it takes no attention sinks; use 'auto' or 'gather'"):
+        generate(lm, prompts_of(random.Random(3), 1, 100, 120))
 
 
 def test_sinks_of_another_shape_are_refused() -> None:
