@@ -179,6 +179,7 @@ SPREAD = {
     "camembert": ("dense prefill eviction decode", ""),  # positions that do not begin at 0
     "jamba": ("dense prefill eviction decode", ""),  # a recurrent state: generated tasks only
     "mistral": ("dense", "no method can be applied to any of its layers (sliding window of 32 tokens)"),
+    "phi4_multimodal": ("dense", "sliding window of 32 tokens"),  # its image tower is none of ours
     "glm4_moe_lite": ("dense prefill", "is given other keys and values"),  # latent attention
     "jetmoe": ("dense prefill", "is given other keys and values"),  # they are repeated behind the cache
     "diffllama": ("dense prefill", "runs 2 times in layer 0"),
