@@ -161,11 +161,8 @@ class Reporter:
                     "method": methods[name],
                     "requested_sparsity": lm.sparse.sparsities.get(name),
                     **ledger.report(name),
-<<<<<<< HEAD
                     **self._compactions_told(name, ledger.compactions),
-=======
                     **({"diagnostics": found[name]} if found[name] is not None else {}),
->>>>>>> h-diagnose
                 }
                 for name in PHASES
             }

@@ -225,6 +225,7 @@ class Decoder:
         softcap: float | None,
         window: int | None,
         eligible: bool,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """See `session.StepAttention`. Rows beyond those of attention's bucket are idle and get 0."""
         layer, rows, method = self.layers[known.index], self._bucket, self.method if eligible else None
@@ -254,9 +255,10 @@ class Decoder:
             overlap=self.watched is None,
             room=layer.room,
             keeper=keeper,
+            sink=sink,
         )
         if self.watched is not None and eligible:
-            so_far, options = self.tokens_held[0], {"scale": scale, "softcap": softcap}
+            so_far, options = self.tokens_held[0], {"scale": scale, "softcap": softcap, "sinks": sink}
             diagnose.step(self.watched, known.index, grouped, kv, found, so_far, **options)
         if filled is not None:
             layer.reads, layer.width = found.read, found.width

@@ -85,11 +85,31 @@ class Layers:
         return rope
 
 
+def follow(module: nn.Module) -> None:
+    """Let `layer_idx` of a module that several layers share (Zamba) be that of the layer which runs.
+
+    Such a module is told by an argument of its `forward`, and its own `layer_idx` is none.
+    """
+    index = module.layer_idx
+    shared = not isinstance(index, int) or index < 0
+    if shared and "layer_idx" in inspect.signature(module.forward).parameters:
+        module.register_forward_pre_hook(_note_layer, with_kwargs=True)
+
+
+def _note_layer(module: nn.Module, given: tuple, named: dict) -> None:
+    told = inspect.signature(module.forward).bind_partial(*given, **named).arguments.get("layer_idx")
+    if isinstance(told, int):
+        module.layer_idx = told
+
+
 def halves_turn(module: nn.Module) -> bool:
     """Whether the model turns the two halves of a key's dimensions against each other, as Llama does.
 
-    Others turn neighbouring dimensions; what modelling code calls `rotate_half` tells.
+    Others turn neighbouring dimensions; what modelling code calls `rotate_half` tells. In latent attention only some of
+    the dimensions are turned, and they are not the first ones.
     """
+    if hasattr(module, "qk_rope_head_dim"):
+        return False
     for kind in type(module).__mro__:
         rotate = getattr(sys.modules.get(kind.__module__), "rotate_half", None)
         if rotate is not None:
