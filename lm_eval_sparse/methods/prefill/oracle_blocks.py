@@ -5,6 +5,7 @@ It computes all attention to choose among it: an upper bound of what methods tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.types import BLOCK_SIZES, Cost, causal_pairs
-from ..base import Call, Mass, number, one_of
-from ..scored import Allocation, ScoredPrefill, TopP
+from ..base import Call, number, one_of
+from ..scored import ScoredPrefill
 
 #: fp32 scores held at once.
 ELEMENTS = 1 << 26
@@ -22,27 +23,26 @@ ELEMENTS = 1 << 26
 
 @dataclass(frozen=True)
 class OracleBlocks(ScoredPrefill):
-    """The fewest key blocks of each query block and head that hold the share `mass` of its attention.
+    """The same number of key blocks for every query block and head, those that hold most of its attention.
 
     Knobs:
-        mass: share of a query block's attention, in (0, 1]; 1 reads everything.
+        top_k: key blocks that a query block reads, the first and the diagonal one included.
         block_size: 16, 32, 64 or 128, or `auto`.
     """
 
     name: ClassVar[str] = "oracle_blocks"
     importance: ClassVar[str] = "exact attention"
-    allocation: ClassVar[Allocation] = TopP()
     reference: ClassVar[str] = "upper bound of block-sparse prefill"
-    budget_knobs: ClassVar[tuple[str, ...]] = ("mass",)
-    native: ClassVar[type] = Mass
-    tiny: ClassVar = {"mass": 0.5, "block_size": 16}
+    budget_knobs: ClassVar[tuple[str, ...]] = ("top_k",)
+    tiny: ClassVar = {"top_k": 4, "block_size": 16}
+    usual_block: ClassVar[int] = 16
 
-    mass: float = 0.95
+    top_k: int = 64
     block_size: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("mass", self.mass, 1e-9, 1, example=0.95)
+        number("top_k", self.top_k, 2, math.inf, whole=True, example=64)
         one_of("block_size", self.block_size, BLOCK_SIZES, auto=True)
 
     def score(self, call: Call) -> Tensor:
