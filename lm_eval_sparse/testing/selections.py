@@ -6,18 +6,19 @@ A check returns what it found, for whoever reads it, and raises `Failed` with wh
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..methods.base import Method
 from ..methods.registry import check_class
 from ..methods.wrappers import Wrapper
 from ..runtime.memory import SELECTING
 from .memory import Held
 from .subject import Subject
-from .tensors import DIM, DTYPES, HEADS, LENGTHS, STEPS, ask, decode, keys_of, same, shown, state_of, states, weights
+from .tensors import DTYPES, HEADS, LENGTHS, STEPS, ask, decode, keys_of, same, shown, state_of, states, weights
 
 #: Tokens at which a sparsity is a promise, no multiple of any block; the sparsities, and how near they are met.
 PROMISED, SPARSITIES, NEAR = 4097, (0.5, 0.9), 0.01
@@ -163,27 +164,26 @@ def dtype(subject: Subject) -> str:
 
 def determinism(subject: Subject) -> str:
     """The same input selects the same, whatever was asked before and however torch's random numbers stand."""
-    for heads in HEADS:
-        for length in LENGTHS:
-            parts = states(*heads, length)
-            before = torch.random.get_rng_state()
-            try:
-                torch.manual_seed(1)
-                _, first = ask(subject, *parts)
-                ask(subject, *states(*heads, length, seed=1))
-                torch.manual_seed(2)
-                drawn = torch.random.get_rng_state()
-                _, second = ask(subject, *(part.clone() for part in parts))
-                untouched = torch.equal(drawn, torch.random.get_rng_state())
-            finally:
-                torch.random.set_rng_state(before)
-            equal = same(first, second, subject.phase, heads[1], length) and _equal(weights(first), weights(second))
-            expect(equal, f"{length} tokens: the same input selects something else the second time")
-            expect(
-                untouched,
-                "draws from torch's global random numbers, which tasks and models use, too: make a torch.Generator "
-                "with a seed of its own",
-            )
+    for heads, length, kind in product(HEADS, LENGTHS, DTYPES):
+        parts = states(*heads, length, kind)
+        before = torch.random.get_rng_state()
+        try:
+            torch.manual_seed(1)
+            _, first = ask(subject, *parts)
+            ask(subject, *states(*heads, length, kind, seed=1))
+            torch.manual_seed(2)
+            drawn = torch.random.get_rng_state()
+            _, second = ask(subject, *(part.clone() for part in parts))
+            untouched = torch.equal(drawn, torch.random.get_rng_state())
+        finally:
+            torch.random.set_rng_state(before)
+        equal = same(first, second, subject.phase, heads[1], length) and _equal(weights(first), weights(second))
+        expect(equal, f"{length} tokens: the same input selects something else the second time")
+        expect(
+            untouched,
+            "draws from torch's global random numbers, which tasks and models use, too: make a torch.Generator "
+            "with a seed of its own",
+        )
     return "the same after another input and under another seed"
 
 
@@ -230,11 +230,11 @@ def causality(subject: Subject) -> str:
         query, key, value = states(heads, kv_heads, length)
         if phase == "decode":
             method = subject.build(subject.tiny)
-            together = shown(decode(method, query, key, value, STEPS, STEPS, None)[1], phase, kv_heads, length)
+            together = shown(decode(method, [(query, key, value)], STEPS, STEPS, None)[1], phase, kv_heads, length)
             for step in range(STEPS):
                 end = length - STEPS + 1 + step
-                parts = (part[:, :end].contiguous() for part in (query, key, value))
-                alone = shown(decode(method, *parts, step + 1, 1, None)[1], phase, kv_heads, end)
+                parts = tuple(part[:, :end].contiguous() for part in (query, key, value))
+                alone = shown(decode(method, [parts], step + 1, 1, None)[1], phase, kv_heads, end)
                 expect(
                     torch.equal(together[:, :, step, :end], alone[:, :, 0]),
                     f"new token {step + 1} of {STEPS} reads something else when those behind it come with it",
@@ -257,47 +257,67 @@ def causality(subject: Subject) -> str:
     return "new tokens read the same one by one" if phase == "decode" else "nothing after its query is read"
 
 
+def neighbours(subject: Subject) -> None:
+    """Rows that are decoded side by side read what each reads alone."""
+    heads, kv_heads = HEADS[1]
+    rows = [states(heads, kv_heads, length, seed=7) for length in LENGTHS]
+    for sparsity in (None, *SPARSITIES[1:]):
+        method = subject.build(subject.tiny if sparsity is None else {})
+        _, together = decode(method, rows, STEPS, STEPS, sparsity)
+        for place, (row, length) in enumerate(zip(rows, LENGTHS, strict=True)):
+            own = slice(place * kv_heads, (place + 1) * kv_heads)
+            part = replace(together, ids=together.ids[own], counts=together.counts[own])
+            mine = shown(part, "decode", kv_heads, length)
+            alone = shown(decode(method, [row], STEPS, STEPS, sparsity)[1], "decode", kv_heads, length)
+            expect(
+                torch.equal(mine, alone),
+                f"beside rows of other lengths, a row of {length} tokens reads something else than alone",
+            )
+
+
 # --- what it holds ----------------------------------------------------------------------------------------------------
 
 
 def memory(subject: Subject) -> str:
-    """Selecting takes no more than `SELECTING` bytes a token; nothing outlives a call but the state that is declared."""
-    (heads, kv_heads), length, method = HEADS[1], PROMISED, subject.build(subject.tiny)
-    per_token = 0.0
-    if method.slots():
-        keys = states(heads, kv_heads, 64)[1].flatten(0, 1)
-        per = {"page": 1 / method.page_size, "token": 1.0, "sequence": 0.0}
-        per_token = sum(slot.bytes(keys) * per[slot.per] for slot in method.slots())
-        held = state_of(method, keys, kv_heads, length)
-        bytes_held = sum(tensor.nbytes for tensor in held.tensors.values())
-        whole = sum(slot.bytes(keys) * kv_heads for slot in method.slots() if slot.per == "sequence")
-        declared = per_token * kv_heads * length + whole
-        most = sum(slot.bytes(keys) for slot in method.slots()) * kv_heads  # a page that is not full
-        expect(abs(bytes_held - declared) <= most, f"its state holds {bytes_held} bytes, and {declared:.0f} are declared")
-    tracker, left = Held(), []
-    for size in (length // 2, length, length):
-        parts = states(heads, kv_heads, size)
+    """Selecting holds at most `SELECTING` bytes a token at once; nothing outlives a call but the state in `slots()`."""
+    (heads, kv_heads), method = HEADS[1], subject.build({})
+    tracker, left, peak, state = Held(), [], 0, None
+    for length in (PROMISED // 2, PROMISED, PROMISED):
+        parts = states(heads, kv_heads, length)
         tracker.give(*parts)
         with tracker:
+            state = None
+            if subject.phase == "decode":
+                state = state_of(method, parts[1], [length] * kv_heads)
+            before = tracker.now
             tracker.mark()
-            before, found = tracker.now, ask(subject, *parts, SPARSITIES[1])
+            if subject.phase == "decode":
+                decode(method, [parts], STEPS, STEPS, SPARSITIES[1], state=state)
+            else:
+                ask(subject, *parts, SPARSITIES[1])
             peak = tracker.peak - before
-            del found
-        gc.collect()
-        left.append(tracker.now)
+        if tracker.now > before:
+            gc.collect()
+        declared = _declared(method, parts[1], length) if state is not None else 0
+        left.append(tracker.now - declared)
     # What it computes once, whatever it is asked about, it may hold on to.
     more = max(left[1] - left[0], left[2] - left[1])
     expect(
         more <= LEFT,
-        f"{more} more bytes outlive each prompt of {length} tokens: what has to be kept belongs into slots()",
+        f"{more} more bytes are held after each prompt of {PROMISED} tokens than its slots() declare: what has to be "
+        "kept belongs there",
     )
-    most = SELECTING * length
+    most = SELECTING * PROMISED
     expect(
         peak <= most,
-        f"selecting from {length} tokens holds {peak / 1e6:.0f} MB at once; expected at most {most / 1e6:.0f} (work "
+        f"selecting from {PROMISED} tokens holds {peak / 1e6:.0f} MB at once; expected at most {most / 1e6:.0f} (work "
         "through heads or rows one after the other)",
     )
-    state = f"; state of {per_token:.1f} bytes a token" if per_token else ""
-    return f"{peak / length:.0f} bytes a token at once{state}"
+    kept = "" if state is None else f"; a state of {declared / kv_heads / PROMISED:.1f} bytes a token of a KV head"
+    return f"{peak / PROMISED:.0f} bytes a token at once{kept}"
 
 
+def _declared(method: Any, key: Tensor, length: int) -> int:
+    """Bytes that the slots of a method come to for keys `(H_kv, L, D)`."""
+    entries = {"page": -(-length // method.page_size), "token": length, "sequence": 1}
+    return len(key) * sum(slot.bytes(key[0]) * entries[slot.per] for slot in method.slots())

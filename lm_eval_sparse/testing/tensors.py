@@ -54,7 +54,7 @@ def ask(
     """
     method = subject.build(subject.tiny if sparsity is None else {})
     if subject.phase == "decode":
-        return decode(method, query, key, value, STEPS, STEPS, sparsity, layer)
+        return decode(method, [(query, key, value)], STEPS, STEPS, sparsity, layer)
     told = Layer(*layer, len(query), len(key), DIM)
     found, call = call_of(method, query, key, value, scale=DIM**-0.5, sparsity=sparsity, layer=told)
     return found, found.select(call)
@@ -62,52 +62,64 @@ def ask(
 
 def decode(
     method: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    rows: Sequence[tuple[Tensor, Tensor, Tensor]],
     new: int,
     steps: int,
     sparsity: float | None,
     layer: tuple[int, int] = (0, 1),
+    state: State | None = None,
 ) -> tuple[Any, Any]:
-    """What is selected for the last `steps` tokens, of which the last `new` have come since the prompt.
+    """What is selected for the last `steps` tokens of each row, of which the last `new` have come since its prompt.
 
     They come `steps` at a time, and each time the method takes them into its state, if it has one.
-    """
-    (heads, total, _), kv_heads = query.shape, len(key)
-    told = Layer(*layer, heads, kv_heads, DIM)
-    method, budget = method.resolved(sparsity, total - new, told)
-    flat = [part.reshape(-1, DIM) for part in (key, value)]
-    starts = [head * total for head in range(kv_heads)]
-    state = state_of(method, flat[0], kv_heads, total)
 
-    def call(length: int, last: int) -> Call:
-        kv = RaggedKV.of(*flat, starts, [length] * kv_heads)
-        asked = query[:, length - last : length].reshape(kv_heads, heads // kv_heads, last, DIM)
-        view = CacheView(kv, torch.tensor([length]), kv_heads)
+    Args:
+        rows: queries, keys and values of each; they are decoded side by side.
+        state: room for what the method keeps; left out, it is made here.
+    """
+    heads, kv_heads = len(rows[0][0]), len(rows[0][1])
+    totals = [query.shape[1] for query, *_ in rows]
+    told = Layer(*layer, heads, kv_heads, DIM)
+    method, budget = method.resolved(sparsity, totals[0] - new, told)
+    flat = [torch.cat([row[part].reshape(-1, DIM) for row in rows]) for part in (1, 2)]
+    held = [total for total in totals for _ in range(kv_heads)]
+    starts = [sum(held[:place]) for place in range(len(held))]
+    state = state or state_of(method, flat[0], held)
+
+    def call(behind: int, last: int) -> Call:
+        """All but the last `behind` tokens of each row are cached; the last of those ask."""
+        lengths = [total - behind for total in totals]
+        kv = RaggedKV.of(*flat, starts, [length - behind for length in held])
+        asked = torch.cat(
+            [
+                query[:, length - last : length].reshape(kv_heads, heads // kv_heads, last, DIM)
+                for (query, *_), length in zip(rows, lengths, strict=True)
+            ]
+        )
+        view = CacheView(kv, torch.tensor(lengths), kv_heads)
         return Call(asked, *flat, DIM**-0.5, None, "decode", budget, told, view, state)
 
-    length = total - new
-    method.prefilled(call(length, min(length, max(1, method.looks_back))))
-    selection = None
-    while length < total:
-        before = torch.full((kv_heads,), length, dtype=torch.int32)
-        length += steps
-        now = call(length, steps)
+    behind, selection = new, None
+    method.prefilled(call(behind, min(min(totals) - behind, max(1, method.looks_back))))
+    while behind:
+        before = torch.tensor([length - behind for length in held], dtype=torch.int32)
+        behind -= steps
+        now = call(behind, steps)
         method.appended(now, before)
         selection = method.select(now)
         selection.check(now.cache.kv)
     return method, selection
 
 
-def state_of(method: Any, keys: Tensor, sequences: int, length: int) -> State | None:
-    """Room for what a method keeps of so many sequences of `length` tokens; None where it keeps nothing."""
+def state_of(method: Any, keys: Tensor, lengths: Sequence[int]) -> State | None:
+    """Room for what a method keeps of sequences of so many tokens; None where it keeps nothing."""
     if not method.slots():
         return None
-    pages = -(-length // method.page_size)
-    entries = {"page": pages * sequences, "token": sequences * length, "sequence": sequences}
+    pages = [-(-length // method.page_size) for length in lengths]
+    entries = {"page": sum(pages), "token": sum(lengths), "sequence": len(lengths)}
     tensors = {slot.name: slot.empty(entries[slot.per], keys) for slot in method.slots()}
-    return State(tensors, method.page_size, torch.arange(sequences) * pages, torch.arange(sequences))
+    first = torch.tensor([sum(pages[:place]) for place in range(len(pages))])
+    return State(tensors, method.page_size, first, torch.arange(len(lengths)))
 
 
 def shown(selection: Any, phase: str, kv_heads: int, length: int) -> Tensor:
