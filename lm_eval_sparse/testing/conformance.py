@@ -13,10 +13,13 @@ models, in some five seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from ..errors import UserError, nearest
 from ..methods.base import Method
 from . import runs, selections
 from .selections import Failed
@@ -66,13 +69,28 @@ def check(method: str | type[Method] | Subject, name: str) -> str:
         Failed: the method does not hold it; what else is raised comes from inside the method.
     """
     subject = method if isinstance(method, Subject) else Subject.of(method)
-    return CHECKS[name](subject)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are small, and several threads wait for each other
+    try:
+        return CHECKS[name](subject)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def run(method: str | type[Method]) -> Iterator[Result]:
-    """Put a method to all checks, one after the other; whatever is raised makes one fail."""
-    subject = Subject.of(method)
-    for name in applicable(subject):
+def run(method: str | type[Method] | Subject, only: Collection[str] | None = None) -> Iterator[Result]:
+    """Put a method to all checks that it can be put to, or to some; whatever is raised makes one fail.
+
+    Raises:
+        UserError: a method that cannot be checked, or a check that there is not.
+    """
+    subject = method if isinstance(method, Subject) else Subject.of(method)
+    known = applicable(subject)
+    for name in only or ():
+        if name not in CHECKS:
+            raise UserError(f"check {name!r} is unknown{nearest(name, CHECKS)} (accepted: {', '.join(CHECKS)})")
+        if name not in known:
+            raise UserError(f"check {name!r} is for eviction methods with a knob `every`, which {subject.name} lacks")
+    for name in known if only is None else only:
         try:
             yield Result(name, True, check(subject, name))
         except Exception as error:  # methods are written by anybody
