@@ -28,7 +28,9 @@ class Held(TorchDispatchMode):
 
     def give(self, *tensors: Tensor) -> None:
         """Leave these out: they are somebody else's."""
-        self._given |= {tensor.untyped_storage()._cdata for tensor in tensors}
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            self._given.add(storage._cdata)
+            weakref.finalize(storage, self._given.discard, storage._cdata)  # something else may lie there then
 
     def mark(self) -> None:
         """Begin a new peak."""

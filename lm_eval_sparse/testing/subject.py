@@ -13,6 +13,9 @@ from ..methods.grammar import Chain, chains
 from ..methods.registry import BUILT_IN, METHODS, PHASE_ARGUMENTS
 from ..methods.wrappers import Wrapper
 
+#: Tokens of the longest prompt that is run under knobs which cover everything, and such a budget.
+LONGEST, EVERYTHING = 331, 4096
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -81,7 +84,9 @@ class Subject:
         for cls in self.chain.classes:
             whole = getattr(cls, "covering", None)
             if whole is None:
-                whole = {cls.budget_knobs[0]: 1} if cls.native is Mass else dict.fromkeys(cls.budget_knobs, 4096)
+                whole = {cls.budget_knobs[0]: 1} if cls.native is Mass else dict.fromkeys(cls.budget_knobs, EVERYTHING)
+                # A window that no prompt has is refused.
+                whole |= {"window": LONGEST} if "window" in whole else {}
             found[cls.name] = {**cls.tiny, **whole}
         return found
 
