@@ -7,15 +7,19 @@ hold plus signs and colons, too. Knows the spelling only: no method, and no torc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from .errors import UserError
 
 #: Set to 1 it lets configuration files name code of the user's own.
 ALLOW_CODE = "LM_EVAL_SPARSE_ALLOW_CODE"
+
+_allowed: ContextVar[bool] = ContextVar("allowed", default=False)
 
 _LOCAL = re.compile(r"(?:/|\.{1,2}/|~)")
 _FILE = re.compile(r"(?P<path>[^:+]*\.py):(?P<attribute>[^:+]*)")
@@ -57,17 +61,28 @@ def file_of(part: str) -> tuple[str, str] | None:
     return None
 
 
+@contextlib.contextmanager
+def allowing_code(allowed: bool = True) -> Iterator[None]:
+    """While this lasts, configuration files may name code, if `allowed`; else nothing changes."""
+    token = _allowed.set(_allowed.get() or allowed)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
 def refuse_code(model_args: Any, source: str, allowed: bool = False) -> None:
     """Raise `UserError` when model arguments that were read from `source` name a file with code.
 
     Such a file runs when its path is typed on a command line or in a Python program. What somebody else has written, a
-    configuration or results, may not run anything, unless the user says so: `allowed`, or `ALLOW_CODE` is set.
+    configuration or results, may not run anything, unless the user says so: `allowed`, `allowing_code`, or `ALLOW_CODE`
+    is set.
 
     Args:
         model_args: as lm-eval has them, a mapping or a text.
         source: where they were read, as a message names it.
     """
-    if allowed or os.environ.get(ALLOW_CODE, "0") not in ("", "0"):
+    if allowed or _allowed.get() or os.environ.get(ALLOW_CODE, "0") not in ("", "0"):
         return
     if isinstance(model_args, str):
         pairs = (pair.partition("=") for pair in model_args.split(","))
@@ -77,6 +92,6 @@ def refuse_code(model_args: Any, source: str, allowed: bool = False) -> None:
         if file_of(part) is not None:
             raise UserError(
                 f"{source} has method={method}, and {part} is a file with code, which runs only when you type it "
-                "yourself: give method= in --model_args (with all other model arguments), or set "
-                f"{ALLOW_CODE}=1 if you trust whoever wrote {source}"
+                "yourself: give method= in --model_args (with all other model arguments), or, if you trust whoever "
+                f"wrote {source}, set {ALLOW_CODE}=1 (or add --allow-code to a command of lm-eval-sparse)"
             )

@@ -62,9 +62,7 @@ def load(typed: str, path: str, attribute: str) -> tuple[Any, Origin]:
         own = [value.__name__ for value in vars(module).values() if _defined(value, name)]
         missing = f"has no {attribute!r}{nearest(attribute, own)}" if attribute else "is named without a class"
         known = f"methods in it: {', '.join(own)}" if own else "there is no method in it"
-        raise UserError(
-            f"{typed}: {file.name} {missing}; {known}; type method=path/to/{file.name}:{(*own, 'Class')[0]}"
-        )
+        raise UserError(f"{typed}: {file.name} {missing}; {known}; type method={path}:{(*own, 'Class')[0]}")
     return vars(module)[attribute], Origin(f"{file.name}:{attribute}", digest)
 
 
@@ -91,6 +89,7 @@ def told(error: BaseException, file: str | None = None) -> str:
     """What was raised while code was imported, in one line, with the line of `file` that was running."""
     lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == file]
     number = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else (lines[-1] if lines else None)
-    first = (str(error).strip().splitlines() or [""])[0]
+    words = error.msg if isinstance(error, SyntaxError) else str(error)
+    first = (words.strip().splitlines() or [""])[0]
     where = f", line {number}" if number else ""
     return f"{type(error).__name__}: {first}{where}" if first else f"{type(error).__name__}{where}"
