@@ -18,12 +18,12 @@ from .parser import Command
 #: Our sub-commands, in the order of the help text. A new one is a file and one line here.
 COMMANDS: dict[str, Command] = {
     "methods": methods.COMMAND,
-    "check-method": check_method.COMMAND,
-    "new-method": new_method.COMMAND,
     "plot": plot.COMMAND,
     "show": show.COMMAND,
     "check-task": check_task.COMMAND,
     "new-task": new_task.COMMAND,
+    "check-method": check_method.COMMAND,
+    "new-method": new_method.COMMAND,
 }
 
 

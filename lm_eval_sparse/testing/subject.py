@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..methods.base import Mass, Method
-from ..methods.grammar import Chain, chains
+from ..methods.grammar import Chain, chains, typed_chains
 from ..methods.registry import BUILT_IN, METHODS, PHASE_ARGUMENTS
 from ..methods.wrappers import Wrapper
 
@@ -37,7 +37,11 @@ class Subject:
             UserError: no such method, or methods of several phases.
         """
         if isinstance(method, str):
-            found = list(chains([method]).values())
+            found = list(chains(typed_chains(method)).values())
+            if len(found) > 1:
+                raise UserError(
+                    f"{method!r} joins methods of {len(found)} phases: type one method, such as {found[0].name}"
+                )
             if not found:
                 raise UserError(f"{method!r} selects nothing, so there is nothing to check: give another method")
             return cls(found[0])
