@@ -1,4 +1,7 @@
-"""The conformance kit finds what it looks for: for each check, methods that do not hold it, and good ones that do."""
+"""The conformance kit finds what it looks for: for each check, methods that do not hold it, and good ones that do.
+
+Long, since each method that is broken in a way of its own is a class.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Methods from elsewhere: plug-ins of other packages, and files of the user's own; and what is wrong with either."""
+"""Methods from elsewhere: plug-ins of other packages, and files of the user's own; and what is wrong with either.
+
+Long, since the tables of what is wrong stand beside what they are tried with.
+"""
 
 from __future__ import annotations
 
@@ -303,7 +306,7 @@ def test_results_tell_an_edited_file_from_what_it_was(here: Path) -> None:
 #: Content of own.py (None: there is none), what is typed, and what has to be said.
 BAD_FILES: dict[str, tuple[str | None, str, str]] = {
     "no file": (None, "./own.py:Own", "own.py does not exist; type method=path/to/file.py:Class"),
-    "a folder": (None, "./folder.py:Own", "folder.py is no file"),
+    "a folder": (None, "./folder.py:Own", "folder.py is a folder; give a file"),
     "no Python": ("", "./own.txt:Own", "a file with a method ends in .py"),
     "no ending": ("", "./own:Own", "a file with a method ends in .py"),
     "no class": (METHOD.format(name="own"), "own.py", "without a class; methods in it: Norms; type method=own.py:N"),

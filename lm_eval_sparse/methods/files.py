@@ -16,8 +16,11 @@ from typing import Any
 
 from .. import paths
 from ..errors import UserError, nearest
-from ..results.files import why
+from ..results.files import read_bytes
 from .base import Method
+
+#: No file that somebody wrote has more.
+MOST_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,12 @@ def load(typed: str, path: str, attribute: str) -> tuple[Any, Origin]:
     if not path.endswith(".py"):
         raise UserError(f"{typed}: a file with a method ends in .py; type method=path/to/file.py:Class")
     file = paths.expand(typed, path).absolute()
-    if not file.is_file():
-        what = "is no file" if paths.exists(file) else "does not exist"
-        raise UserError(f"{typed}: {paths.cut(str(file))} {what}; type method=path/to/file.py:Class")
+    if not paths.exists(file):
+        raise UserError(f"{typed}: {paths.cut(str(file))} does not exist; type method=path/to/file.py:Class")
     try:
-        source = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{typed}: {paths.cut(str(file))} cannot be read ({why(error)}); give another file") from None
+        source = read_bytes(file, most=MOST_BYTES)
+    except UserError as error:
+        raise UserError(f"{typed}: {error}; type method=path/to/file.py:Class") from None
     digest = hashlib.sha256(source).hexdigest()
     name = f"lm_eval_sparse_file_{hashlib.sha256(f'{file} {digest}'.encode()).hexdigest()[:16]}"
     module = sys.modules.get(name) or _run(typed, name, file, source)
@@ -77,8 +79,10 @@ def _run(typed: str, name: str, file: Path, source: bytes) -> ModuleType:
     sys.modules[name] = module  # where dataclasses look for it
     try:
         exec(compile(source, str(file), "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:  # written by anybody
+    except BaseException as error:  # written by anybody, who may end the program or raise what is no Exception
         del sys.modules[name]
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise UserError(
             f"{typed}: {file.name} fails when it is imported ({told(error, str(file))}); mend it, or give another file"
         ) from error

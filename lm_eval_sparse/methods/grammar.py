@@ -47,11 +47,23 @@ class Chain:
         return tuple(name for cls in self.classes for name in cls.budget_knobs)
 
     def build(self, knobs: Mapping[str, Mapping[str, Any]], preset: str | None) -> Method:
-        """The method with these knobs, by the name of the class that has them."""
-        found: Any = self.inner(**{**presets.fixed(preset, self.inner), **knobs.get(self.inner.name, {})})
+        """The method with these knobs, by the name of the class that has them. Raises `UserError` for what is none."""
+        found: Any = _made(self.inner, {**presets.fixed(preset, self.inner), **knobs.get(self.inner.name, {})})
         for cls in reversed(self.classes[:-1]):
-            found = cls(inner=found, **knobs.get(cls.name, {}))
+            found = _made(cls, {"inner": found, **knobs.get(cls.name, {})})
         return found
+
+
+def _made(cls: type[Method], knobs: Mapping[str, Any]) -> Any:
+    """A method with these knobs, whose author may have forgotten what users type."""
+    try:
+        return cls(**knobs)
+    except UserError:
+        raise
+    except Exception as error:  # methods are written by anybody
+        given = ", ".join(f"{name}={value}" for name, value in knobs.items() if name != "inner") or "its defaults"
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"method {cls.name} cannot be made with {given} ({type(error).__name__}: {line})") from error
 
 
 def knob_names() -> dict[str, str]:

@@ -61,7 +61,9 @@ def load(name: str) -> tuple[Any, Origin]:
         value = point.load()
     except AttributeError as error:
         raise broken(name, f"there is no {point.attr} in {point.module} ({told(error)})") from error
-    except (Exception, SystemExit) as error:  # written by anybody
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # written by anybody, who may end the program or raise what is no Exception
         raise broken(name, f"it fails when it is imported ({told(error)})") from error
     package = "" if point.dist is None else f"{point.dist.name} {point.dist.version}"
     return value, Origin(f"{package} {point.value}".strip(), _digest(value))

@@ -90,7 +90,7 @@ def evaluate(model_args: str, *options: str, task: str = "tiny_choice") -> tuple
     return (
         "run", "--model", "sparse-hf", "--model_args", model_args, "--tasks", task, "--include_path", "<tasks>",
         "--output_path", "out", *options,
-    )  # fmt: skip
+    )
 
 
 def rows(
@@ -102,11 +102,22 @@ def rows(
 
 def table() -> list[Row]:
     """All rows."""
-    from attack_rows import commands, folders, gen_kwargs, ggufs, metadata, model_args, options, plots, secrets
+    from attack_rows import (
+        commands,
+        folders,
+        gen_kwargs,
+        ggufs,
+        metadata,
+        methods,
+        model_args,
+        options,
+        plots,
+        secrets,
+    )
 
     found = [
         row
-        for part in (model_args, gen_kwargs, metadata, options, plots, commands, ggufs, folders, secrets)
+        for part in (model_args, gen_kwargs, metadata, options, plots, commands, ggufs, folders, secrets, methods)
         for row in part.ROWS
     ]
     names = [row.id for row in found]
