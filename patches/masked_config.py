@@ -3,7 +3,7 @@
 Works around: `--config FILE` prints all settings, model arguments with their tokens among them, and takes any word for
 true: `trust_remote_code: "no"` would run a model's code. A file that names code (`method=path/to/file.py:Class`) is not
 believed either: whoever wrote it may not be the user. Only runs of our model type are affected. Delete when lm-eval
-masks secrets there and checks the types of what a file holds, and says which arguments were typed.
+masks secrets there, checks the types of what a file holds, says which arguments were typed, and makes the model first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from lm_eval_sparse import masking, spelling
-from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.errors import UserError, install_excepthook
 from lm_eval_sparse.harness import MODEL
 from lm_eval_sparse.results.files import brief
 from lm_eval_sparse.values import yes_or_no
@@ -34,6 +34,7 @@ _source: ContextVar[Any] = ContextVar("source", default=None)
 
 def apply(module: ModuleType) -> None:
     """Wrap `__repr__` of `module.EvaluatorConfig`, which is printed, and `_configure`, which uses the values."""
+    install_excepthook()  # settings are read before anything else that would
     cls = module.EvaluatorConfig
     original, configure = cls.__repr__, cls._configure
     if getattr(original, "_lm_eval_sparse", False):
@@ -45,7 +46,10 @@ def apply(module: ModuleType) -> None:
             _check(self)
             if (source := _source.get()) is not None:
                 spelling.refuse_code(self.model_args, str(source))
-        return configure(self)
+        configured = configure(self)
+        if self.model == MODEL:
+            _check_method(self.model_args)
+        return configured
 
     cls._configure = _configure
 
@@ -85,6 +89,13 @@ def _read_from(path: Any) -> Iterator[None]:
         yield
     finally:
         _source.reset(token)
+
+
+def _check_method(model_args: Any) -> None:
+    """Raise `UserError` for methods and knobs that cannot be: some seconds before tasks are listed and models made."""
+    from lm_eval_sparse.methods.plan import parse, split
+
+    parse(split(dict(model_args))[0], quiet=True)
 
 
 def _check(config: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tiny
+from fresh_venv import ROOT, run
 from small_lms import score, sparse
 
 from lm_eval_sparse import spelling
@@ -358,7 +359,9 @@ def test_a_file_of_a_plug_in_s_name_is_meant(here: Path, install: Install) -> No
 def config(here: Path) -> Path:
     (here / "own.py").write_text("open('ran', 'w').close()\n" + METHOD.format(name="own"))
     path = here / "run.yaml"
-    path.write_text("model: sparse-hf\ntasks: [x]\nmodel_args:\n  method: twilight:./own.py:Norms\n  sparsity: 0.5\n")
+    path.write_text(
+        "model: sparse-hf\ntasks: [x]\nmodel_args:\n  method: flexprefill+./own.py:Norms\n  sparsity: 0.5\n"
+    )
     return path
 
 
@@ -384,9 +387,9 @@ def test_a_configuration_file_runs_no_code(config: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv("LM_EVAL_SPARSE_ALLOW_CODE", value)
         with pytest.raises(UserError):
             configured(config)
-    monkeypatch.setenv("LM_EVAL_SPARSE_ALLOW_CODE", "1")
-    assert configured(config).model_args["method"] == "twilight:./own.py:Norms"
     assert not (config.parent / "ran").exists()
+    monkeypatch.setenv("LM_EVAL_SPARSE_ALLOW_CODE", "1")
+    assert configured(config).model_args["method"] == "flexprefill+./own.py:Norms"
 
 
 def test_what_is_typed_takes_the_place_of_the_file(config: Path) -> None:
@@ -395,13 +398,39 @@ def test_what_is_typed_takes_the_place_of_the_file(config: Path) -> None:
     assert read(**found.model_args).method == "own" and (config.parent / "ran").exists()
 
 
+def test_methods_are_looked_at_with_the_settings(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Tasks are listed and models are made later, which takes a while."""
+    for model_args, words in (
+        ({"method": "quset"}, "did you mean 'quest'"),
+        ({"method": "quest", "quest.bugdet": 5}, "did you mean 'budget'"),
+        ({"method": "quest", "sparsity": 2}, "sparsity=2 is not accepted"),
+    ):
+        with pytest.raises(UserError, match=words):
+            configured(config, model_args=model_args)
+    caplog.clear()
+    assert configured(config, model_args={"method": "snapkv+quest", "sparsity": 0.5}).tasks
+    assert not [record for record in caplog.records if record.name.startswith("lm_eval_sparse")], "said once, later"
+
+
+def test_plain_lm_eval_says_it_in_one_line(config: Path) -> None:
+    code = (
+        "import sys; from lm_eval_sparse import patches; patches.install(); sys.argv[0] = 'lm_eval'; "
+        "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    )
+    words = (sys.executable, "-c", code, "run", "--config", config)
+    done = run(*words, cwd=config.parent, check=False, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1 and not (config.parent / "ran").exists()
+    assert done.stderr.splitlines()[-1].startswith("lm-eval-sparse: error: ") and "Traceback" not in done.stderr
+    assert "own.py:Norms is a file with code" in done.stderr
+
+
 def test_a_configuration_file_for_another_model_is_not_ours(config: Path) -> None:
     config.write_text(config.read_text().replace("sparse-hf", "hf"))
     assert configured(config).model_args["method"]
 
 
 def test_a_configuration_file_may_name_methods(config: Path) -> None:
-    config.write_text(config.read_text().replace("twilight:./own.py:Norms", "flexprefill+quest"))
+    config.write_text(config.read_text().replace("./own.py:Norms", "quest"))
     assert configured(config).model_args == {"method": "flexprefill+quest", "sparsity": 0.5}
 
 

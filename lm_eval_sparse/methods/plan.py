@@ -291,8 +291,11 @@ def split(model_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def parse(ours: dict[str, Any]) -> SparseConfig:
+def parse(ours: dict[str, Any], *, quiet: bool = False) -> SparseConfig:
     """Check the sparse arguments.
+
+    Args:
+        quiet: log no warnings.
 
     Raises:
         UserError: unknown method, preset or backend, sparsity out of range or beside the knobs that it decides,
@@ -303,7 +306,8 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
     names = typed_chains(ours.get("method", Dense.name))
     chosen = chains(names)
     for line in METHODS.shadowed({cls.name for chain in chosen.values() for cls in chain.classes}):
-        logger.warning(line)
+        if not quiet:
+            logger.warning(line)
     backend = ours.get("backend", "auto")
     if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         accepted = ", ".join(("auto", *BACKENDS))
@@ -339,7 +343,7 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
         for phase, method in methods.items():
             presets.check(preset, method, sparsities[phase])
     kept, read = sparsities.get("eviction"), sparsities.get("decode")
-    if kept and read and read <= kept:
+    if kept and read and read <= kept and not quiet:
         logger.warning(
             "decode_sparsity=%g is measured against the whole context, of which %s keeps %g: %s has little left to "
             "skip; give a decode_sparsity above kv_sparsity=%g",

@@ -88,8 +88,18 @@ def short(text: str) -> str:
 def evaluate(model_args: str, *options: str, task: str = "tiny_choice") -> tuple[str, ...]:
     """The arguments of a run on the tiny tasks, whose results go to `out`."""
     return (
-        "run", "--model", "sparse-hf", "--model_args", model_args, "--tasks", task, "--include_path", "<tasks>",
-        "--output_path", "out", *options,
+        "run",
+        "--model",
+        "sparse-hf",
+        "--model_args",
+        model_args,
+        "--tasks",
+        task,
+        "--include_path",
+        "<tasks>",
+        "--output_path",
+        "out",
+        *options,
     )
 
 
