@@ -380,7 +380,7 @@ def test_a_configuration_file_runs_no_code(config: Path, monkeypatch: pytest.Mon
             load()
     config.write_text(config.read_text().replace("model_args:\n  method: ", "model_args: method=").split("\n  sp")[0])
     with pytest.raises(
-        UserError, match=r"run.yaml has method=twilight:./own.py:Norms, .* set LM_EVAL_SPARSE_ALLOW_CODE=1"
+        UserError, match=r"run.yaml has method=flexprefill.*, set LM_EVAL_SPARSE_ALLOW_CODE=1"
     ):
         configured(config)
     for value in ("", "0"):
