@@ -82,16 +82,14 @@ class Subject:
     def covering(self) -> dict[str, dict[str, Any]]:
         """Knobs under which prompts of a few hundred tokens are read whole.
 
-        They are the largest budgets that there are, or what a class says as its `covering`.
+        They are the largest budgets that there are, or what a class says as its `whole`.
         """
         found = {}
         for cls in self.chain.classes:
-            whole = getattr(cls, "covering", None)
-            if whole is None:
-                whole = {cls.budget_knobs[0]: 1} if cls.native is Mass else dict.fromkeys(cls.budget_knobs, EVERYTHING)
-                # A window that no prompt has is refused.
-                whole |= {"window": LONGEST} if "window" in whole else {}
-            found[cls.name] = {**cls.tiny, **whole}
+            most = dict.fromkeys(cls.budget_knobs, EVERYTHING) if cls.native is not Mass else {cls.budget_knobs[0]: 1}
+            # A window that no prompt has is refused.
+            most |= {"window": LONGEST} if "window" in most else {}
+            found[cls.name] = {**cls.tiny, **(getattr(cls, "whole", None) or most)}
         return found
 
     def build(self, knobs: Mapping[str, Mapping[str, Any]]) -> Any:
