@@ -29,10 +29,10 @@ NAMES = (
 #: Of these, a name that differs by a slip is taken for one where a message would repeat what was typed.
 _SLIPS = ("token", "hf_token", "password", "passwd", "secret", "api_key", "apikey", "credentials")
 
-#: Names that end like those, or look like a slip, and are none: special tokens, and numbers of tokens.
+#: Names that end like those, or look like a slip, and are none: special tokens, numbers of tokens, and per token.
 INNOCENT = re.compile(
     r"(?:.*_)?(?:bos|eos|pad|unk|sep|cls|mask|prefix|image|audio|video|stop|end|start|begin|first|last|next|new|eot|"
-    r"eom|sos)_token|tokens"
+    r"eom|sos|per)_token|tokens"
 )
 
 #: What gives a secret away wherever it stands: the prefix of a token of the Hub and others, a password in a URL. What a

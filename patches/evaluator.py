@@ -98,9 +98,12 @@ def _with_figures(make_table: Any) -> Any:
             table = f"{table}\n{left_out}"
         figures = ""
         if column == "results":
+            from lm_eval_sparse.results.diagnostics import summary
             from lm_eval_sparse.results.load import figures_table
 
             figures = figures_table(result_dict)
+            if diagnosed := summary(result_dict):
+                figures = f"{figures}\n{diagnosed}"
         # Names come from files and from the Hub, and a terminal would obey the control characters in them.
         return plain(f"{table}\n{figures}" if figures else table)
 

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -144,8 +145,10 @@ def _with_known_samples(evaluate: Any) -> Any:
     @functools.wraps(evaluate)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
-        if is_ours(given.get("lm")) and given.get("samples"):
-            _check_samples(given["samples"], given.get("task_dict") or {})
+        if is_ours(given.get("lm")):
+            if given.get("samples"):
+                _check_samples(given["samples"], given.get("task_dict") or {})
+            _check_diagnosed(given)
         return evaluate(*args, **kwargs)
 
     return wrapper
@@ -163,6 +166,23 @@ def _check_samples(samples: Mapping[str, Any], loaded: Mapping[str, Any]) -> Non
         number = len(tasks[name].eval_docs) if name in tasks else None
         if number is not None and max(indexes) >= number:
             raise UserError(f"--samples {name}: there is no document {max(indexes)}; give 0 to {number - 1}")
+
+
+def _check_diagnosed(given: Mapping[str, Any]) -> None:
+    """Raise `UserError` where more samples are to be diagnosed than there are documents."""
+    wanted = getattr(given["lm"], "lm", given["lm"]).sparse.diagnose
+    tasks, limit = (given.get("task_dict") or {}).get("tasks", {}), given.get("limit")
+    if not wanted or not tasks:
+        return
+    numbers = {name: len(task.eval_docs) for name, task in tasks.items()}
+    if limit is not None:
+        numbers = {name: min(n, ceil(n * limit) if limit < 1 else int(limit)) for name, n in numbers.items()}
+    numbers |= {name: len(indexes) for name, indexes in (given.get("samples") or {}).items() if name in numbers}
+    if (number := sum(numbers.values())) < wanted:
+        raise UserError(
+            f"diagnose={wanted} is more than the {number} samples of this run: give diagnose={number} or less"
+            + ("" if limit is None else f", or a larger --limit than {limit:g}")
+        )
 
 
 def _check(options: dict[str, Any]) -> None:

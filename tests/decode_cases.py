@@ -54,6 +54,7 @@ class Case:
     seen: list[Tensor]
     live: list[int]
     expected: Tensor
+    sink: Tensor | None = None
 
     def run(self, backend: str, keys_read: Tensor | None = None) -> Tensor:
         out, used = paged_decode(
@@ -65,6 +66,7 @@ class Case:
             window=self.window,
             backend=backend,
             keys_read=keys_read,
+            sink=self.sink,
         )
         assert used == backend
         return out
@@ -168,8 +170,16 @@ def dense_keys(
     return seen
 
 
-def attention(query: Tensor, kv: RaggedKV, seen: Sequence[Tensor], scale: float, softcap: float | None) -> Tensor:
-    """The definition: `(S, G, T, D_v)` fp64 softmax attention of each token to exactly the keys that it reads."""
+def attention(
+    query: Tensor,
+    kv: RaggedKV,
+    seen: Sequence[Tensor],
+    scale: float,
+    softcap: float | None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """The definition: `(S, G, T, D_v)` fp64 softmax attention of each token to exactly the keys that it reads, times
+    sigmoid(lse - sink) where there are sinks `(kv.heads * G,)`."""
     out = torch.zeros(*query.shape[:3], kv.values.shape[-1], dtype=torch.float64, device=query.device)
     for s, (start, length) in enumerate(zip(kv.starts.tolist(), kv.lengths.tolist(), strict=True)):
         if not length:
@@ -181,6 +191,9 @@ def attention(query: Tensor, kv: RaggedKV, seen: Sequence[Tensor], scale: float,
         scores = torch.where(seen[s], scores, -torch.inf)
         weights = torch.exp(scores - scores.amax(-1, keepdim=True))
         out[s] = weights @ value / weights.sum(-1, keepdim=True)
+        if sink is not None:
+            own = sink.double().view(kv.heads, -1, 1, 1)[s % kv.heads]
+            out[s] *= torch.sigmoid(scores.logsumexp(-1, keepdim=True) - own)
     return out
 
 
@@ -198,9 +211,12 @@ def random_case(
     softcap: float | None = None,
     window: int | None = None,
     poison: bool = True,
+    heads: int = 1,
+    sinks: bool = False,
 ) -> Case:
     """Dense without a page size. Poisoned: keys that no token reads are NaN, which only `naive` may look at."""
-    kv = random_kv(draw, lengths, dim, value_dim, dtype)
+    kv = replace(random_kv(draw, lengths, dim, value_dim, dtype), heads=heads)
+    sink = (draw.normal(heads * group) * 3).to(dtype) if sinks else None
     # As models make them: a view of (S, T, G, D).
     query = (draw.normal(len(lengths), steps, group, dim) * draw.rng.choice((1.0, 3.0))).to(dtype).transpose(1, 2)
     selection, seen = None, dense_keys(lengths, steps, window, draw.device)
@@ -208,14 +224,14 @@ def random_case(
         selection, seen = random_pages(draw, lengths, group if own else 1, steps, page_size)
         selection.check(kv)
     scale = draw.rng.choice((dim**-0.5, 0.2))
-    expected = attention(query, kv, seen, scale, softcap)
+    expected = attention(query, kv, seen, scale, softcap, sink)
     if poison:
         for start, keys in zip(kv.starts.tolist(), seen, strict=True):
             if keys.shape[-1]:
                 unread = start + (~keys.flatten(0, 1).any(0)).nonzero().flatten()
                 kv.keys[unread], kv.values[unread] = torch.nan, torch.nan
     live = [s for s, length in enumerate(lengths) if length]
-    return Case(query, kv, selection, scale, softcap, window, seen, live, expected)
+    return Case(query, kv, selection, scale, softcap, window, seen, live, expected, sink)
 
 
 def every_page(kv: RaggedKV, lists: int, steps: int, page_size: int) -> Reads:

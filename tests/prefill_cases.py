@@ -129,8 +129,17 @@ def lists(mask: Tensor, more: int) -> tuple[Tensor, Tensor]:
     return torch.cat([ids[..., :width], poison], -1).contiguous(), counts
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float, softcap: float | None) -> Tensor:
-    """The definition: `(H, L, D)` fp64 softmax attention of each query to exactly the keys that it sees."""
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: Row,
+    scale: float,
+    softcap: float | None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """The definition: `(H, L, D_v)` fp64 softmax attention of each query to exactly the keys that it sees, times
+    sigmoid(lse - sink) where there are sinks `(H,)`."""
     group = len(query) // len(key)
     result = []
     for head, seen in enumerate(row.pairs()):
@@ -140,6 +149,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float,
         scores = torch.where(seen, scores, -torch.inf)
         weights = torch.exp(scores - scores.max(-1, keepdim=True).values)
         result.append(weights @ value[head // group].double() / weights.sum(-1, keepdim=True))
+        if sink is not None:
+            result[-1] *= torch.sigmoid(scores.logsumexp(-1, keepdim=True) - sink[head].double())
     return torch.stack(result)
 
 
@@ -210,6 +221,7 @@ class Call:
     scale: float
     softcap: float | None
     expected: list[Tensor]
+    sink: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Blocks]]:
@@ -235,29 +247,39 @@ def random_call(
     kind: str | None = None,
     softcap: float | None = None,
     poison: bool = True,
+    value_dim: int | None = None,
+    sinks: bool = False,
 ) -> Call:
-    """Rows of `lengths` for `heads` = (query heads, KV heads); poisoned: keys that no head reads are NaN."""
+    """Rows of `lengths` for `heads` = (query heads, KV heads); poisoned: keys that no head reads are NaN.
+
+    `value_dim`: of values, where it is not that of keys; `sinks`: whether heads have some, of the dtype.
+    """
     rows = [random_row(draw, heads[0], length, *blocks, kind) for length in lengths]
     sharpness = draw.rng.choice((1.0, 3.0))
     states = [
-        [(draw.normal(number, length, dim) * factor).to(dtype) for length in lengths]
-        for number, factor in ((heads[0], sharpness), (heads[1], 1.0), (heads[1], 1.0))
+        [(draw.normal(number, length, size) * factor).to(dtype) for length in lengths]
+        for number, factor, size in (
+            (heads[0], sharpness, dim),
+            (heads[1], 1.0, dim),
+            (heads[1], 1.0, value_dim or dim),
+        )
     ]
+    sink = (draw.normal(heads[0]) * 3).to(dtype) if sinks else None
     scale = draw.rng.choice((dim**-0.5, 0.07))
-    expected = [attention(*row, scale, softcap) for row in zip(*states, rows, strict=True)]
+    expected = [attention(*row, scale, softcap, sink) for row in zip(*states, rows, strict=True)]
     if poison:
         for row, key, value in zip(rows, *states[1:], strict=True):
             read = row.keys.any(1).reshape(heads[1], -1, row.layout.length).any(1)
             read[:, : row.layout.block_k] = True  # `gather` fills its batches with the first block
             for state in (key, value):
                 state[~read] = torch.nan
-    outs = [torch.full_like(query, torch.nan) for query in states[0]]
+    outs = [query.new_full((*query.shape[:2], value_dim or dim), torch.nan) for query in states[0]]
     forms = [draw.rng.choice(FORMS) for _ in range(4)]
     (queries, _), (keys, _), (values, _), (outs, buffers) = (
         store(draw, state, form) for state, form in zip((*states, outs), forms, strict=True)
     )
     layouts = [row.layout for row in rows]
-    return Call(queries, keys, values, layouts, outs, buffers, scale, softcap, expected)
+    return Call(queries, keys, values, layouts, outs, buffers, scale, softcap, expected, sink)
 
 
 def assert_close(out: Tensor, expected: Tensor, softcap: float | None = None, factor: float = 1.0) -> None:

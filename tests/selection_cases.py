@@ -245,7 +245,7 @@ PAGES: dict[str, tuple[Callable[[Reads], Any], str]] = {
     "twice": (change("ids", (1, 0, 0, 1), 0), "does not list pages in ascending order"),
     "descending": (change("ids", (1, 0, 0, slice(0, 2)), [2, 1]), "does not list pages in ascending order"),
     "int64": (lambda found: replace(found, counts=found.counts.long()), "counts torch.int64"),
-    "page size": (lambda found: replace(found, unit=16), "page_size is 8"),
+    "page size": (lambda found: replace(found, unit=16), "read_unit is 8"),
     "for ever": (lambda found: replace(found, ready=torch.zeros(len(found.ids)).int()), "ready is given"),
 }
 

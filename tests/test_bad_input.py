@@ -472,7 +472,7 @@ KINDS: dict[str, str] = {
     "ernie": "causal",
     "t5": "encoder-decoder",
     "bart": "encoder-decoder",
-    **dict.fromkeys(("mamba", "rwkv", "bloom", "mpt", "falcon_alibi", "gpt_neo", "gpt_oss", "minimax"), ""),
+    **dict.fromkeys(("mamba", "rwkv", "bloom", "mpt", "falcon_alibi", "gpt_neo", "minimax"), ""),
 }
 
 
@@ -486,7 +486,7 @@ def test_model_with_an_attention_that_is_not_supported(
     assert_says(message, str(folder), KINDS[name], "sparse-hf evaluates" if KINDS[name] else "--model hf")
 
 
-@pytest.mark.parametrize("name", ["mamba", "bloom", "gpt_neo", "gpt_oss", "ernie"])
+@pytest.mark.parametrize("name", ["mamba", "bloom", "gpt_neo", "ernie"])
 def test_unsupported_model_in_memory(name: str) -> None:
     with pytest.raises(UserError) as caught:
         SparseHFLM(pretrained=tiny.unsupported(name), tokenizer=tiny.tiny_tokenizer())

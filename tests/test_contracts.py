@@ -627,7 +627,7 @@ NONSENSE: dict[str, tuple[str, Any, str]] = {
         lambda r: replace(r, bias=r.bias * math.nan),
         "bias holds numbers",
     ),
-    "a unit of another size": ("test_sampled", lambda r: replace(r, unit=2), "page_size is 1"),
+    "a unit of another size": ("test_sampled", lambda r: replace(r, unit=2), "read_unit is 1"),
     "virtual values of another size": (
         "test_virtual",
         lambda r: replace(r, extra=replace(r.extra, values=r.extra.values[..., :3])),

@@ -50,7 +50,7 @@ from lm_eval_sparse.runtime.rounding import rows_alike
 LOOP = "cuda_graph" if DEVICE == "cuda" else "eager"
 on_a_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="what a CPU does")
 
-FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "phi3")
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "phi3", "gpt_oss")
 #: Windows in all layers, learned positions.
 DENSE_FAMILIES = ("mistral", "gpt2", "opt")
 METHODS: dict[str, dict[str, Any]] = {

@@ -379,9 +379,7 @@ def test_a_configuration_file_runs_no_code(config: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError, match="./own.py:Norms is a file with code, which runs only when you type it"):
             load()
     config.write_text(config.read_text().replace("model_args:\n  method: ", "model_args: method=").split("\n  sp")[0])
-    with pytest.raises(
-        UserError, match=r"run.yaml has method=flexprefill.*, set LM_EVAL_SPARSE_ALLOW_CODE=1"
-    ):
+    with pytest.raises(UserError, match=r"run.yaml has method=flexprefill.*, set LM_EVAL_SPARSE_ALLOW_CODE=1"):
         configured(config)
     for value in ("", "0"):
         monkeypatch.setenv("LM_EVAL_SPARSE_ALLOW_CODE", value)

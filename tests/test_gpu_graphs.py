@@ -14,7 +14,7 @@ import pytest
 import torch
 from decoding_lms import generate, lm_of, prompts_of
 
-from lm_eval_sparse.runtime.decoder import Decoder
+from lm_eval_sparse.runtime.graphs import Graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -32,10 +32,11 @@ def test_a_capture_after_all_graphs_were_dropped(method: str, monkeypatch: pytes
     """Something made during a capture outlives its graph, as what modelling code keeps for itself does."""
     rng = random.Random(5)
     kept: list[Any] = []
-    capture = Decoder._capture
+    capture = Graphs._capture
 
-    def keeping(self: Decoder) -> Any:
-        call = self.call
+    def keeping(self: Graphs) -> Any:
+        decoder = self._step.__self__
+        call = decoder.call
 
         def noted(*args: Any) -> Any:
             logits = call(*args)
@@ -43,13 +44,13 @@ def test_a_capture_after_all_graphs_were_dropped(method: str, monkeypatch: pytes
                 kept.append(logits * 2)
             return logits
 
-        self.call = noted
+        decoder.call = noted
         try:
             return capture(self)
         finally:
-            self.call = call
+            decoder.call = call
 
-    monkeypatch.setattr(Decoder, "_capture", keeping)
+    monkeypatch.setattr(Graphs, "_capture", keeping)
     lm = lm_of("llama", method=method, batch_size=4, **({"sparsity": 0.5} if method == "quest" else {}))
     for low, high in ((5, 60), (100, 180), (10, 170)):  # longer prompts move storage: everything is captured anew
         texts = generate(lm, prompts_of(rng, 9, low, high), max_gen_toks=9)

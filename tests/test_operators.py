@@ -345,7 +345,7 @@ def test_prefill_refuses_layouts_that_do_not_fit(changes: dict, message: str) ->
     ("change", "message"),
     [
         (lambda q, k, v: ((q, k[:, :-1], v), {}), "do not fit together"),
-        (lambda q, k, v: ((q, k, v[..., :8]), {}), "do not fit together"),
+        (lambda q, k, v: ((q, k, v[..., :0]), {}), "do not fit together"),
         (lambda q, k, v: ((q, k[..., :8], v[..., :8]), {}), "do not fit together"),
         (lambda q, k, v: ((q, k.repeat(2, 1, 1), v.repeat(2, 1, 1)), {}), "do not fit together"),
         (lambda q, k, v: ((q, k, v.double()), {}), "dtypes are"),
@@ -354,6 +354,9 @@ def test_prefill_refuses_layouts_that_do_not_fit(changes: dict, message: str) ->
         (lambda q, k, v: ((q.to("meta"), k.to("meta"), v.to("meta")), {}), "devices are"),
         (lambda q, k, v: ((q, k, v), {"backend": "paged"}), "backend 'paged' is unknown"),
         (lambda q, k, v: ((q, k, v), {"backend": "flex", "softcap": 5.0}), "it takes no softcap"),
+        (lambda q, k, v: ((q, k, v), {"backend": "flex", "sink": torch.zeros(1)}), "it takes no attention sinks"),
+        (lambda q, k, v: ((q, k, v), {"sink": torch.zeros(2)}), r"sink is \(2,\).*expected contiguous \(1,\)"),
+        (lambda q, k, v: ((q, k, v), {"sink": torch.zeros(1).int()}), "of a float dtype"),
     ],
 )
 def test_prefill_refuses_bad_calls(change: Callable, message: str) -> None:

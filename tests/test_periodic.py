@@ -579,8 +579,17 @@ def test_answers_that_are_too_short_are_said_once(
     lm = lm_of(model_of(rng), "test_latest")
     with caplog.at_level(logging.WARNING):
         lm.loglikelihood([request("loglikelihood", text(rng, 50), text(rng, tokens))], disable_tqdm=True)
-        generate(lm, [text(rng, 50)], max_gen_toks=3)
         lm.reporter.check_it_ran()
     said = [record.getMessage() for record in caplog.records if "every=" in record.getMessage()]
-    wanted = "test_latest evicted prompts only, never an answer in its course: every=4, the longest answer has 5"
-    assert said == ([wanted + " tokens"] if tokens == 5 else [])
+    wanted = "test_latest evicted prompts only, never an answer in its course, in t: every=4"
+    assert [line.partition(", and")[0] for line in said] == ([wanted] if tokens == 5 else [])
+    phase = lm.report()["tasks"]["t"]["eviction"]
+    assert phase["compactions"] == (0 if tokens == 5 else lm.model.config.num_hidden_layers)
+
+
+def test_no_room_for_an_eviction_is_refused(rng: random.Random) -> None:
+    lm = lm_of(model_of(rng), "test_latest")
+    with pytest.raises(UserError, match=r"every=4: no answer is evicted.* \(max_gen_toks=5\); type every=3 or less"):
+        generate(lm, [text(rng, 50)], max_gen_toks=5)
+    generate(lm, [text(rng, 50)], max_gen_toks=6)
+    assert lm.report()["phases"]["eviction"]["compactions"] == lm.model.config.num_hidden_layers

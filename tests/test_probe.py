@@ -179,11 +179,15 @@ SPREAD = {
     "camembert": ("dense prefill eviction decode", ""),  # positions that do not begin at 0
     "jamba": ("dense prefill eviction decode", ""),  # a recurrent state: generated tasks only
     "mistral": ("dense", "no method can be applied to any of its layers (sliding window of 32 tokens)"),
+    "phi4_multimodal": ("dense", "sliding window of 32 tokens"),  # its image tower is none of ours
     "glm4_moe_lite": ("dense prefill", "is given other keys and values"),  # latent attention
     "jetmoe": ("dense prefill", "is given other keys and values"),  # they are repeated behind the cache
     "diffllama": ("dense prefill", "runs 2 times in layer 0"),
-    "falcon_h1": ("dense prefill", "keeps more than keys and values"),  # a recurrent state beside them
-    "gpt_oss": ("", "'s_aux' (attention sinks)"),
+    "deepseek_v3": ("dense prefill", "latent attention"),  # values of other dimensions than keys
+    "falcon_h1": ("dense prefill eviction decode", ""),  # a recurrent state in the same layer: generated tasks only
+    "gpt_oss": ("dense prefill eviction decode", ""),  # attention sinks, windows and full layers
+    "granite_swa": ("dense prefill eviction decode", ""),  # sinks that its own function applies behind the softmax
+    "zamba2": ("dense prefill eviction decode", ""),  # one attention module that several layers share
     "deepseek_v32": ("", "'indices'"),
     "inkling_text": ("", "'position_bias'"),
     "doge": ("", "a mask that transformers' mask functions did not make"),
@@ -352,7 +356,7 @@ def test_a_mask_that_is_changed_on_its_way_is_refused() -> None:
         ours(given)
 
 
-@pytest.mark.parametrize("name", ["block_indices", "s_aux", "attention_bias", "something_new"])
+@pytest.mark.parametrize("name", ["block_indices", "sinks", "attention_bias", "something_new"])
 def test_arguments_that_nobody_knows_are_refused_by_name(name: str) -> None:
     given = model()
     module = given.model.layers[1].self_attn
@@ -362,6 +366,17 @@ def test_arguments_that_nobody_knows_are_refused_by_name(name: str) -> None:
         ours(given)
     module.forward = types.MethodType(lambda self, *a, **k: forward(*a, **{**k, name: None}), module)
     ours(given)
+
+
+def test_modules_that_do_not_say_their_layer_are_refused() -> None:
+    given = model()
+    given.model.layers[1].self_attn.layer_idx = -1  # where the last layer lies, as it happens
+    ours(given, method="flexprefill", sparsity=0.5)
+    with pytest.raises(UserError, match="several layers share one attention module"):
+        ours(given, method="snapkv", sparsity=0.5)
+    given.model.layers[1].self_attn.layer_idx = None
+    with pytest.raises(UserError, match="LlamaAttention does not say which layer it is in"):
+        ours(given)
 
 
 def test_a_layer_that_first_runs_later_is_refused() -> None:

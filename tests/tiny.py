@@ -62,6 +62,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"head_dim": 16, "sliding_window": 40}),
     "mistral_full": ("MistralConfig", {"head_dim": 16, "sliding_window": None}),
     "phi3": ("Phi3Config", {"sliding_window": None}),
+    # Attention sinks; layer 0 has a window.
+    "gpt_oss": (
+        "GptOssConfig", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 24}
+    ),
     # Layers of other kinds between those of attention, positions learned or elsewhere, latent attention.
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}),
     "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
@@ -70,6 +74,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
          "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
          "num_key_value_heads": 4},
+    ),
+    "falcon_h1": (
+        "FalconH1Config", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
     ),
     "lfm2": ("Lfm2Config", {"full_attn_idxs": [1]}),
     "qwen3_next": (
@@ -114,11 +121,6 @@ UNSUPPORTED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GPTNeoConfig",
         "AutoModelForCausalLM",
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16},
-    ),
-    "gpt_oss": (
-        "GptOssConfig",
-        "AutoModelForCausalLM",
-        {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 24},
     ),
     "minimax": ("MiniMaxConfig", "AutoModelForCausalLM", {"head_dim": 16, "num_local_experts": 2}),
 }  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import naive
 from .naive import bisect_share, closest_count
 
-__all__ = ["bisect_share", "closest_count", "solve"]
+__all__ = ["bisect_share", "closest_count", "solve", "solve_each"]
 
 
 def solve(admission: Tensor, weight: Tensor, goal: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -47,3 +47,23 @@ def solve(admission: Tensor, weight: Tensor, goal: float | Tensor) -> tuple[Tens
     if not admission.numel():
         return torch.zeros_like(admission, dtype=torch.bool), admission.new_full((), torch.inf)
     return naive.solve(admission, weight, goal)
+
+
+def solve_each(admission: Tensor, weight: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """`solve` for each row of `admission (N, M)` and `weight (N, M)` and its own `goal (N,)` fp64.
+
+    Returns:
+        What is taken `(N, M)`, and the least admission that was taken of each row `(N,)`.
+
+    Raises:
+        ValueError: shapes or devices that do not fit together.
+    """
+    rows = admission.shape[:1]
+    if admission.dim() != 2 or weight.shape != admission.shape or goal.shape != rows or not admission.shape[1]:
+        raise ValueError(
+            f"admission is {tuple(admission.shape)}, weight {tuple(weight.shape)}, goal {tuple(goal.shape)}; expected "
+            "(N, M) twice and (N,), with M of at least 1"
+        )
+    if not admission.device == weight.device == goal.device:
+        raise ValueError(f"devices are {admission.device}, {weight.device}, {goal.device}; expected one device")
+    return naive.solve_each(admission, weight, goal.double())

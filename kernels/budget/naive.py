@@ -18,22 +18,29 @@ HALVINGS = 60
 
 def solve(admission: Tensor, weight: Tensor, goal: float | Tensor) -> tuple[Tensor, Tensor]:
     """See `budget.solve`."""
-    flat, weights = admission.flatten(), weight.flatten()
-    flat = torch.where(flat.isnan(), -torch.inf, flat)
-    number = torch.arange(1, len(flat) + 1, device=flat.device)
-    order = len(flat) - 1 - flat.flip(0).sort(descending=True, stable=True).indices
-    ordered = flat[order]
+    goal = torch.as_tensor(goal, dtype=torch.float64, device=admission.device)
+    taken, rest = solve_each(admission.reshape(1, -1), weight.reshape(1, -1), goal.reshape(1))
+    return taken.reshape(admission.shape), rest[0]
+
+
+def solve_each(admission: Tensor, weight: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """See `budget.solve_each`."""
+    admission = torch.where(admission.isnan(), -torch.inf, admission)
+    last = admission.shape[1] - 1
+    number = torch.arange(1, last + 2, device=admission.device)
+    order = last - admission.flip(1).sort(dim=1, descending=True, stable=True).indices
+    ordered = admission.gather(1, order)
     # In fp64: sums of pairs of long prompts are no fp32 numbers.
-    apart = (weights[order].cumsum(0, dtype=torch.int64).double() - goal).abs()
+    apart = (weight.gather(1, order).cumsum(1, dtype=torch.int64).double() - goal[:, None]).abs()
     # Forced entries at least, impossible ones never.
-    least, most = (ordered == torch.inf).sum(), (ordered > -torch.inf).sum()
-    apart = apart.masked_fill((number < least) | (number > most), torch.inf)
-    many = len(flat) - apart.flip(0).argmin()  # the first of equals, which is the larger number
-    nothing = torch.as_tensor(goal, dtype=torch.float64, device=flat.device).abs()
-    many = torch.where((least == 0) & (nothing < apart.gather(0, (many - 1)[None])[0]), 0, many)
-    taken = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, order, number <= many)
-    rest = torch.where(many > 0, ordered.gather(0, (many - 1).clamp(min=0)[None])[0], torch.inf)
-    return taken.reshape(admission.shape), rest
+    least, most = ((ordered == torch.inf).sum(1), (ordered > -torch.inf).sum(1))
+    apart = apart.masked_fill((number < least[:, None]) | (number > most[:, None]), torch.inf)
+    many = last + 1 - apart.flip(1).argmin(1)  # the first of equals, which is the larger number
+    nearest = apart.gather(1, (many - 1)[:, None])[:, 0]
+    many = torch.where((least == 0) & (goal.abs() < nearest), 0, many)
+    taken = torch.zeros_like(admission, dtype=torch.bool).scatter_(1, order, number <= many[:, None])
+    rest = torch.where(many > 0, ordered.gather(1, (many - 1).clamp(min=0)[:, None])[:, 0], torch.inf)
+    return taken, rest
 
 
 def bisect_share(density: Callable[[float], float], target: float) -> float:

@@ -36,6 +36,7 @@ def paged_decode(
     backend: str = "auto",
     keys_read: Tensor | None = None,
     lse: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, str]:
     """Attention of the last T tokens of each sequence to its keys, or to those of their pages.
 
@@ -54,6 +55,9 @@ def paged_decode(
         lse: `(S, G, T)` fp32 (or fp64, of fp64 queries), contiguous: filled with the natural logarithm of the sum of
             the exponentials of all scores that a token reads, virtual ones included; minus infinity at sequences of
             length 0. Asking for it changes no bit of the output.
+        sink: `(H,)` of a float dtype, contiguous, for the `kv.heads * G` query heads of a row: a logit of each that
+            joins the denominator of its softmax (an attention sink), or None. It is not counted in `lse`: what would
+            be the output is then `out * sigmoid(lse - sink)`.
 
     Returns:
         `(S, G, T, D_v)` in the query's dtype, 0 at sequences of length 0 and where biases of minus infinity hide all
@@ -68,15 +72,17 @@ def paged_decode(
     _check(query, kv, selection, softcap, window, keys_read)
     if lse is not None:
         _check_lse(query, lse)
+    if sink is not None:
+        _check_sink(query, kv, sink)
     name = choose_backend(query, kv, backend)
     if name == "triton":
         from . import triton
 
-        return triton.forward(query, kv, selection, scale, softcap, window, keys_read, lse), name
+        return triton.forward(query, kv, selection, scale, softcap, window, keys_read, lse, sink), name
     if keys_read is not None:
         keys_read.copy_(_dense_keys(kv, query.shape[2], window) if selection is None else selection.keys_read(kv))
     forward = naive.forward if name == "naive" else gather.forward
-    return forward(query, kv, selection, scale, softcap, window, lse), name
+    return forward(query, kv, selection, scale, softcap, window, lse, sink), name
 
 
 def mass(
@@ -102,7 +108,7 @@ def mass(
     Returns:
         `(S, G, T, W * unit)` in the dtype of `lse`: place `w * unit + i` is key i of the w-th listed page, 0 where
         there is none that the token may see. Without a selection `(S, G, T, longest)`, a place for each key. The sum
-        is 1, less what virtual keys weigh.
+        is 1, less what virtual keys weigh; what a sink weighs is left out of it.
 
     Raises:
         ValueError: as `paged_decode`.
@@ -164,6 +170,14 @@ def _check_lse(query: Tensor, lse: Tensor) -> None:
         )
     if lse.device != query.device:
         raise ValueError(f"devices are {query.device}, {lse.device} (lse); expected one device")
+
+
+def _check_sink(query: Tensor, kv: RaggedKV, sink: Tensor) -> None:
+    heads = kv.heads * query.shape[1]
+    if sink.shape != (heads,) or not sink.dtype.is_floating_point or not sink.is_contiguous():
+        raise ValueError(f"sink is {tuple(sink.shape)} {sink.dtype}; expected contiguous ({heads},) of a float dtype")
+    if sink.device != query.device:
+        raise ValueError(f"devices are {query.device}, {sink.device} (sink); expected one device")
 
 
 def choose_backend(query: Tensor, kv: RaggedKV, backend: str) -> str:

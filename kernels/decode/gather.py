@@ -25,6 +25,7 @@ def forward(
     softcap: float | None,
     window: int | None,
     lse: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """See `paged_decode`. Scores and softmax in fp32 (fp64 for fp64 input), values in the input dtype.
 
@@ -32,22 +33,31 @@ def forward(
     """
     if selection is not None and (selection.bias is not None or selection.extra is not None):
         out = query.new_zeros(*query.shape[:3], kv.values.shape[-1])
-        _weighed(query, kv, selection, scale, softcap, None, out, lse)
+        _weighed(query, kv, selection, scale, softcap, None, out, lse, sink)
         return out
     if lse is not None:
         _weighed(query, kv, selection, scale, softcap, window, None, lse)
+    own = None if sink is None else sink.view(kv.heads, -1)
     if selection is None and query.shape[2] == 1 and len(query):
-        rows = [_dense_row(query[row, :, 0], kv, row, even, 0, window, scale, softcap) for row, even in kv.rows()]
+        rows = [_dense_row(query[row, :, 0], kv, row, even, 0, window, scale, softcap, own) for row, even in kv.rows()]
         return torch.cat(rows)[:, :, None]
     out = query.new_zeros(*query.shape[:3], kv.values.shape[-1])
     if selection is not None:
-        _paged(query, kv, selection, scale, softcap, out)
+        _paged(query, kv, selection, scale, softcap, out, own)
     else:
-        _dense(query, kv, scale, softcap, window, out)
+        _dense(query, kv, scale, softcap, window, out, own)
     return out
 
 
-def _paged(query: Tensor, kv: RaggedKV, selection: Reads, scale: float, softcap: float | None, out: Tensor) -> None:
+def _paged(
+    query: Tensor,
+    kv: RaggedKV,
+    selection: Reads,
+    scale: float,
+    softcap: float | None,
+    out: Tensor,
+    sink: Tensor | None,
+) -> None:
     group, steps = query.shape[1:3]
     size, lists = selection.unit, selection.ids.shape[1]
     counts = selection.keys_read(kv).tolist()
@@ -64,11 +74,12 @@ def _paged(query: Tensor, kv: RaggedKV, selection: Reads, scale: float, softcap:
             if all(part == [end] * lists for part, end in zip(read, visible[own], strict=True)):
                 # All keys for all heads: the very product that dense attention makes.
                 earlier = steps - 1 - t
-                out[own, :, t] = _dense_row(query[own, :, t], kv, own, even, earlier, None, scale, softcap)
+                out[own, :, t] = _dense_row(query[own, :, t], kv, own, even, earlier, None, scale, softcap, sink)
                 continue
             # Lists of one length are one product with a problem for each list; a list of the group's has all its
             # query heads for rows.
             heads = query[own, :, t].unflatten(1, (lists, -1))  # (h, Gs, rows, D)
+            sinks = None if sink is None else sink.unflatten(1, (lists, -1))
             numbers = {number for part in read for number in part}
             if numbers == {0}:
                 continue
@@ -76,7 +87,8 @@ def _paged(query: Tensor, kv: RaggedKV, selection: Reads, scale: float, softcap:
                 at = index[own, :, : read[0][0]].reshape(-1)
                 shape = (-1, read[0][0])
                 key, value = (held.index_select(0, at).view(*shape, held.shape[-1]) for held in (kv.keys, kv.values))
-                found = _attend(heads.flatten(0, 1), key, value, scale, softcap)
+                both = None if sinks is None else sinks.flatten(0, 1)
+                found = _attend(heads.flatten(0, 1), key, value, scale, softcap, sink=both)
                 out[own, :, t] = found.view(-1, group, found.shape[-1])
                 continue
             for s, part in enumerate(read):
@@ -84,7 +96,8 @@ def _paged(query: Tensor, kv: RaggedKV, selection: Reads, scale: float, softcap:
                     if number > 0:
                         at = index[own][s, g, :number]
                         key, value = (held.index_select(0, at)[None] for held in (kv.keys, kv.values))
-                        found = _attend(heads[s, g][None], key, value, scale, softcap)[0]
+                        mine = None if sinks is None else sinks[s, g][None]
+                        found = _attend(heads[s, g][None], key, value, scale, softcap, sink=mine)[0]
                         out[own, :, t].unflatten(1, (lists, -1))[s, g] = found
 
 
@@ -97,6 +110,7 @@ def _weighed(
     window: int | None,
     out: Tensor | None,
     lse: Tensor | None,
+    sink: Tensor | None = None,
 ) -> None:
     """Outputs with biases and virtual keys, and logarithms of sums, one list at a time."""
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -136,6 +150,9 @@ def _weighed(
             value = kv.values.index_select(0, start + at)
             if extra is not None:
                 value = torch.cat([value, extra.values[s]])
+            if sink is not None:  # one more key, of value 0
+                mine = sink.view(kv.heads, -1)[s % kv.heads, rows, None].to(work)
+                scores, value = torch.cat([scores, mine], -1), torch.cat([value, torch.zeros_like(value[:1])])
             # Where biases hide all that is listed the output is 0.
             weights = torch.where(total[:, None] > float("-inf"), scores.softmax(-1), 0.0)
             out[s, rows, t] = weights.to(value.dtype) @ value
@@ -191,7 +208,15 @@ def mass(
     return out
 
 
-def _dense(query: Tensor, kv: RaggedKV, scale: float, softcap: float | None, window: int | None, out: Tensor) -> None:
+def _dense(
+    query: Tensor,
+    kv: RaggedKV,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    out: Tensor,
+    sink: Tensor | None,
+) -> None:
     group, steps = query.shape[1:3]
     for s, (start, length) in enumerate(zip(kv.starts.tolist(), kv.lengths.tolist(), strict=True)):
         if not length:
@@ -206,7 +231,8 @@ def _dense(query: Tensor, kv: RaggedKV, scale: float, softcap: float | None, win
         if window is not None:
             hidden |= place < ends - window
         # The queries of a group are the rows of one product: keys and values are read once, nothing is repeated.
-        found = _attend(query[s].flatten(0, 1)[None], key, value, scale, softcap, hidden.repeat(group, 1))
+        mine = None if sink is None else sink[s % kv.heads].repeat_interleave(steps)[None]
+        found = _attend(query[s].flatten(0, 1)[None], key, value, scale, softcap, hidden.repeat(group, 1), mine)
         out[s] = found[0].unflatten(0, (group, steps))
 
 
@@ -219,19 +245,26 @@ def _dense_row(
     window: int | None,
     scale: float,
     softcap: float | None,
+    sink: Tensor | None = None,
 ) -> Tensor:
-    """One token of one row, `(h, G, D)`, to all keys but the last `behind` ones: at once where its heads are alike."""
+    """One token of one row, `(h, G, D)`, to all keys but the last `behind` ones: at once where its heads are alike.
+
+    `sink`: `(h, G)` or None.
+    """
     if even is None:
-        parts = zip(query, kv.starts[row].tolist(), kv.lengths[row].tolist(), strict=True)
-        heads = [_dense_row(q[None], kv, row, (start, 0, n), behind, window, scale, softcap) for q, start, n in parts]
-        return torch.cat(heads)
+        sinks = [None] * len(query) if sink is None else sink[:, None]
+        parts = zip(query, kv.starts[row].tolist(), kv.lengths[row].tolist(), sinks, strict=True)
+        return torch.cat([
+            _dense_row(q[None], kv, row, (start, 0, n), behind, window, scale, softcap, own)
+            for q, start, n, own in parts
+        ])  # fmt: skip
     start, apart, length = even
     if length <= behind:
         return query.new_zeros(*query.shape[:2], kv.values.shape[-1])
     first = 0 if window is None else max(0, length - behind - window)
     shape = len(query), length - behind - first
     key, value = (_strided(held, shape, start + first, apart) for held in (kv.keys, kv.values))
-    return _attend(query, key, value, scale, softcap)
+    return _attend(query, key, value, scale, softcap, sink=sink)
 
 
 def _strided(held: Tensor, shape: tuple[int, int], start: int, apart: int) -> Tensor:
@@ -241,14 +274,25 @@ def _strided(held: Tensor, shape: tuple[int, int], start: int, apart: int) -> Te
 
 
 def _attend(
-    rows: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, hidden: Tensor | None = None
+    rows: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None,
+    hidden: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
-    """Attention of `(p, r, D)` to `(p, n, D)`, for p problems, but for the pairs that are `hidden`, `(r, n)`."""
-    if softcap is None and hidden is None and key.shape[-1] == value.shape[-1]:
+    """Attention of `(p, r, D)` to `(p, n, D)`, for p problems, but for the pairs that are `hidden`, `(r, n)`.
+
+    `sink`: `(p, r)`, or None.
+    """
+    if softcap is None and hidden is None and sink is None and key.shape[-1] == value.shape[-1]:
         return F.scaled_dot_product_attention(rows[None], key[None], value[None], scale=scale)[0]
     work = torch.float64 if rows.dtype == torch.float64 else torch.float32
     # In half precision the product itself would round the scores before the softmax.
     scores = _capped(rows.to(work) @ key.to(work).transpose(-1, -2) * scale, softcap)
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
-    return scores.softmax(-1).to(value.dtype) @ value
+    if sink is not None:  # one more key, of value 0
+        scores = torch.cat([sink[..., None].to(work), scores], -1)
+    return scores.softmax(-1)[..., -key.shape[-2] :].to(value.dtype) @ value

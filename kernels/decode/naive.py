@@ -18,6 +18,7 @@ def forward(
     softcap: float | None,
     window: int | None,
     lse: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """See `paged_decode`. Scores are computed in fp64 for fp64 input, else in fp32."""
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -57,6 +58,9 @@ def forward(
                 total = scores.logsumexp(-1)
                 if lse is not None:
                     lse[s, g, t] = total
+                if sink is not None:  # one more key, of value 0
+                    scores = torch.cat([scores, sink[s % kv.heads * group + g, None].to(work)])
+                    read = torch.cat([read, read.new_zeros(1, read.shape[-1])])
                 if total > float("-inf"):  # else the biases hide all that is listed
                     out[s, g, t] = (scores.softmax(-1) @ read).to(query.dtype)
     return out

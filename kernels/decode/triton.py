@@ -190,15 +190,17 @@ def _attend(
         gdc_wait()  # whatever waits for this kernel waits for the one before it, too
 
 
-@triton.jit(do_not_specialize=["group", "steps", "splits"])
+@triton.jit(do_not_specialize=["group", "heads", "steps", "splits"])
 def _combine(
     partial,
     logs,
     out,
     lse,
+    sink,
     virtual,
     virtual_logs,
     group,
+    heads,
     steps,
     splits,
     VALUE_DIM: tl.constexpr,
@@ -231,7 +233,11 @@ def _combine(
         at = tl.program_id(0).to(tl.int64) * VALUE_DIM + dims
         result = result * shrink + tl.load(virtual + at, mask=dims < VALUE_DIM, other=0.0) * grow
         total = total * shrink + grow
-    result = result / tl.where(total > 0, total, 1.0)
+    whole = total
+    if sink is not None:  # one more key, of value 0
+        logit = tl.load(sink + sequence % heads * group + row % group).to(tl.float32) * 1.4426950408889634
+        whole += tl.exp2(logit - base)
+    result = result / tl.where(total > 0, whole, 1.0)
     target = (sequence * group + row % group).to(tl.int64) * steps + row // group
     if lse is not None:
         log = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
@@ -248,6 +254,7 @@ def forward(
     window: int | None,
     keys_read: Tensor | None,
     lse: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """See `paged_decode`."""
     if not (kv.keys.is_contiguous() and kv.values.is_contiguous()):
@@ -347,9 +354,11 @@ def forward(
         logs,
         out,
         lse,
+        sink,
         virtual,
         virtual_logs,
         group,
+        kv.heads,
         steps,
         splits,
         VALUE_DIM=value_dim,

@@ -67,6 +67,7 @@ def attend(
     row_of,
     sums,
     lse,
+    sink,
     query_head,
     query_token,
     key_head,
@@ -91,6 +92,8 @@ def attend(
     step: tl.constexpr,
     head_dim: tl.constexpr,
     block_d: tl.constexpr,
+    value_dim: tl.constexpr,
+    block_dv: tl.constexpr,
     fields: tl.constexpr,
     many: tl.constexpr,
     has_columns: tl.constexpr,
@@ -125,24 +128,27 @@ def attend(
         word_count = tl.load(at + 16).to(tl.int32)
     height: tl.constexpr = block_q * together
     padded: tl.constexpr = block_d != head_dim
+    padded_v: tl.constexpr = block_dv != value_dim
     wide = head.to(tl.int64)
     key += wide // group * key_head
     value += wide // group * value_head
     first = place * height
     positions = first + tl.arange(0, height)
     dims = tl.arange(0, block_d)
+    dims_v = tl.arange(0, block_dv)
     queries = query + wide * query_head + positions.to(tl.int64)[:, None] * query_token + dims[None, :]
     if padded:
         q = tl.load(queries, mask=(positions < length)[:, None] & (dims < head_dim)[None, :], other=0.0)
     else:
         q = tl.load(queries, mask=(positions < length)[:, None], other=0.0)
-    outs = out + wide * out_head + positions.to(tl.int64)[:, None] * out_token + dims[None, :]
+    outs = out + wide * out_head + positions.to(tl.int64)[:, None] * out_token + dims_v[None, :]
     if resumed:  # the tiles have been read, `sums` holds the logarithm (base 2) of their sums
-        acc = tl.load(outs, mask=(positions < length)[:, None] & (dims < head_dim)[None, :], other=0.0).to(tl.float32)
+        some = (positions < length)[:, None] & (dims_v < value_dim)[None, :]
+        acc = tl.load(outs, mask=some, other=0.0).to(tl.float32)
         peak = tl.load(sums + wide * length + positions, mask=positions < length, other=0.0)
         total = tl.full((height,), 1.0, tl.float32)
     else:
-        acc = tl.zeros((height, block_d), tl.float32)
+        acc = tl.zeros((height, block_dv), tl.float32)
         peak = tl.full((height,), float("-inf"), tl.float32)
         total = tl.zeros((height,), tl.float32)
     span = tl.arange(0, step)
@@ -165,7 +171,7 @@ def attend(
                 start = tl.load(listed + i // pieces).to(tl.int64) * block_k + i % pieces * step
                 k = _load(key + start * key_token, span, key_token, dims, inside, head_dim, padded, False)
                 scores = _scores(q, k, scale, softcap, has_softcap, precision)
-                v = _load(value + start * value_token, span, value_token, dims, inside, head_dim, padded, False)
+                v = _load(value + start * value_token, span, value_token, dims_v, inside, value_dim, padded_v, False)
                 acc, peak, total = _fold(acc, peak, total, scores, v, precision)
             done = full * pieces
             # Not pipelined, here and below: Triton 3.6 then hides the wrong scores where a mask depends on loaded ids.
@@ -175,7 +181,7 @@ def attend(
                 k = _load(key, rows, key_token, dims, rows < length, head_dim, padded, True)
                 scores = _scores(q, k, scale, softcap, has_softcap, precision)
                 scores = tl.where(rows[None, :] <= positions[:, None], scores, float("-inf"))
-                v = _load(value, rows, value_token, dims, rows < length, head_dim, padded, True)
+                v = _load(value, rows, value_token, dims_v, rows < length, value_dim, padded_v, True)
                 acc, peak, total = _fold(acc, peak, total, scores, v, precision)
         else:
             blocks: tl.constexpr = step // block_k
@@ -184,7 +190,7 @@ def attend(
                 rows = tl.load(listed + i * blocks + span // block_k).to(tl.int64) * block_k + span % block_k
                 k = _load(key, rows, key_token, dims, inside, head_dim, padded, False)
                 scores = _scores(q, k, scale, softcap, has_softcap, precision)
-                v = _load(value, rows, value_token, dims, inside, head_dim, padded, False)
+                v = _load(value, rows, value_token, dims_v, inside, value_dim, padded_v, False)
                 acc, peak, total = _fold(acc, peak, total, scores, v, precision)
             for i in tl.range(chunks, tl.cdiv(count, blocks), num_stages=1):
                 slots = i * blocks + span // block_k
@@ -195,7 +201,7 @@ def attend(
                 scores = _scores(q, k, scale, softcap, has_softcap, precision)
                 visible = seen[None, :] & (rows[None, :] <= positions[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
-                v = _load(value, rows, value_token, dims, seen, head_dim, padded, True)
+                v = _load(value, rows, value_token, dims_v, seen, value_dim, padded_v, True)
                 acc, peak, total = _fold(acc, peak, total, scores, v, precision)
     else:
         part = tl.arange(0, height) // block_q
@@ -213,7 +219,7 @@ def attend(
             scores = _scores(q, k, scale, softcap, has_softcap, precision)
             mine = ((entry >> ID_BITS)[None, :] >> part[:, None]) & 1
             scores = tl.where(mine != 0, scores, float("-inf"))
-            v = _load(value, rows, value_token, dims, inside, head_dim, padded, False)
+            v = _load(value, rows, value_token, dims_v, inside, value_dim, padded_v, False)
             acc, peak, total = _fold(acc, peak, total, scores, v, precision)
         for i in tl.range(full * pieces, tl.cdiv(count, entries) * pieces, num_stages=1):
             slots = i // pieces * entries + span // block_k
@@ -226,7 +232,7 @@ def attend(
             # Slots behind the list have no bit set.
             mine = ((entry >> ID_BITS)[None, :] >> part[:, None]) & 1
             scores = tl.where((mine != 0) & (rows[None, :] <= positions[:, None]), scores, float("-inf"))
-            v = _load(value, rows, value_token, dims, seen, head_dim, padded, True)
+            v = _load(value, rows, value_token, dims_v, seen, value_dim, padded_v, True)
             acc, peak, total = _fold(acc, peak, total, scores, v, precision)
 
     if has_columns:
@@ -249,14 +255,17 @@ def attend(
                     taken = (word >> (tile % 32)) & 1
                     open = open & ((owner != r)[:, None] | (taken == 0)[None, :])
             scores = tl.where(open, scores, float("-inf"))
-            v = _load(value, tokens.to(tl.int64), value_token, dims, counted, head_dim, padded, True)
+            v = _load(value, tokens.to(tl.int64), value_token, dims_v, counted, value_dim, padded_v, True)
             acc, peak, total = _fold(acc, peak, total, scores, v, precision)
 
     if lse is not None:  # one row of tokens
         log = (peak + tl.log2(total)) * 0.6931471805599453
         tl.store(lse + wide * length + positions, log, mask=positions < length)
+    if sink is not None:  # one more key, of value 0
+        logit = tl.load(sink + head).to(tl.float32) * 1.4426950408889634
+        total += tl.exp2(logit - peak)
     acc = acc / total[:, None]
-    if padded:
-        tl.store(outs, acc.to(out.dtype.element_ty), mask=(positions < length)[:, None] & (dims < head_dim)[None, :])
+    if padded_v:
+        tl.store(outs, acc.to(out.dtype.element_ty), mask=(positions < length)[:, None] & (dims_v < value_dim)[None, :])
     else:
         tl.store(outs, acc.to(out.dtype.element_ty), mask=(positions < length)[:, None])

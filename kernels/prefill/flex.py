@@ -24,7 +24,12 @@ CUDA_BLOCK_SIZES = (128,)
 
 @functools.cache
 def unavailable_reason(
-    device: str, block_q: int, block_k: int, dim: int = 64, dtype: torch.dtype = torch.float32
+    device: str,
+    block_q: int,
+    block_k: int,
+    dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    value_dim: int | None = None,
 ) -> str | None:
     """Why `flex` cannot run here, or None when it can. The first call for these arguments compiles and probes."""
     if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -36,7 +41,8 @@ def unavailable_reason(
     length = 4 * max(block_q, block_k) + 1
     # Several KV heads, as models have: a dimension of 1 would be compiled as a constant.
     generator = torch.Generator().manual_seed(0)
-    states = [torch.randn(heads, length, dim, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
+    sizes = ((4, dim), (2, dim), (2, value_dim or dim))
+    states = [torch.randn(heads, length, size, generator=generator).to(device, dtype) for heads, size in sizes]
     n_q, n_k = -(-length // block_q), -(-length // block_k)
     last = torch.clamp((torch.arange(n_q) + 1) * block_q, max=length) - 1
     mask = (torch.rand(4, n_q, n_k, generator=generator) < 0.5) & (torch.arange(n_k) * block_k <= last[:, None])

@@ -26,19 +26,20 @@ def forward(
     scale: float,
     softcap: float | None,
     lse: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """See `block_sparse_prefill`. Scores and softmax in fp32 (fp64 for fp64 input), values in the input dtype.
 
     A product in half precision would round the scores before the softmax, which attention kernels do not.
     """
     heads, length, dim = query.shape
-    kv_heads = key.shape[0]
+    kv_heads, value_dim = key.shape[0], value.shape[-1]
     block_q, block_k, n_q, n_k = layout.block_q, layout.block_k, layout.blocks_q, layout.blocks_k
     device = query.device
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     q_blocks = F.pad(query, (0, 0, 0, n_q * block_q - length)).reshape(heads * n_q, block_q, dim)
     k_blocks = F.pad(key, (0, 0, 0, n_k * block_k - length)).reshape(kv_heads, n_k, block_k, dim)
-    v_blocks = F.pad(value, (0, 0, 0, n_k * block_k - length)).reshape(kv_heads, n_k, block_k, dim)
+    v_blocks = F.pad(value, (0, 0, 0, n_k * block_k - length)).reshape(kv_heads, n_k, block_k, value_dim)
 
     tiles, indices = layout.counts.flatten(), layout.indices.reshape(heads * n_q, -1)
     singles = torch.zeros_like(tiles) if layout.columns is None else layout.column_counts.flatten()
@@ -50,12 +51,12 @@ def forward(
     order = torch.argsort(needed, descending=True, stable=True)
     needed, tile_widths, single_widths = needed[order].tolist(), tiles[order].tolist(), singles[order].tolist()
     within_q, within_k = torch.arange(block_q, device=device), torch.arange(block_k, device=device)
-    out = torch.empty_like(q_blocks)
+    out = query.new_empty(heads * n_q, block_q, value_dim)
     totals = None if lse is None else lse.new_empty(heads * n_q, block_q)
     limit = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
     start = 0
     while start < len(needed):
-        rows_at_most = max(1, limit // (needed[start] * max(block_q, 2 * dim)))
+        rows_at_most = max(1, limit // (needed[start] * max(block_q, dim + value_dim)))
         stop = start + 1
         while stop < len(needed) and stop - start < rows_at_most and needed[stop] >= MIN_FILL * needed[start]:
             stop += 1
@@ -65,7 +66,7 @@ def forward(
         ids = torch.where(listed, indices[rows, :width], 0).long()
         kv_head = rows // n_q // (heads // kv_heads)
         k = k_blocks[kv_head[:, None], ids].reshape(len(rows), width * block_k, dim)
-        v = v_blocks[kv_head[:, None], ids].reshape(len(rows), width * block_k, dim)
+        v = v_blocks[kv_head[:, None], ids].reshape(len(rows), width * block_k, value_dim)
         if extra:
             single = torch.arange(extra, device=device) < singles[rows, None]
             position = torch.where(single, columns[rows // n_q if shared else rows, :extra].long(), 0)
@@ -87,8 +88,11 @@ def forward(
         scores.masked_fill_(hidden, float("-inf"))
         if totals is not None:
             totals[rows] = scores.logsumexp(-1).to(totals.dtype)
-        out[rows] = torch.bmm(scores.softmax(-1).to(value.dtype), v)
+        if sink is not None:  # one more key, of value 0
+            own = sink.to(work)[rows // n_q, None, None].expand(-1, block_q, 1)
+            scores = torch.cat([own, scores], -1)
+        out[rows] = torch.bmm(scores.softmax(-1)[..., -v.shape[1] :].to(value.dtype), v)
         start = stop
     if totals is not None:
         lse.copy_(totals.reshape(heads, n_q * block_q)[:, :length])
-    return out.reshape(heads, n_q * block_q, dim)[:, :length]
+    return out.reshape(heads, n_q * block_q, value_dim)[:, :length]

@@ -19,6 +19,7 @@ def forward(
     scale: float,
     softcap: float | None,
     lse: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """See `block_sparse_prefill`. Scores are computed in fp64 for fp64 input, else in fp32."""
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -27,7 +28,7 @@ def forward(
     position = torch.arange(length, device=query.device)
     causal = position[:, None] >= position[None, :]
     blocks = layout.mask()
-    out = torch.empty_like(query)
+    out = query.new_empty(*query.shape[:2], value.shape[-1])
     for head in range(query.shape[0]):
         k, v = key[head // group].to(work), value[head // group].to(work)
         scores = query[head].to(work) @ k.T * scale
@@ -43,5 +44,7 @@ def forward(
         scores = scores.masked_fill(~visible, float("-inf"))
         if lse is not None:
             lse[head] = scores.logsumexp(-1)
-        out[head] = (scores.softmax(-1) @ v).to(query.dtype)
+        if sink is not None:  # one more key, of value 0
+            scores = torch.cat([sink[head].to(work).expand(length, 1), scores], -1)
+        out[head] = (scores.softmax(-1)[:, -length:] @ v).to(query.dtype)
     return out

@@ -57,7 +57,7 @@ def forward(
     choice: Tiling | None = None,
 ) -> Tensor:
     """See `block_sparse_prefill`. Scores, softmax and sums in fp32; half-precision weights in the second product."""
-    out = torch.empty_like(query)
+    out = query.new_empty(*query.shape[:2], value.shape[-1])
     forward_rows([query], [key], [value], [layout], scale, softcap, [out], choice)
     return out
 
@@ -73,14 +73,16 @@ def forward_rows(
     choice: Tiling | None = None,
     sums: Tensor | None = None,
     lses: Sequence[Tensor] | None = None,
+    sink: Tensor | None = None,
 ) -> None:
     """Several rows in one launch, into `outs`. All layouts have the same block sizes and kind of columns.
 
     With `sums`, see `add_columns`, only the columns are read; then there is one row. With `lses`, `(H, L)` fp32 each,
-    rows are launched one by one.
+    rows are launched one by one. `sink`: `(H,)` contiguous, or None.
     """
     layout = layouts[0]
     heads, _, dim = queries[0].shape
+    value_dim = values[0].shape[-1]
     states = list(zip(queries, keys, values, outs, strict=True))
     strides = [[stride for state in row for stride in state.stride()[:2]] for row in states]
     kinds = {own.columns.shape[1] == 1 for own in layouts if own.columns is not None}
@@ -91,10 +93,10 @@ def forward_rows(
     if apart or (lses is not None and len(queries) > 1):
         logs = [None] * len(queries) if lses is None else [[lse] for lse in lses]
         for q, k, v, own, out, log in zip(queries, keys, values, layouts, outs, logs, strict=True):
-            forward_rows([q], [k], [v], [own], scale, softcap, [out], choice, lses=log)
+            forward_rows([q], [k], [v], [own], scale, softcap, [out], choice, lses=log, sink=sink)
         return
     shared = kinds == {True}
-    choice = choice or tiling(layout, dim, queries[0].dtype)
+    choice = choice or tiling(layout, max(dim, value_dim), queries[0].dtype)
     parts = [lists_of(own, choice.together, shared, columns_only=sums is not None) for own in layouts]
     supers = [-(-own.blocks_q // choice.together) for own in layouts]
     group = heads // keys[0].shape[0]
@@ -104,7 +106,7 @@ def forward_rows(
     if len(parts) > 1:
         table, row_of = table_of(states, parts, layouts, supers, shared)
     part = parts[0]
-    block_d = max(16, triton.next_power_of_2(dim))
+    block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     if softcap is None:
         factors = (scale * LOG2_E, 0.0)
     else:
@@ -124,6 +126,7 @@ def forward_rows(
         row_of,
         sums,
         None if lses is None else lses[0],
+        sink,
         *strides[0],
         layout.length,
         layout.blocks_q,
@@ -140,6 +143,8 @@ def forward_rows(
         step=choice.step,
         head_dim=dim,
         block_d=block_d,
+        value_dim=value_dim,
+        block_dv=block_dv,
         fields=FIELDS,
         many=len(parts) > 1,
         has_columns=layout.columns is not None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ class Keep:
         values: `(H_kv, W, D_v)` in the dtype of the cache, what takes the place of the kept tokens' values (merging),
             or None.
         positions: `(H_kv, W)` int64, positions that the kept keys are turned to (StreamingLLM), or None: their own.
+        carried: by name of a slot per token, `(H_kv, W, …)`: what the method's state begins with for the kept tokens,
+            in place of what `prefilled` has filled in. Only with periodic eviction, which has a state.
         cost: what selecting took.
         knobs: the knobs as solved for this call, numbers, for the results.
     """
@@ -39,6 +42,7 @@ class Keep:
     total: int
     values: Tensor | None = None
     positions: Tensor | None = None
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
     cost: Cost = Cost()
     knobs: dict[str, Any] = field(default_factory=dict)
 
@@ -80,6 +84,11 @@ class Keep:
                 f"positions are {tuple(self.positions.shape)} {self.positions.dtype}, expected torch.int64 like ids "
                 f"{shape}"
             )
+        for name, entries in self.carried.items():
+            if entries.shape[:2] != shape or entries.device != self.ids.device:
+                raise ValueError(
+                    f"carried {name!r} is {tuple(entries.shape)} on {entries.device}, expected {shape} first, like ids"
+                )
 
 
 def kept_faults(ids: Tensor, counts: Tensor, total: int, length: int) -> tuple[Tensor, Tensor, Tensor]:

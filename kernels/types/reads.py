@@ -90,6 +90,28 @@ class Reads:
     ready: Tensor | None = None
     in_use: tuple[Tensor, ...] = ()
 
+    @staticmethod
+    def from_mask(mask: Tensor, unit: int, bias: Tensor | None = None) -> Reads:
+        """Lists of the True entries of `(S, Gs, T, P)`, pages that each token may see. Does not wait for the device.
+
+        Args:
+            bias: `(S, Gs, T, P)` fp32 of all pages, or None.
+        """
+        pages = mask.shape[-1]
+        # Pages that are not read are written to a place behind the lists.
+        place = torch.where(mask, mask.cumsum(-1) - 1, pages)
+        page = torch.arange(pages, device=mask.device, dtype=torch.int32).expand(mask.shape)
+        ids = page.new_zeros(*mask.shape[:-1], pages + 1).scatter_(-1, place, page)[..., :-1]
+        counts = mask.sum(-1, dtype=torch.int32)
+        if bias is not None:
+            bias = torch.zeros_like(bias).scatter_(-1, place.clamp(max=pages - 1), torch.where(mask, bias, 0.0))
+        return Reads(ids.contiguous(), counts, unit, bias=bias)
+
+    def keys(self, own: int, step: int) -> Tensor:
+        """`(S, W * unit)` int64: the keys of the pages that list `own` of token `step` names, in their order."""
+        pages = self.ids[:, own, step].long()
+        return (pages[..., None] * self.unit + torch.arange(self.unit, device=pages.device)).flatten(1)
+
     def keys_read(self, kv: RaggedKV) -> Tensor:
         """`(S, Gs, T)` int32: keys in the listed pages that each token may see; 0 at sequences of length 0."""
         steps, width = self.ids.shape[2:]

@@ -17,7 +17,7 @@ class Slot:
     Attributes:
         name: what `State` finds it by.
         per: what it has an entry for: each `page` or `token` of each sequence, or each `sequence`.
-        shape: of an entry; a dimension of -1 is that of the keys.
+        shape: of an entry; a dimension of -n is that of the keys over n, rounded up: -1 the same, -2 two to a number.
         dtype: of its numbers; None for that of the keys.
         derived: whether it follows from the keys alone, so that taking in a key again puts it right: nothing of it has
             to be kept to come back to an earlier length.
@@ -31,7 +31,7 @@ class Slot:
 
     def empty(self, entries: int, keys: Tensor) -> Tensor:
         """Room for so many entries, beside keys `(N, D)`. What nobody has written is undefined."""
-        shape = (keys.shape[-1] if size == -1 else size for size in self.shape)
+        shape = (size if size >= 0 else -(keys.shape[-1] // size) for size in self.shape)
         return keys.new_empty((entries, *shape), dtype=self.dtype or keys.dtype)
 
     def bytes(self, keys: Tensor) -> int:

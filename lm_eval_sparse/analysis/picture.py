@@ -6,7 +6,8 @@ import io
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import UserError
@@ -60,12 +61,6 @@ def draw(rows: Sequence[Record]) -> list[bytes]:
             f"these results hold {len(methods)} methods, and at most {MOST_METHODS} can be told apart in a picture; "
             "give fewer result files"
         )
-    try:
-        import matplotlib
-    except ValueError as error:  # its settings are read while it is imported
-        raise UserError(
-            f"matplotlib cannot start ({why(error)}); look at MPLBACKEND and at your matplotlibrc"
-        ) from None
     styles = {
         method: {
             "color": COLOURS[place % len(COLOURS)],
@@ -74,6 +69,19 @@ def draw(rows: Sequence[Record]) -> list[bytes]:
         for place, method in enumerate(methods)
     }
     found = list(panels(rows).items())
+    with started():
+        return [_picture(found[at : at + MOST_PANELS], styles) for at in range(0, len(found), MOST_PANELS)]
+
+
+@contextmanager
+def started() -> Iterator[None]:
+    """Inside the block matplotlib draws as we want it. Raises `UserError` where it cannot start."""
+    try:
+        import matplotlib
+    except ValueError as error:  # its settings are read while it is imported
+        raise UserError(
+            f"matplotlib cannot start ({why(error)}); look at MPLBACKEND and at your matplotlibrc"
+        ) from None
     # Names are text: a dollar sign in one is no formula.
     settings = {
         "text.parse_math": False,
@@ -83,10 +91,9 @@ def draw(rows: Sequence[Record]) -> list[bytes]:
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        pictures = [_picture(found[at : at + MOST_PANELS], styles) for at in range(0, len(found), MOST_PANELS)]
+        yield
     if any("missing from" in str(warning.message) for warning in said):
         logger.warning("no font here has all characters of these names; empty boxes stand for those that are missing")
-    return pictures
 
 
 def _picture(found: Sequence[tuple[Key, list[Record]]], styles: Styles) -> bytes:

@@ -72,6 +72,7 @@ class Layer:
         rope: from positions `(T,)` int64 to cosines and sines `(T, D_rot)` of the model's rotary embedding, or None
             where it has none that can be found.
         weight: gives the output projection `(hidden, H * D_v)`, or is None where it cannot be found.
+        among: indices of the layers in which the phase may be sparse, in their order; None for all of them.
         calibration: tensors that a calibration of the method has left for this layer.
     """
 
@@ -82,7 +83,13 @@ class Layer:
     head_dim: int = 1
     rope: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     weight: Callable[[], Tensor] | None = None
+    among: tuple[int, ...] | None = None
     calibration: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Which of the layers that may be sparse this is, from 0 on, and how many those are."""
+        return (self.index, self.count) if self.among is None else (self.among.index(self.index), len(self.among))
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of these positions; raises `UserError` where the model shows no rotary embedding."""
@@ -186,6 +193,7 @@ class Method:
         budget_knobs: the knobs that a requested sparsity decides, and which therefore cannot be given beside one.
         native: the kind of budget that the first of them is: `Count` or `Mass`.
         tiny: knobs that make the method sparse at 200 tokens; every matrix of the tests runs on them.
+        whole: knobs under which nothing of 4096 tokens is left out, where very large `budget_knobs` do not say it.
         paper: what `preset=paper` knows of the method (`presets.Parameters`), or None.
         looks_back: queries of the prompt that `prefilled` gets.
         wants_mass: whether `attended` is called. The tokens of an answer are then scored one by one, as they are
@@ -202,6 +210,7 @@ class Method:
     budget_knobs: ClassVar[tuple[str, ...]] = ()
     native: ClassVar[type] = Count
     tiny: ClassVar[Mapping[str, Any]] = {}
+    whole: ClassVar[Mapping[str, Any]] = {}
     paper: ClassVar[Any] = None
     looks_back: ClassVar[int] = 0
     wants_mass: ClassVar[bool] = False
@@ -327,8 +336,13 @@ class DecodeMethod(Method):
     phase: ClassVar[str] = "decode"
     #: Whether `select` writes the new tokens into the cache and takes them into the state, where it gets them.
     appends: ClassVar[bool] = False
-    #: Keys of a page, one of `UNITS`: the unit of what is read, and of what the state keeps of a page.
+    #: Keys of a page, one of `UNITS`: the unit of what the state keeps of a page, and of what is read.
     page_size: int
+
+    @property
+    def read_unit(self) -> int:
+        """Keys of what `select` lists, one of `UNITS`: a page, unless a method reads single tokens of its pages."""
+        return self.page_size
 
     def cost(self, visible: Tensor, read: Tensor, group: int, dim: int, element: int) -> tuple[Tensor, Tensor]:
         """What selecting took, once it is known what was read.

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import UserError, nearest
 from ..kernels.prefill import BACKENDS, DEBUG
 from . import presets
-from .base import PROMISED_LENGTH, Budget, Layer, Method, check_page_size
+from .base import PROMISED_LENGTH, Budget, Layer, Method, check_page_size, number
 from .dense import Dense
 from .grammar import Chain, assign_knobs, chains, knob_names, take_in, typed_chains
 from .registry import METHODS, PHASE_ARGUMENTS
@@ -23,7 +23,7 @@ from .wrappers import Wrapper
 logger = logging.getLogger(__name__)
 
 #: Model arguments of sparse-hf itself, beside the knobs of the methods.
-OWN_ARGS = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug")
+OWN_ARGS = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug", "diagnose")
 
 STATS = ("basic", "full")
 
@@ -189,6 +189,7 @@ class SparseConfig:
         debug: whether selections are checked at once on a GPU too.
         typed: by phase, the knobs that the user typed, each with the name it was typed under.
         arguments: the model argument that asked for each phase's sparsity.
+        diagnose: samples whose losses are looked at, layer by layer.
     """
 
     method: str
@@ -200,6 +201,7 @@ class SparseConfig:
     typed: dict[str, dict[str, str]]
     arguments: dict[str, str]
     debug: bool = False
+    diagnose: int = 0
 
     @property
     def sparsity(self) -> float | None:
@@ -354,7 +356,22 @@ def parse(ours: dict[str, Any], *, quiet: bool = False) -> SparseConfig:
         for phase in methods
     }
     name = "+".join(method.name for method in methods.values()) or Dense.name
-    return SparseConfig(name, methods, sparsities, preset, backend, stats, typed, arguments, bool(debug))
+    diagnose = _diagnose(ours.get("diagnose"), sparsities)
+    return SparseConfig(name, methods, sparsities, preset, backend, stats, typed, arguments, bool(debug), diagnose)
+
+
+def _diagnose(value: Any, sparsities: Mapping[str, float | None]) -> int:
+    """How many samples to look at, 0 where that is not asked for."""
+    if value is None:
+        return 0
+    number("diagnose", value, 1, float("inf"), whole=True, example=8)
+    if all(sparsity == 0 for sparsity in sparsities.values()):
+        dense = "sparsity=0 is dense attention" if sparsities else f"method={Dense.name} is that itself"
+        raise UserError(
+            f"diagnose={value} holds a method against dense attention, and {dense}: type for example "
+            f"method=quest,sparsity=0.9,diagnose={value}, or leave diagnose out"
+        )
+    return int(value)
 
 
 def _sparsities(ours: dict[str, Any], names: list[str], chosen: dict[str, Chain]) -> dict[str, float | None]:

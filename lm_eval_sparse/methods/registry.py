@@ -28,6 +28,18 @@ BUILT_IN = {
     "snapkv": "eviction.snapkv:SnapKV",
     "ada_snapkv": "eviction.ada_snapkv:AdaSnapKV",
     "quest": "decode.quest:Quest",
+    "oracle_blocks": "prefill.oracle_blocks:OracleBlocks",
+    "oracle_topk": "decode.oracle:OracleTopK",
+    "oracle_topp": "decode.oracle:OracleTopP",
+    "xattention": "prefill.xattention:XAttention",
+    "a_shape": "streaming:AShape",
+    "streaming_llm": "streaming:StreamingLLM",
+    "knorm": "eviction.knorm:KNorm",
+    "tova": "eviction.tova:TOVA",
+    "h2o": "eviction.h2o:H2O",
+    "pyramidkv": "eviction.pyramidkv:PyramidKV",
+    "twilight": "wrappers.twilight:Twilight",
+    "magicpig": "decode.magicpig:MagicPIG",
 }
 
 #: Phases in the order in which they come, and the model argument that asks for a sparsity in each.
@@ -143,7 +155,7 @@ METHODS = Registry(BUILT_IN)
 #: One of these makes a scored method.
 SCORING = ("score", "factors", "choose", "select")
 #: Arguments that are no knobs.
-RESERVED = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug")
+RESERVED = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug", "diagnose")
 #: Arguments of the model, which a knob of the same name would take from it.
 MODEL_ARGUMENTS = (
     "pretrained", "revision", "subfolder", "tokenizer", "dtype", "device", "batch_size", "max_batch_size", "max_length",

@@ -94,11 +94,16 @@ class Decoding:
         met: Counter[tuple[int, ...]] = Counter()  # a prompt that is sampled several times gets several answers
         while waiting:
             some = self._some(tokens, sampling.limit(tokens[-1]), decoder)
+            looked_at = [item[0] in self.lm.generator.diagnosed for item in waiting[:some]]
+            if any(looked_at):  # one sample of `diagnose=N`, or those before it
+                some = looked_at.index(True) or 1
             batch = waiting[:some]
             prompts = [prompt_ids(self.lm, item[1], room) for item in batch]
             failed, before = None, met.copy()
             try:
-                answers = self._decode(decoder, prompts, sampling, until, met, [window_of(item[1]) for item in batch])
+                counts = [self.lm.generator.new_counts(item[0]) for item in batch]
+                windows = [window_of(item[1]) for item in batch]
+                answers = self._decode(decoder, prompts, counts, sampling, until, met, windows)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -148,6 +153,7 @@ class Decoding:
         self,
         decoder: Decoder,
         prompts: list[Tensor],
+        counts: list[RowCounts],
         sampling: Sampling,
         until: list[str],
         met: Counter[tuple[int, ...]],
@@ -155,7 +161,7 @@ class Decoding:
     ) -> list[tuple[list[int], RowCounts]]:
         """Tokens generated after prompts, which are prefilled one after the other and decoded side by side.
 
-        `windows` are what their tasks say.
+        `counts` are where they are counted, `windows` what their tasks say.
         """
         lm = self.lm
         limits = [sampling.limit(ids.shape[1]) for ids in prompts]
@@ -163,10 +169,10 @@ class Decoding:
         rows: list[Row] = []
         lookback = Stop.lookback(lm.tokenizer, until)
         ends = {lm.eot_token_id, *sampling.ends}
-        for ids, limit, window in zip(prompts, limits, windows, strict=True):
+        for ids, limit, window, own in zip(prompts, limits, windows, counts, strict=True):
             length = ids.shape[1]
             chooser = sampling.row(ids, met)
-            row = Row(length, RowCounts(), Stop(lm.tokenizer, lookback, ends, limit), chooser)
+            row = Row(length, own, Stop(lm.tokenizer, lookback, ends, limit), chooser)
             cache = decoder.new_cache(length)
             with lm.runtime.running(row.counts, cache, length, window):
                 logits = self._prefill(ids, cache, sampling.chunk)[0, -1]

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..protocol import MeasuredText, window_of
 from ..runtime.accounting import Ledger, RowCounts
 from ..runtime.cache import generation_argument
+from ..runtime.diagnose import Diagnosis
 from ..runtime.interface import calling
 from .decoding import prompt_ids
 from .generation_checks import check as check_generation
@@ -34,6 +35,12 @@ class Generator:
 
     def __init__(self, lm: SparseHFLM):
         self.lm = lm
+        #: Requests that are samples of `diagnose=N`.
+        self.diagnosed: set[int] = set()
+
+    def new_counts(self, index: int) -> RowCounts:
+        """Where the answer to a request is counted."""
+        return RowCounts(diagnosis=Diagnosis() if index in self.diagnosed else None)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As lm-eval's; every text is a `str` that also carries its measured sparsity."""
@@ -47,8 +54,11 @@ class Generator:
                 queue.append((index, *request.args))
         for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
             self._check_arguments(gen_kwargs)
+        self._check_every([item[2] for item in queue])
         lengths = {context: len(lm.tok_encode(context)) for _, context, _ in queue}
         self._check_prompts(queue, lengths)
+        firsts = {context: index for index, context, _ in reversed(queue)}  # of several answers to a prompt
+        self.diagnosed = set(sorted(firsts.values())[: lm.reporter.to_diagnose(len(firsts))])
         # The longest first: should memory run out, it does so at once, and storage made for them serves all others.
         order = Collator(
             queue,
@@ -106,6 +116,20 @@ class Generator:
                 "or use method=dense"
             )
 
+    def _check_every(self, given: list[dict[str, Any]]) -> None:
+        """Raise `UserError` when no answer may be so long that it is evicted in its course, as asked for."""
+        every = self.lm.runtime.plan.every
+        if every is None or not given:
+            return
+        room = max(normalize_gen_kwargs(kwargs, self.lm.max_gen_toks)["max_gen_toks"] for kwargs in given)
+        # The last token of an answer is never read, and so many others are kept before any is dropped.
+        if room < every + 2:
+            way = f"type every={room - 2} or less, or " if room > 2 else ""
+            raise UserError(
+                f"every={every}: no answer is evicted in its course, since none may have more than {room} tokens "
+                f"(max_gen_toks={room}); {way}--gen_kwargs max_gen_toks={every + 2} or more, or leave every out"
+            )
+
     def _whole_lengths(self, context: str, gen_kwargs: dict[str, Any], lengths: dict[str, int]) -> tuple[int, int]:
         """Tokens of a prompt, and of prompt and longest answer."""
         answer = normalize_gen_kwargs(gen_kwargs, self.lm.max_gen_toks)["max_gen_toks"]
@@ -158,8 +182,9 @@ class Generator:
             ids, why = prompt_ids(lm, item[1], room), reason
             if item in bent:  # what the model then does with its cache is for it to say
                 why = f"the model has {lm.lengths.stretches[0]}"
-            text, counts = self._by_transformers(
-                ids, kwargs, until, why, own_cache=item not in bent, window=window_of(item[1])
+            counts = self.new_counts(item[0])
+            text = self._by_transformers(
+                counts, ids, kwargs, until, why, own_cache=item not in bent, window=window_of(item[1])
             )
             yield item, text, counts
         items = [item for item in items if item not in bent]
@@ -171,23 +196,25 @@ class Generator:
 
     def _by_transformers(
         self,
+        counts: RowCounts,
         ids: Tensor,
         kwargs: dict[str, Any],
         until: list[str],
         reason: str | None,
         own_cache: bool = True,
         window: int | None = None,
-    ) -> tuple[str, RowCounts]:
+    ) -> str:
         """Answer one prompt by `generate`: beams, and whatever else the decoder does not know.
 
         Args:
+            counts: where it is counted.
             own_cache: whether in our cache; without it no method can evict or decode.
             window: what the prompt's task says.
         """
         kwargs = dict(kwargs)
         max_gen_toks = kwargs.pop("max_gen_toks")
         cache = self.lm.runtime.new_cache(self.lm.model.config, reserve=max_gen_toks) if own_cache else None
-        counts, length = RowCounts(), ids.shape[1]
+        length = ids.shape[1]
         with self.lm.runtime.running(counts, cache, length, window):
             output = self._call_generate(
                 context=ids,
@@ -200,7 +227,7 @@ class Generator:
         phase = counts.phases["decode"]
         phase.loops["transformers"] += max(0, len(tokens) - 1)
         phase.loop_reasons[reason or ""] += max(0, len(tokens) - 1)
-        return self._finish(tokens, until), counts
+        return self._finish(tokens, until)
 
     def _call_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """As lm-eval's `_model_generate`, in our runtime."""

@@ -73,6 +73,8 @@ class SparseHFLM(HFLM):
         preset: `paper` takes the knobs for `sparsity` from the tables of The Sparse Frontier.
         backend: kernel of the sparse calls: `auto`, `fa4`, `hopper`, `triton`, `flex`, `gather` or `naive`.
         stats: `full` keeps the figures of every layer and head, too.
+        diagnose: so many samples, the first of the run, are looked at layer by layer: what the methods lose there
+            against dense attention stands in the results.
         debug: `True` checks what methods select at once on a GPU, too, which is slower: mistakes show where they are
             made. Without it they show when a batch is done.
         gamma, tau, ...: native knobs of the methods, instead of a sparsity.

@@ -173,8 +173,9 @@ def check_loaded(model: nn.Module, max_length: int, prefix_token_id: int | None)
     rows = getattr(embedding, "num_embeddings", None)
     if prefix_token_id is not None and isinstance(rows, int) and prefix_token_id >= rows:
         raise UserError(f"prefix_token_id={prefix_token_id} is not accepted: the model has tokens 0 to {rows - 1}")
+    towers = tuple(_towers(model))
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding) or _POSITIONS.search(name) is None:
+        if not isinstance(module, nn.Embedding) or _POSITIONS.search(name) is None or name.startswith(towers):
             continue
         positions = module.num_embeddings - int(getattr(module, "offset", 0) or 0)
         if positions < max_length:
@@ -182,6 +183,19 @@ def check_loaded(model: nn.Module, max_length: int, prefix_token_id: int | None)
                 f"max_length={max_length} is not accepted: the model has a table of {positions} positions ({name}); "
                 f"type max_length={positions} or less, or leave max_length out"
             )
+
+
+def _towers(model: nn.Module) -> Iterator[str]:
+    """Prefixes of the names of modules in image and audio towers: models in the model, of another configuration."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    for name, part in model.named_modules():
+        if (
+            name
+            and isinstance(part, transformers.PreTrainedModel)
+            and not isinstance(part.config, (type(config), type(text)))
+        ):
+            yield f"{name}."
 
 
 def check_causal(config: Any, label: str | None, backend: str, trust_remote_code: bool | None) -> None:

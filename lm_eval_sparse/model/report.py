@@ -21,7 +21,7 @@ from .. import __version__
 from ..errors import UserError
 from ..methods import PHASE_ARGUMENTS, presets
 from ..protocol import SKIPPED
-from ..runtime.accounting import COVERED, PHASES, Ledger, RowCounts
+from ..runtime.accounting import COVERED, PHASES, Ledger, RowCounts, compactions
 
 if TYPE_CHECKING:
     from .lm import SparseHFLM
@@ -60,6 +60,18 @@ class Reporter:
         self.ledgers: dict[str, Ledger] = defaultdict(self.new_ledger)
         self.skipped: dict[str, str] = {}
         self.begun = False
+        #: Prompts of this process that are yet to be looked at: the documents go round the processes.
+        self._to_diagnose: int | None = None
+
+    def to_diagnose(self, prompts: int) -> int:
+        """How many of the next `prompts` prompts, the first ones, are samples of `diagnose=N`; they count as such."""
+        lm = self.lm
+        if self._to_diagnose is None:
+            each, more = divmod(lm.sparse.diagnose, lm.world_size)
+            self._to_diagnose = each + (lm.rank < more)
+        number = min(prompts, self._to_diagnose)
+        self._to_diagnose -= number
+        return number
 
     def new_ledger(self) -> Ledger:
         return Ledger(full=self.full)
@@ -93,6 +105,7 @@ class Reporter:
                     "calls": dict(counts.phase(name).calls),
                     "backends": dict(counts.phase(name).backends),
                     **self._window_told(name, counts),
+                    **self._compactions_told(name, compactions(counts.phase(name).knobs)),
                 }
                 for name in PHASES
             },
@@ -102,6 +115,10 @@ class Reporter:
         """The window that a response was made with, where its task decided it."""
         assignment, used = self.lm.runtime.plan.phases.get(phase), counts.phase(phase).knobs.get("window")
         return {"window": used[1]} if assignment is not None and assignment.window_by_task and used else {}
+
+    def _compactions_told(self, phase: str, number: int) -> dict[str, Any]:
+        """How often layers were evicted again in the course of answers, where that was asked for."""
+        return {"compactions": number} if phase == "eviction" and self.lm.runtime.plan.every is not None else {}
 
     def add(self, fresh: dict[str, Ledger]) -> None:
         """Merge what this process counted, and on rank 0 what the others did."""
@@ -136,20 +153,23 @@ class Reporter:
         count = getattr(lm.config.get_text_config(decoder=True), "num_hidden_layers", len(lm.runtime.layers))
         untouched |= {n: "no softmax attention" for n in range(count) if n not in lm.runtime.layers}
 
-        def phases(ledger: Ledger) -> dict[str, Any]:
+        def phases(ledger: Ledger, layers: bool = False) -> dict[str, Any]:
+            found = {name: ledger.diagnostics(name, layers) for name in PHASES}
             methods = {name: lm.sparse.methods[name].name if name in lm.sparse.methods else "dense" for name in PHASES}
             return {
                 name: {
                     "method": methods[name],
                     "requested_sparsity": lm.sparse.sparsities.get(name),
                     **ledger.report(name),
+                    **self._compactions_told(name, ledger.compactions),
+                    **({"diagnostics": found[name]} if found[name] is not None else {}),
                 }
                 for name in PHASES
             }
 
         return {
             **lm.sparse.describe(),
-            "phases": phases(total),
+            "phases": phases(total, layers=True),
             "prompts": total.rows,
             "tasks": {task: phases(ledger) for task, ledger in self.ledgers.items() if task},
             "skipped": dict(self.skipped),
@@ -202,14 +222,32 @@ class Reporter:
                 raise UserError(f"{method} never ran: every task was skipped, such as {task} ({reason})")
         self._check_eviction_mattered()
         self._check_evicted_again()
+        self._check_diagnosed(report)
+
+    def _check_diagnosed(self, report: dict[str, Any]) -> None:
+        """Warn when fewer samples were looked at than were asked for."""
+        wanted = self.lm.sparse.diagnose
+        for phase, assignment in self.lm.runtime.plan.phases.items():
+            number = report["phases"][phase].get("diagnostics", {}).get("samples", 0)
+            if number < wanted and report["prompts"]:
+                logger.warning(
+                    "diagnose=%d: %s ran in %d of the first %d prompts only (no others ran, or they were too short, "
+                    "answered with one token, or answered by a response cache)",
+                    wanted, assignment.method.name, number, wanted,
+                )  # fmt: skip
 
     def _check_evicted_again(self) -> None:
-        """Warn when a method that evicts periodically was never asked a second time."""
-        runtime = self.lm.runtime
-        if runtime.plan.every is not None and runtime.longest_answer and not runtime.compactions:
+        """Warn of tasks in which a method that evicts periodically was never asked a second time."""
+        plan = self.lm.runtime.plan
+        if plan.every is None:
+            return
+        once = [task for task, ledger in self.ledgers.items() if ledger.rows and not ledger.compactions]
+        if once:
             logger.warning(
-                "%s evicted prompts only, never an answer in its course: every=%d, the longest answer has %d tokens",
-                runtime.plan.eviction.method.name, runtime.plan.every, runtime.longest_answer,
+                "%s evicted prompts only, never an answer in its course, in %s: every=%d, and no answer of theirs has "
+                "so many tokens (the longest of this process has %d); their scores are those of every=None",
+                plan.eviction.method.name, ", ".join(task or "the run" for task in once), plan.every,
+                self.lm.runtime.longest_answer,
             )  # fmt: skip
 
     def _check_eviction_mattered(self) -> None:

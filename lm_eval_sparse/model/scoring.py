@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..protocol import MeasuredFloat, MeasuredLoglikelihood, SharedPrompt, window_of
 from ..runtime.accounting import Ledger, RowCounts
 from ..runtime.cache import SparseCache
+from ..runtime.diagnose import Diagnosis
 from .encoding import SharedEncoder
 
 if TYPE_CHECKING:
@@ -161,6 +162,8 @@ class Scorer:
     def _score(self, contexts: list[Context], results: list[Any], total: int, disable_tqdm: bool) -> None:
         """Fill `results` for all targets of all contexts, longest contexts first (an out-of-memory shows at once)."""
         lm = self.lm
+        for context in contexts[: lm.reporter.to_diagnose(len(contexts))]:
+            context.counts.diagnosis = Diagnosis()
         contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
         fresh: dict[str, Ledger] = defaultdict(lm.reporter.new_ledger)
         later = [a.method.name for phase, a in lm.runtime.plan.phases.items() if phase != "prefill"]
@@ -253,7 +256,7 @@ class Scorer:
         quiet = disable_tqdm or lm.rank != 0
         for request, windows in zip(tqdm(requests, disable=quiet, desc="Running rolling requests"), cut, strict=True):
             (text,) = request.args
-            counts, total = RowCounts(), 0.0
+            counts, total = RowCounts(diagnosis=Diagnosis() if lm.reporter.to_diagnose(1) else None), 0.0
             with lm.runtime.running(counts, window=window_of(text)):
                 for head, tail in windows:
                     ids = torch.tensor([[*head, *tail][:-1]], device=lm.device)

@@ -60,10 +60,10 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         UserError: a path does not exist, or there is no such file.
     """
-    return [path for path, _ in _candidates(paths)]
+    return [path for path, _ in candidates(paths)]
 
 
-def _candidates(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
+def candidates(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
     """Result files, and whether each was named itself. Links to folders are not followed: they may lead in circles."""
     found: dict[Any, tuple[Path, bool]] = {}
     given = [typed.expand(f"RESULTS {typed.cut(str(path))!r}", path) for path in paths]
@@ -124,23 +124,23 @@ def read(paths: Iterable[str | Path]) -> list[Record]:
     Raises:
         UserError: a file that was named itself is not good, none below the folders is, or no score is left.
     """
-    candidates = _candidates(paths)
+    files = candidates(paths)
     rows: list[Record] = []
     refused: list[UserError] = []
     unusable: list[str] = []
-    for path, named in candidates:
+    for path, named in files:
         try:
             rows += records(load(path), str(path), unusable)
         except UserError as error:
             if named:
                 raise
             refused.append(error)
-    if len(refused) == len(candidates):
+    if len(refused) == len(files):
         others = f" (and {len(refused) - 1} files more)" if len(refused) > 1 else ""
         raise UserError(f"no result file here can be read: {refused[0]}{others}")
     if not rows:
-        files = f"{candidates[0][0]}{f' and {len(candidates) - 1} more' if len(candidates) > 1 else ''}"
-        raise UserError(f"these result files hold no scores: {files}" + "".join(f"; {said}" for said in unusable[:1]))
+        names = f"{files[0][0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
+        raise UserError(f"these result files hold no scores: {names}" + "".join(f"; {said}" for said in unusable[:1]))
     for what, said in (("file", refused), ("figure", unusable)):
         for line in said[:_NAMED]:
             logger.warning("a %s is left out: %s", what, one_line(str(line)))

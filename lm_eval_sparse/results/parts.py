@@ -57,6 +57,12 @@ class Part:
         """The parts of a JSON object by name. Raises `UserError`."""
         return ((key, self[key]) for key in self.object())
 
+    def list(self) -> list[Part]:
+        """The parts of a JSON list. Raises `UserError`."""
+        if not isinstance(self.value, list):
+            raise self.refuse("a JSON list")
+        return [Part(self.where, f"{self.name}[{place}]", value) for place, value in enumerate(self.value)]
+
     def text(self) -> str:
         """A text that is not empty. Raises `UserError`."""
         if not isinstance(self.value, str) or not self.value.strip():

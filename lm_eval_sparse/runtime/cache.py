@@ -21,7 +21,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
 from ..kernels.cache.compact import compact
 from ..kernels.cache.replace import replace, turn
@@ -222,11 +228,15 @@ class CacheLayer(DynamicLayer):
         lengths = held.lengths[row * held.heads : (row + 1) * held.heads].long()
         total = lengths * size
         if self.sequences is not None:
-            page = max(1, self.pool.page_size)
-            for slot in self.pool.slots:
-                entries = {"token": lengths, "page": (lengths + page - 1) // page, "sequence": (lengths > 0).long()}
-                total = total + entries[slot.per] * slot.bytes(keys)
+            total = total + self.state_bytes(row, self.pool.slots)
         return total, self.get_seq_length() * size
+
+    def state_bytes(self, row: int, slots: Sequence[Slot]) -> Tensor:
+        """Bytes that each KV head of a row has in these slots, once the layer is closed: `(H_kv,)` int64."""
+        held, page = self.sequences, max(1, self.pool.page_size)
+        lengths = held.lengths[row * held.heads : (row + 1) * held.heads].long()
+        entries = {"token": lengths, "page": (lengths + page - 1) // page, "sequence": (lengths > 0).long()}
+        return sum((entries[slot.per] * slot.bytes(self.pool.keys) for slot in slots), torch.zeros_like(lengths))
 
     def storage_bytes(self) -> int:
         """Bytes of all tensors that this layer holds, room to grow included."""
@@ -296,6 +306,32 @@ class CacheLayer(DynamicLayer):
         self._choose(rows)
 
 
+class MixedLayer(CacheLayer, LinearAttentionAndFullAttentionLayer):
+    """A `CacheLayer` whose layer keeps a recurrent state, too (Falcon-H1): full attention beside a state space.
+
+    Args:
+        like: what transformers would take for the layer; unused so far.
+    """
+
+    def __init__(self, like: LinearAttentionAndFullAttentionLayer, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.__dict__.update(self._recurrent(like))
+
+    @staticmethod
+    def _recurrent(layer: Any) -> dict[str, Any]:
+        """A copy of what a layer has that plain full attention has not: such states are written in place."""
+        plain = CacheLayer().__dict__
+        return {name: copy.deepcopy(part) for name, part in layer.__dict__.items() if name not in plain}
+
+    def state(self) -> Any:
+        return super().state(), self._recurrent(self)
+
+    def truncate(self, state: Any) -> None:
+        own, recurrent = state
+        super().truncate(own)
+        self.__dict__.update(copy.deepcopy(recurrent))
+
+
 def turned(keys: Tensor, ids: Tensor, positions: Tensor, layer: Layer) -> Tensor:
     """The keys of tokens `ids (H_kv, W)` of a prompt, turned from their own positions to others.
 
@@ -311,6 +347,12 @@ def turned(keys: Tensor, ids: Tensor, positions: Tensor, layer: Layer) -> Tensor
     own = keys.gather(1, ids[..., None].expand(-1, -1, keys.shape[-1]))
     shape = *ids.shape, cosines.shape[-1]
     return turn(own, (cosines / scale).reshape(shape), (sines / scale).reshape(shape))
+
+
+def _ours(like: DynamicLayer, *options: Any) -> CacheLayer:
+    """Our layer in the place of one of transformers'."""
+    mixed = isinstance(like, LinearAttentionAndFullAttentionLayer)
+    return MixedLayer(like, *options) if mixed else CacheLayer(*options)
 
 
 class SparseCache(Cache):
@@ -342,7 +384,7 @@ class SparseCache(Cache):
             super().__init__(layer_class_to_replicate=lambda: CacheLayer(reserve, evicts, Pool(slots, page_size)))
             return
         full = [
-            type(x) is DynamicLayer
+            type(x) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
             # A window of all that the model can hold hides nothing (Phi-3 has such configurations).
             or (type(x) is DynamicSlidingWindowLayer and longest is not None and x.sliding_window >= longest)
             for x in layers
@@ -350,7 +392,7 @@ class SparseCache(Cache):
         own = pools or [Pool(slots, page_size) for _ in layers]
         super().__init__(
             layers=[
-                CacheLayer(reserve, evicts, pool, prompt) if ours else x
+                _ours(x, reserve, evicts, pool, prompt) if ours else x
                 for ours, x, pool in zip(full, layers, own, strict=True)
             ]
         )
@@ -377,9 +419,9 @@ class SparseCache(Cache):
 
     @staticmethod
     def _copied(layer: Any, state: dict[str, Any]) -> dict[str, Any]:
-        # Window layers replace their tensors on update, so references suffice; recurrent states are written
-        # in place and have to be copied.
-        return dict(state) if isinstance(layer, DynamicSlidingWindowLayer) else copy.deepcopy(state)
+        # Window layers replace their tensors on update, so references suffice; recurrent states, which a window may
+        # have beside it, are written in place and have to be copied.
+        return dict(state) if type(layer) is DynamicSlidingWindowLayer else copy.deepcopy(state)
 
     def storage_bytes(self) -> int:
         """Bytes that the full-attention layers hold, room to grow included."""

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from ..methods.base import DecodeMethod, Layer
-from .accounting import DecodeShape, count_answer
+from . import diagnose
+from .accounting import DecodeShape, RowCounts, count_answer
 from .cache import CacheLayer, SparseCache, same_memory
 from .graphs import Graphs
 from .periodic import evict_again, kept_by
@@ -87,6 +88,8 @@ class Decoder:
         #: Rows that are asked for side by side.
         self._asked = 1
         self._batch: list[Row] = []
+        #: The counts of the row that is loaded, where every step of it is looked at: such rows are run alone.
+        self.watched: RowCounts | None = None
         self.pools: list[Pool] = []
         self.reserve = 0
         #: The most room that answers have needed since storage was given back.
@@ -222,6 +225,7 @@ class Decoder:
         softcap: float | None,
         window: int | None,
         eligible: bool,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """See `session.StepAttention`. Rows beyond those of attention's bucket are idle and get 0."""
         layer, rows, method = self.layers[known.index], self._bucket, self.method if eligible else None
@@ -236,7 +240,7 @@ class Decoder:
         kv = layer.kv(rows)
         grouped = query[:rows].reshape(sequences, heads // layer.heads, 1, dim)
         if eligible and self.runtime.plan.every is not None:
-            layer.note(known, grouped)
+            layer.note(self.runtime.known.evicted(known), grouped)
             keeper = Filled(*kept_by(self.runtime.plan), layer.state(rows), self.tokens_held[:rows])
         found = step(
             grouped,
@@ -248,10 +252,14 @@ class Decoder:
             softcap=softcap,
             plan=self.runtime.plan,
             window=window,
-            overlap=True,
+            overlap=self.watched is None,
             room=layer.room,
             keeper=keeper,
+            sink=sink,
         )
+        if self.watched is not None and eligible:
+            so_far, options = self.tokens_held[0], {"scale": scale, "softcap": softcap, "sinks": sink}
+            diagnose.step(self.watched, known.index, grouped, kv, found, so_far, **options)
         if filled is not None:
             layer.reads, layer.width = found.read, found.width
         layer.backend = found.backend
@@ -371,6 +379,7 @@ class Decoder:
     def _load(self, rows: list[Row]) -> None:
         """Make these the rows of the next steps."""
         number = len(rows)
+        self.watched = rows[0].counts if rows[0].counts.diagnosis is not None else None
         self._bucket = number if self.fixed is None else next(size for size in BUCKETS if size >= number)
         self._width = self.fixed or -(-number // self.multiple) * self.multiple
         for place, layer in enumerate(self.layers):
@@ -391,7 +400,8 @@ class Decoder:
                 self._run([row])
             return
         self._load(rows)
-        depth = self.depth if all(row.choose is None for row in rows) else 1  # unless the host chooses the tokens
+        # Unless the host chooses the tokens, or no step may be looked at that the answer does not need.
+        depth = self.depth if all(row.choose is None for row in rows) and self.watched is None else 1
         every = self.runtime.plan.every
         flying: deque[Any] = deque()
         while not any(row.done for row in rows):
@@ -442,7 +452,7 @@ class Decoder:
         """Run one step; returns what ran it, where its tokens will be, and the event to wait for on a GPU."""
         if self.method is not None and self._recorded == RECORDED:
             self._fetch(rows)
-        graph = self.graphs.get(self._bucket) if self.on_gpu else None
+        graph = self.graphs.get(self._bucket) if self.on_gpu and self.watched is None else None
         if graph is None:
             self._step()
         else:
@@ -472,7 +482,9 @@ class Decoder:
             row.fed += 1
             phase = row.counts.phases["decode"]
             phase.loops[loop] += 1
-            if self.on_gpu and loop == "eager":
+            if self.watched is not None:
+                phase.loop_reasons[diagnose.LOOKS] += 1
+            elif self.on_gpu and loop == "eager":
                 phase.loop_reasons[self.graphs.refused] += 1
             if row.choose is not None:
                 chosen[place] = row.choose(self.logits[self._width][place], row.tokens)

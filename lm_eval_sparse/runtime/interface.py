@@ -26,19 +26,20 @@ from .session import Runtime
 #: The name under which transformers knows us. It must not look like one of its own implementations.
 IMPLEMENTATION = "lm_eval_sparse"
 
-#: Keyword arguments of an attention call that say nothing that is not known otherwise, or are handled here. `softcap`
-#: and `is_causal` are read. Windows are read from the mask, which is all that transformers' own functions look at.
+#: Keyword arguments of an attention call that say nothing that is not known otherwise, or are handled here. `softcap`,
+#: `s_aux` (attention sinks) and `is_causal` are read. Windows are read from the mask, which is all that transformers'
+#: own functions look at.
 KNOWN = frozenset({
     "softcap", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "past_key_values",
     "past_key_value", "cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
-    "logits_to_keep", "deterministic", "training",
+    "logits_to_keep", "deterministic", "training", "s_aux",
 })  # fmt: skip
 
 
 #: What some of those are that are refused.
 MEANT = {
-    "s_aux": "attention sinks", "sinks": "attention sinks", "position_bias": "a bias by position",
-    "indices": "keys that the model chooses itself", "block_indices": "keys that the model chooses itself",
+    "sinks": "attention sinks", "position_bias": "a bias by position", "indices": "keys that the model chooses itself",
+    "block_indices": "keys that the model chooses itself",
 }  # fmt: skip
 
 
@@ -93,6 +94,7 @@ def attention(
     options = {
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "softcap": kwargs.get("softcap"),
+        "sink": sink_of(module, kwargs.get("s_aux"), query.shape[1]),
     }
     with inside:
         if runtime.probe is None:
@@ -101,6 +103,19 @@ def attention(
             arguments = {"scaling": scaling, "dropout": dropout, **kwargs}
             out = runtime.probe.attend(module, query, key, value, attention_mask, arguments, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def sink_of(module: torch.nn.Module, given: Any, heads: int) -> Tensor | None:
+    """The sinks of an attention call, `(H,)`; raises `UserError` where it is given something else for them."""
+    if given is None:
+        return None
+    if not isinstance(given, Tensor) or given.numel() != heads or not given.dtype.is_floating_point:
+        what = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+        raise UserError(
+            f"{type(module).__name__} gives 's_aux' (attention sinks) as {what}; sparse-hf takes a number for each of "
+            f"its {heads} query heads: use --model hf for this model"
+        )
+    return given.detach().reshape(heads)
 
 
 def refuse_arguments(module: torch.nn.Module, arguments: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ class Layers:
         self._rotary: Callable[[], nn.Module | None] = lambda: None
         self._kinds: list[str] = []
         self.count = 0
+        #: Layers that may be sparse, and those of them with keys and values of their own; None while that is not known.
+        self._among: tuple[int, ...] | None = None
+        self._owners: tuple[int, ...] | None = None
         if model is not None:
             indices = {m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)}
             self.count = max(indices, default=-1) + 1
@@ -50,8 +54,19 @@ class Layers:
                 dim,
                 rope=self._rope(index) if halves_turn(module) else None,
                 weight=_weight(module, heads * value_dim),
+                among=self._among if self._among is None or index in self._among else None,
             )
         return found
+
+    def sparse(self, among: Iterable[int], lenders: Mapping[int, int]) -> None:
+        """Note which layers may be sparse, and which of them borrow keys and values: nothing is evicted there."""
+        self._among = tuple(sorted(among))
+        self._owners = tuple(index for index in self._among if index not in lenders)
+        self._found.clear()
+
+    def evicted(self, layer: Layer) -> Layer:
+        """The layer as an eviction method is told of it."""
+        return layer if layer.among == self._owners else replace(layer, among=self._owners)
 
     def _rope(self, index: int) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
         place, options = self._rotary, {}
@@ -70,11 +85,31 @@ class Layers:
         return rope
 
 
+def follow(module: nn.Module) -> None:
+    """Let `layer_idx` of a module that several layers share (Zamba) be that of the layer which runs.
+
+    Such a module is told by an argument of its `forward`, and its own `layer_idx` is none.
+    """
+    index = module.layer_idx
+    shared = not isinstance(index, int) or index < 0
+    if shared and "layer_idx" in inspect.signature(module.forward).parameters:
+        module.register_forward_pre_hook(_note_layer, with_kwargs=True)
+
+
+def _note_layer(module: nn.Module, given: tuple, named: dict) -> None:
+    told = inspect.signature(module.forward).bind_partial(*given, **named).arguments.get("layer_idx")
+    if isinstance(told, int):
+        module.layer_idx = told
+
+
 def halves_turn(module: nn.Module) -> bool:
     """Whether the model turns the two halves of a key's dimensions against each other, as Llama does.
 
-    Others turn neighbouring dimensions; what modelling code calls `rotate_half` tells.
+    Others turn neighbouring dimensions; what modelling code calls `rotate_half` tells. In latent attention only some of
+    the dimensions are turned, and they are not the first ones.
     """
+    if hasattr(module, "qk_rope_head_dim"):
+        return False
     for kind in type(module).__mro__:
         rotate = getattr(sys.modules.get(kind.__module__), "rotate_half", None)
         if rotate is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernels.types import Keep
 from ..methods.base import Budget, Density, EvictionMethod, Layer
 from ..methods.plan import Plan
+from . import diagnose
 from .accounting import RowCounts, count_compaction
 from .cache import CacheLayer, SparseCache
 from .pool import Pool, Sequences
@@ -92,14 +93,15 @@ def evict_again(
     if method.too_short(sparsity, tokens) is not None:
         if counts is not None:
             counts.phases["eviction"].reasons[TOO_FEW] += 1
-            count_compaction(counts, layer.index, method.name, *number, pool.keys)
+            count_compaction(counts, layer.index, method.name, *number, pool.keys, value_dim=pool.values.shape[-1])
         return 0
     method, budget = method.resolved(sparsity, tokens, layer)
     call = call_of(layer, pool, held, query, tokens, scale, softcap, "eviction", budget)
     kept = chosen(method, call, Keep, plan.debug)
     check_held(method.name, layer.index, kept, held.lengths)
     if counts is not None:
-        count_compaction(counts, layer.index, method.name, *number, pool.keys, kept)
+        count_compaction(counts, layer.index, method.name, *number, pool.keys, kept, pool.values.shape[-1])
+    diagnose.compacted(counts, layer.index, kept)
     if kept.total == int(held.lengths.sum()):
         return 0
     pool.keep(held.starts, kept.ids, kept.counts)

@@ -142,9 +142,12 @@ class Probe:
         *,
         scale: float,
         softcap: float | None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """See `Runtime.attend`. `arguments` are those of the call beside states and mask."""
         index = module.layer_idx
+        if not isinstance(index, int):
+            raise CheckError(f"{type(module).__name__} does not say which layer it is in (several layers share it)")
         seen = self.layers.setdefault(index, Seen())
         seen.calls += 1
         if self.looks:
@@ -156,9 +159,9 @@ class Probe:
                 self._note_cache(index, key, value)
             seen.keys, seen.values = key, value
         self.trial.layer, self.trial.shown, self.trial.pages = index, None, None
-        out = runtime.attend(module, query, key, value, mask, scale=scale, softcap=softcap)
+        out = runtime.attend(module, query, key, value, mask, scale=scale, softcap=softcap, sink=sink)
         given = mask if runtime.takes_mask(index) else None
-        self._compare(index, module, query, key, value, given, arguments, out, scale, softcap)
+        self._compare(index, module, query, key, value, given, arguments, out, scale, softcap, sink)
         return out
 
     # --- what is found out -------------------------------------------------------------------------------------
@@ -214,6 +217,9 @@ class Probe:
         runtime, layers = self.runtime, self.runtime.cache.layers
         runtime.uncached.pop(index, None)
         runtime.by_memory.discard(index)
+        if index < 0:
+            runtime.uncached[index] = "several layers share one attention module, which does not say in which it runs"
+            return
         if (calls := self.layers[index].calls) > 1:
             runtime.uncached[index] = f"attention runs {calls} times in layer {index}"
             return
@@ -227,9 +233,10 @@ class Probe:
             else:
                 runtime.uncached[index] = f"layer {index} keeps more than keys and values ({type(own).__name__})"
         elif not (same(own.keys, key) and same(own.values, value)):
+            latent = (own.keys.shape[-1], own.values.shape[-1]) != (key.shape[-1], value.shape[-1])
             runtime.uncached[index] = (
                 f"attention in layer {index} is given other keys and values ({shape(key)} and {shape(value)}) than its "
-                f"cache holds ({shape(own.keys)} and {shape(own.values)})"
+                f"cache holds ({shape(own.keys)} and {shape(own.values)}{', latent attention' if latent else ''})"
             )
         elif own.gave(key, value):
             runtime.by_memory.add(index)
@@ -251,6 +258,7 @@ class Probe:
         out: Tensor,
         scale: float,
         softcap: float | None,
+        sink: Tensor | None,
     ) -> None:
         """Compare what our runtime made with transformers' own function on the same queries, keys and values."""
         seen, sight = self.layers[index], self.runtime.sights[index]
@@ -282,7 +290,7 @@ class Probe:
             work = torch.float64 if query.dtype == torch.float64 else torch.float32
             window = sight.size if sight.kind == "window" else None
             states = (states.to(work) for states in (query, key, value))
-            exact = dense_attention(*states, scale=scale, softcap=softcap, window=window)
+            exact = dense_attention(*states, scale=scale, softcap=softcap, window=window, sink=sink)
             self._judge(index, exact, right, size, EXACT, " in full precision")
 
     def _judge(self, index: int, found: Tensor, right: Tensor, size: Tensor, tolerance: float, how: str) -> None:
@@ -363,6 +371,7 @@ def check(model: PreTrainedModel, forward: Forward, runtime: Runtime, steps: int
         if plan.phases:
             _check_phases(model, forward, runtime, plan, ids, steps)
         runtime.calls_of_a_pass = calls
+        runtime.known.sparse((n for n, reason in runtime.layers.items() if reason is None), runtime.lenders)
     finally:
         runtime.plan = plan
     return ids[:, : PROMPT + 1]

@@ -90,7 +90,9 @@ class DecodeLayer:
     def load(self, helds: Sequence[Sequences], fed: Sequence[int]) -> None:
         """Let these rows be the first ones, and the others idle."""
         sequences = len(helds) * self.heads
-        self.lengths.zero_()
+        for part in (self.lengths, self.starts, self.first, self.place):
+            if part is not None:  # idle rows point nowhere else than they did before any was loaded
+                part.zero_()
         self.starts[:sequences] = torch.cat([held.starts for held in helds])
         self.lengths[:sequences] = torch.cat([held.lengths + more for held, more in zip(helds, fed, strict=True)])
         for name in ("first", "place"):

@@ -240,8 +240,8 @@ def check_reads(
     method: Any, layer: int, selection: Reads, query: Tensor, kv: RaggedKV, backend: str, debug: bool
 ) -> None:
     """Check lists of pages at once, or leave it to attention, which then gives minus their faults for keys read."""
-    if selection.unit != method.page_size:
-        own = f"pages of {selection.unit!r} keys are selected, but the method's page_size is {method.page_size!r}"
+    if selection.unit != method.read_unit:
+        own = f"pages of {selection.unit!r} keys are selected, but the method's read_unit is {method.read_unit!r}"
         raise misfit(method.name, layer, own)
     try:
         selection.check_shapes(query)
@@ -253,8 +253,11 @@ def check_reads(
         raise misfit(method.name, layer, "ready is given, but not that of kernels.index.pages; expected None")
     if debug or not query.is_cuda or decode.choose_backend(query, kv, backend) != "triton":
         refuse_reads(method, layer, -selection.faults(kv), selection.ids.shape[-1], kv.heads)
-        extra = selection.extra
-        for name, part in (("bias", selection.bias), ("extra.bias", None if extra is None else extra.bias)):
+        extra, bias = selection.extra, selection.bias
+        if bias is not None:  # what stands behind a list is nobody's
+            listed = torch.arange(bias.shape[-1], device=bias.device) < selection.counts[..., None]
+            bias = torch.where(listed & (kv.lengths > 0)[:, None, None, None], bias, 0.0)
+        for name, part in (("bias", bias), ("extra.bias", None if extra is None else extra.bias)):
             if part is not None and bool(part.isnan().any()):
                 raise misfit(method.name, layer, f"{name} holds numbers that are none; expected finite ones, or -inf")
 

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..kernels.cache.replace import replace
 from ..kernels.dense import dense_attention, masked_attention
 from ..kernels.prefill import block_sparse_prefill_rows
 from ..kernels.types import Blocks, Keep, Slot
 from ..methods.base import Call, Layer
 from ..methods.plan import Plan
+from . import diagnose
 from .accounting import (
     DecodeShape,
     RowCounts,
@@ -34,11 +36,11 @@ from .accounting import (
     settle,
 )
 from .cache import CacheLayer, SparseCache
-from .layers import Layers
+from .layers import Layers, follow
 from .masks import Sight, sight_of, structure
 from .periodic import evict_due, kept_by
 from .pool import Pool
-from .selections import Walked, check_kept, check_slots, chosen, tell
+from .selections import Walked, check_kept, check_slots, chosen, misfit, tell
 from .steps import Filled, call_of, step
 
 
@@ -156,6 +158,7 @@ class Runtime:
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module._lm_eval_sparse = self
+                follow(module)
 
     def see(self, sights: dict[int, Sight]) -> None:
         """Take down what the queries of each layer see."""
@@ -188,6 +191,7 @@ class Runtime:
         *,
         scale: float,
         softcap: float | None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """Attention of `(B, H, q_len, D)` queries; returns `(B, H, q_len, D_v)`."""
         index = module.layer_idx
@@ -203,11 +207,10 @@ class Runtime:
             if index in self.by_memory and not self.decoder.gave(index, key, value):
                 raise changed(module, "is given other keys and values than its cache holds, unlike")
             known = self.known.of(module, query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
-            return self.decoder.attend(
-                known, query, key, value, scale=scale, softcap=softcap, window=window, eligible=reason is None
-            )
+            options = {"scale": scale, "softcap": softcap, "window": window, "sink": sink}
+            return self.decoder.attend(known, query, key, value, eligible=reason is None, **options)
         if self.takes_mask(index):
-            return masked_attention(query, key, value, mask, scale=scale, softcap=softcap)
+            return masked_attention(query, key, value, mask, scale=scale, softcap=softcap, sink=sink)
         if mask is not None:
             raise UserError(
                 "a prompt is padded: prompts run one at a time, so give each one alone (what hides part of a prompt "
@@ -218,12 +221,12 @@ class Runtime:
         if held is not None and index in self.by_memory and not held.gave(key, value):
             raise changed(module, "is given other keys and values than its cache holds, unlike")
         if held is not None and self.phase == "decode" and held.sequences is not None:
-            return self._step(known, held, query, key, value, scale, softcap)
+            return self._step(known, held, query, key, value, scale, softcap, sink)
         if self.phase == "prefill" and query.shape[2] == key.shape[2] and reason is None:
-            out = self._prefill(known, query, key, value, scale, softcap)
+            out = self._prefill(known, query, key, value, scale, softcap, sink)
         else:
             # A later chunk of a prompt, an answer that no method touches, or a layer that is none of ours.
-            out = dense_attention(query, key, value, scale=scale, softcap=softcap, window=window)
+            out = dense_attention(query, key, value, scale=scale, softcap=softcap, window=window, sink=sink)
             if reason is None:
                 self._count_dense(index, query, key, value)
         if held is not None and self.phase == "prefill" and key.shape[2] == self.prompt and index not in self.lenders:
@@ -262,19 +265,24 @@ class Runtime:
         sight = self.sights[index]
         if sight.kind != "full" or self.takes_mask(index):
             return str(sight)
-        if key.shape[-1] != value.shape[-1]:
-            return f"keys have {key.shape[-1]} dimensions, values {value.shape[-1]} (latent attention)"
         return None
 
     # --- prefill -----------------------------------------------------------------------------------------------
 
     def _prefill(
-        self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+        self,
+        layer: Layer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        sink: Tensor | None,
     ) -> Tensor:
         """The whole prompt, in a layer where sparse attention may run."""
         if not self._is_sparse(query.shape[2], len(query)):
             self._count_dense(layer.index, query, key, value)
-            return dense_attention(query, key, value, scale=scale, softcap=softcap)
+            return dense_attention(query, key, value, scale=scale, softcap=softcap, sink=sink)
         method, budget = self.plan.prefill.resolved(query.shape[2], layer, self.task_window)
         selections, walked = [], []
         for q, k, v in zip(query, key, value, strict=True):  # beams have a prompt each
@@ -290,6 +298,7 @@ class Runtime:
                 scale=scale,
                 softcap=softcap,
                 backend=self.plan.backend,
+                sink=sink,
             )
         except ValueError as error:
             raise UserError(f"backend={self.plan.backend}: {error}") from error
@@ -297,6 +306,8 @@ class Runtime:
             for row, (found, each) in enumerate(zip(selections, walked, strict=True)):
                 states = query[row], key[row], value[row]
                 count_prefill(self.counts, method.name, layer.index, *states, found, each, backend, self.plan.backend)
+        layouts, options = [each.layout for each in walked], {"scale": scale, "softcap": softcap, "sinks": sink}
+        diagnose.prefill(self.counts, layer.index, query, key, value, layouts, made, **options)
         return made[0][None] if len(made) == 1 else torch.stack(list(made))
 
     def _is_sparse(self, length: int, rows: int) -> bool:
@@ -338,8 +349,10 @@ class Runtime:
             held.close()
         if held.sequences is not None:
             self._begin_state(layer, held, query, scale, softcap)
+            self._carry(layer, held, kept)
         if self.counts is not None and layer.index not in self.counts.kv:
             count_memory(self.counts, layer.index, *held.held_bytes(0))
+        diagnose.ended(self.counts, self.plan, layer.index, held, kept, key, value)
 
     def _begin_state(self, layer: Layer, held: CacheLayer, query: Tensor, scale: float, softcap: float | None) -> None:
         """Let methods fill their state from what stays of the prompt."""
@@ -354,6 +367,19 @@ class Runtime:
             call = call_of(layer, held.pool, rows, grouped, tokens, scale, softcap, phase, budget)
             tell(method, "prefilled", call, debug=self.plan.debug)
 
+    def _carry(self, layer: Layer, held: CacheLayer, kept: Sequence[Keep | None]) -> None:
+        """Begin the state of kept tokens with what came with the selection, where it is asked for again."""
+        for row, own in zip(kept, held.sequences.rows(), strict=True):
+            for name, entries in ({} if row is None else row.carried).items():
+                tensor = held.pool.tensors.get(name)
+                if held.every is None or tensor is None or entries.shape[2:] != tensor.shape[1:]:
+                    raise misfit(
+                        self.plan.eviction.method.name,
+                        layer.index,
+                        f"carried {name!r} {tuple(entries.shape)} is no slot per token of a method with every",
+                    )
+                replace(tensor, own.starts, row.counts, entries.to(tensor.dtype))
+
     def _evict(
         self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Keep | None:
@@ -361,22 +387,23 @@ class Runtime:
         length, counts, plan = key.shape[1], self.counts, self.plan.eviction
         if plan is None:
             if counts is not None:
-                count_eviction(counts, layer.index, query, key, None)
+                count_eviction(counts, layer.index, query, key, None, value_dim=value.shape[-1])
             return None
         method, sparsity = plan.at(length, self.task_window)
         plan.check_length(length)
         if reason := plan.lacks_window(length) or method.too_short(sparsity, length):
             if counts is not None:
                 counts.phases["eviction"].reasons[reason] += 1
-                count_eviction(counts, layer.index, query, key, method.name)
+                count_eviction(counts, layer.index, query, key, method.name, value_dim=value.shape[-1])
             return None
+        layer = self.known.evicted(layer)
         method, budget = plan.resolved(length, layer, self.task_window)
         call = Call(query, key, value, scale, softcap, "eviction", budget, layer)
         kept = chosen(method, call, Keep, self.plan.debug)
         debug = self.plan.debug or counts is None
         kept, faults, words = check_kept(method.name, layer.index, kept, len(key), length, value.shape[-1], debug)
         if counts is not None:
-            count_eviction(counts, layer.index, query, key, method.name, kept, faults, words)
+            count_eviction(counts, layer.index, query, key, method.name, kept, faults, words, value.shape[-1])
         return kept
 
     # --- decode ------------------------------------------------------------------------------------------------
@@ -390,6 +417,7 @@ class Runtime:
         value: Tensor,
         scale: float,
         softcap: float | None,
+        sink: Tensor | None,
     ) -> Tensor:
         """New tokens against what is held; `q_len` is above 1 when given answers are scored."""
         rows, heads, steps, dim = query.shape
@@ -409,8 +437,11 @@ class Runtime:
                 keeper = Filled(*kept_by(self.plan), state, so_far)
         grouped = query.reshape(len(kv.starts), heads // kv.heads, steps, dim)
         if keeper is not None and new is not None:
-            held.newest = layer, grouped[:, :, -1:].clone()
-        found = step(grouped, new, kv, layer, filled, scale=scale, softcap=softcap, plan=self.plan, keeper=keeper)
+            held.newest = self.known.evicted(layer), grouped[:, :, -1:].clone()
+        options = {"scale": scale, "softcap": softcap, "plan": self.plan, "keeper": keeper, "sink": sink}
+        found = step(grouped, new, kv, layer, filled, **options)
+        looked = {"scale": scale, "softcap": softcap, "sinks": sink, "lender": self.lenders.get(layer.index)}
+        diagnose.step(self.counts, layer.index, grouped, kv, found, tokens, **looked)
         if self.counts is not None:
             shape = DecodeShape.of(heads, kv.heads, kv, found.virtual, found.weighed, found.altered)
             for row in range(rows):
@@ -446,6 +477,7 @@ class StepAttention(Protocol):
         softcap: float | None,
         window: int | None,
         eligible: bool,
+        sink: Tensor | None,
     ) -> Tensor:
         """Append `key` and `value (B, H_kv, 1, D)` to this layer and attend; returns `(B, H, 1, D_v)`."""
         ...

@@ -49,6 +49,7 @@ class Stepped:
         virtual: virtual keys that each token reads besides.
         weighed: whether the weights of what was read were made in a second pass over its keys.
         altered: whether reading everything would not be dense attention: scores have biases, or keys are virtual.
+        reads: what was chosen; None without a method.
     """
 
     out: Tensor
@@ -58,6 +59,7 @@ class Stepped:
     virtual: int = 0
     weighed: bool = False
     altered: bool = False
+    reads: Reads | None = None
 
 
 def step(
@@ -74,6 +76,7 @@ def step(
     overlap: bool = False,
     room: Tensor | None = None,
     keeper: Filled | None = None,
+    sink: Tensor | None = None,
 ) -> Stepped:
     """Attend to what is held.
 
@@ -86,6 +89,8 @@ def step(
         overlap: whether the choice and attention may run into each other (`index.pages.choose_pages`).
         room: int32, where keys read are noted, flat and as long as there may be; made anew where there is none.
         keeper: the eviction method that will be asked again, whose state takes the new tokens in.
+        sink: `(H,)` logits that join the denominators of the softmax, or None. What methods are told of weights leaves
+            them out.
     """
     options = {"scale": scale, "softcap": softcap, "backend": backend_of(plan)}
     if filled is None:
@@ -93,7 +98,7 @@ def step(
             append(kv, *new)
         watch = None if keeper is None else _Watch(query, kv, layer, keeper, scale, softcap, new is not None)
         lse = None if watch is None else watch.lse
-        out, used = paged_decode(query, kv, window=window, lse=lse, **options)
+        out, used = paged_decode(query, kv, window=window, lse=lse, sink=sink, **options)
         if lse is not None:
             watch.attended(None, mass(query, kv, None, lse, scale=scale, softcap=softcap))
         return Stepped(out, used)
@@ -120,7 +125,7 @@ def step(
     if lse is None and method.wants_mass:
         lse = room_for_lse(query)
     try:
-        out, used = paged_decode(query, kv, reads, keys_read=read, lse=lse, **options)
+        out, used = paged_decode(query, kv, reads, keys_read=read, lse=lse, sink=sink, **options)
     except ValueError as error:  # weights or virtual keys that do not fit
         raise misfit(method.name, layer.index, error) from error
     if lse is not None:
@@ -131,7 +136,7 @@ def step(
             watch.attended(reads, weights)
     virtual = 0 if reads.extra is None else reads.extra.values.shape[1]
     altered = virtual > 0 or reads.bias is not None
-    return Stepped(out, used, read, reads.ids.shape[-1], virtual, lse is not None, altered)
+    return Stepped(out, used, read, reads.ids.shape[-1], virtual, lse is not None, altered, reads)
 
 
 class _Watch:

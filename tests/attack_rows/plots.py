@@ -200,6 +200,11 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "output of another user": ("plot", "<results>", "--output", "~nosuchuser/p.png"),
     "one good output, one bad": ("plot", "<results>", "--output", PICTURE, "--output", "p.pdf"),
     "an unknown option": ("plot", "<results>", "--output", PICTURE, "--nosuch"),
+    "heat: nothing": ("heat",),
+    "heat: results that are not there": ("heat", "nosuch"),
+    "heat: nothing was diagnosed": ("heat", "<results>", "--output", PICTURE),
+    "heat: output of another suffix": ("heat", "<results>", "--output", "p.html"),
+    "heat: output is empty": ("heat", "<results>", "--output", ""),
     "escapes": ("plot", "\x1b[2J", "--output", PICTURE),
     "a line end": ("plot", "a\nb", "--output", PICTURE),
 }  # fmt: skip

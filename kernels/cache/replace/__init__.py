@@ -10,18 +10,18 @@ def replace(states: Tensor, starts: Tensor, counts: Tensor, new: Tensor) -> None
     """Write `states[starts[h] + i] = new[h, i]` for `i < counts[h]`. Waits for counts that are on a GPU.
 
     Args:
-        states: `(N, D)` flat storage.
+        states: `(N, …)` flat storage.
         starts, counts: `(H,)` int64 or int32.
-        new: `(H, W, D)` of the same dtype.
+        new: `(H, W, …)` of the same dtype.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
     heads, width = new.shape[:2]
-    if new.dim() != 3 or new.shape[2:] != states.shape[1:] or new.dtype != states.dtype:
+    if new.dim() < 2 or new.shape[2:] != states.shape[1:] or new.dtype != states.dtype:
         raise ValueError(
             f"new {tuple(new.shape)} {new.dtype} does not fit states {tuple(states.shape)} {states.dtype}: expected "
-            "(H, W, D) of the same dtype"
+            "(H, W, …) of the same dtype"
         )
     if starts.shape != (heads,) or counts.shape != (heads,):
         raise ValueError(

@@ -16,8 +16,9 @@ from ...backends import choose
 from ...types import Blocks
 from . import naive
 from .naive import APART, coverage_keys
+from .tokens import by_tokens
 
-__all__ = ["APART", "Coverage", "coverage_keys", "select"]
+__all__ = ["APART", "Coverage", "by_tokens", "coverage_keys", "select"]
 
 #: The counters of the Triton backend hold the tiles of a map of fewer blocks than this.
 MAX_BLOCKS = 1 << 14

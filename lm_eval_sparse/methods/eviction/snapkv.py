@@ -61,16 +61,20 @@ class SnapKV(ScoredEviction):
 
     def check_native(self) -> None:
         """What only matters when the capacity rules: it must exceed the window and hold what is always kept."""
-        if self.capacity <= self.window:
-            raise UserError(
-                f"capacity={self.capacity} does not exceed window={self.window}: give a capacity above "
-                f"{self.window}, or a smaller window"
-            )
+        self.check_window()
         native = self.as_native()
         if self.capacity < native.sinks + native.local:
             raise UserError(
                 f"capacity={self.capacity} cannot hold sinks={native.sinks} and local={native.local}, which are always "
                 f"kept: give a capacity of at least {native.sinks + native.local}, or smaller sinks and local"
+            )
+
+    def check_window(self) -> None:
+        """Raise `UserError` unless the capacity exceeds the window."""
+        if self.capacity <= self.window:
+            raise UserError(
+                f"capacity={self.capacity} does not exceed window={self.window}: give a capacity above "
+                f"{self.window}, or a smaller window"
             )
 
     def score(self, call: Call) -> Tensor:

@@ -16,10 +16,10 @@ from typing import ClassVar, Literal
 import torch
 
 from ...errors import UserError
-from ...kernels.estimate import pool, window_blocks
+from ...kernels.estimate import pool, window_blocks, window_sums
 from ...kernels.index import top_p_blocks as coverage
 from ...kernels.types import BLOCK_SIZES, Blocks, Cost, causal_pairs
-from ..base import FORCED_SHARE, MAX_STEP, PROMISED_LENGTH, Call, Density, Layer, Mass, PrefillMethod, number
+from ..base import FORCED_SHARE, MAX_STEP, PROMISED_LENGTH, Call, Density, Layer, Mass, PrefillMethod, number, one_of
 
 #: A typed block is refused where one column of one head changes it by more than this.
 MAX_COARSE = 0.03
@@ -35,10 +35,12 @@ class FlexPrefill(PrefillMethod):
         min_budget: tokens' worth of vertical and of slash blocks that each head gets at least.
         max_budget: tokens' worth that each of the two may get at most; None for no limit.
         block_size: 16, 32, 64 or 128, or `auto`.
+        coverage: how verticals and slashes are counted. `blocks`: the mass of a key block, and of a band of
+            `block_size` diagonals, is summed first, and the smallest set with a share of at least `gamma` is taken.
+            `tokens`, as the authors' code has it: the fewest single keys (and diagonals) with that share are counted,
+            and as many blocks taken as these would fill, and one.
 
-    Coverage is counted in blocks: the mass of a key block, and of a band of `block_size` diagonals, is summed
-    first, and the smallest set of blocks with a share of at least `gamma` is taken. The first key block and the
-    diagonal blocks are kept besides.
+    The first key block and the diagonal blocks are kept besides.
     """
 
     name: ClassVar[str] = "flexprefill"
@@ -56,6 +58,7 @@ class FlexPrefill(PrefillMethod):
     min_budget: int = 1024
     max_budget: int | None = None
     block_size: int | Literal["auto"] = "auto"
+    coverage: Literal["blocks", "tokens"] = "blocks"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +75,7 @@ class FlexPrefill(PrefillMethod):
         if self.block_size != "auto" and self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise UserError(f"block_size={self.block_size!r} is not accepted: give one of {sizes}, or auto")
+        one_of("coverage", self.coverage, ("blocks", "tokens"))
 
     # --- knobs from a sparsity -------------------------------------------------------------------------------
 
@@ -136,19 +140,22 @@ class FlexPrefill(PrefillMethod):
         pooled_keys = pool(key, block)
         window = window_blocks(query, key, pooled_keys, block, scale=scale, softcap=softcap)
         query_aware = window.divergence < self.tau
-        chosen = coverage.select(
-            query,
-            pooled_keys,
-            window.vertical,
-            window.slash,
-            query_aware,
-            block,
-            scale=scale,
-            softcap=softcap,
-            floor=min(blocks, -(-self.min_budget // block)),
-            ceiling=blocks if self.max_budget is None else max(1, min(blocks, -(-self.max_budget // block))),
+        masses = window.vertical, window.slash
+        options = {
+            "scale": scale,
+            "softcap": softcap,
+            "floor": min(blocks, -(-self.min_budget // block)),
+            "ceiling": blocks if self.max_budget is None else max(1, min(blocks, -(-self.max_budget // block))),
             **wanted,
-        )
+        }
+        if self.coverage == "blocks":
+            chosen = coverage.select(query, pooled_keys, *masses, query_aware, block, **options)
+            layout, gamma, rest = chosen.layout, chosen.gamma, chosen.rest
+        else:
+            sums = window_sums(query, key, block, scale=scale, softcap=softcap, columns=True, diagonals=True)
+            single = sums.columns, sums.diagonals
+            layout, rest = coverage.by_tokens(query, pooled_keys, *single, *masses, query_aware, block, **options)
+            gamma = 1 - rest
 
         aware = query_aware.sum()
         if query.device.type == "cpu":  # elsewhere reading it would wait for the device
@@ -156,7 +163,7 @@ class FlexPrefill(PrefillMethod):
         map_cost = length * dim + 2 * dim * blocks * blocks
         element = query.element_size()
         return replace(
-            chosen.layout,
+            layout,
             cost=Cost(
                 heads * (2 * block * length * dim + 2 * blocks * dim + block * dim)
                 + kv_heads * length * dim
@@ -165,13 +172,14 @@ class FlexPrefill(PrefillMethod):
                 element * dim * (2 * kv_heads * length + heads * block + aware * length),
             ),
             knobs={
-                "gamma": chosen.gamma,
-                "one_minus_gamma": chosen.rest,
+                "gamma": gamma,
+                "one_minus_gamma": rest,
                 "tau": self.tau,
                 "block_size": block,
                 "min_budget": self.min_budget,
                 "max_budget": self.max_budget,
                 "query_aware_heads": aware,
+                "coverage": self.coverage,
             },
         )
 

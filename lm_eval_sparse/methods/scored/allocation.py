@@ -97,20 +97,20 @@ class PerLayer(Allocation):
     """Uniform in a layer, and from layer to layer as `shape` has it.
 
     Attributes:
-        shape: from `(layer, layers)` to that layer's factor. The mean over all layers is 1, so that the promise holds
-            on average; a sparsity at which a layer would keep more than it has is refused.
+        shape: from `(layer, layers)` to that layer's factor, counting the layers that may be sparse. The mean over them
+            is 1, so that the promise holds on average; a sparsity at which a layer would keep more than it has is
+            refused.
     """
 
     words: str = "per layer"
     shape: Callable[[int, int], float] = lambda layer, layers: 1.0
 
     def at(self, budget: Budget, layer: Layer) -> Budget:
-        factors = [self.shape(index, layer.count) for index in range(layer.count)]
-        if min(factors) < 0 or abs(sum(factors) - layer.count) > 1e-6 * layer.count:
-            raise ValueError(
-                f"factors of {layer.count} layers are {factors}; expected their mean to be 1, none below 0"
-            )
-        factor = factors[layer.index]
+        place, count = layer.place
+        factors = [self.shape(index, count) for index in range(count)]
+        if min(factors) < 0 or abs(sum(factors) - count) > 1e-6 * count:
+            raise ValueError(f"factors of {count} layers are {factors}; expected their mean to be 1, none below 0")
+        factor = factors[place]
         match budget:
             case Density(share):
                 if share * max(factors) > 1 + 1e-9:

@@ -8,10 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...kernels.budget import solve_each
 from ...kernels.index.pages import PageBudget, select_pages
 from ...kernels.types import Reads
-from ..base import Call, Count, DecodeMethod, Density
-from .allocation import Allocation, PerLayer, Uniform, checked
+from ..base import Budget, Call, Count, DecodeMethod, Density, Mass
+from .allocation import Allocation, PerLayer, TopP, Uniform, checked
+from .prefill import missing_mass
 
 #: Scores of pages held at once.
 SCORE_ELEMENTS = 1 << 25
@@ -21,18 +23,20 @@ SCORE_ELEMENTS = 1 << 25
 class ScoredDecode(DecodeMethod):
     """Pages, or with `page_size = 1` tokens, by a score for each (new token, page).
 
-    The page that a token is in is always read. The first of `budget_knobs` is how many keys are read besides.
+    The page that a token is in is always read. The first of `budget_knobs` is how many keys are read besides; under
+    `TopP` the share of its mass that a token reads at least.
     """
 
     kv: ClassVar[str] = "full cache"
     allocation: ClassVar[Allocation] = Uniform()
-    allocations: ClassVar[tuple[type, ...]] = (Uniform, PerLayer)
+    allocations: ClassVar[tuple[type, ...]] = (Uniform, PerLayer, TopP)
     budget_knobs: ClassVar[tuple[str, ...]] = ("budget",)
 
     def score(self, call: Call, pages: int) -> Tensor:
         """`(S, Gs, T, P)` fp32 of the first P = `pages` pages of each sequence, of which complete ones count.
 
-        Gs is 1 where the query heads of a KV head share their pages, else their number.
+        Gs is 1 where the query heads of a KV head share their pages, else their number. Under `TopP` it is a share of
+        the token's mass, not negative, and of all pages that the token may see, the one that it is in included.
         """
         raise NotImplementedError
 
@@ -44,9 +48,10 @@ class ScoredDecode(DecodeMethod):
     def select(self, call: Call) -> Reads:
         sequences, _, steps, _ = call.query.shape
         kv = call.cache.kv
+        covers = isinstance(self.allocation, TopP)
         # Nothing that the host does not know: the longest sequence may hold that many pages before its current one.
         # A multiple of 16 lets kernels load scores in whole vectors.
-        most = -(-((kv.longest - 1) // self.page_size) // 16) * 16
+        most = -(-((kv.longest - (not covers)) // self.page_size + covers) // 16) * 16
         some = max(1, SCORE_ELEMENTS // max(1, sequences * self.lists(call) * most))
         if steps <= some or call.cache.new is not None:  # new ones are few
             return self._choose(call, most)
@@ -65,6 +70,9 @@ class ScoredDecode(DecodeMethod):
 
     def _choose(self, call: Call, most: int) -> Reads:
         """Choose among at most `most` complete pages of each sequence."""
+        if isinstance(self.allocation, TopP):
+            lists = len(call.query), (1, call.query.shape[1]), call.query.shape[2], most
+            return cover(call, checked(self.score(call, most), lists, undefined=True), call.budget, self.page_size)
         pages = keep = None
         match self.allocation.at(call.budget, call.layer):
             case Count(number):
@@ -82,3 +90,40 @@ class ScoredDecode(DecodeMethod):
         sequences, group, steps, _ = call.query.shape
         score = checked(self.score(call, most), (sequences, (1, group), steps, most), undefined=True)
         return select_pages(score, call.cache.kv, call.cache.tokens, budget, width=width)
+
+
+def cover(call: Call, score: Tensor, budget: Budget, page_size: int, among: Tensor | None = None) -> Reads:
+    """The fewest pages of each list that leave out at most a share of its mass, and the page that its token is in.
+
+    Under a `Density` that share is the same for all lists of a row's token, and such that these together read what
+    comes nearest to it.
+
+    Args:
+        score: `(S, Gs, T, P)`, not negative where there is a page; P pages hold the longest sequence.
+        among: bool like `score`, pages that are to be chosen from; the token's own must be one of them. None for all.
+    """
+    sequences, lists, steps, pages = score.shape
+    kv, heads = call.cache.kv, call.cache.kv_heads
+    visible = kv.visible(steps)[:, None, :, None]
+    place = torch.arange(pages, device=score.device)
+    own = ((visible - 1) // page_size).clamp(min=0)
+    there = ((place <= own) & (visible > 0)).expand_as(score)
+    forced = (place == own).expand_as(score) & there
+    there = there if among is None else (there & among) | forced
+    missing = missing_mass(torch.where(there, score, 0.0).clamp(min=0), forced)
+    missing = missing.masked_fill(forced, torch.inf).masked_fill(~there, -torch.inf)
+    match budget:
+        case Mass(share):
+            return Reads.from_mask(missing > 1 - share, page_size)
+        case Density(share):
+            pass
+        case _:
+            raise TypeError(f"{budget} is no share")
+    # All lists of one token of a row side by side.
+    shape = len(score) // heads, heads, lists, steps, pages
+    keys = torch.where(there, (visible - place * page_size).clamp(0, page_size), 0)
+    flat = [part.reshape(shape).movedim(3, 1).reshape(shape[0] * steps, -1) for part in (missing, keys)]
+    logical = call.cache.logical(steps).reshape(shape[0], heads, steps)[:, 0]
+    taken, _ = solve_each(*flat, (share * heads * lists * logical).double().flatten())
+    mask = taken.reshape(shape[0], steps, heads, lists, pages).movedim(1, 3).reshape(score.shape)
+    return Reads.from_mask(mask & there, page_size)

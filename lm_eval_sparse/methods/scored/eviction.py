@@ -34,6 +34,8 @@ class ScoredEviction(EvictionMethod):
     allocations: ClassVar[tuple[type, ...]] = (Uniform, Pooled, PerLayer)
     budget_knobs: ClassVar[tuple[str, ...]] = ("capacity",)
     forced: ClassVar[Mapping[str, int]] = {}
+    #: With `every`: the slot per token in which the scores of the kept tokens go on, for scores that accumulate.
+    carries: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,15 +66,21 @@ class ScoredEviction(EvictionMethod):
     def knobs_for(self, sparsity: float, length: int, layer: Layer | None = None) -> ScoredEviction:
         """Capacity in closed form; first and last tokens shrink to a quarter of it, unless they were typed."""
         capacity = max(1, round((1 - sparsity) * length))
+        found = {name: count for name, count in self.ends(capacity).items() if getattr(self, name) == "auto"}
+        return replace(self, **found, **{self.budget_knobs[0]: capacity})
+
+    def ends(self, capacity: int) -> dict[str, int]:
+        """The knobs of what is always kept: what was typed, the others at most a quarter of `capacity` together."""
         room, found = int(capacity * FORCED_SHARE), {}
         for name, paper in self.forced.items():
-            if getattr(self, name) == "auto":
+            found[name] = getattr(self, name)
+            if found[name] == "auto":
                 # The last tokens hold the one that answers begin from.
                 found[name] = min(paper, room) if name == "sinks" else max(1, min(paper, room))
-                room -= found[name]
-            elif name == "sinks":
-                room -= getattr(self, name)
-        return replace(self, **found, **{self.budget_knobs[0]: capacity})
+            elif name != "sinks":
+                continue
+            room -= found[name]
+        return found
 
     def largest_sparsity(self, length: int) -> float:
         typed = sum(value for name in self.forced if (value := getattr(self, name)) != "auto")
@@ -98,9 +106,10 @@ class ScoredEviction(EvictionMethod):
         if call.cache is not None:
             return self._again(call)
         length, kv_heads = call.length, len(call.key)
-        capacity = self._tokens(self.allocation.at(call.budget, call.layer), length)
+        capacity = self._tokens(self.layer_budget(call, length), length)
         score = checked(self.score(call), (kv_heads, length))
-        first, last = (getattr(self, name, 0) for name in ("sinks", "local"))
+        found = score.clone() if self.every is not None and self.carries is not None else None
+        first, last = self.kept_ends(capacity)
         score[:, :first] = math.inf
         score[:, max(0, length - last) :] = math.inf
         if isinstance(self.allocation, Pooled):
@@ -108,14 +117,23 @@ class ScoredEviction(EvictionMethod):
         else:
             width = min(capacity, length)
             kept, counts = top(score, width), torch.full((kv_heads,), width, device=score.device)
-        return self._kept(call, kept, counts, width, kv_heads * min(capacity, length), capacity, length)
+        keep = self._kept(call, kept, counts, width, kv_heads * min(capacity, length), capacity, length)
+        return keep if found is None else replace(keep, carried={self.carries: found.gather(1, keep.ids)})
+
+    def layer_budget(self, call: Call, length: int) -> Budget:
+        """The budget of the call's layer, for `length` tokens so far."""
+        return self.allocation.at(call.budget, call.layer)
+
+    def kept_ends(self, capacity: int) -> tuple[int, int]:
+        """How many of the first and of the last tokens stay whatever their score, of `capacity`."""
+        return getattr(self, "sinks", 0), getattr(self, "local", 0)
 
     def _again(self, call: Call) -> Keep:
         """What stays of what is held in the course of an answer. Waits for the device, which knows how much that is."""
         kv, so_far = call.cache.kv, int(call.cache.tokens[0])
         lengths = kv.lengths.long()[:, None]
-        capacity = self._tokens(self.allocation.at(call.budget, call.layer), so_far)
-        first, last = (getattr(self, name, 0) for name in ("sinks", "local"))
+        capacity = self._tokens(self.layer_budget(call, so_far), so_far)
+        first, last = self.kept_ends(capacity)
         place = torch.arange(kv.longest, device=lengths.device)
         # Nothing that is held may lose to what is not.
         score = checked(self.score(call), (len(kv.starts), kv.longest)).clamp(min=torch.finfo(torch.float32).min)

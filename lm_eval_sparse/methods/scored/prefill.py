@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...kernels.budget import solve
 from ...kernels.index.top_blocks import top_blocks, top_scored
-from ...kernels.types import Blocks, Cost, causal_pairs, tile_pairs
-from ..base import Budget, Call, Count, Density, Mass, PrefillMethod
+from ...kernels.types import BLOCK_SIZES, Blocks, Cost, causal_pairs, tile_pairs
+from ..base import FORCED_SHARE, Budget, Call, Count, Density, Layer, Mass, PrefillMethod
 from .allocation import Allocation, PerLayer, TopP, Uniform, checked
 
 
@@ -22,8 +22,9 @@ class ScoredPrefill(PrefillMethod):
     """Key blocks by a score for each (query head, query block, key block).
 
     The first `first` key blocks and the `near` nearest ones, the diagonal included, are always read. A subclass has a
-    knob `block_size` and writes `score`, or `factors` where the score is a product of two pooled tensors, which is then
-    never made whole.
+    knob `block_size`, which may be `auto`: `usual_block` under native knobs, and for a sparsity the largest whose
+    forced blocks take a quarter of the budget at most. It writes `score`, or `factors` where the score is a product of
+    two pooled tensors, which is then never made whole.
     """
 
     unit: ClassVar[str] = "blocks"
@@ -32,6 +33,8 @@ class ScoredPrefill(PrefillMethod):
     allocations: ClassVar[tuple[type, ...]] = (Uniform, TopP, PerLayer)
     #: Key blocks that are always read, in front.
     first: ClassVar[int] = 1
+    #: Tokens of a block where `block_size` is `auto` and no sparsity decides.
+    usual_block: ClassVar[int] = 128
     #: Words for what is always read.
     always: ClassVar[str] = "first key block and diagonal"
 
@@ -65,13 +68,29 @@ class ScoredPrefill(PrefillMethod):
         """Key blocks that every query block reads, where there are so many."""
         return self.first + self.near
 
+    def as_native(self) -> ScoredPrefill:
+        return replace(self, block_size=self._usual) if self.block_size == "auto" else self
+
+    def knobs_for(self, sparsity: float, length: int, layer: Layer | None = None) -> ScoredPrefill:
+        if self.block_size != "auto":
+            return self
+        fitting = [size for size in BLOCK_SIZES if self._forced_density(length, size) <= FORCED_SHARE * (1 - sparsity)]
+        return replace(self, block_size=max(fitting, default=BLOCK_SIZES[0]))
+
+    @property
+    def _usual(self) -> int:
+        return self.usual_block if self.block_size == "auto" else int(self.block_size)
+
+    def _forced_density(self, length: int, block: int) -> float:
+        return uniform_pairs(length, block, self._forced) / causal_pairs(length)
+
     def largest_sparsity(self, length: int) -> float:
-        return 1 - uniform_pairs(length, int(self.block_size), self._forced) / causal_pairs(length)
+        return 1 - self._forced_density(length, BLOCK_SIZES[0] if self.block_size == "auto" else int(self.block_size))
 
     def too_short(self, sparsity: float | None, length: int) -> str | None:
         if sparsity is None:
             budget = self.native_budget()
-            if isinstance(budget, Count) and budget.number >= -(-length // int(self.block_size)):
+            if isinstance(budget, Count) and budget.number >= -(-length // self._usual):
                 return f"prompt of {length} tokens has no more than {self.budget_knobs[0]}={budget.number} blocks"
             return None
         if self.largest_sparsity(length) < sparsity:

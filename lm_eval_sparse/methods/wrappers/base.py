@@ -78,6 +78,17 @@ class Wrapper(Method):
         self.inner.attended(call, reads, mass)
 
     @property
+    def page_size(self) -> int:
+        return self.inner.page_size
+
+    @property
+    def read_unit(self) -> int:
+        return self.inner.read_unit
+
+    def cost(self, visible: Tensor, read: Tensor, group: int, dim: int, element: int) -> tuple[Tensor, Tensor]:
+        return self.inner.cost(visible, read, group, dim, element)
+
+    @property
     def looks_back(self) -> int:
         return self.inner.looks_back
 

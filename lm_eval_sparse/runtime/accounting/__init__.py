@@ -15,7 +15,7 @@ from .calls import (
     count_prefill,
     count_step,
 )
-from .ledger import Ledger
+from .ledger import Ledger, compactions
 from .rows import FIGURES, MEMORY, PHASES, PhaseCounts, RowCounts, settle
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Ledger",
     "PhaseCounts",
     "RowCounts",
+    "compactions",
     "count_answer",
     "count_compaction",
     "count_dense",

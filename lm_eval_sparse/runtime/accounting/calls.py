@@ -52,7 +52,7 @@ def count_dense(
         executed=pairs,
         bytes_dense=per_key * reads,
         bytes_read=per_key * reads,
-        flops_dense=4 * dim * pairs,
+        flops_dense=2 * (dim + value.shape[-1]) * pairs,
         flops_estimator=0,
     )
 
@@ -78,7 +78,8 @@ def count_prefill(
         backend: what computed it; asked: what was to compute it, or `auto`.
     """
     heads, length, dim = query.shape
-    per_key = (key.shape[-1] + value.shape[-1]) * key.element_size()
+    both = dim + value.shape[-1]
+    per_key = both * key.element_size()
     bytes_dense = per_key * dense_keys(length, selection.block_q)
     names, words = list(selection.knobs), walked.words
     phase = counts.phases["prefill"]
@@ -105,7 +106,7 @@ def count_prefill(
             executed=executed,
             bytes_dense=bytes_dense,
             bytes_read=per_key * keys + read / heads,
-            flops_dense=4 * dim * causal_pairs(length),
+            flops_dense=2 * both * causal_pairs(length),
             flops_estimator=flops / heads,
         )
         phase.note_knobs(dict(zip(names, knobs, strict=True)))
@@ -128,6 +129,7 @@ def count_eviction(
     kept: Keep | None = None,
     faults: Tensor | None = None,
     words: Words | None = None,
+    value_dim: int | None = None,
 ) -> None:
     """Count what stays of one row after its prefill; all of it without `kept`.
 
@@ -135,10 +137,12 @@ def count_eviction(
         query: `(H, L, D)`; key: `(H_kv, L, D)`.
         method: None where no method fills the phase.
         faults: flags that are yet to be looked at; words: what they say.
+        value_dim: dimensions of a value; None: as many as a key has.
     """
     heads, (kv_heads, length, dim) = len(query), key.shape
-    flops = 4 * dim * causal_pairs(length)
-    _count_kept(counts, layer, method, heads, kv_heads, length, key, flops, kept, faults, words)
+    both = dim + (value_dim or dim)
+    flops, size = 2 * both * causal_pairs(length), both * key.element_size()
+    _count_kept(counts, layer, method, heads, kv_heads, length, size, flops, kept, faults, words)
 
 
 def count_compaction(
@@ -150,6 +154,7 @@ def count_compaction(
     tokens: int,
     keys: Tensor,
     kept: Keep | None = None,
+    value_dim: int | None = None,
 ) -> None:
     """Count what stays of one row in the course of its answer; what is held without `kept`.
 
@@ -158,9 +163,10 @@ def count_compaction(
     Args:
         heads, kv_heads: of the layer; tokens: of the row so far, evicted ones included.
         keys: `(N, D)` as they are stored.
-        kept: places in what each head holds, already checked.
+        kept: places in what each head holds, already checked; value_dim: as in `count_eviction`.
     """
-    _count_kept(counts, layer, method, heads, kv_heads, tokens, keys, 0.0, kept, again=True)
+    size = (keys.shape[-1] + (value_dim or keys.shape[-1])) * keys.element_size()
+    _count_kept(counts, layer, method, heads, kv_heads, tokens, size, 0.0, kept, again=True)
 
 
 def _count_kept(
@@ -170,7 +176,7 @@ def _count_kept(
     heads: int,
     kv_heads: int,
     length: int,
-    keys: Tensor,
+    per_key: int,
     flops_dense: float,
     kept: Keep | None = None,
     faults: Tensor | None = None,
@@ -180,7 +186,7 @@ def _count_kept(
     phase = counts.phases["eviction"]
     dense = {
         "pairs": length,
-        "bytes_dense": length * 2 * keys.shape[-1] * keys.element_size() * kv_heads / heads,
+        "bytes_dense": length * per_key * kv_heads / heads,
         "flops_dense": flops_dense,
     }
     if kept is None:
@@ -277,7 +283,7 @@ def count_steps(
         if kinds["sparse"]:
             budgets = reads.mean((0, 1)).reshape(calls, -1).mean(1)[~covered]
             counts.note_many("budget", budgets)
-            counts.note_many("page_size", np.full(len(budgets), method.page_size))
+            counts.note_many("page_size", np.full(len(budgets), method.read_unit))
     # A virtual key is read like any other; the second pass that weighs keys reads those of the cache again.
     again = read.sum(-1) if shape.weighed else 0.0
     totals, whole = read.sum(-1) + shape.virtual * len(logical), float(logical.sum())
@@ -300,7 +306,7 @@ def count_steps(
         bytes_read=per_head(
             loads * shape.per_key + reloads * shape.dim * shape.element + np.reshape(metadata, (-1, 1)) / share
         ),
-        flops_dense=whole * 4 * shape.dim,
+        flops_dense=whole * 2 * shape.per_key / shape.element,
         flops_estimator=per_head(np.reshape(flops, (-1, 1)) / share + again * 2 * shape.dim),
     )
     counts.calls.update({kind: number for kind, number in kinds.items() if number})

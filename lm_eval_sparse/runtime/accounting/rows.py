@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..diagnose import Diagnosis
 
 PHASES = ("prefill", "eviction", "decode")
 
@@ -112,11 +115,13 @@ class RowCounts:
         phases: counts by phase, without those that are pending: `phase` gives them with all.
         kv: sparse-eligible layer -> `(2, H_kv)` bytes that each KV head holds, and those of the whole prompt.
         pending: what is to be counted once its numbers are fetched from a device: how, and the numbers.
+        diagnosis: what its calls are looked at by, where it is a sample of `diagnose=N`.
     """
 
     phases: dict[str, PhaseCounts] = field(default_factory=lambda: {name: PhaseCounts() for name in PHASES})
     kv: dict[int, np.ndarray] = field(default_factory=dict)
     pending: list[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=list, repr=False)
+    diagnosis: Diagnosis | None = field(default=None, repr=False)
 
     def later(self, count: Callable[..., None], *numbers: Any) -> None:
         """Call `count(*numbers)` when figures are first read, with the tensors among the numbers as host numbers.

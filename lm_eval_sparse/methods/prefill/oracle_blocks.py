@@ -1,0 +1,72 @@
+"""The oracle of block-sparse prefill: blocks by the attention that they really hold.
+
+It computes all attention to choose among it: an upper bound of what methods that estimate blocks can reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.types import BLOCK_SIZES, Cost, causal_pairs
+from ..base import Call, Mass, number, one_of
+from ..scored import Allocation, ScoredPrefill, TopP
+
+#: fp32 scores held at once.
+ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class OracleBlocks(ScoredPrefill):
+    """The fewest key blocks of each query block and head that hold the share `mass` of its attention.
+
+    Knobs:
+        mass: share of a query block's attention, in (0, 1]; 1 reads everything.
+        block_size: 16, 32, 64 or 128, or `auto`.
+    """
+
+    name: ClassVar[str] = "oracle_blocks"
+    importance: ClassVar[str] = "exact attention"
+    allocation: ClassVar[Allocation] = TopP()
+    reference: ClassVar[str] = "upper bound of block-sparse prefill"
+    budget_knobs: ClassVar[tuple[str, ...]] = ("mass",)
+    native: ClassVar[type] = Mass
+    tiny: ClassVar = {"mass": 0.5, "block_size": 16}
+
+    mass: float = 0.95
+    block_size: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("mass", self.mass, 1e-9, 1, example=0.95)
+        one_of("block_size", self.block_size, BLOCK_SIZES, auto=True)
+
+    def score(self, call: Call) -> Tensor:
+        (heads, length, _), block = call.query.shape, int(self.block_size)
+        kv_heads, blocks = len(call.key), -(-length // block)
+        score = torch.zeros(heads, blocks, blocks, device=call.query.device)
+        keys = call.key.float().transpose(1, 2)
+        query = call.query.unflatten(0, (kv_heads, -1))
+        rows = max(1, ELEMENTS // (heads * length * block))  # query blocks at once
+        for first in range(0, blocks, rows):
+            start, end = first * block, min(length, (first + rows) * block)
+            part = query[:, :, start:end].float().flatten(1, 2) @ keys[..., :end] * call.scale
+            if call.softcap is not None:
+                part = call.softcap * torch.tanh(part / call.softcap)
+            part = part.unflatten(1, (-1, end - start)).flatten(0, 1)
+            place = torch.arange(end, device=part.device)
+            weights = part.masked_fill(place > place[start:, None], -torch.inf).softmax(-1)
+            weights = F.pad(weights, (0, -end % block, 0, -(end - start) % block))
+            score[:, first : first + rows, : -(-end // block)] = (
+                weights.unflatten(2, (-1, block)).sum(3).unflatten(1, (-1, block)).sum(2)
+            )
+        return score
+
+    def cost(self, call: Call) -> Cost:
+        heads, length, dim = call.query.shape
+        states = call.query.element_size() * dim * (heads + len(call.key)) * length
+        return Cost(2 * dim * heads * causal_pairs(length), states)
