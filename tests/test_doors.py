@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -483,10 +484,9 @@ TYPED: dict[str, tuple[str, str | None]] = {
     "method=around:snapkv,floor=0.3": ("ada_snapkv (eviction phase)", "method=around:ada_snapkv,floor=0.3"),
     "method=around:quest,quest.bugdet=9": ("has no knob 'bugdet'; did you mean 'budget'? (knobs of quest:", None),
     "method=around:quest,around.shrae=9": ("around has no knob 'shrae'; did you mean 'share'?", None),
-    "method=flexprefill,every=64": ("every=64 is a knob of periodic (eviction phase), but method=flexprefill",
-                                    "method=flexprefill+periodic,every=64"),
-    "method=quest,every=64": ("(eviction phase)", "method=periodic+quest,every=64"),
-    "method=snapkv,every=64": ("is a knob of periodic", "method=periodic,every=64"),
+    "method=flexprefill,every=64": ("(eviction phase), but method=flexprefill has no such knob", "method=flexprefill+"),
+    "method=quest,every=64": ("every=64 is a knob of ", "+quest,every=64 or leave it out"),
+    "method=snapkv,every=64": ("(eviction phase), but method=snapkv", ",every=64 or leave it out"),
     "method=periodic,every=0": ("every=0 is not accepted: give a whole number of at least 1", None),
     "method=periodic,every=-3": ("every=-3 is not accepted", None),
     "method=periodic,every=1.5": ("every=1.5 is not accepted: give a whole number", None),
@@ -516,7 +516,8 @@ def test_what_is_typed_wrong(typed: str, here: Path) -> None:
     assert words in str(raised.value), str(raised.value)
     if instead is not None:
         assert instead in str(raised.value), str(raised.value)
-        parse(split(simple_parse_args_string(instead))[0])
+        (advice,) = re.findall(r"(?:type|as in|such as|type for example) (method=[^ ]+)", str(raised.value))
+        assert parse(split(simple_parse_args_string(advice.rstrip(":;,")))[0]).methods
 
 
 def test_a_name_alone_is_told_how_to_type_it(here: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from ..methods.base import Mass, Method
+from ..methods.base import Method
 from ..methods.grammar import Chain, chains, typed_chains
 from ..methods.registry import BUILT_IN, METHODS, PHASE_ARGUMENTS
 from ..methods.wrappers import Wrapper
@@ -86,9 +86,7 @@ class Subject:
         """
         found = {}
         for cls in self.chain.classes:
-            most = dict.fromkeys(cls.budget_knobs, EVERYTHING) if cls.native is not Mass else {cls.budget_knobs[0]: 1}
-            # A window that no prompt has is refused.
-            most |= {"window": LONGEST} if "window" in most else {}
+            most = {name: _most(name, cls.knobs().get(name)) for name in cls.budget_knobs}
             found[cls.name] = {**cls.tiny, **(getattr(cls, "whole", None) or most)}
         return found
 
@@ -112,6 +110,13 @@ class Subject:
         finally:
             for cls in added:
                 METHODS.discard(cls.name)
+
+
+def _most(knob: str, default: Any) -> float:
+    """The largest budget: the whole of what is divided by shares, else more than there is."""
+    if isinstance(default, float) and 0 < default <= 1:
+        return 1
+    return LONGEST if knob == "window" else EVERYTHING  # a window that no prompt has is refused
 
 
 def _registered(name: Any) -> list[type[Method]]:
