@@ -471,6 +471,16 @@ def test_what_cannot_be_checked() -> None:
         list(conformance.run("quest", ["every"]))
 
 
+def test_a_method_of_the_same_name_is_there_again_afterwards() -> None:
+    @dataclass(frozen=True)
+    class Other(Norms):
+        pass
+
+    METHODS.add(Other)
+    check(Norms, "counted")
+    assert METHODS["test_norms"] is Other
+
+
 def test_what_goes_wrong_inside_a_method_fails_its_check() -> None:
     @dataclass(frozen=True)
     class Failing(Norms):

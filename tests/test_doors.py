@@ -475,7 +475,7 @@ TYPED: dict[str, tuple[str, str | None]] = {
     "method=quest:snapkv": ("quest goes around no method", "method=quest+snapkv"),
     "method=foo:quest": ("method='foo' in method=foo:quest is unknown (what goes around a me", "method=quest"),
     "method=aruond:quest": ("did you mean 'around'?", "method=quest"),
-    "method=snapkv+foo:quest": ("what goes around a method: around", "method=snapkv+quest"),
+    "method=snapkv+foo:quest": ("what goes around a method: ", "method=snapkv+quest"),
     "method=around:quest,share=0.5,sha=1": ("", None),
     "method=quest,share=0.5": ("is a knob of around (decode or eviction phase)", "method=around:quest,share=0.5"),
     "method=flexprefill,share=0.5": ("is a knob of around", "method=flexprefill+around:snapkv,share=0.5"),

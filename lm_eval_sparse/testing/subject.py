@@ -102,14 +102,17 @@ class Subject:
     @contextmanager
     def known(self) -> Iterator[None]:
         """While this lasts, its classes are in the registry."""
-        added = [cls for cls in self.chain.classes if cls not in _registered(cls.name)]
+        before = {cls: METHODS.get(cls.name) for cls in self.chain.classes}
+        added = {cls: other for cls, other in before.items() if other is not cls}
         for cls in added:
             METHODS.add(cls)
         try:
             yield
         finally:
-            for cls in added:
+            for cls, other in added.items():
                 METHODS.discard(cls.name)
+                if other is not None:
+                    METHODS.add(other)
 
 
 def _most(knob: str, default: Any) -> float:
@@ -117,10 +120,6 @@ def _most(knob: str, default: Any) -> float:
     if isinstance(default, float) and 0 < default <= 1:
         return 1
     return LONGEST if knob == "window" else EVERYTHING  # a window that no prompt has is refused
-
-
-def _registered(name: Any) -> list[type[Method]]:
-    return [METHODS[name]] if isinstance(name, str) and name in METHODS else []
 
 
 def first_of(phase: str) -> str:
