@@ -70,6 +70,7 @@ def work(options: argparse.Namespace, lengths: dict[str, int]) -> None:
     """Run every cell that nobody has run yet and no other process of this run is at."""
     import torch
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lm_eval_sparse.model.lm import SparseHFLM
@@ -78,6 +79,7 @@ def work(options: argparse.Namespace, lengths: dict[str, int]) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
+    manager = TaskManager(metadata={"pretrained": options.model})  # reading all tasks takes seconds: once for all rows
     say("loaded")
     options.rows.mkdir(parents=True, exist_ok=True)
     for length, name, sparsity, documents in cells(lengths, options.only):
@@ -95,8 +97,8 @@ def work(options: argparse.Namespace, lengths: dict[str, int]) -> None:
             lm = SparseHFLM(pretrained=model, tokenizer=tokenizer, device=device, batch_size=16, **typed)
             tasks = [f"forced_frontier_{task}_{length}" for task in options.tasks]
             found = simple_evaluate(
-                model=lm, tasks=tasks, limit=documents, apply_chat_template=True, bootstrap_iters=0,
-                metadata={"pretrained": options.model}, log_samples=False,
+                model=lm, tasks=tasks, limit=documents, apply_chat_template=options.chat, bootstrap_iters=100,
+                metadata={"pretrained": options.model}, log_samples=False, task_manager=manager,
             )  # fmt: skip
         except Exception as error:  # the row says so, the others go on
             say(f"{length} {name} {sparsity:g}: {type(error).__name__}: {str(error)[:500]}")
@@ -135,7 +137,10 @@ def run(options: argparse.Namespace, lengths: dict[str, int]) -> None:
     codes = [worker.wait() for worker in workers]
     for claim in options.rows.glob(f"*.{os.getpid()}"):
         claim.unlink()
-    write(options.rows / "about.json", json.dumps({"device": device_facts(), "versions": versions()}))
+    import torch
+
+    device = device_facts() if torch.cuda.is_available() else {"name": "CPU"}
+    write(options.rows / "about.json", json.dumps({"device": device, "versions": versions()}))
     say(f"workers ended with {codes}")
 
 
@@ -248,6 +253,7 @@ def main() -> None:
     running.add_argument("--only", nargs="*", default=[], help="names of rows, or ORACLES")
     running.add_argument("--processes", type=int, default=1)
     running.add_argument("--rows", type=Path, required=True)
+    running.add_argument("--no_chat", dest="chat", action="store_false", help="without the model's chat template")
     running.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     running.add_argument("--run", default="0", help=argparse.SUPPRESS)
     making = commands.add_parser("table")
