@@ -140,8 +140,9 @@ def test_one_line_a_check_and_a_status(command: Command, tmp_path: Path) -> None
 
 
 def test_built_in_methods_can_be_checked(command: Command) -> None:
-    status, said, _ = command("check-method", "quest", "--only", "causality")
-    assert status == 0 and "new tokens read the same one by one" in said
+    for typed in ("quest", "method=quest"):
+        status, said, _ = command("check-method", typed, "--only", "causality")
+        assert status == 0 and "new tokens read the same one by one" in said
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     # What lm-eval and the model have to say of the small models that are made on the way.
     logging.disable(logging.WARNING)
     try:
-        subject = conformance.Subject.of(options.method)
+        subject = conformance.Subject.of(options.method.removeprefix("method="))  # as messages say it
         results = []
         for result in conformance.run(subject, options.only):
             results.append(result)
