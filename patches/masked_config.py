@@ -1,18 +1,22 @@
-"""Masks secrets in what lm-eval prints of a configuration file, and refuses values in it that are none.
+"""Masks secrets in what lm-eval prints of a configuration file, and refuses values in it that are none, or run code.
 
 Works around: `--config FILE` prints all settings, model arguments with their tokens among them, and takes any word for
-true: `trust_remote_code: "no"` would run a model's code. Only runs of our model type are affected. Delete when lm-eval
-masks secrets there and checks the types of what a file holds.
+true: `trust_remote_code: "no"` would run a model's code. A file that names code (`method=path/to/file.py:Class`) is not
+believed either: whoever wrote it may not be the user. Only runs of our model type are affected. Delete when lm-eval
+masks secrets there, checks the types of what a file holds, says which arguments were typed, and makes the model first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from lm_eval_sparse import masking
-from lm_eval_sparse.errors import UserError
+from lm_eval_sparse import masking, spelling
+from lm_eval_sparse.errors import UserError, install_excepthook
 from lm_eval_sparse.harness import MODEL
 from lm_eval_sparse.results.files import brief
 from lm_eval_sparse.values import yes_or_no
@@ -24,9 +28,13 @@ FLAGS = (
 )  # fmt: skip
 PAIRS = ("model_args", "gen_kwargs", "metadata", "hf_hub_log_args", "wandb_args", "wandb_config_args", "trackio_args")
 
+#: The file that model arguments are being read from, if any.
+_source: ContextVar[Any] = ContextVar("source", default=None)
+
 
 def apply(module: ModuleType) -> None:
     """Wrap `__repr__` of `module.EvaluatorConfig`, which is printed, and `_configure`, which uses the values."""
+    install_excepthook()  # settings are read before anything else that would
     cls = module.EvaluatorConfig
     original, configure = cls.__repr__, cls._configure
     if getattr(original, "_lm_eval_sparse", False):
@@ -36,9 +44,30 @@ def apply(module: ModuleType) -> None:
     def _configure(self: Any) -> Any:
         if self.model == MODEL:
             _check(self)
-        return configure(self)
+            if (source := _source.get()) is not None:
+                spelling.refuse_code(self.model_args, str(source))
+        configured = configure(self)
+        if self.model == MODEL:
+            _check_method(self.model_args)
+        return configured
 
     cls._configure = _configure
+
+    from_cli, from_config = cls.from_cli, cls.from_config
+
+    @functools.wraps(from_cli)
+    def _from_cli(namespace: Any) -> Any:
+        # Model arguments that are typed take the place of all those in the file.
+        typed = getattr(namespace, "model_args", None)
+        with _read_from(None if typed else getattr(namespace, "config", None)):
+            return from_cli(namespace)
+
+    @functools.wraps(from_config)
+    def _from_config(config_path: Any) -> Any:
+        with _read_from(config_path):
+            return from_config(config_path)
+
+    cls.from_cli, cls.from_config = staticmethod(_from_cli), staticmethod(_from_config)
 
     @functools.wraps(original)
     def __repr__(self: Any) -> str:
@@ -50,6 +79,23 @@ def apply(module: ModuleType) -> None:
 
     __repr__._lm_eval_sparse = True  # type: ignore[attr-defined]
     cls.__repr__ = __repr__
+
+
+@contextlib.contextmanager
+def _read_from(path: Any) -> Iterator[None]:
+    """While this lasts, model arguments come from this file."""
+    token = _source.set(path)
+    try:
+        yield
+    finally:
+        _source.reset(token)
+
+
+def _check_method(model_args: Any) -> None:
+    """Raise `UserError` for methods and knobs that cannot be: some seconds before tasks are listed and models made."""
+    from lm_eval_sparse.methods.plan import parse, split
+
+    parse(split(dict(model_args))[0], quiet=True)
 
 
 def _check(config: Any) -> None:

@@ -59,7 +59,7 @@ def test_unknown_command_is_one_line(passed_on: list[list[str]], capsys: pytest.
     assert cli.main(["metods"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lm-eval-sparse: error: unknown command 'metods'; commands are methods, plot, ")
-    assert "did you mean 'methods'?" in line
+    assert "did you mean 'methods' or " in line
     assert passed_on == [["hook"]]
 
 
@@ -164,6 +164,10 @@ INCOMPLETE = {
     "show frontier_niah_4k --index 0 --colour red": "--colour red",
     "check-task": "PATH",
     "check-task folder --colour red": "--colour red",
+    "check-method": "METHOD",
+    "check-method quest --colour red": "--colour red",
+    "new-method": "NAME",
+    "new-method name --colour red": "--colour red",
     "new-task": "NAME",
     "new-task name --colour red": "--colour red",
     "methods all": "all",

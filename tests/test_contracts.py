@@ -565,7 +565,7 @@ def test_wrappers_in_what_is_typed() -> None:
         ({"method": "test_narrower:quest", "sparsity": 0.5, "budget": 64}, "was given together with budget=64"),
         (
             {"method": "test_narrower:quest", "tau": 0.2},
-            "is a knob of flexprefill, but method=test_narrower:quest has no",
+            "is a knob of flexprefill .prefill phase., but method=test_narrower:quest has no",
         ),
     ],
 )

@@ -117,9 +117,9 @@ def test_an_example_works(name: str, tmp_path: Path) -> None:
 
 #: Example, what is broken in it, how, and how that shows.
 BROKEN = {
-    "an import": ("KNorm", "import Call,", "import Calls,", ImportError),
-    "a typing error": ("KNorm", "call.key.float()", "call.keys.float()", UserError),
-    "no score": ("KNorm", "def score", "def scores", ValueError),
+    "an import": ("SmallKeys", "import Call,", "import Calls,", ImportError),
+    "a typing error": ("SmallKeys", "call.key.float()", "call.keys.float()", UserError),
+    "no score": ("SmallKeys", "def score", "def scores", ValueError),
     "keys of the future": ("SinkWindow", "(behind >= 0) & (", "(", UserError),
     "another budget": ("SinkWindow", "row_budgets(length, 16, share, 2)", "row_budgets(length, 16, 0.6, 2)",
                        AssertionError),
@@ -145,7 +145,7 @@ def test_what_the_examples_choose(tmp_path: Path) -> None:
 
     generator = torch.Generator().manual_seed(torch.seed() % 2**31)
     query, key = torch.randn(4, 203, 16, generator=generator), torch.randn(2, 203, 16, generator=generator)
-    with known(EXAMPLES["KNorm"], tmp_path) as cls:
+    with known(EXAMPLES["SmallKeys"], tmp_path) as cls:
         kept = select(cls(capacity=50), query, key)
         for head in range(2):
             order = sorted(range(203), key=lambda token: float(key[head, token].norm()))

@@ -344,6 +344,9 @@ def test_a_decode_method_without_a_page_size(model: Any, monkeypatch: Any) -> No
     class Forgetful(DecodeMethod):
         name, unit, importance, allocation, kv, reference = "forgetful", "-", "-", "-", "full cache", "-"
 
+        def select(self, call: Call) -> Reads:
+            raise AssertionError("it is refused before")
+
     METHODS.add(Forgetful)
     assert "method forgetful has no page_size" in line_of(lambda: sparse(model, method="forgetful"))
 

@@ -444,8 +444,9 @@ def test_a_knob_given_twice() -> None:
 def test_arguments_of_the_model_are_not_ours() -> None:
     ours, others = config.split(typed("method=snapkv+quest,pretrained=x,dtype=float32,snapkv.window=64,kv_sparsity=0.5,"
                                       "stats=full,preset=paper,quest.window=3,window=2"))  # fmt: skip
-    assert set(others) == {"pretrained", "dtype", "quest.window"}
-    assert set(ours) == {"method", "snapkv.window", "kv_sparsity", "stats", "preset", "window"}
+    assert set(others) == {"pretrained", "dtype"}
+    # A knob that its method does not have is none of the model, either.
+    assert set(ours) == {"method", "snapkv.window", "kv_sparsity", "stats", "preset", "window", "quest.window"}
 
 
 #: Arguments -> what the refusal must hold: what was given, what is accepted, what to type.
@@ -453,7 +454,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     # methods
     "method=quset": ("'quset'", "did you mean 'quest'", "accepted: dense"),
     "method=snapkv+qest": ("'qest'", "'quest'"),
-    "method=quest+": ("method=''", "accepted: dense"),
+    "method=quest+": ("method='quest+'", "a name is missing beside a plus sign", "type method=quest"),
     "method=quest quest": ("'quest quest'", "accepted: dense"),
     "method=None": ("None", "accepted: dense"),
     "method=snapkv+ada_snapkv": ("snapkv", "ada_snapkv", "eviction phase", "one method per phase"),
@@ -471,10 +472,13 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "decode_sparsity=0.5": ("decode_sparsity=0.5", "decode", "quest"),
     "sparsity=0.5": ("sparsity=0.5", "needs a method", "quest", "method="),
     # knobs of other methods
-    "method=flexprefill,quest.page_size=32": ("quest.page_size=32", "method=flexprefill", "method=quest,page_size=32"),
-    "method=quest,snapkv.window=32": ("snapkv.window=32", "method=quest", "method=snapkv,window=32"),
-    "method=vertical_slash,snapkv.window=32": ("snapkv.window=32", "method=snapkv,window=32"),
-    "method=quest,gamma=0.5": ("gamma=0.5", "flexprefill", "method=flexprefill,gamma=0.5"),
+    "method=flexprefill,quest.page_size=32": ("quest.page_size=32", "type method=flexprefill+quest,quest.page_size=32"),
+    "method=quest,snapkv.window=32": ("snapkv.window=32", "type method=snapkv+quest,snapkv.window=32"),
+    "method=vertical_slash,snapkv.window=32": (
+        "snapkv.window=32",
+        "type method=vertical_slash+snapkv,snapkv.window=32",
+    ),
+    "method=quest,gamma=0.5": ("gamma=0.5", "flexprefill (prefill phase)", "method=flexprefill+quest,gamma=0.5"),
     "method=dense,top_k=5": ("top_k=5", "block_sparse", "method=block_sparse,top_k=5"),
     "floor=0.5": ("floor=0.5", "ada_snapkv", "method=dense"),
     "method=snapkv,floor=0.5": ("floor=0.5", "ada_snapkv", "method=snapkv"),

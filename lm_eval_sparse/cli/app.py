@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from lm_eval_sparse import __version__, endings
 from lm_eval_sparse.errors import PROGRAM, UserError
 
-from . import check_task, harness, heat, methods, new_task, plot, show
+from . import check_method, check_task, harness, heat, methods, new_method, new_task, plot, show
 from .parser import Command
 
 #: Our sub-commands, in the order of the help text. A new one is a file and one line here.
@@ -23,6 +23,8 @@ COMMANDS: dict[str, Command] = {
     "show": show.COMMAND,
     "check-task": check_task.COMMAND,
     "new-task": new_task.COMMAND,
+    "check-method": check_method.COMMAND,
+    "new-method": new_method.COMMAND,
 }
 
 

@@ -7,7 +7,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 
-from lm_eval_sparse import masking
+from lm_eval_sparse import masking, spelling
 from lm_eval_sparse.errors import PROGRAM, UserError, nearest
 
 from .parser import Parser
@@ -55,6 +55,8 @@ def run(argv: Sequence[str], ours: Sequence[str] = ()) -> None:
         raise UserError(
             f"unknown command {arguments[0]!r}; commands are {', '.join(accepted)}{nearest(arguments[0], accepted)}"
         )
+    if allowed := "--allow-code" in arguments:
+        arguments.remove("--allow-code")
     from lm_eval_sparse import harness
 
     setup_logging()  # which lm-eval does first, once
@@ -62,7 +64,11 @@ def run(argv: Sequence[str], ours: Sequence[str] = ()) -> None:
     before = sys.argv
     sys.argv = [PROGRAM, *arguments]
     try:
-        with _one_line_arguments(), masking.masked_logs(masking.values_in(*arguments)):
+        with (
+            _one_line_arguments(),
+            masking.masked_logs(masking.values_in(*arguments)),
+            spelling.allowing_code(allowed),
+        ):
             cli_evaluate()
     except SystemExit as ended:
         if arguments[0] == "validate" and ended.code:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from .. import masking
+from .. import masking, spelling
 
 
 def reproduce_command(results: Mapping[str, Any]) -> str:
@@ -48,7 +48,19 @@ def _pairs(given: Any) -> str:
     if isinstance(given, str):
         given = dict(pair.partition("=")[::2] for pair in given.split(",") if pair)
     shown = {name: value for name, value in _mapping(given).items() if not masking.is_secret(name)}
-    return ",".join(f"{name}={_without_folder(masking.masked(value))}" for name, value in shown.items())
+    return ",".join(f"{name}={_shown(name, masking.masked(value))}" for name, value in shown.items())
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name != "method" or not isinstance(value, str):
+        return _without_folder(value)
+    return "+".join(":".join(map(_method, chain)) for chain in spelling.chains(value))
+
+
+def _method(part: str) -> str:
+    """A method's name, or a file of somebody's own without its folder."""
+    path, attribute = spelling.file_of(part) or (part, "")
+    return f"path/to/{os.path.basename(path)}:{attribute}" if "/" in path else part
 
 
 def _number(value: Any) -> str:

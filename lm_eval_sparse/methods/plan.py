@@ -16,7 +16,7 @@ from ..kernels.prefill import BACKENDS, DEBUG
 from . import presets
 from .base import PROMISED_LENGTH, Budget, Layer, Method, check_page_size, number
 from .dense import Dense
-from .grammar import Chain, assign_knobs, chains, knob_names
+from .grammar import Chain, assign_knobs, chains, knob_names, take_in, typed_chains
 from .registry import METHODS, PHASE_ARGUMENTS
 from .wrappers import Wrapper
 
@@ -222,6 +222,7 @@ class SparseConfig:
     def describe(self) -> dict[str, Any]:
         """Methods and knobs as requested, for fingerprints and results. Solved knobs are not among them.
 
+        `code` says where methods come from that are none of this package's, with a hash of the file they are in.
         `window_from` says of which methods the window was typed, and so is not cut to shorter prompts, or comes from
         the tasks.
         """
@@ -247,9 +248,15 @@ class SparseConfig:
             "requested_by_phase": dict(self.sparsities),
             "preset": self.preset,
             "knobs": knobs,
+            **({"code": code} if (code := self._code()) else {}),
             **({"window_from": sources} if sources else {}),
             "backend": self.backend,
         }
+
+    def _code(self) -> dict[str, Any]:
+        """Where methods come from that are none of this package's, and a hash of their code, by name."""
+        used = {type(method) for outer in self.methods.values() for method in layers(outer)}
+        return {cls.name: origin.describe() for cls in used if (origin := METHODS.origin(cls)) is not None}
 
 
 def layers(method: Any) -> list[Any]:
@@ -268,16 +275,29 @@ def argument_names() -> set[str]:
 
 
 def split(model_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Separate our arguments from those of the model."""
+    """Separate our arguments from those of the model.
+
+    Raises:
+        UserError: `method=` names a plug-in or a file that cannot be used: its knobs have to be known here.
+    """
+    take_in(model_args.get("method", Dense.name))
     ours = argument_names()
+
+    def is_ours(name: Any) -> bool:
+        owner = name.rpartition(".")[0] if isinstance(name, str) else ""
+        return name in ours or owner in list(METHODS)  # a knob that its method has not is for us to refuse
+
     return (
-        {name: value for name, value in model_args.items() if name in ours},
-        {name: value for name, value in model_args.items() if name not in ours},
+        {name: value for name, value in model_args.items() if is_ours(name)},
+        {name: value for name, value in model_args.items() if not is_ours(name)},
     )
 
 
-def parse(ours: dict[str, Any]) -> SparseConfig:
+def parse(ours: dict[str, Any], *, quiet: bool = False) -> SparseConfig:
     """Check the sparse arguments.
+
+    Args:
+        quiet: log no warnings.
 
     Raises:
         UserError: unknown method, preset or backend, sparsity out of range or beside the knobs that it decides,
@@ -285,8 +305,11 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
             methods for one phase.
     """
     given = {name: value for name, value in ours.items() if name not in OWN_ARGS}
-    names = str(ours.get("method", Dense.name)).split("+")
+    names = typed_chains(ours.get("method", Dense.name))
     chosen = chains(names)
+    for line in METHODS.shadowed({cls.name for chain in chosen.values() for cls in chain.classes}):
+        if not quiet:
+            logger.warning(line)
     backend = ours.get("backend", "auto")
     if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         accepted = ", ".join(("auto", *BACKENDS))
@@ -322,7 +345,7 @@ def parse(ours: dict[str, Any]) -> SparseConfig:
         for phase, method in methods.items():
             presets.check(preset, method, sparsities[phase])
     kept, read = sparsities.get("eviction"), sparsities.get("decode")
-    if kept and read and read <= kept:
+    if kept and read and read <= kept and not quiet:
         logger.warning(
             "decode_sparsity=%g is measured against the whole context, of which %s keeps %g: %s has little left to "
             "skip; give a decode_sparsity above kv_sparsity=%g",
@@ -357,7 +380,7 @@ def _sparsities(ours: dict[str, Any], names: list[str], chosen: dict[str, Chain]
     if common is not None:
         common = check_sparsity("sparsity", common)
         if not chosen and common > 0:
-            sparse = ", ".join(name for name in METHODS if name != Dense.name)
+            sparse = ", ".join(name for name in METHODS.names() if name not in (Dense.name, *METHODS.wrappers()))
             raise UserError(
                 f"sparsity={common:g} needs a method (accepted: {sparse}); type for example "
                 f"method=flexprefill,sparsity={common:g}"

@@ -1,14 +1,22 @@
-"""The registry of methods: a new method is one file and one line here. Methods are imported when they are asked for."""
+"""The registry of methods: a new method of this package is one file and one line here.
+
+Methods are imported when they are asked for. Those of other packages come by entry points (`plugins`), those of the
+user's own by the path of a file (`files`).
+"""
 
 from __future__ import annotations
 
 import importlib
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from .base import Mass, Method
+from ..errors import UserError
+from ..spelling import file_of
+from . import files, plugins
+from .base import DecodeMethod, EvictionMethod, Mass, Method, PrefillMethod
+from .files import Origin
 
 #: Name -> module and class.
 BUILT_IN = {
@@ -43,23 +51,57 @@ PHASE_ARGUMENTS: dict[str, str] = {
 
 
 class Registry(Mapping[str, "type[Method]"]):
-    """Methods by name."""
+    """Methods by name: those of this package, what was added, plug-ins of other packages, and files of the user's own.
+
+    Iterating gives those that are at hand: the built-in ones, and what this process has used or added. Plug-ins are
+    imported when they are asked for by name; `names` has theirs, too. A built-in method cannot be replaced.
+    """
 
     def __init__(self, places: dict[str, str]):
         self._places = dict(places)
         self._found: dict[str, type[Method]] = {}
+        self._origins: dict[type[Method], Origin] = {}
 
     def __getitem__(self, name: str) -> type[Method]:
         if name not in self._found:
-            module, _, attribute = self._places[name].partition(":")
-            self._found[name] = getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
+            if name in self._places:
+                module, _, attribute = self._places[name].partition(":")
+                self._found[name] = getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
+            elif name in plugins.found():
+                self._plug_in(name)
+            else:
+                raise KeyError(name)
         return self._found[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places or name in self._found or name in plugins.found()
 
     def __iter__(self) -> Iterator[str]:
         return iter({**self._places, **self._found})
 
     def __len__(self) -> int:
         return len({**self._places, **self._found})
+
+    def names(self) -> list[str]:
+        """All names that can be typed, those of plug-ins that nobody has imported yet included."""
+        return list({**self._places, **self._found, **plugins.found()})
+
+    def wrappers(self) -> list[str]:
+        """Names of the methods at hand that go around another one."""
+        return [name for name, cls in self.items() if cls.phase == "wrapper"]
+
+    def shadowed(self, names: Collection[str] | None = None) -> list[str]:
+        """Lines on plug-ins that have one of these names, which is that of a built-in method, and are not used."""
+        return [
+            f"method={name} is the built-in method; the plug-in {plugins.who(point)} of the same name is not used"
+            for name, points in plugins.found().items()
+            if name in self._places and (names is None or name in names)
+            for point in points
+        ]
+
+    def origin(self, method: type[Method]) -> Origin | None:
+        """Where the code of a method comes from that is none of this package's; None where that is not known."""
+        return self._origins.get(method)
 
     def add(self, method: type[Method]) -> None:
         """Take in a method under its name, in this process.
@@ -74,6 +116,33 @@ class Registry(Mapping[str, "type[Method]"]):
             )
         self._found[method.name] = method
 
+    def add_file(self, part: str) -> type[Method]:
+        """Take in the method that `path/to/file.py:Class` names, under its own name and for the rest of this process.
+
+        Raises:
+            UserError: there is no such file or class, or it is no whole method.
+        """
+        path, attribute = file_of(part) or (part, "")
+        typed = f"method={part}"
+        method, origin = files.load(typed, path, attribute)
+        try:
+            self.add(method)
+        except ValueError as error:
+            raise UserError(f"{typed}: {error}") from error
+        self._origins[method] = origin
+        return method
+
+    def _plug_in(self, name: str) -> None:
+        method, origin = plugins.load(name)
+        try:
+            check_class(method)
+        except ValueError as error:
+            raise plugins.broken(name, str(error)) from error
+        if method.name != name:
+            raise plugins.broken(name, f"{method.__name__} calls itself {method.name!r}, and its entry point {name!r}")
+        self._found[name] = method
+        self._origins[method] = origin
+
     def discard(self, name: str) -> None:
         """Forget a method that was added."""
         if name not in self._places:
@@ -87,8 +156,16 @@ METHODS = Registry(BUILT_IN)
 SCORING = ("score", "factors", "choose", "select")
 #: Arguments that are no knobs.
 RESERVED = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug", "diagnose")
+#: Arguments of the model, which a knob of the same name would take from it.
+MODEL_ARGUMENTS = (
+    "pretrained", "revision", "subfolder", "tokenizer", "dtype", "device", "batch_size", "max_batch_size", "max_length",
+    "trust_remote_code", "peft", "delta", "parallelize", "truncation", "add_bos_token", "prefix_token_id", "gguf_file",
+    "token", "device_map", "max_memory", "quantization_config", "think_end_token", "enable_thinking",
+)  # fmt: skip
 #: What a method says of itself: a row of the table.
-ROW = ("name", "unit", "importance", "allocation", "kv", "reference")
+ROW = ("name", "phase", "unit", "importance", "allocation", "kv", "reference")
+#: Bases whose `select` has to be written.
+FREE = (Method, PrefillMethod, EvictionMethod, DecodeMethod)
 
 
 def check_class(method: Any) -> None:
@@ -100,23 +177,32 @@ def check_class(method: Any) -> None:
     plain = "__dataclass_fields__" not in vars(method)
     if not method.__dataclass_params__.frozen or (own and plain):
         raise ValueError(f"{who} is no frozen dataclass; write @dataclass(frozen=True) above it")
-    missing = [
-        name for name in ("name", "unit", "importance", "allocation", "kv", "reference") if not said(method, name)
-    ]
+    missing = [name for name in ROW if not said(method, name)]
     if said(method, "phase") and method.phase == "wrapper" and not said(method, "wraps"):
         missing.append("wraps")
     if missing:
         raise ValueError(f"{who} does not say its {', '.join(missing)}; give it as a class attribute")
-    if not re.fullmatch(r"[a-z0-9_]+", method.name):
+    if not isinstance(method.name, str) or not re.fullmatch(r"[a-z0-9_]+", method.name):
         raise ValueError(f"{who}: its name {method.name!r} cannot be typed; use lower-case letters, digits and _")
     taken = [name for name in method.knobs() if name in RESERVED]
     if taken:
         raise ValueError(f"{who} has a knob {taken[0]!r}, which is an argument of every method; give it another name")
+    taken = [name for name in method.knobs() if name in MODEL_ARGUMENTS]
+    if taken:
+        raise ValueError(f"{who} has a knob {taken[0]!r}, which is an argument of the model; give it another name")
     if method.phase not in (*PHASE_ARGUMENTS, "any", "wrapper"):
         raise ValueError(f"{who} is of phase {method.phase!r}; expected one of {', '.join(PHASE_ARGUMENTS)}")
+    for name in ("budget_knobs", "wraps"):
+        if isinstance(getattr(method, name, ()), str):
+            raise ValueError(f"{who}: {name} is a text; expected a tuple, such as ({getattr(method, name)!r},)")
+    strange = [phase for phase in getattr(method, "wraps", ()) if phase not in PHASE_ARGUMENTS]
+    if strange and method.phase == "wrapper":
+        raise ValueError(f"{who} goes around methods of phase {strange[0]!r}; expected of {', '.join(PHASE_ARGUMENTS)}")
     for name in method.budget_knobs:
         if name not in method.knobs():
             raise ValueError(f"{who} says that a sparsity decides {name!r}, which is none of its knobs")
+    if method.select in {vars(base).get("select") for base in FREE}:
+        raise ValueError(f"{who} does not select: write select(self, call), as its base class says")
     allocations = getattr(method, "allocations", None)
     if allocations is None:
         return
@@ -140,12 +226,12 @@ def said(method: type, name: str) -> bool:
 
 
 def table() -> str:
-    """A markdown table of all methods: phase, place in the taxonomy, knobs with defaults, paper."""
+    """A markdown table of all built-in methods: phase, place in the taxonomy, knobs with defaults, paper."""
     lines = [
         "| method | phase | unit | importance | budget | KV cache | knobs (default) | paper |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for cls in METHODS.values():
+    for cls in (METHODS[name] for name in BUILT_IN):
         knobs = ", ".join(f"`{name}` ({default})" for name, default in cls.knobs().items()) or "-"
         lines.append(
             f"| `{cls.name}` | {cls.phase} | {cls.unit} | {cls.importance} | {cls.allocation} | {cls.kv} "
@@ -163,14 +249,22 @@ def listing(width: int) -> str:
 
     head = "Sparse-attention methods by phase. Knobs are model arguments, here with their defaults."
     paragraphs = [wrapped(head)]
-    for cls in METHODS.values():
+    for name in METHODS.names():
+        try:
+            cls = METHODS[name]
+        except UserError as error:  # a plug-in of another package
+            paragraphs.append(f"{name} (cannot be used)\n{wrapped(str(error), 'wrong')}")
+            continue
         allocation = "" if cls.allocation == "-" else f"{cls.allocation}; "
         fields = {
             "selects": "all keys" if cls.unit == "-" else f"{cls.unit}, by {cls.importance}",
             "budget": f"{allocation}KV: {cls.kv}",
-            "knobs": "  ".join(f"{name}={default}" for name, default in cls.knobs().items()) or "none",
+            "knobs": "  ".join(f"{knob}={default}" for knob, default in cls.knobs().items()) or "none",
             "paper": cls.reference,
         }
+        if (origin := METHODS.origin(cls)) is not None:
+            fields["package"] = origin.place
         title = f"{cls.name} ({'any phase' if cls.phase == 'any' else cls.phase})"
-        paragraphs.append("\n".join([title, *(wrapped(value, name) for name, value in fields.items())]))
+        paragraphs.append("\n".join([title, *(wrapped(value, field) for field, value in fields.items())]))
+    paragraphs += [wrapped(line) for line in METHODS.shadowed()]
     return "\n\n".join(paragraphs)

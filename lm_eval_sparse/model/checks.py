@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from ..errors import UserError, nearest
 from ..kernels.backends import triton_unavailable
 from ..methods import METHODS
-from ..methods.grammar import knob_names
+from ..methods.grammar import example, knob_names
 from ..methods.plan import OWN_ARGS, argument_names
 from . import arguments
 
@@ -55,8 +55,8 @@ def check_known(model_args: dict[str, Any], source: tuple[str, dict[str, Any]] |
         name = unknown[0]
         if name in METHODS:
             raise UserError(
-                f"{name} stands alone among the model arguments: type method={name}, and join methods of several "
-                "phases by a plus sign, as in method=flexprefill+snapkv+quest"
+                f"{name} stands alone among the model arguments: type method={example(name)}, and join methods of "
+                "several phases by a plus sign, as in method=flexprefill+snapkv+quest"
             )
         everything, own = {*known, *argument_names()}, ", ".join((*OWN_ARGS, *knob_names()))
         raise arguments.unknown(name, model_args[name], everything, own)

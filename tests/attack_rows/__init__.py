@@ -88,9 +88,19 @@ def short(text: str) -> str:
 def evaluate(model_args: str, *options: str, task: str = "tiny_choice") -> tuple[str, ...]:
     """The arguments of a run on the tiny tasks, whose results go to `out`."""
     return (
-        "run", "--model", "sparse-hf", "--model_args", model_args, "--tasks", task, "--include_path", "<tasks>",
-        "--output_path", "out", *options,
-    )  # fmt: skip
+        "run",
+        "--model",
+        "sparse-hf",
+        "--model_args",
+        model_args,
+        "--tasks",
+        task,
+        "--include_path",
+        "<tasks>",
+        "--output_path",
+        "out",
+        *options,
+    )
 
 
 def rows(
@@ -102,11 +112,22 @@ def rows(
 
 def table() -> list[Row]:
     """All rows."""
-    from attack_rows import commands, folders, gen_kwargs, ggufs, metadata, model_args, options, plots, secrets
+    from attack_rows import (
+        commands,
+        folders,
+        gen_kwargs,
+        ggufs,
+        metadata,
+        methods,
+        model_args,
+        options,
+        plots,
+        secrets,
+    )
 
     found = [
         row
-        for part in (model_args, gen_kwargs, metadata, options, plots, commands, ggufs, folders, secrets)
+        for part in (model_args, gen_kwargs, metadata, options, plots, commands, ggufs, folders, secrets, methods)
         for row in part.ROWS
     ]
     names = [row.id for row in found]

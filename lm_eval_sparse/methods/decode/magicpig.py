@@ -20,7 +20,7 @@ from ...kernels.types import Reads, Slot
 from ..base import FORCED_SHARE, Call, DecodeMethod, Density, number
 
 #: Projections held at once, fp64.
-ELEMENTS = 1 << 25
+ELEMENTS = 1 << 21
 #: Sinks and recent tokens of the paper.
 FORCED = {"sinks": 4, "local": 64}
 
@@ -201,7 +201,7 @@ class MagicPIG(DecodeMethod):
 
 def second_hit(hits: Tensor) -> Tensor:
     """Index along the last dimension of the second True entry, or its size where there are not two."""
-    return (hits.cumsum(-1) < 2).sum(-1)
+    return (hits.cumsum(-1, dtype=torch.int16) < 2).sum(-1)
 
 
 @functools.lru_cache(maxsize=256)

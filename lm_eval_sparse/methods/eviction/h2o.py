@@ -18,8 +18,8 @@ from ...kernels.types import Cost, Reads, Slot
 from ..base import Call, number
 from ..scored import ScoredEviction
 
-#: Queries whose attention is summed at once.
-QUERIES = 1024
+#: Rows of attention, one of a query and a head, that are summed at once.
+ROWS = 512
 #: The name of the state.
 GATHERED = "gathered"
 
@@ -121,8 +121,9 @@ def gathered(query: Tensor, key: Tensor, scale: float, softcap: float | None) ->
     """`(H_kv, L)` fp32: attention weights on each key, summed over all queries and the heads of its group."""
     (heads, length, _), kv_heads = query.shape, len(key)
     sums = torch.zeros(kv_heads, length, device=query.device)
-    for first in range(0, length, QUERIES):
-        end = min(first + QUERIES, length)
+    some = max(1, ROWS // heads)
+    for first in range(0, length, some):
+        end = min(first + some, length)
         found = window_sums(
             query[:, :end], key[:, :end], end - first, scale=scale, softcap=softcap, columns=True
         ).columns

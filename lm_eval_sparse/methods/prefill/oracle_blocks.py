@@ -17,8 +17,8 @@ from ...kernels.types import BLOCK_SIZES, Cost, causal_pairs
 from ..base import Call, number, one_of
 from ..scored import ScoredPrefill
 
-#: fp32 scores held at once.
-ELEMENTS = 1 << 26
+#: Rows of scores held at once, each as long as the prompt, so that they take no more than its tokens are planned with.
+ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,26 @@ class OracleBlocks(ScoredPrefill):
     def score(self, call: Call) -> Tensor:
         (heads, length, _), block = call.query.shape, int(self.block_size)
         kv_heads, blocks = len(call.key), -(-length // block)
+        group = heads // kv_heads
         score = torch.zeros(heads, blocks, blocks, device=call.query.device)
-        keys = call.key.float().transpose(1, 2)
-        query = call.query.unflatten(0, (kv_heads, -1))
-        rows = max(1, ELEMENTS // (heads * length * block))  # query blocks at once
-        for first in range(0, blocks, rows):
-            start, end = first * block, min(length, (first + rows) * block)
-            part = query[:, :, start:end].float().flatten(1, 2) @ keys[..., :end] * call.scale
-            if call.softcap is not None:
-                part = call.softcap * torch.tanh(part / call.softcap)
-            part = part.unflatten(1, (-1, end - start)).flatten(0, 1)
-            place = torch.arange(end, device=part.device)
-            weights = part.masked_fill(place > place[start:, None], -torch.inf).softmax(-1)
-            weights = F.pad(weights, (0, -end % block, 0, -(end - start) % block))
-            score[:, first : first + rows, : -(-end // block)] = (
-                weights.unflatten(2, (-1, block)).sum(3).unflatten(1, (-1, block)).sum(2)
-            )
+        some = max(1, ROWS // (group * block))  # KV heads at once
+        rows = max(1, ROWS // (min(some, kv_heads) * group * block))  # query blocks at once
+        for head in range(0, kv_heads, some):
+            own = slice(head * group, (head + some) * group)
+            keys = call.key[head : head + some].float().transpose(1, 2)
+            query = call.query[own].unflatten(0, (len(keys), group))
+            for first in range(0, blocks, rows):
+                start, end = first * block, min(length, (first + rows) * block)
+                part = query[:, :, start:end].float().flatten(1, 2) @ keys[..., :end] * call.scale
+                if call.softcap is not None:
+                    part = call.softcap * torch.tanh(part / call.softcap)
+                part = part.unflatten(1, (group, end - start)).flatten(0, 1)
+                place = torch.arange(end, device=part.device)
+                weights = part.masked_fill(place > place[start:, None], -torch.inf).softmax(-1)
+                weights = F.pad(weights, (0, -end % block, 0, -(end - start) % block))
+                score[own, first : first + rows, : -(-end // block)] = (
+                    weights.unflatten(2, (-1, block)).sum(3).unflatten(1, (-1, block)).sum(2)
+                )
         return score
 
     def cost(self, call: Call) -> Cost:

@@ -1,0 +1,1 @@
+"""A method for lm-eval-sparse in a package of its own."""
