@@ -12,6 +12,7 @@ import torch
 from small_lms import generate, score, sparse
 
 from lm_eval_sparse.methods import METHODS, PHASE_ARGUMENTS
+from lm_eval_sparse.testing import select
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,9 +50,11 @@ def test_a_gpu_gives_what_the_cpu_gives(typed: str) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     here, there = (answers(TYPED[typed], device, seed) for device in ("cpu", "cuda"))
-    assert there[0] == pytest.approx(here[0], abs=2e-2)
-    same = sum(one == other for one, other in zip(here[1], there[1], strict=True))
-    assert same >= 2, "answers of a random model may part at a tie, not all of them"
+    # Keys of equal words have equal norms, and rounding decides between them: knorm is compared on other keys below.
+    if not typed.startswith("knorm"):
+        assert there[0] == pytest.approx(here[0], abs=2e-2)
+        same = sum(one == other for one, other in zip(here[1], there[1], strict=True))
+        assert same >= 2, "answers of a random model may part at a tie, not all of them"
     for phase, figures in here[2].items():
         assert there[2][phase]["calls"] == figures["calls"], phase
         if figures["executed_sparsity"] is not None:
@@ -59,3 +62,30 @@ def test_a_gpu_gives_what_the_cpu_gives(typed: str) -> None:
         assert there[2][phase].get("compactions") == figures.get("compactions")
     assert set(there[2]["decode"].get("loops", {"cuda_graph": 1})) <= {"cuda_graph", "eager"}
     assert there[2]["decode"]["loops"].get("cuda_graph"), there[2]["decode"]
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.8])
+@pytest.mark.parametrize("name", [name for name, cls in METHODS.items() if cls.phase in ("prefill", "eviction")])
+def test_selections_of_random_keys_are_those_of_the_cpu(name: str, sparsity: float | None) -> None:
+    cls = METHODS[name]
+    generator = torch.Generator().manual_seed(random.SystemRandom().randrange(2**32))
+    stretch = torch.linspace(0.3, 3, 64)
+    states = [torch.randn(heads, 1037, 64, generator=generator) * stretch for heads in (4, 2, 2)]
+    masks = []
+    for device in ("cpu", "cuda"):
+        method = cls(**(cls.tiny if sparsity is None else {}))
+        found = select(method, *(part.to(device) for part in states), scale=0.125, sparsity=sparsity)
+        if cls.phase == "prefill":
+            mask = found.mask()
+            if found.columns is not None:
+                seen = torch.zeros(4, found.blocks_q, 1037 + 1, dtype=torch.bool, device=device)
+                valid = torch.arange(found.columns.shape[-1], device=device) < found.column_counts[..., None]
+                ids = torch.where(valid, found.columns.expand(valid.shape), 1037).long()
+                mask = torch.cat([mask, seen.scatter_(-1, ids, True)[..., :-1]], -1)
+        else:
+            mask = torch.zeros(2, 1037, dtype=torch.bool, device=device)
+            for head, number in enumerate(found.counts.tolist()):
+                mask[head, found.ids[head, :number]] = True
+        masks.append(mask.cpu())
+    here, there = masks
+    assert (here != there).float().sum() <= 0.002 * here.float().sum() + 2

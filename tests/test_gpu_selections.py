@@ -244,7 +244,7 @@ def test_nonsense_in_a_captured_step(rng: random.Random, model: Any, monkeypatch
             found = str(error)
             assert found.startswith("method bad_decode, layer 1, KV head 0: the selection holds a page that its token")
             decoder, _ = lm.decoding.get()
-            assert decoder.graphs and decoder.no_graph is None
+            assert decoder.graphs._graphs and decoder.graphs.refused is None
             return
     pytest.fail("all answers ended before their fourth token")
 

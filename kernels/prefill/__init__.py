@@ -258,6 +258,8 @@ def unavailable_reason(
             return reason
         if max(dim, value_dim) > MAX_HEAD_DIM:
             return f"heads have {dim} dimensions, of values {value_dim}; the kernel takes {MAX_HEAD_DIM} at most"
+        if device == "cuda" and (dim % 16 or value_dim % 16):  # padded rows that are no whole vectors come out wrong
+            return f"heads have {dim} dimensions, of values {value_dim}; on CUDA the kernel takes multiples of 16"
         if query.dtype not in DTYPES:
             return f"dtype is {query.dtype}; the kernel takes {', '.join(map(str, DTYPES))}"
         return None
