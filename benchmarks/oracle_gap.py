@@ -76,8 +76,7 @@ def work(options: argparse.Namespace, lengths: dict[str, int]) -> None:
     from lm_eval_sparse.model.lm import SparseHFLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     manager = TaskManager(metadata={"pretrained": options.model})  # reading all tasks takes seconds: once for all rows
     say("loaded")
