@@ -19,8 +19,7 @@ import pytest
 import torch
 
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.kernels.estimate import update_bounds
-from lm_eval_sparse.kernels.types import PageBounds, RaggedKV
+from lm_eval_sparse.kernels.types import RaggedKV
 from lm_eval_sparse.methods import METHODS, PHASE_ARGUMENTS, Method, presets
 from lm_eval_sparse.methods import plan as config
 from lm_eval_sparse.methods.plan import SparseConfig, parse
@@ -43,6 +42,16 @@ def typed(arguments: str) -> dict[str, Any]:
                     continue
         found[name] = word
     return found
+
+
+def named(name: str) -> str:
+    """What is typed for a method: a wrapper goes around something."""
+    return f"{name}:quest" if METHODS[name].phase == "wrapper" else name
+
+
+def phase_of(name: str) -> str:
+    """The phase that it fills then."""
+    return METHODS[named(name).rpartition(":")[2]].phase
 
 
 def accept(arguments: str) -> SparseConfig:
@@ -142,7 +151,7 @@ def test_the_table_has_no_other_cells() -> None:
     }  # fmt: skip
     for name in METHODS:
         if name not in TABLE and name != "dense":
-            message = refuse({"method": name, "sparsity": 0.9, "preset": "paper"})
+            message = refuse({"method": named(name), "sparsity": 0.9, "preset": "paper"})
             assert_says(message, "preset=paper", name, *TABLE)
 
 
@@ -165,7 +174,7 @@ def test_a_preset_leaves_other_knobs_as_typed() -> None:
 def test_windows_and_the_subdiagonal_of_a_preset() -> None:
     """A task's window reaches the methods whose paper runs had one by task; what is typed wins, and others keep 256."""
     for name, method in METHODS.items():
-        if "window" not in method.knobs():
+        if "window" not in method.knobs() or method.paper is None:
             continue
         by_task = name in ("vertical_slash", "flexprefill_vs")
         for more, windows in (({}, (256, 512, 300) if by_task else (256,) * 3), ({"window": 77}, (77,) * 3)):
@@ -284,12 +293,12 @@ def test_methods_in_any_order(order: tuple[str, ...]) -> None:
 
 
 def test_every_pair_of_methods() -> None:
-    for one, other in permutations([cls for name, cls in METHODS.items() if name != "dense"], 2):
-        arguments = f"method={one.name}+{other.name},sparsity=0.5"
-        if one.phase == other.phase:
-            assert_says(refuse(arguments), one.name, other.name, f"{one.phase} phase", "one method per phase")
+    for one, other in permutations([name for name in METHODS if name != "dense"], 2):
+        arguments = f"method={named(one)}+{named(other)},sparsity=0.5"
+        if phase_of(one) == phase_of(other):
+            assert_says(refuse(arguments), named(one), named(other), f"{phase_of(one)} phase", "one method per phase")
         else:
-            assert {method.name for method in accept(arguments).methods.values()} == {one.name, other.name}
+            assert {method.name for method in accept(arguments).methods.values()} == {named(one), named(other)}
 
 
 #: Arguments -> requested sparsity by phase.
@@ -379,21 +388,21 @@ BUDGETS = [(cls.name, knob) for cls in METHODS.values() for knob in cls.budget_k
 
 @pytest.mark.parametrize(("method", "knob"), BUDGETS)
 def test_budget_knobs_beside_a_sparsity(method: str, knob: str) -> None:
-    cls = METHODS[method]
-    own = PHASE_ARGUMENTS[cls.phase]
-    value = {"gamma": 0.8, "alpha": 0.8}.get(knob, 2048)
+    phase, given = phase_of(method), named(method)
+    own = PHASE_ARGUMENTS[phase]
+    value = {"bits": 8}.get(knob, 0.8 if isinstance(METHODS[method].knobs()[knob], float) else 2048)
     for argument in ("sparsity", own):
         for name in (knob, f"{method}.{knob}"):
             for sparsity in (0.9, 0):
-                message = refuse({"method": method, argument: sparsity, name: value})
+                message = refuse({"method": given, argument: sparsity, name: value})
                 assert_says(message, f"{argument}={sparsity:g}", f"{knob}={value}", "either", "type for example")
                 # What it says to type works.
                 accept(message.rsplit("type for example ", 1)[1])
     # The knob alone is fine, and so is a sparsity of another phase.
-    assert getattr(parse({"method": method, knob: value}).methods[cls.phase], knob) == value
-    other = "quest" if cls.phase != "decode" else "snapkv"
+    assert getattr(parse({"method": given, knob: value}).methods[phase], knob) == value
+    other = "quest" if phase != "decode" else "snapkv"
     argument = PHASE_ARGUMENTS[METHODS[other].phase]
-    assert parse({"method": f"{method}+{other}", argument: 0.9, knob: value}).sparsities[cls.phase] is None
+    assert parse({"method": f"{given}+{other}", argument: 0.9, knob: value}).sparsities[phase] is None
 
 
 def test_several_budget_knobs_are_all_named() -> None:
@@ -432,8 +441,9 @@ def test_every_knob_with_its_methods_name_before_it() -> None:
     for cls in METHODS.values():
         for knob, default in cls.knobs().items():
             assert {knob, f"{cls.name}.{knob}"} <= names
-            found = parse({"method": cls.name, f"{cls.name}.{knob}": default})
-            assert found.methods[cls.phase] == cls()
+            found = parse({"method": named(cls.name), f"{cls.name}.{knob}": default})
+            inside = {"inner": METHODS["quest"]()} if cls.phase == "wrapper" else {}
+            assert found.methods[phase_of(cls.name)] == cls(**inside)
 
 
 def test_a_knob_given_twice() -> None:
@@ -555,7 +565,7 @@ WRONG: tuple[Any, ...] = (
 def test_wrong_kinds_of_values(method: str, knob: str) -> None:
     default = METHODS[method].knobs()[knob]
     for value in WRONG:
-        arguments = {"method": method, knob: value}
+        arguments = {"method": named(method), knob: value}
         if (value is None and default is None) or (isinstance(value, bool) and isinstance(default, bool)):
             parse(arguments)
         elif value == 1.5 and isinstance(default, float) and default > 1:
@@ -569,7 +579,7 @@ def test_numbers_too_large_for_a_float(method: str, knob: str) -> None:
     """They are refused, or a count that is never reached; no other exception than `UserError`."""
     for value in (10**400, -(10**400)):
         try:
-            json.dumps(parse({"method": method, knob: value}).describe())
+            json.dumps(parse({"method": named(method), knob: value}).describe())
         except UserError as error:
             assert knob in str(error) and "\n" not in str(error)
 
@@ -603,9 +613,7 @@ def try_out(method: Method, sparsity: float | None) -> None:
         select(method, query, key, scale=0.25, softcap=None, sparsity=sparsity)
         return
     held = RaggedKV.of(key.reshape(-1, 16), key.reshape(-1, 16), [0, 80], [80, 80])
-    bounds = PageBounds.empty([-(-80 // method.page_size)] * 2, key, method.page_size)
-    update_bounds(held, bounds, torch.zeros_like(held.lengths))
-    context = Decoding(held, torch.tensor([80]), bounds, kv_heads=2)
+    context = Decoding(held, torch.tensor([80]), kv_heads=2)
     pages = select(method, query[:, -1:].reshape(2, 2, 1, 16), context, sparsity=sparsity)
     pages.check(held)
     method.cost(held.visible(1), pages.keys_read(held).amax(1).long(), group=2, dim=16, element=4)
@@ -627,7 +635,7 @@ def test_a_whole_number_written_as_a_float(method: str, knob: str) -> None:
     for sparsity in (None, 0.5):
         if sparsity is not None and knob in budgets:
             continue
-        arguments = {"method": method, **rest.get(method, {}), knob: small.get(knob, value)}
+        arguments = {"method": named(method), **rest.get(method, {}), knob: small.get(knob, value)}
         if sparsity is not None:
             arguments = {name: given for name, given in arguments.items() if name not in budgets}
             arguments["sparsity"] = sparsity
@@ -635,7 +643,7 @@ def test_a_whole_number_written_as_a_float(method: str, knob: str) -> None:
             found = parse(arguments)
         except UserError:
             continue
-        try_out(found.methods[METHODS[method].phase], sparsity)
+        try_out(found.methods[phase_of(method)], sparsity)
 
 
 # --- what is written down --------------------------------------------------------------------------------------------

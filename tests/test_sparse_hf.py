@@ -546,7 +546,7 @@ def test_native_knobs_are_in_the_results(tasks: Path, llama: str) -> None:
     block = evaluate(tasks, "tiny_choice", {"pretrained": llama, **FLEX}, limit=1)["config"]["sparse"]
     assert block["requested_sparsity"] is None
     expected = {"gamma": 0.5, "tau": 0.1, "min_budget": 0, "max_budget": None, "block_size": 16}
-    assert block["knobs"] == {"flexprefill": expected}
+    assert block["knobs"] == {"flexprefill": {**expected, "coverage": "blocks"}}
 
 
 def test_measured_sparsity_is_what_the_layout_says(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:

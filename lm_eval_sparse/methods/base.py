@@ -336,6 +336,8 @@ class DecodeMethod(Method):
     phase: ClassVar[str] = "decode"
     #: Whether `select` writes the new tokens into the cache and takes them into the state, where it gets them.
     appends: ClassVar[bool] = False
+    #: Whether what it reads is weighed, or has virtual keys beside it: no wrapper can choose among that.
+    weighs: ClassVar[bool] = False
     #: Keys of a page, one of `UNITS`: the unit of what the state keeps of a page, and of what is read.
     page_size: int
 

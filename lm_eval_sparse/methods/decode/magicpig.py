@@ -49,6 +49,7 @@ class MagicPIG(DecodeMethod):
     budget_knobs: ClassVar[tuple[str, ...]] = ("tables", "bits")
     tiny: ClassVar = {"tables": 12, "bits": 4, "sinks": 2, "local": 8}
     whole: ClassVar = {"local": 4096}
+    weighs: ClassVar[bool] = True
     page_size: ClassVar[int] = 1
 
     tables: int = 150

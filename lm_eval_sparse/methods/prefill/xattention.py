@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.types import BLOCK_SIZES
+from ...kernels.types import BLOCK_SIZES, Cost
 from ..base import Call, Mass, number, one_of
 from ..scored import Allocation, ScoredPrefill, TopP
 
@@ -53,3 +53,8 @@ class XAttention(ScoredPrefill):
             mass = mass * (place * self.stride < length)[:, None]  # rows of padding weigh nothing
             found.append(mass.unflatten(1, blocks).sum(2).unflatten(0, blocks).sum(1))
         return torch.stack(found)
+
+    def cost(self, call: Call) -> Cost:
+        heads, length, dim = call.query.shape
+        states = call.query.element_size() * dim * (heads + len(call.key)) * length
+        return Cost(2 * dim * heads * length * length // self.stride, states)

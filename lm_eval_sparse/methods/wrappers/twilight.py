@@ -45,6 +45,14 @@ class Twilight(Wrapper):
         super().__post_init__()
         number("p", self.p, 1e-9, 1, example=0.85)
         number("loose", self.loose, 1, math.inf, example=4)
+        if self.inner.weighs:
+            raise self._weighed()
+
+    def _weighed(self) -> UserError:
+        return UserError(
+            f"twilight goes around methods that read keys as they are, and {self.inner.name} weighs them or adds to "
+            f"them: type method={self.inner.name}"
+        )
 
     @property
     def read_unit(self) -> int:
@@ -86,10 +94,7 @@ class Twilight(Wrapper):
                 budget = Mass(self.p)
         given = self.inner.select(replace(call, budget=loose))
         if given.bias is not None or given.extra is not None:
-            raise UserError(
-                f"twilight goes around methods that read keys as they are, and {self.inner.name} weighs them or adds "
-                f"to them: type method={self.inner.name}"
-            )
+            raise self._weighed()
         kv, state, (sequences, group, steps, _) = call.cache.kv, call.state, call.query.shape
         width = -(-kv.longest // given.unit) * given.unit
         place = torch.arange(width, device=kv.starts.device)
