@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = {canonicalize_name(line.name): line for line in map(Requirement, PROJECT["dependencies"])}
 
 #: Imported inside functions only, where a file says what it does without: module -> where it comes from.
-OPTIONAL = {"flash_attn": "fa4", "cutlass": "fa4"}
+OPTIONAL = {"flash_attn": "fa4", "cutlass": "fa4", "pytest": "dev"}
 OURS = {"lm_eval_sparse", "_lm_eval_sparse_hook"}
 
 

@@ -176,34 +176,61 @@ def density(layout: Blocks) -> float:
 
 
 @pytest.mark.parametrize(("length", "heads", "kv_heads"), SHAPES)
-@pytest.mark.parametrize("name", ["oracle_blocks", "xattention"])
-def test_blocks_by_mass(name: str, length: int, heads: int, kv_heads: int, seed: int) -> None:
-    softcap = 3.0 if heads == 3 and name == "oracle_blocks" else None
-    inputs = prompt(seed, length, heads, kv_heads, softcap)
+def test_blocks_by_mass(length: int, heads: int, kv_heads: int, seed: int) -> None:
+    inputs = prompt(seed, length, heads, kv_heads)
     query, key, scale, _ = inputs.exact
-    cls, lists, different = METHODS[name], 0, 0
-    knob = "mass" if name == "oracle_blocks" else "threshold"
+    cls, lists, different = METHODS["xattention"], 0, 0
     asked: list[tuple[dict[str, Any], float | None]] = [
-        ({knob: mass, "block_size": block}, None)
+        ({"threshold": mass, "block_size": block}, None)
         for mass, block in ((0.3, 16), (0.6, 32), (0.9, 16), (0.5, 64), (0.7, 64), (0.85, 64))
     ]
     asked += [({}, sparsity) for sparsity in SPARSITIES]
     for knobs, sparsity in asked:
-        more = {"stride": 4 if sparsity == 0.8 else 16 if knobs.get(knob) == 0.3 else 8} if name == "xattention" else {}
-        layout = select(cls(**knobs, **more), **inputs.arguments, sparsity=sparsity)
+        stride = 4 if sparsity == 0.8 else 16 if knobs.get("threshold") == 0.3 else 8
+        layout = select(cls(**knobs, stride=stride), **inputs.arguments, sparsity=sparsity)
         block = layout.block_q
         assert sparsity is not None or block == knobs["block_size"]
-        if name == "oracle_blocks":
-            scores = literal.oracle_block_scores(query, key, scale, softcap, block)
-        else:
-            scores = literal.xattention_scores(query, key, scale, block, more["stride"])
+        scores = literal.xattention_scores(query, key, scale, block, stride)
         rows, got = literal.block_rows(scores, length, block), blocks_of(layout)
         lists += len(rows)
         if sparsity is None:
-            different += covered(rows, got, 1 - knobs[knob])
+            different += covered(rows, got, 1 - knobs["threshold"])
         else:
             different += divided(rows, got, (1 - sparsity) * heads * length * (length + 1) / 2)
     few(different, lists)
+
+
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), SHAPES)
+def test_oracle_of_blocks(length: int, heads: int, kv_heads: int, seed: int) -> None:
+    """As many blocks a row as asked for, those with most of its true attention; a sparsity is met by brute force."""
+    inputs = prompt(seed, length, heads, kv_heads, 3.0 if heads == 3 else None)
+    query, key, scale, softcap = inputs.exact
+    asked: list[tuple[dict[str, Any], float | None]] = [
+        ({"top_k": number, "block_size": block}, None) for number, block in ((2, 16), (3, 32), (5, 16), (3, 64))
+    ]
+    asked += [({}, sparsity) for sparsity in SPARSITIES]
+    for knobs, sparsity in asked:
+        layout = select(METHODS["oracle_blocks"](**knobs), **inputs.arguments, sparsity=sparsity)
+        block, number = layout.block_q, layout.blocks_q
+        rows = literal.block_rows(literal.oracle_block_scores(query, key, scale, softcap, block), length, block)
+        got = blocks_of(layout)
+        for row, own in zip(rows, got, strict=True):
+            ranking(row, own)
+        if sparsity is None:
+            assert [len(own) for own in got] == [
+                min(i + 1, knobs["top_k"]) for _ in range(heads) for i in range(number)
+            ]
+            continue
+
+        def pairs(count: int, extra: int, block: int = block, number: int = number) -> int:
+            """Of one head whose rows read so many blocks, and the last ones one more."""
+            reads = [min(i + 1, count + (i >= number - extra)) for i in range(number)]
+            triangles = sum(literal.tile_pairs(length, block, i, i) for i in range(number))
+            return triangles + sum((k - 1) * literal.tile_pairs(length, block, i, 0) for i, k in enumerate(reads) if i)
+
+        total = length * (length + 1) / 2
+        offs = [abs(pairs(c, e) / total - 1 + sparsity) for c in range(2, number + 1) for e in range(number)]
+        assert abs(density(layout) - 1 + sparsity) <= min(offs) + 1e-9
 
 
 @pytest.mark.parametrize(("length", "heads", "kv_heads"), SHAPES)
@@ -529,7 +556,7 @@ def test_what_is_asked_in_full_is_everything(seed: int) -> None:
     inputs = prompt(seed, 203, 4, 2)
     triangle = np.tri(13, dtype=bool)
     for method in (
-        METHODS["oracle_blocks"](mass=1, block_size=16),
+        METHODS["oracle_blocks"](top_k=13, block_size=16),
         METHODS["xattention"](threshold=1, block_size=16),
         METHODS["a_shape"](local=203),
     ):
@@ -555,7 +582,7 @@ def test_equals_go_to_the_later_key(seed: int) -> None:
     even.key[:, ::2] = 2
     want = set(range(111, 128, 2))
     assert kept(select(METHODS["knorm"](capacity=9), **even.arguments), 128) == [want] * 2
-    layout = select(METHODS["oracle_blocks"](mass=0.6, block_size=16), **flat.arguments)
+    layout = select(METHODS["oracle_blocks"](top_k=5, block_size=16), **flat.arguments)
     for own in (layout, select(METHODS["xattention"](threshold=0.6, block_size=16), **flat.arguments)):
         for row in blocks_of(own):
             last = max(row)
