@@ -65,7 +65,7 @@ def test_promise_on_real_queries_and_keys(name: str, sparsity: float, real_state
         else:
             flat, starts = key.reshape(-1, dim), [head * length for head in range(kv_heads)]
             kv = RaggedKV.of(flat, flat, starts, [length] * kv_heads)
-            steps = 40 if method.read_unit > 1 else 4  # pages are whole: over their places the mean is promised
+            steps = 40 if method.read_unit > 1 else 2  # pages are whole: over their places the mean is promised
             visible = (torch.arange(length - steps, length) + 1).expand(kv_heads, -1)
             context = Decoding(kv, torch.tensor([length]), kv_heads=kv_heads)
             grouped = query[:, -steps:].reshape(kv_heads, -1, steps, dim)
