@@ -84,11 +84,14 @@ def refuse_code(model_args: Any, source: str, allowed: bool = False) -> None:
     """
     if allowed or _allowed.get() or os.environ.get(ALLOW_CODE, "0") not in ("", "0"):
         return
+    pairs: list[tuple[Any, Any]] = []
     if isinstance(model_args, str):
-        pairs = (pair.partition("=") for pair in model_args.split(","))
-        model_args = {name.strip(): value for name, _, value in pairs}
-    method = model_args.get("method") if isinstance(model_args, Mapping) else None
-    for part in (part for chain in chains(method) for part in chain) if isinstance(method, str) else ():
+        pairs = [(name, value) for name, _, value in (pair.partition("=") for pair in model_args.split(","))]
+    elif isinstance(model_args, Mapping):
+        pairs = list(model_args.items())
+    # Whatever reads them, and whichever of two it takes: no argument of that name may name a file.
+    methods = [value for name, value in pairs if str(name).strip() == "method" and isinstance(value, str)]
+    for method, part in ((typed, part) for typed in methods for chain in chains(typed) for part in chain):
         if file_of(part) is not None:
             raise UserError(
                 f"{source} has method={method}, and {part} is a file with code, which runs only when you type it "

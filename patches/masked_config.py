@@ -48,6 +48,8 @@ def apply(module: ModuleType) -> None:
                 spelling.refuse_code(self.model_args, str(source))
         configured = configure(self)
         if self.model == MODEL:
+            if (source := _source.get()) is not None:  # as lm-eval has read them, too, before anything is made of them
+                spelling.refuse_code(self.model_args, str(source))
             _check_method(self.model_args)
         return configured
 

@@ -382,6 +382,17 @@ def test_a_configuration_file_runs_no_code(config: Path, monkeypatch: pytest.Mon
     config.write_text(config.read_text().replace("model_args:\n  method: ", "model_args: method=").split("\n  sp")[0])
     with pytest.raises(UserError, match=r"run.yaml has method=flexprefill.*, set LM_EVAL_SPARSE_ALLOW_CODE=1"):
         configured(config)
+    whole = config.read_text()
+    for twice in (
+        '"method=./own.py:Norms, method=quest"',
+        '"method=quest, method=./own.py:Norms"',
+        '{method: ./own.py:Norms, " method": quest}',
+        '{" method": ./own.py:Norms, method: quest}',
+    ):
+        config.write_text(re.sub(r"model_args:.*", lambda _, twice=twice: f"model_args: {twice}", whole))
+        with pytest.raises(UserError, match="is a file with code, which runs only when you type it"):
+            configured(config)
+    config.write_text(whole)
     for value in ("", "0"):
         monkeypatch.setenv("LM_EVAL_SPARSE_ALLOW_CODE", value)
         with pytest.raises(UserError):

@@ -17,6 +17,7 @@ from ..spelling import file_of
 from . import files, plugins
 from .base import DecodeMethod, EvictionMethod, Mass, Method, PrefillMethod
 from .files import Origin
+from .presets import Parameters
 
 #: Name -> module and class.
 BUILT_IN = {
@@ -164,12 +165,27 @@ MODEL_ARGUMENTS = (
 )  # fmt: skip
 #: What a method says of itself: a row of the table.
 ROW = ("name", "phase", "unit", "importance", "allocation", "kv", "reference")
+#: Of what kind some of it is.
+SAYS: tuple[tuple[str, Any, str], ...] = (
+    *((name, str, "a text") for name in ("phase", "unit", "importance", "kv", "reference")),
+    *((name, Mapping, "knobs and their values") for name in ("tiny", "whole")),
+    ("paper", Parameters | None, "presets.Parameters, or None"),
+)
 #: Bases whose `select` has to be written.
 FREE = (Method, PrefillMethod, EvictionMethod, DecodeMethod)
 
 
 def check_class(method: Any) -> None:
     """Raise ValueError for a class that is no whole method: what it lacks would be found in the middle of a run."""
+    try:
+        _check_class(method)
+    except ValueError:
+        raise
+    except Exception as error:  # written by anybody
+        raise ValueError(f"{method!r} cannot be looked at ({type(error).__name__}: {error})") from error
+
+
+def _check_class(method: Any) -> None:
     who = getattr(method, "__name__", repr(method))
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise ValueError(f"{who} is no subclass of Method; derive it from the base class of its phase")
@@ -184,6 +200,9 @@ def check_class(method: Any) -> None:
         raise ValueError(f"{who} does not say its {', '.join(missing)}; give it as a class attribute")
     if not isinstance(method.name, str) or not re.fullmatch(r"[a-z0-9_]+", method.name):
         raise ValueError(f"{who}: its name {method.name!r} cannot be typed; use lower-case letters, digits and _")
+    for name, kind, words in SAYS:
+        if not isinstance(getattr(method, name, None), kind):
+            raise ValueError(f"{who}: {name} is {getattr(method, name, None)!r}; expected {words}")
     taken = [name for name in method.knobs() if name in RESERVED]
     if taken:
         raise ValueError(f"{who} has a knob {taken[0]!r}, which is an argument of every method; give it another name")
@@ -193,8 +212,11 @@ def check_class(method: Any) -> None:
     if method.phase not in (*PHASE_ARGUMENTS, "any", "wrapper"):
         raise ValueError(f"{who} is of phase {method.phase!r}; expected one of {', '.join(PHASE_ARGUMENTS)}")
     for name in ("budget_knobs", "wraps"):
-        if isinstance(getattr(method, name, ()), str):
-            raise ValueError(f"{who}: {name} is a text; expected a tuple, such as ({getattr(method, name)!r},)")
+        value = getattr(method, name, ())
+        if isinstance(value, str):
+            raise ValueError(f"{who}: {name} is a text; expected a tuple, such as ({value!r},)")
+        if not isinstance(value, tuple | list) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{who}: {name} is {value!r}; expected a tuple of names")
     strange = [phase for phase in getattr(method, "wraps", ()) if phase not in PHASE_ARGUMENTS]
     if strange and method.phase == "wrapper":
         raise ValueError(f"{who} goes around methods of phase {strange[0]!r}; expected of {', '.join(PHASE_ARGUMENTS)}")

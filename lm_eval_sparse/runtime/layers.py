@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..methods.base import Layer
+from .positions import stretches
 
 #: What modelling code calls the projection behind attention.
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -31,6 +32,8 @@ class Layers:
         #: Layers that may be sparse, and those of them with keys and values of their own; None while that is not known.
         self._among: tuple[int, ...] | None = None
         self._owners: tuple[int, ...] | None = None
+        #: Layers whose keys were seen to be turned as the rotary embedding says; None while that is not known.
+        self._turned: frozenset[int] | None = None
         if model is not None:
             indices = {m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)}
             self.count = max(indices, default=-1) + 1
@@ -64,13 +67,28 @@ class Layers:
         self._owners = tuple(index for index in self._among if index not in lenders)
         self._found.clear()
 
+    def turned(self, layers: Iterable[int]) -> None:
+        """Note in which layers keys are turned by the rotary embedding: no other layer has one."""
+        self._turned = frozenset(layers)
+        self._found.clear()
+
+    def with_rope(self) -> dict[int, Layer]:
+        """The layers that have been asked for so far, and that have a rotary embedding."""
+        return {index: layer for index, layer in self._found.items() if layer.rope is not None}
+
+    def remember(self, other: Layers) -> None:
+        """Take over what was noted of the same model."""
+        self._among, self._owners, self._turned = other._among, other._owners, other._turned
+
     def evicted(self, layer: Layer) -> Layer:
         """The layer as an eviction method is told of it."""
         return layer if layer.among == self._owners else replace(layer, among=self._owners)
 
     def _rope(self, index: int) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
         place, options = self._rotary, {}
-        if place() is None:
+        if place() is None or (self._turned is not None and index not in self._turned):
+            return None
+        if any(stretches(place())):  # angles follow how long a text is: a turn by so many tokens is not one turn
             return None
         if "layer_type" in inspect.signature(place().forward).parameters:  # Gemma 3 has an embedding for each kind
             if index >= len(self._kinds):

@@ -10,6 +10,7 @@ and what is concluded from it stand in one file, since each is read beside the o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from ..errors import UserError
+from ..kernels.cache.replace import turn
 from ..kernels.dense import dense_attention
 from ..methods.plan import Assignment, Plan
 from .accounting import RowCounts
@@ -43,6 +45,9 @@ EXACT = 1e-3
 #: so many times what rounding alone does to them.
 LOGITS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 NOISE = 10.0
+#: By how many positions a prompt is moved, and how far keys may then be off those that are turned, relative: rounding
+#: adds up from layer to layer, and keys that are not turned at all are about 1 off.
+SHIFT, MOST_TURNED = 101, 0.15
 #: Logits that have nothing to do with each other are 1.4 off.
 MOST = 0.8
 
@@ -369,6 +374,7 @@ def check(model: PreTrainedModel, forward: Forward, runtime: Runtime, steps: int
                 f"and {limit:.2g} is what rounding may do"
             )
         if plan.phases:
+            runtime.known.turned(turned_layers(model, forward, runtime, ids))
             _check_phases(model, forward, runtime, plan, ids, steps)
         runtime.calls_of_a_pass = calls
         runtime.known.sparse((n for n, reason in runtime.layers.items() if reason is None), runtime.lenders)
@@ -401,6 +407,34 @@ def trial_pass(
             probe.forget_masks()
             logits.append(forward(ids[:, first:end], cache=cache))
     return torch.cat(logits, 1), counts
+
+
+def turned_layers(model: PreTrainedModel, forward: Forward, runtime: Runtime, ids: Tensor) -> list[int]:
+    """Layers whose keys turn with the positions of a prompt as the rotary embedding that is known of them says.
+
+    A layer may leave the embedding out, though its model has one.
+    """
+    known = runtime.known.with_rope()
+    if not known or "position_ids" not in inspect.signature(model.forward).parameters:
+        return []
+    seen: list[dict[int, Seen]] = []
+    for first in (0, SHIFT):
+        probe, cache = Probe(runtime), runtime.new_cache(model.config, reserve=0)
+        positions = torch.arange(first, first + PROMPT, device=ids.device)[None]
+        with probe.watching(), runtime.running(RowCounts(), cache, PROMPT):
+            forward(ids[:, :PROMPT], cache=cache, positions=positions)
+        seen.append(probe.layers)
+    found = []
+    for index, layer in known.items():
+        here, there = (own[index].keys if index in own else None for own in seen)
+        if here is None or there is None:
+            continue
+        cosines, sines = layer.rotary(torch.tensor([SHIFT], device=here.device))
+        scale = layer.rotary(torch.zeros(1, dtype=torch.int64, device=here.device))[0]
+        turned = turn(here.float(), (cosines / scale).float(), (sines / scale).float())
+        if distance(turned, there) < MOST_TURNED:
+            found.append(index)
+    return found
 
 
 def distance(found: Tensor, right: Tensor) -> float:

@@ -154,7 +154,8 @@ class Runtime:
 
     def attach(self, model: torch.nn.Module) -> None:
         """Make this the runtime of every attention module of `model`."""
-        self.known = Layers(model)
+        before, self.known = self.known, Layers(model)
+        self.known.remember(before)
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module._lm_eval_sparse = self

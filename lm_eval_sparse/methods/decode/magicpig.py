@@ -19,7 +19,7 @@ from torch import Tensor
 from ...kernels.types import Reads, Slot
 from ..base import FORCED_SHARE, Call, DecodeMethod, Density, number
 
-#: Projections held at once, fp64.
+#: Projections held at once, fp64, or signatures compared.
 ELEMENTS = 1 << 21
 #: Sinks and recent tokens of the paper.
 FORCED = {"sinks": 4, "local": 64}
@@ -133,9 +133,12 @@ class MagicPIG(DecodeMethod):
         at = at.clamp(max=len(kv.keys) - 1)
 
         own = self._signed(query, call.layer.index)
-        apart = own[:, :, None] ^ state["signatures"][at][:, None]  # (S, G, P, tables)
-        # Leading bits that are equal: what is not begins at the highest bit of the difference.
-        equal = self.bits - torch.frexp(apart.float()).exponent.clamp(min=0)
+        equal = torch.empty(sequences, group, len(place), self.tables, dtype=torch.int8, device=query.device)
+        some = max(1, ELEMENTS // (sequences * group * self.tables))
+        for first in range(0, len(place), some):
+            apart = own[:, :, None] ^ state["signatures"][at[:, first : first + some]][:, None]
+            # Leading bits that are equal: what is not begins at the highest bit of the difference.
+            equal[:, :, first : first + some] = self.bits - torch.frexp(apart.float()).exponent.clamp(min=0)
         there = (place < visible)[:, None]
         bits, tables = torch.full_like(visible, self.bits), torch.full_like(visible, self.tables)
         sinks, local = self._forced(call, step)
@@ -144,7 +147,7 @@ class MagicPIG(DecodeMethod):
             tokens = call.cache.logical(call.query.shape[2])[:, step, None]
             wanted = call.budget.share * heads * group * tokens.double()
             bits, tables = self._solved(equal, forced, there, wanted, heads)
-        second = second_hit(equal >= bits[:, :, None, None])
+        second = second_hit(equal, bits)
         drawn = there & (second < tables[:, :, None]) & ~forced
         chance = self._chance(query, kv.keys[at].float() - state["centre"][state.place, None], bits, tables)
         return drawn | forced, torch.where(drawn, -chance.log().float(), 0.0)
@@ -178,7 +181,7 @@ class MagicPIG(DecodeMethod):
         # The first of the levels that reaches; the last where none does.
         level = torch.where(reaches.any(1), reaches.int().argmax(1), self.bits - 1)
         bits = levels[level][:, None]
-        second = second_hit(equal >= bits[:, :, None, None])
+        second = second_hit(equal, bits)
         hits = torch.zeros(len(equal), self.tables + 1, dtype=torch.int64, device=equal.device)
         hits.scatter_add_(1, second.clamp(max=self.tables).flatten(1), drawn.expand_as(second).long().flatten(1))
         sums = of_row(hits[:, : self.tables].cumsum(1)) + fixed
@@ -200,9 +203,15 @@ class MagicPIG(DecodeMethod):
         return torch.full_like(visible, 2 * dim * self.bits * self.tables * group), visible * (2 * self.tables)
 
 
-def second_hit(hits: Tensor) -> Tensor:
-    """Index along the last dimension of the second True entry, or its size where there are not two."""
-    return (hits.cumsum(-1, dtype=torch.int16) < 2).sum(-1)
+def second_hit(equal: Tensor, bits: Tensor) -> Tensor:
+    """Index of the second table `(S, G, P)` in which so many bits `(S, 1)` are equal `(S, G, P, tables)`, or their
+    number where there are not two."""
+    some = max(1, ELEMENTS // equal[:, :, 0].numel())
+    found = []
+    for part in equal.split(some, 2):
+        hits = part >= bits[:, :, None, None]
+        found.append((hits.cumsum(-1, dtype=torch.int16) < 2).sum(-1))
+    return torch.cat(found, 2)
 
 
 @functools.lru_cache(maxsize=256)

@@ -53,7 +53,7 @@ class H2O(ScoredEviction):
         number("recent", self.recent, 0, 1, example=0.5)
 
     def kept_ends(self, capacity: int) -> tuple[int, int]:
-        return 0, math.ceil(self.recent * capacity)
+        return 0, math.ceil(round(self.recent * capacity, 9))  # .07 of 100 is 7
 
     def score(self, call: Call) -> Tensor:
         if call.cache is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from ...errors import UserError
 from ..base import Budget, Call, Count, Density, Layer, number
 from ..scored import Allocation, PerLayer
 from .snapkv import SnapKV
@@ -23,7 +24,7 @@ class PyramidKV(SnapKV):
         beta: how much less than the mean the last layer keeps, from 1 (as much).
         capacity, window, kernel: as in `snapkv`.
         sinks, local: first and last tokens that are always kept: 4 and 128, and no more than a quarter of what a layer
-            keeps; what is typed is kept.
+            keeps; what is typed is kept in every layer, or refused.
     """
 
     name: ClassVar[str] = "pyramidkv"
@@ -42,6 +43,24 @@ class PyramidKV(SnapKV):
 
     def check_native(self) -> None:
         self.check_window()
+        if self._typed() > self.capacity / self.beta:
+            raise UserError(
+                f"capacity={self.capacity} leaves {self.capacity / self.beta:.3g} tokens to the last layer (beta="
+                f"{self.beta:g}), which cannot hold the {self._typed()} of sinks and local that are always kept: give "
+                "a larger capacity, a smaller beta, or leave sinks and local out"
+            )
+
+    def _typed(self) -> int:
+        """First and last tokens that were asked for; others follow what a layer keeps."""
+        return sum(count for count in (self.sinks, self.local) if count != "auto")
+
+    def largest_sparsity(self, length: int) -> float:
+        """Where the last layer, which keeps the least, just holds what was asked for."""
+        forced = self._typed() / length
+        share = self.beta * forced
+        if share > self.beta / (2 * self.beta - 1):  # the first layer keeps all, so that the last keeps 2 share - 1
+            share = (1 + forced) / 2
+        return max(0.0, 1 - share)
 
     def as_native(self) -> PyramidKV:
         return self

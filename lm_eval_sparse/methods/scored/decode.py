@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -52,21 +53,12 @@ class ScoredDecode(DecodeMethod):
         # Nothing that the host does not know: the longest sequence may hold that many pages before its current one.
         # A multiple of 16 lets kernels load scores in whole vectors.
         most = -(-((kv.longest - (not covers)) // self.page_size + covers) // 16) * 16
-        some = max(1, SCORE_ELEMENTS // max(1, sequences * self.lists(call) * most))
+        # What covers a share is sorted in fp64, with the order beside it.
+        elements = SCORE_ELEMENTS // 8 if covers else SCORE_ELEMENTS
+        some = max(1, elements // max(1, sequences * self.lists(call) * most))
         if steps <= some or call.cache.new is not None:  # new ones are few
             return self._choose(call, most)
-        parts = []
-        for first in range(0, steps, some):
-            part = call.query[:, :, first : first + some]
-            behind = steps - first - part.shape[2]
-            cache = replace(
-                call.cache,
-                kv=replace(kv, lengths=(kv.lengths - behind).clamp(min=0)),
-                tokens=call.cache.tokens - behind,
-            )
-            parts.append(self._choose(replace(call, query=part, cache=cache), most))
-        ids, counts = (torch.cat(found, 2) for found in zip(*((p.ids, p.counts) for p in parts), strict=True))
-        return Reads(ids, counts, self.page_size)
+        return joined(self._choose(part, most) for part in pieces(call, some))
 
     def _choose(self, call: Call, most: int) -> Reads:
         """Choose among at most `most` complete pages of each sequence."""
@@ -90,6 +82,24 @@ class ScoredDecode(DecodeMethod):
         sequences, group, steps, _ = call.query.shape
         score = checked(self.score(call, most), (sequences, (1, group), steps, most), undefined=True)
         return select_pages(score, call.cache.kv, call.cache.tokens, budget, width=width)
+
+
+def pieces(call: Call, some: int) -> Iterator[Call]:
+    """The call for at most `some` of its new tokens at a time, each as if it were the last to have come."""
+    kv, steps = call.cache.kv, call.query.shape[2]
+    for first in range(0, steps, some):
+        part = call.query[:, :, first : first + some]
+        behind = steps - first - part.shape[2]
+        lengths = (kv.lengths - behind).clamp(min=0)
+        cache = replace(call.cache, kv=replace(kv, lengths=lengths), tokens=call.cache.tokens - behind)
+        yield replace(call, query=part, cache=cache)
+
+
+def joined(parts: Iterable[Reads]) -> Reads:
+    """What was read by the tokens of all parts, in lists without weights that are equally wide."""
+    found = list(parts)
+    ids, counts = (torch.cat(lists, 2) for lists in zip(*((part.ids, part.counts) for part in found), strict=True))
+    return Reads(ids, counts, found[0].unit)
 
 
 def cover(call: Call, score: Tensor, budget: Budget, page_size: int, among: Tensor | None = None) -> Reads:

@@ -12,9 +12,11 @@ from torch import Tensor
 from ...errors import UserError
 from ...kernels.types import Reads, Slot
 from ..base import Call, Density, Mass, number
-from ..scored.decode import cover
+from ..scored.decode import cover, joined, pieces
 from .base import Wrapper
 
+#: Numbers that are held at once.
+ELEMENTS = 1 << 24
 #: The largest number of 4 bits.
 MOST = 15
 
@@ -86,6 +88,12 @@ class Twilight(Wrapper):
 
     @torch.no_grad()
     def select(self, call: Call) -> Reads:
+        sequences, group, steps, dim = call.query.shape
+        # Scores in several copies, and keys as they are estimated.
+        some = max(1, (ELEMENTS // max(1, sequences * call.cache.kv.longest) - dim) // (4 * group))
+        return self._choose(call) if steps <= some else joined(self._choose(part) for part in pieces(call, some))
+
+    def _choose(self, call: Call) -> Reads:
         budget, loose = call.budget, call.budget
         match budget:
             case Density(share):
