@@ -182,9 +182,9 @@ def shown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "",
         f"{about['device']['name']}, bf16; {known}. Teacher-forced twins, exact answers ± standard error; measured is "
         "the executed sparsity of the phase that the method fills; output error and attention mass kept are those of "
-        f"{DIAGNOSED} diagnosed documents. An oracle's loss against dense is the sparsity's; what a method loses "
-        "besides is its own (`own loss`: against the best oracle of its phase at the same sparsity; evictions have no "
-        "oracle, theirs is against dense).",
+        f"{DIAGNOSED} diagnosed documents. What an oracle loses to dense is the sparsity's; what a method loses to the "
+        "best oracle of its phase at the same sparsity is its own, in exact answers on average over the tasks. Where no "
+        "oracle was measured, and for evictions, which have none, the loss is to dense.",
         "",
     ]
     for length in dict.fromkeys(row["length"] for row in rows):
@@ -193,24 +193,32 @@ def shown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         dense = next((row for row in own if row["phase"] is None), None)
         lines += [f"## {length}, {own[0]['documents']} documents", ""]
         if dense is not None:
-            scores = [f"{task} {number(dense['scores'][task]['exact'][0])}" for task in tasks]
+            scores = [
+                f"{task} {number(dense['scores'][task]['exact'][0])} "
+                f"({number(dense['scores'][task]['bits_per_char'][0])} bits per character)"
+                for task in tasks
+            ]
             lines += [f"Dense: {', '.join(scores)}.", ""]
         for phase in ("prefill", "eviction", "decode"):
             for sparsity in SPARSITIES:
                 here = [row for row in own if row["phase"] == phase and row["requested"] == sparsity]
                 if not here:
                     continue
-                best = [row for row in here if row["name"] in ORACLES] or ([dense] if dense is not None else [])
+                bounds = [row for row in here if row["name"] in ORACLES]
+                best = bounds or ([dense] if dense is not None else [])
                 here.sort(key=lambda row: (row["name"] not in ORACLES, -mean(row, tasks)))
                 lines += [f"### {phase}, sparsity {sparsity:g}", ""]
                 head = ["method", "measured", *(task.replace("forced_frontier_", "") for task in tasks)]
-                head += ["own loss", "output error", "mass kept", "bytes read"]
+                against = "oracle" if bounds else "dense"
+                head += ["bits per character", f"loss to {against}", "output error", "mass kept", "bytes read"]
                 body = []
                 for row in here:
                     scores = []
                     for task in tasks:
                         score, error = row["scores"][task]["exact"]
                         scores.append(f"{number(score)} ± {number(error)}" if error is not None else number(score))
+                    bits = [number(row["scores"][task]["bits_per_char"][0]) for task in tasks]
+                    scores.append(" / ".join(bits))
                     gap = (
                         "-"
                         if row["name"] in ORACLES or not best

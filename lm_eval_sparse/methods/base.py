@@ -196,8 +196,8 @@ class Method:
         whole: knobs under which nothing of 4096 tokens is left out, where very large `budget_knobs` do not say it.
         paper: what `preset=paper` knows of the method (`presets.Parameters`), or None.
         looks_back: queries of the prompt that `prefilled` gets.
-        wants_mass: whether `attended` is called. The tokens of an answer are then scored one by one, as they are
-            generated: what each reads follows from what those before it read.
+        wants_mass: whether `attended` is called. With such a decode method the tokens of an answer are scored one by
+            one, as they are generated: what each reads follows from what those before it read.
     """
 
     name: ClassVar[str]

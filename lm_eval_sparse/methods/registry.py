@@ -162,6 +162,8 @@ MODEL_ARGUMENTS = (
     "pretrained", "revision", "subfolder", "tokenizer", "dtype", "device", "batch_size", "max_batch_size", "max_length",
     "trust_remote_code", "peft", "delta", "parallelize", "truncation", "add_bos_token", "prefix_token_id", "gguf_file",
     "token", "device_map", "max_memory", "quantization_config", "think_end_token", "enable_thinking",
+    "softmax_dtype", "mixed_precision_dtype", "use_fast_tokenizer", "logits_cache", "offload_folder", "autogptq",
+    "gptqmodel", "chat_template_args",
 )  # fmt: skip
 #: What a method says of itself: a row of the table.
 ROW = ("name", "phase", "unit", "importance", "allocation", "kv", "reference")

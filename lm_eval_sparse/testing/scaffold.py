@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 from .. import paths
@@ -68,16 +71,17 @@ def next_steps(name: str, phase: str, files: list[Path]) -> str:
     """What the author of the new method may do with it."""
     method, tests = (os.path.relpath(path) for path in files)
     cls = "".join(word.capitalize() for word in name.split("_"))
-    local = method if method.startswith("..") else f"./{method}"
+    local = shlex.quote(f"{method if method.startswith('..') else f'./{method}'}:{cls}")
+    typed = shlex.quote(f"method={method if method.startswith('..') else f'./{method}'}:{cls},sparsity=0.8")
     return f"""\
 {method} holds a method of the {phase} phase that works, {tests} its tests. What to do next:
 
 1. Change `score`, the knobs and what the class says of itself.
 2. After every change:
-     {PROGRAM} check-method {local}:{cls}
-     python -m pytest {tests}
+     {PROGRAM} check-method {local}
+     python -m pytest {shlex.quote(tests)}
 3. Run it:
-     lm_eval --model sparse-hf --model_args method={local}:{cls},sparsity=0.8 --tasks forced_frontier_niah_4k --limit 5
+     lm_eval --model sparse-hf --model_args {typed} --tasks forced_frontier_niah_4k --limit 5
 4. To give it to others under its name, put it into a package with an entry point:
      [project.entry-points."lm_eval_sparse.methods"]
      {name} = "your_package.{name}:{cls}\""""
@@ -95,6 +99,13 @@ def _check(name: str, phase: str) -> None:
         raise UserError(
             f"{name!r} given, but there is a method of this name; names that are taken: {', '.join(METHODS.names())}"
         )
+    cls = "".join(word.capitalize() for word in name.split("_"))
+    if re.search(rf"\b{cls}\b", _METHODS[phase] + _TESTS):
+        raise UserError(
+            f"{name!r} given, but its class would be {cls}, which methods are written with; take another name"
+        )
+    if name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None:
+        raise UserError(f"{name!r} given, but there is a module of this name, which {name}.py would hide; take another")
     if name in argument_names():
         raise UserError(f"{name!r} given, but this is the name of a model argument; take another name")
 
