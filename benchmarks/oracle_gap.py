@@ -183,8 +183,8 @@ def shown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         f"{about['device']['name']}, bf16; {known}. Teacher-forced twins, exact answers ± standard error; measured is "
         "the executed sparsity of the phase that the method fills; output error and attention mass kept are those of "
         f"{DIAGNOSED} diagnosed documents. What an oracle loses to dense is the sparsity's; what a method loses to the "
-        "best oracle of its phase at the same sparsity is its own, in exact answers on average over the tasks. Where no "
-        "oracle was measured, and for evictions, which have none, the loss is to dense.",
+        "best oracle of its phase at the same sparsity is its own, in exact answers on average over the tasks. Where "
+        "no oracle was measured, and for evictions, which have none, the loss is to dense.",
         "",
     ]
     for length in dict.fromkeys(row["length"] for row in rows):
