@@ -589,7 +589,9 @@ def test_answers_that_are_too_short_are_said_once(
 
 def test_no_room_for_an_eviction_is_refused(rng: random.Random) -> None:
     lm = lm_of(model_of(rng), "test_latest")
-    with pytest.raises(UserError, match=r"every=4: no answer is evicted.* \(max_gen_toks=5\); type every=3 or less"):
+    with pytest.raises(
+        UserError, match=r"every=4: no answer is evicted.* \(max_gen_toks=5\); type every=3 or less, or type"
+    ):
         generate(lm, [text(rng, 50)], max_gen_toks=5)
     generate(lm, [text(rng, 50)], max_gen_toks=6)
     assert lm.report()["phases"]["eviction"]["compactions"] == lm.model.config.num_hidden_layers

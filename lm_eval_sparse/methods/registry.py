@@ -167,6 +167,17 @@ MODEL_ARGUMENTS = (
 )  # fmt: skip
 #: What a method says of itself: a row of the table.
 ROW = ("name", "phase", "unit", "importance", "allocation", "kv", "reference")
+#: What may stand there.
+EXAMPLES = {
+    "name": 'name: ClassVar[str] = "my_method"',
+    "phase": 'phase: ClassVar[str] = "eviction"',
+    "unit": 'unit: ClassVar[str] = "tokens"',
+    "importance": 'importance: ClassVar[str] = "norm of the key"',
+    "allocation": 'allocation: ClassVar[str] = "uniform"',
+    "kv": 'kv: ClassVar[str] = "evicted"',
+    "reference": 'reference: ClassVar[str] = "Me et al., 2026"',
+    "wraps": 'wraps: ClassVar[tuple[str, ...]] = ("decode",)',
+}
 #: Of what kind some of it is.
 SAYS: tuple[tuple[str, Any, str], ...] = (
     *((name, str, "a text") for name in ("phase", "unit", "importance", "kv", "reference")),
@@ -190,7 +201,10 @@ def check_class(method: Any) -> None:
 def _check_class(method: Any) -> None:
     who = getattr(method, "__name__", repr(method))
     if not (isinstance(method, type) and issubclass(method, Method)):
-        raise ValueError(f"{who} is no subclass of Method; derive it from the base class of its phase")
+        raise ValueError(
+            f"{who} is no subclass of Method; derive it from the base class of its phase, such as "
+            "lm_eval_sparse.methods.ScoredEviction"
+        )
     own = [name for name, kind in vars(method).get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
     plain = "__dataclass_fields__" not in vars(method)
     if not method.__dataclass_params__.frozen or (own and plain):
@@ -199,7 +213,10 @@ def _check_class(method: Any) -> None:
     if said(method, "phase") and method.phase == "wrapper" and not said(method, "wraps"):
         missing.append("wraps")
     if missing:
-        raise ValueError(f"{who} does not say its {', '.join(missing)}; give it as a class attribute")
+        raise ValueError(
+            f"{who} does not say its {', '.join(missing)}; give it as a class attribute, such as "
+            f"{EXAMPLES.get(missing[0], EXAMPLES['unit'])}"
+        )
     if not isinstance(method.name, str) or not re.fullmatch(r"[a-z0-9_]+", method.name):
         raise ValueError(f"{who}: its name {method.name!r} cannot be typed; use lower-case letters, digits and _")
     for name, kind, words in SAYS:

@@ -124,10 +124,12 @@ class Generator:
         room = max(normalize_gen_kwargs(kwargs, self.lm.max_gen_toks)["max_gen_toks"] for kwargs in given)
         # The last token of an answer is never read, and so many others are kept before any is dropped.
         if room < every + 2:
-            way = f"type every={room - 2} or less, or " if room > 2 else ""
+            ways = [f"type every={room - 2} or less"] if room > 2 else []
+            if every + 2 < self.lm.max_length // 2:  # what the model can take beside a prompt
+                ways.append(f"type --gen_kwargs max_gen_toks={every + 2} or more")
             raise UserError(
                 f"every={every}: no answer is evicted in its course, since none may have more than {room} tokens "
-                f"(max_gen_toks={room}); {way}--gen_kwargs max_gen_toks={every + 2} or more, or leave every out"
+                f"(max_gen_toks={room}); {', or '.join([*ways, 'leave every out'])}"
             )
 
     def _whole_lengths(self, context: str, gen_kwargs: dict[str, Any], lengths: dict[str, int]) -> tuple[int, int]:

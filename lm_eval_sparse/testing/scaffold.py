@@ -76,7 +76,7 @@ def next_steps(name: str, phase: str, files: list[Path]) -> str:
     return f"""\
 {method} holds a method of the {phase} phase that works, {tests} its tests. What to do next:
 
-1. Change `score`, the knobs and what the class says of itself.
+1. Change `score`, the knobs and what the class says of itself; and the last test, which says what it should choose.
 2. After every change:
      {PROGRAM} check-method {local}
      python -m pytest {shlex.quote(tests)}
