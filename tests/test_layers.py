@@ -1,16 +1,21 @@
-"""What methods are told of the layers they run in: which ones those are, and whether their keys turn with positions."""
+"""What methods are told of the layers they run in, and what they say of themselves: it has to hold in every layer."""
 
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
 import tiny
+import torch
 import transformers
 from small_lms import score, sparse
 
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.methods import METHODS, Call, Layer
+from lm_eval_sparse.methods.eviction.knorm import KNorm
+from lm_eval_sparse.methods.eviction.pyramidkv import PyramidKV
 
 PAIR = tiny.words(3, 420), " river stone cloud, said he"
 
@@ -76,3 +81,37 @@ def test_keys_that_turn_are_turned(kind: str) -> None:
     lm = lm_of(kind, **more, method="streaming_llm", capacity=48, rotate=True)
     score(lm, [PAIR])
     assert set(lm.report()["phases"]["eviction"]["calls"]) and lm.report()["phases"]["eviction"]["calls"]["sparse"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("reference", 5, "reference is 5; expected a text"),
+        ("unit", 5, "unit is 5; expected a text"),
+        ("budget_knobs", None, "budget_knobs is None; expected a tuple of names"),
+        ("budget_knobs", 5, "budget_knobs is 5; expected a tuple of names"),
+        ("tiny", None, "tiny is None; expected knobs and their values"),
+        ("whole", 3, "whole is 3; expected knobs and their values"),
+        ("paper", "x", "paper is 'x'; expected presets.Parameters, or None"),
+    ],
+)
+def test_what_a_class_says_of_itself_is_of_the_right_kind(name: str, value: Any, says: str) -> None:
+    """Else it would be found in the middle of a run, or of a list of all methods."""
+    cls = type("Own", (KNorm,), {"name": "own", name: value})
+    with pytest.raises(ValueError, match=re.escape(says)):
+        METHODS.add(cls)
+    assert "own" not in METHODS
+
+
+@pytest.mark.parametrize(("beta", "typed"), [(20, 20), (2, 300), (1, 700)])
+def test_what_is_typed_is_kept_in_every_layer_or_refused(beta: float, typed: int) -> None:
+    """The last layer keeps the least: where it cannot hold the tokens that are always kept, nothing may run."""
+    method, length, layers = PyramidKV(beta=beta, sinks=0, local=typed), 4096, 12
+    largest = method.largest_sparsity(length)
+    for sparsity in (largest - 0.01, largest + 0.01):
+        found, budget = method.resolved(sparsity, length, Layer(0, layers))
+        call = Call(*[torch.zeros(1, length, 8)] * 3, 1.0, None, "eviction", budget, Layer(layers - 1, layers))
+        kept = found._tokens(found.layer_budget(call, length), length)
+        assert (kept >= typed) == (sparsity < largest)
+    with pytest.raises(UserError, match="cannot hold"):
+        PyramidKV(beta=beta, sinks=0, local=typed, capacity=int(typed * beta) - 1, window=2).check_native()
