@@ -45,7 +45,7 @@ def real_states() -> list[tuple[Tensor, Tensor]]:
     return [seen[layer] for layer in LAYERS]
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize("sparsity", [0.8, 0.95])
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])
 def test_promise_on_real_queries_and_keys(name: str, sparsity: float, real_states: list[tuple[Tensor, Tensor]]) -> None:
     cls = METHODS[name]
