@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,13 @@ def test_a_class_that_gives_no_report_is_taken_as_it_is() -> None:
             return model
 
     assert Whole(Own).from_pretrained("own") is model
+
+
+def test_no_knob_takes_an_argument_from_the_model() -> None:
+    """What `hf` takes, and what is checked here: a method with a knob of that name would hide it."""
+    from lm_eval.models.huggingface import HFLM
+
+    from lm_eval_sparse.methods.registry import MODEL_ARGUMENTS, RESERVED
+
+    theirs = {*inspect.signature(HFLM.__init__).parameters, *ARGUMENTS} - {"self", "kwargs"}
+    assert theirs - {*MODEL_ARGUMENTS, *RESERVED} == set()

@@ -130,13 +130,32 @@ class CacheView:
     new: tuple[Tensor, Tensor] | None = None
     overlap: bool = False
 
-    def padded(self, entries: Tensor) -> Tensor:
-        """`(S, longest, …)`: what each sequence has in a flat storage (keys, values, a slot per token).
+    def padded(self, entries: Tensor, width: int | None = None) -> Tensor:
+        """`(S, width, …)`: what each sequence has in a flat storage (keys, values, a slot per token); `longest` wide.
 
         What lies behind a sequence's length is undefined.
         """
-        place = torch.arange(self.kv.longest, device=entries.device)
+        place = torch.arange(self.kv.longest if width is None else width, device=entries.device)
         return entries[(self.kv.starts[:, None] + place).clamp(max=len(entries) - 1)]
+
+    def working(self) -> Tensor:
+        """`(S,)` int64: each sequence itself, and for an idle one, of length 0, the first that is not.
+
+        Who writes a state does for every sequence what this one needs: to write the same twice is safe, and no place
+        is named that nobody owns.
+        """
+        held = self.kv.lengths > 0
+        return torch.where(held, torch.arange(len(held), device=held.device), held.int().argmax())
+
+    def entries(self, before: Tensor, tokens: int) -> Tensor:
+        """`(S, tokens)` int64: where the next `tokens` tokens of each `working` sequence lie in a flat storage.
+
+        Args:
+            before: `(S,)` tokens that it had. What would lie behind its length is its last token once more.
+        """
+        own = self.working()
+        place = before[own, None] + torch.arange(tokens, device=before.device)
+        return self.kv.starts[own, None] + place.minimum(self.kv.lengths[own, None] - 1)
 
     def logical(self, steps: int) -> Tensor:
         """`(S, T)` int64: keys that a dense step would read for each new token."""
@@ -177,6 +196,11 @@ class Call:
     def length(self) -> int:
         """Tokens of the prompt."""
         return self.query.shape[-2]
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """Scores of queries `(…, n, D)` and keys `(…, m, D)` as attention has them: `(…, n, m)` fp32."""
+        scores = query.float() @ key.float().transpose(-1, -2) * self.scale
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------
@@ -336,7 +360,7 @@ class DecodeMethod(Method):
     phase: ClassVar[str] = "decode"
     #: Whether `select` writes the new tokens into the cache and takes them into the state, where it gets them.
     appends: ClassVar[bool] = False
-    #: Whether what it reads is weighed, or has virtual keys beside it: no wrapper can choose among that.
+    #: Whether what it reads is weighed, or has virtual keys beside it: a wrapper cannot choose among that.
     weighs: ClassVar[bool] = False
     #: Keys of a page, one of `UNITS`: the unit of what the state keeps of a page, and of what is read.
     page_size: int

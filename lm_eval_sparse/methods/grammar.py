@@ -174,6 +174,11 @@ def _chain(names: list[str], at: int) -> Chain:
                 f"method={in_full!r}: {cls.name} goes around methods of the {' or '.join(cls.wraps)} phase "
                 f"({', '.join(fitting)}), and {inside.name} is one of the {inside.phase} phase{example}"
             )
+        if (reason := cls.refuses(inside)) is not None:
+            raise UserError(
+                f"method={in_full!r}: {cls.name} does not go around {inside.name}, which {reason}; type "
+                f"{instead(parts[-1])}, or one of {', '.join(_inside(cls))} behind it"
+            )
     return Chain(tuple(classes), typed)
 
 
@@ -221,7 +226,7 @@ def example(name: str) -> str:
 
 def _inside(wrapper: type[Wrapper]) -> list[str]:
     """The methods at hand that a wrapper goes around."""
-    return [cls.name for cls in METHODS.values() if cls.phase in wrapper.wraps]
+    return [cls.name for cls in METHODS.values() if cls.phase in wrapper.wraps and wrapper.refuses(cls) is None]
 
 
 def assign_knobs(

@@ -163,7 +163,11 @@ MODEL_ARGUMENTS = (
     "trust_remote_code", "peft", "delta", "parallelize", "truncation", "add_bos_token", "prefix_token_id", "gguf_file",
     "token", "device_map", "max_memory", "quantization_config", "think_end_token", "enable_thinking",
     "softmax_dtype", "mixed_precision_dtype", "use_fast_tokenizer", "logits_cache", "offload_folder", "autogptq",
-    "gptqmodel", "chat_template_args",
+    "gptqmodel", "chat_template_args", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    "cache_dir", "distributed_config", "force_download", "ignore_mismatched_sizes", "key_mapping",
+    "llm_int8_enable_fp32_cpu_offload", "llm_int8_threshold", "load_in_4bit", "load_in_8bit", "local_files_only",
+    "low_cpu_mem_usage", "max_cpu_memory", "max_memory_per_gpu", "offload_buffers", "proxies", "state_dict",
+    "torch_dtype", "tp_plan", "use_safetensors", "variant", "weights_only",
 )  # fmt: skip
 #: What a method says of itself: a row of the table.
 ROW = ("name", "phase", "unit", "importance", "allocation", "kv", "reference")

@@ -55,7 +55,7 @@ def texts(name: str, phase: str) -> dict[str, str]:
         "@KERNELS@": "from lm_eval_sparse.kernels.types import RaggedKV\n" if phase == "decode" else "",
         "@IMPORTS@": "Decoding, conformance, select" if phase == "decode" else "conformance, select",
         "@NAME@": name,
-        "@CLASS@": "".join(word.capitalize() for word in name.split("_")),
+        "@CLASS@": class_of(name),
         "@PROGRAM@": PROGRAM,
     }
 
@@ -67,12 +67,17 @@ def texts(name: str, phase: str) -> dict[str, str]:
     return {f"{name}.py": filled(_METHODS[phase]), f"test_{name}.py": filled(_TESTS)}
 
 
+def class_of(name: str) -> str:
+    """What the class of a method is called."""
+    return "".join(word.capitalize() for word in name.split("_"))
+
+
 def next_steps(name: str, phase: str, files: list[Path]) -> str:
     """What the author of the new method may do with it."""
     method, tests = (os.path.relpath(path) for path in files)
-    cls = "".join(word.capitalize() for word in name.split("_"))
-    local = shlex.quote(f"{method if method.startswith('..') else f'./{method}'}:{cls}")
-    typed = shlex.quote(f"method={method if method.startswith('..') else f'./{method}'}:{cls},sparsity=0.8")
+    cls = class_of(name)
+    place = f"{method if method.startswith('..') else f'./{method}'}:{cls}"
+    local, typed = shlex.quote(place), shlex.quote(f"method={place},sparsity=0.8")
     return f"""\
 {method} holds a method of the {phase} phase that works, {tests} its tests. What to do next:
 
@@ -99,7 +104,7 @@ def _check(name: str, phase: str) -> None:
         raise UserError(
             f"{name!r} given, but there is a method of this name; names that are taken: {', '.join(METHODS.names())}"
         )
-    cls = "".join(word.capitalize() for word in name.split("_"))
+    cls = class_of(name)
     if re.search(rf"\b{cls}\b", _METHODS[phase] + _TESTS):
         raise UserError(
             f"{name!r} given, but its class would be {cls}, which methods are written with; take another name"
@@ -254,9 +259,7 @@ class @CLASS@(ScoredDecode):
     def _take(self, call: Call, before: Tensor, tokens: int) -> None:
         """Make the means of all pages anew that the next `tokens` tokens of each sequence fall into."""
         kv, state, size, device = call.cache.kv, call.state, self.page_size, before.device
-        # Rows may be idle, their length is 0 then: they do what the first of the others does, to its own pages.
-        held = kv.lengths > 0
-        own = torch.where(held, torch.arange(len(held), device=device), held.int().argmax())
+        own = call.cache.working()  # rows may be idle: they do what the first of the others does, to its own pages
         start, first, begin, last = (p[own, None].long() for p in (kv.starts, state.first, before, kv.lengths - 1))
         page = torch.minimum(begin // size + torch.arange(tokens // size + 2, device=device), last // size)
         token = page[..., None] * size + torch.arange(size, device=device)

@@ -82,7 +82,7 @@ class MagicPIG(DecodeMethod):
 
     def prefilled(self, call: Call) -> None:
         kv, state = call.cache.kv, call.state
-        held = call.cache.padded(kv.keys).float()
+        held = call.cache.padded(call.key).float()
         there = torch.arange(kv.longest, device=held.device) < kv.lengths[:, None]
         total = torch.where(there[..., None], held, 0.0).double().sum(1)
         state["centre"][state.place] = (total / kv.lengths[:, None].clamp(min=1)).float()
@@ -93,15 +93,10 @@ class MagicPIG(DecodeMethod):
 
     def _take(self, call: Call, before: Tensor, tokens: int) -> None:
         """Signatures of the next `tokens` keys of each sequence."""
-        kv, state, device = call.cache.kv, call.state, before.device
-        # Rows may be idle, their length is 0 then: they do what the first of the others does.
-        held = kv.lengths > 0
-        own = torch.where(held, torch.arange(len(held), device=device), held.int().argmax())
-        some = max(1, ELEMENTS // (len(held) * self.tables * self.bits))
-        for first in range(0, tokens, some):
-            place = before[own, None] + torch.arange(first, min(tokens, first + some), device=device)
-            at = kv.starts[own, None] + place.minimum(kv.lengths[own, None] - 1)
-            centred = kv.keys[at].float() - state["centre"][state.place[own], None]
+        state, own = call.state, call.cache.working()
+        some = max(1, ELEMENTS // (len(own) * self.tables * self.bits))
+        for at in call.cache.entries(before, tokens).split(some, 1):
+            centred = call.key[at].float() - state["centre"][state.place[own], None]
             state["signatures"][at] = self._signed(centred, call.layer.index)
 
     def _signed(self, states: Tensor, layer: int) -> Tensor:
@@ -129,14 +124,12 @@ class MagicPIG(DecodeMethod):
         sequences, group, _ = query.shape
         place = torch.arange(kv.longest, device=kv.starts.device)
         visible = kv.visible(call.query.shape[2])[:, step, None]
-        at = kv.starts[:, None] + place.minimum((kv.lengths[:, None].long() - 1).clamp(min=0))
-        at = at.clamp(max=len(kv.keys) - 1)
 
-        own = self._signed(query, call.layer.index)
+        own, signatures = self._signed(query, call.layer.index), call.cache.padded(state["signatures"])
         equal = torch.empty(sequences, group, len(place), self.tables, dtype=torch.int8, device=query.device)
         some = max(1, ELEMENTS // (sequences * group * self.tables))
         for first in range(0, len(place), some):
-            apart = own[:, :, None] ^ state["signatures"][at[:, first : first + some]][:, None]
+            apart = own[:, :, None] ^ signatures[:, None, first : first + some]
             # Leading bits that are equal: what is not begins at the highest bit of the difference.
             equal[:, :, first : first + some] = self.bits - torch.frexp(apart.float()).exponent.clamp(min=0)
         there = (place < visible)[:, None]
@@ -149,7 +142,8 @@ class MagicPIG(DecodeMethod):
             bits, tables = self._solved(equal, forced, there, wanted, heads)
         second = second_hit(equal, bits)
         drawn = there & (second < tables[:, :, None]) & ~forced
-        chance = self._chance(query, kv.keys[at].float() - state["centre"][state.place, None], bits, tables)
+        centred = call.cache.padded(call.key).float() - state["centre"][state.place, None]
+        chance = self._chance(query, centred, bits, tables)
         return drawn | forced, torch.where(drawn, -chance.log().float(), 0.0)
 
     def _forced(self, call: Call, step: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +167,7 @@ class MagicPIG(DecodeMethod):
 
         drawn = (there & ~forced).expand(equal.shape[:-1])  # each query head reads its own
         fixed = of_row(forced.expand_as(drawn).sum((1, 2))[:, None])
-        both = equal.topk(min(2, equal.shape[-1]), -1).values[..., -1]  # bits that two tables agree in
+        both = equal.topk(2, -1).values[..., -1]  # bits that two tables agree in
         levels = torch.arange(self.bits, 0, -1, device=equal.device)
         enough = torch.stack([(drawn & (both >= level)).sum((1, 2)) for level in range(self.bits, 0, -1)], 1)
         enough = of_row(enough) + fixed
@@ -183,7 +177,7 @@ class MagicPIG(DecodeMethod):
         bits = levels[level][:, None]
         second = second_hit(equal, bits)
         hits = torch.zeros(len(equal), self.tables + 1, dtype=torch.int64, device=equal.device)
-        hits.scatter_add_(1, second.clamp(max=self.tables).flatten(1), drawn.expand_as(second).long().flatten(1))
+        hits.scatter_add_(1, second.flatten(1), drawn.long().flatten(1))
         sums = of_row(hits[:, : self.tables].cumsum(1)) + fixed
         tables = (sums - wanted).abs()[:, 1:].argmin(1) + 2
         return bits, tables[:, None]

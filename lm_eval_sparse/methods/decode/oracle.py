@@ -79,12 +79,8 @@ class OracleTopP(ScoredDecode):
 
 
 def exact_scores(call: Call, keys: int) -> Tensor:
-    """`(S, G, T, keys)` fp32: scores as attention has them; what lies behind a sequence is undefined, but finite."""
-    kv = call.cache.kv
-    place = torch.arange(keys, device=kv.starts.device).minimum((kv.lengths[:, None].long() - 1).clamp(min=0))
-    held = kv.keys[(kv.starts[:, None] + place).clamp(max=len(kv.keys) - 1)].float()
-    scores = torch.einsum("sgtd,spd->sgtp", call.query.float(), held) * call.scale
-    return scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)
+    """`(S, G, T, keys)` fp32: scores as attention has them; what lies behind a sequence is undefined."""
+    return call.scores(call.query, call.cache.padded(call.key, keys)[:, None])
 
 
 def all_keys(visible: Tensor, read: Tensor, group: int, dim: int, element: int) -> tuple[Tensor, Tensor]:

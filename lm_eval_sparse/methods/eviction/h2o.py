@@ -96,13 +96,9 @@ class H2O(ScoredEviction):
 
     def appended(self, call: Call, before: Tensor) -> None:
         """New tokens begin with nothing."""
-        kv, device = call.cache.kv, before.device
-        # Rows may be idle, their length is 0 then: they do what the first of the others does.
-        held = kv.lengths > 0
-        own = torch.where(held, torch.arange(len(held), device=device), held.int().argmax())
-        place = before[own, None] + torch.arange(call.query.shape[2], device=device)
         sums = call.state[GATHERED]
-        sums[kv.starts[own, None] + place] = sums.new_zeros(())  # a number of the host would be waited for
+        # A number of the host would be waited for.
+        sums[call.cache.entries(before, call.query.shape[2])] = sums.new_zeros(())
 
     def attended(self, call: Call, reads: Reads | None, mass: Tensor) -> None:
         kv, sums = call.cache.kv, call.state[GATHERED]

@@ -78,6 +78,8 @@ class PyramidKV(SnapKV):
                 share = mean
             case Count(number):
                 share = min(1.0, number / length)
+            case other:
+                raise TypeError(f"{other} is no number of tokens")
         spread = min(1 - 1 / self.beta, 1 / share - 1)
         return PerLayer(shape=lambda layer, layers: slope(layer, layers, spread)).at(call.budget, call.layer)
 

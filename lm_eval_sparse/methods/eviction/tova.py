@@ -57,10 +57,7 @@ class TOVA(ScoredEviction):
 
 def held_weights(call: Call) -> Tensor:
     """Attention of the newest query to what is held: `(H_kv, G, longest)` fp32, 0 behind a head's length."""
-    keys = call.cache.padded(call.key).float()
-    scores = call.query[:, :, -1].float() @ keys.transpose(1, 2) * call.scale
-    if call.softcap is not None:
-        scores = call.softcap * (scores / call.softcap).tanh()
+    scores = call.scores(call.query[:, :, -1], call.cache.padded(call.key))
     lengths = call.cache.kv.lengths[:, None, None]
     place = torch.arange(scores.shape[-1], device=scores.device)
     return scores.masked_fill(place >= lengths, -math.inf).softmax(-1)

@@ -54,13 +54,11 @@ class OracleBlocks(ScoredPrefill):
         rows = max(1, ROWS // (min(some, kv_heads) * group * block))  # query blocks at once
         for head in range(0, kv_heads, some):
             own = slice(head * group, (head + some) * group)
-            keys = call.key[head : head + some].float().transpose(1, 2)
+            keys = call.key[head : head + some]
             query = call.query[own].unflatten(0, (len(keys), group))
             for first in range(0, blocks, rows):
                 start, end = first * block, min(length, (first + rows) * block)
-                part = query[:, :, start:end].float().flatten(1, 2) @ keys[..., :end] * call.scale
-                if call.softcap is not None:
-                    part = call.softcap * torch.tanh(part / call.softcap)
+                part = call.scores(query[:, :, start:end].flatten(1, 2), keys[:, :end])
                 part = part.unflatten(1, (group, end - start)).flatten(0, 1)
                 place = torch.arange(end, device=part.device)
                 weights = part.masked_fill(place > place[start:, None], -torch.inf).softmax(-1)

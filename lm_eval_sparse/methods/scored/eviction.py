@@ -77,9 +77,7 @@ class ScoredEviction(EvictionMethod):
             if found[name] == "auto":
                 # The last tokens hold the one that answers begin from.
                 found[name] = min(paper, room) if name == "sinks" else max(1, min(paper, room))
-            elif name != "sinks":
-                continue
-            room -= found[name]
+            room = max(0, room - found[name])
         return found
 
     def largest_sparsity(self, length: int) -> float:

@@ -42,6 +42,11 @@ class Wrapper(Method):
         return getattr(self.inner, name)
 
     @classmethod
+    def refuses(cls, inside: type[Method]) -> str | None:
+        """Why this does not go around a method of a phase that it wraps, as words behind the method's name; or None."""
+        return None
+
+    @classmethod
     def knobs(cls) -> dict[str, Any]:
         return {name: default for name, default in super().knobs().items() if name != "inner"}
 

@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import UserError
 from ...kernels.types import Reads, Slot
-from ..base import Call, Density, Mass, number
+from ..base import Call, Density, Mass, Method, number
 from ..scored.decode import cover, joined, pieces
 from .base import Wrapper
 
@@ -47,14 +46,10 @@ class Twilight(Wrapper):
         super().__post_init__()
         number("p", self.p, 1e-9, 1, example=0.85)
         number("loose", self.loose, 1, math.inf, example=4)
-        if self.inner.weighs:
-            raise self._weighed()
 
-    def _weighed(self) -> UserError:
-        return UserError(
-            f"twilight goes around methods that read keys as they are, and {self.inner.name} weighs them or adds to "
-            f"them: type method={self.inner.name}"
-        )
+    @classmethod
+    def refuses(cls, inside: type[Method]) -> str | None:
+        return "weighs the keys that it reads, or adds to them" if getattr(inside, "weighs", False) else None
 
     @property
     def read_unit(self) -> int:
@@ -78,13 +73,8 @@ class Twilight(Wrapper):
 
     def _take(self, call: Call, before: Tensor, tokens: int) -> None:
         """Quantise the next `tokens` keys of each sequence."""
-        kv, state, device = call.cache.kv, call.state, before.device
-        # Rows may be idle, their length is 0 then: they do what the first of the others does.
-        held = kv.lengths > 0
-        own = torch.where(held, torch.arange(len(held), device=device), held.int().argmax())
-        place = before[own, None] + torch.arange(tokens, device=device)
-        at = kv.starts[own, None] + place.minimum(kv.lengths[own, None] - 1)
-        state["codes"][at], state["least"][at], state["step"][at] = quantised(kv.keys[at])
+        at, state = call.cache.entries(before, tokens), call.state
+        state["codes"][at], state["least"][at], state["step"][at] = quantised(call.key[at])
 
     @torch.no_grad()
     def select(self, call: Call) -> Reads:
@@ -102,19 +92,13 @@ class Twilight(Wrapper):
                 budget = Mass(self.p)
         given = self.inner.select(replace(call, budget=loose))
         if given.bias is not None or given.extra is not None:
-            raise self._weighed()
-        kv, state, (sequences, group, steps, _) = call.cache.kv, call.state, call.query.shape
+            raise ValueError(f"{self.inner.name} weighs the keys that it reads, or adds to them, and does not say so")
+        kv, steps = call.cache.kv, call.query.shape[2]
         width = -(-kv.longest // given.unit) * given.unit
+        codes, least, step = (call.cache.padded(call.state[name], width) for name in ("codes", "least", "step"))
+        scores = call.scores(call.query, dequantised(codes, least, step, call.key.shape[-1])[:, None])
         place = torch.arange(width, device=kv.starts.device)
-        at = (kv.starts[:, None] + place.minimum((kv.lengths[:, None].long() - 1).clamp(min=0))).clamp(
-            max=len(kv.keys) - 1
-        )
-        keys = dequantised(state["codes"][at], state["least"][at], state["step"][at], kv.keys.shape[-1])
-        scores = torch.einsum("sgtd,spd->sgtp", call.query.float(), keys) * call.scale
-        if call.softcap is not None:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
-        among = listed_tokens(given, width).expand(sequences, group, steps, width)
-        among = among & (place < kv.visible(steps)[:, None, :, None])
+        among = (listed_tokens(given, width) & (place < kv.visible(steps)[:, None, :, None])).expand(scores.shape)
         # Idle rows choose from nothing: their scores are not looked at.
         weights = scores.masked_fill(~among, torch.finfo(scores.dtype).min).softmax(-1)
         return cover(call, weights, budget, 1, among)
@@ -138,10 +122,8 @@ def quantised(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys `(…, D)` as 4 bits a number, two to a byte `(…, ceil(D / 2))` uint8; their least number and their step."""
     low, high = keys.float().aminmax(dim=-1)
     least, step = low.to(keys.dtype), ((high - low) / MOST).to(keys.dtype)
-    codes = (keys.float() - least.float()[..., None]) / step.float().clamp(min=torch.finfo(torch.float32).tiny)[
-        ..., None
-    ]
-    codes = codes.round().clamp(0, MOST).to(torch.uint8)
+    unit = step.float().clamp(min=torch.finfo(torch.float32).tiny)  # all numbers may be equal
+    codes = ((keys.float() - least.float()[..., None]) / unit[..., None]).round().clamp(0, MOST).to(torch.uint8)
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     return codes[..., ::2] | (codes[..., 1::2] << 4), least, step
