@@ -175,6 +175,10 @@ SPREAD = {
     "gemma3_text": ("dense prefill eviction decode", ""),  # windows and full layers
     "gemma3n_text": ("dense prefill eviction decode", ""),  # layers that borrow keys and values
     "llama4_text": ("dense prefill eviction decode", ""),  # chunks
+    "cohere_compass_text": (
+        "dense prefill eviction decode",
+        "",
+    ),  # full layers without the rotary embedding of the others
     "gpt2": ("dense prefill eviction decode", ""),
     "camembert": ("dense prefill eviction decode", ""),  # positions that do not begin at 0
     "jamba": ("dense prefill eviction decode", ""),  # a recurrent state: generated tasks only

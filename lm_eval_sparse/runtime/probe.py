@@ -29,6 +29,7 @@ from .accounting import RowCounts
 from .cache import CacheLayer
 from .interface import CALL, IMPLEMENTATION, made_mask, own_function, run_mask
 from .masks import Sight, sight_of
+from .memory import out_of_memory
 from .session import Runtime
 from .trial import METHODS, Trial
 
@@ -421,16 +422,24 @@ def turned_layers(model: PreTrainedModel, forward: Forward, runtime: Runtime, id
     for first in (0, SHIFT):
         probe, cache = Probe(runtime), runtime.new_cache(model.config, reserve=0)
         positions = torch.arange(first, first + PROMPT, device=ids.device)[None]
-        with probe.watching(), runtime.running(RowCounts(), cache, PROMPT):
-            forward(ids[:, :PROMPT], cache=cache, positions=positions)
+        try:
+            with probe.watching(), runtime.running(RowCounts(), cache, PROMPT):
+                forward(ids[:, :PROMPT], cache=cache, positions=positions)
+        except Exception as error:  # modelling code of any kind, which need not take other positions
+            if out_of_memory(error):
+                raise
+            return []
         seen.append(probe.layers)
     found = []
     for index, layer in known.items():
         here, there = (own[index].keys if index in own else None for own in seen)
         if here is None or there is None:
             continue
-        cosines, sines = layer.rotary(torch.tensor([SHIFT], device=here.device))
-        scale = layer.rotary(torch.zeros(1, dtype=torch.int64, device=here.device))[0]
+        try:
+            cosines, sines = layer.rotary(torch.tensor([SHIFT], device=here.device))
+            scale = layer.rotary(torch.zeros(1, dtype=torch.int64, device=here.device))[0]
+        except (KeyError, AttributeError):  # an embedding that has nothing for layers of this kind
+            continue
         turned = turn(here.float(), (cosines / scale).float(), (sines / scale).float())
         if distance(turned, there) < MOST_TURNED:
             found.append(index)
