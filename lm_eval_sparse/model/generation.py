@@ -12,14 +12,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..protocol import MeasuredText, window_of
-from ..runtime.accounting import Ledger, RowCounts
+from ..runtime.accounting import RowCounts
 from ..runtime.cache import generation_argument
 from ..runtime.diagnose import Diagnosis
 from ..runtime.interface import calling
+from .answers import Answers
 from .decoding import prompt_ids
 from .generation_checks import check as check_generation
 from .generation_fields import NEUTRAL
@@ -45,11 +45,11 @@ class Generator:
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As lm-eval's; every text is a `str` that also carries its measured sparsity."""
         lm = self.lm
-        results: list[Any] = [None] * len(requests)
+        answers = Answers(lm, "generate_until", len(requests), disable_tqdm)
         queue = []
         for index, request in enumerate(requests):
             if lm.reporter.skips(request):
-                results[index] = MeasuredText("", {})
+                answers.skip(index, MeasuredText("", {}))
             else:
                 queue.append((index, *request.args))
         for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
@@ -66,21 +66,15 @@ class Generator:
             group_by="gen_kwargs",
             group_fn=lambda item: item[2],
         )
-        fresh: dict[str, Ledger] = defaultdict(lm.reporter.new_ledger)
-        quiet = disable_tqdm or lm.rank != 0
         groups: dict[str, list[tuple]] = defaultdict(list)
         for item in order.get_batched(n=1):
             groups[json.dumps(item[0][2], sort_keys=True, default=str)].append(item[0])
-        with tqdm(total=len(queue), disable=quiet, desc="Running generate_until requests") as bar:
-            for group in groups.values():
-                for (index, context, gen_kwargs), text, counts in self._generate(group, lengths):
-                    results[index] = MeasuredText(text, lm.reporter.stats(counts))
-                    fresh[requests[index].task_name or ""].add(counts)
-                    lm.cache_hook.add_partial("generate_until", (context, gen_kwargs), results[index])
-                    bar.update(1)
+        for group in groups.values():
+            for (index, context, gen_kwargs), text, counts in self._generate(group, lengths):
+                answers.count(requests[index].task_name, counts)
+                answers.give(index, (context, gen_kwargs), MeasuredText(text, lm.reporter.stats(counts)))
         lm.decoding.release()
-        lm.reporter.add(fresh)
-        return results
+        return answers.done()
 
     def _check_arguments(self, gen_kwargs: dict[str, Any]) -> None:
         """Raise `UserError` on generation arguments that cannot be followed, before any prompt runs."""

@@ -7,11 +7,10 @@ share a context prefill it once. A rolling log-likelihood has no context: its wi
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lm_eval.api.instance import Instance
@@ -21,9 +20,10 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..protocol import MeasuredFloat, MeasuredLoglikelihood, SharedPrompt, window_of
-from ..runtime.accounting import Ledger, RowCounts
+from ..runtime.accounting import RowCounts
 from ..runtime.cache import SparseCache
 from ..runtime.diagnose import Diagnosis
+from .answers import Answers
 from .encoding import SharedEncoder
 
 if TYPE_CHECKING:
@@ -85,23 +85,23 @@ class Scorer:
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As lm-eval's; every answer is a tuple that also carries its measured sparsity."""
-        results: list[Any] = [None] * len(requests)
+        answers = Answers(self.lm, "loglikelihood", len(requests), disable_tqdm)
         contexts: dict[tuple, Context] = {}
         for index, request in enumerate(tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm)):
             if self.lm.reporter.skips(request):
-                results[index] = MeasuredLoglikelihood(0.0, False, {})
+                answers.skip(index, MeasuredLoglikelihood(0.0, False, {}))
                 continue
             prompt, target, scored = self._tokenize(*request.args, task=request.task_name)
             window = window_of(request.args[0])
             key = (request.task_name, window, *prompt)
             context = contexts.setdefault(key, Context(prompt, task=request.task_name, window=window))
             context.targets.append(Target(index, target, scored, tuple(map(str, request.args))))
-        self._score(list(contexts.values()), results, len(requests), disable_tqdm)
-        return results
+        self._score(list(contexts.values()), answers)
+        return answers.done()
 
     def loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """lm-eval's token-level entry point: `((context, continuation), context tokens, continuation tokens)`."""
-        results: list[Any] = [None] * len(requests)
+        answers = Answers(self.lm, "loglikelihood", len(requests), disable_tqdm)
         contexts: dict[tuple, Context] = {}
         for index, (key, head, tail) in enumerate(requests):
             whole = [*head, *tail][-(self.lm.max_length + 1) :]
@@ -109,8 +109,8 @@ class Scorer:
             window = window_of(key[0]) if key else None
             context = contexts.setdefault((window, *prompt), Context(prompt, window=window))
             context.targets.append(Target(index, list(tail), len(tail), key))
-        self._score(list(contexts.values()), results, len(requests), disable_tqdm)
-        return results
+        self._score(list(contexts.values()), answers)
+        return answers.done()
 
     def _tokenize(self, context: str, continuation: str, task: str | None = None) -> tuple[list[int], list[int], int]:
         """Prompt tokens, tokens after it, and how many of those at the end are scored."""
@@ -159,13 +159,12 @@ class Scorer:
     def _shared_encoder(self) -> SharedEncoder:
         return SharedEncoder(self.lm.tok_encode)
 
-    def _score(self, contexts: list[Context], results: list[Any], total: int, disable_tqdm: bool) -> None:
-        """Fill `results` for all targets of all contexts, longest contexts first (an out-of-memory shows at once)."""
+    def _score(self, contexts: list[Context], answers: Answers) -> None:
+        """Answer all targets of all contexts, longest contexts first (an out-of-memory shows at once)."""
         lm = self.lm
         for context in contexts[: lm.reporter.to_diagnose(len(contexts))]:
             context.counts.diagnosis = Diagnosis()
         contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
-        fresh: dict[str, Ledger] = defaultdict(lm.reporter.new_ledger)
         later = [a.method.name for phase, a in lm.runtime.plan.phases.items() if phase != "prefill"]
         if later and contexts and lm.is_recurrent:
             raise UserError(
@@ -182,18 +181,12 @@ class Scorer:
                 f"({length} in all) is scored in one pass, and {' and '.join(later)} cannot be applied: use prompts of "
                 "another length, or a prefill method"
             )
-        quiet = disable_tqdm or lm.rank != 0
-        with tqdm(total=total, disable=quiet, desc="Running loglikelihood requests") as bar:
-            for context, in_one in zip(contexts, whole, strict=True):
-                answers = (self._score_whole if in_one else self.score_context)(context)
-                stats = lm.reporter.stats(context.counts)
-                fresh[context.task or ""].add(context.counts)
-                for target, (logprob, greedy) in zip(context.targets, answers, strict=True):
-                    results[target.index] = MeasuredLoglikelihood(logprob, greedy, stats)
-                    if target.key is not None:
-                        lm.cache_hook.add_partial("loglikelihood", target.key, results[target.index])
-                    bar.update(1)
-        lm.reporter.add(fresh)
+        for context, in_one in zip(contexts, whole, strict=True):
+            scored = (self._score_whole if in_one else self.score_context)(context)
+            stats = lm.reporter.stats(context.counts)
+            answers.count(context.task, context.counts)
+            for target, (logprob, greedy) in zip(context.targets, scored, strict=True):
+                answers.give(target.index, target.key, MeasuredLoglikelihood(logprob, greedy, stats))
 
     def score_context(self, context: Context) -> list[tuple[float, bool]]:
         """Prefill a context, then run its answers against the cache.
@@ -249,12 +242,10 @@ class Scorer:
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As lm-eval's: the sum over windows of at most `max_length` tokens, each run as one prefill."""
         lm = self.lm
-        results: list[float] = []
-        fresh: dict[str, Ledger] = defaultdict(lm.reporter.new_ledger)
+        answers = Answers(lm, "loglikelihood_rolling", len(requests), disable_tqdm)
         cut = [self._rolling_windows(request.args[0]) for request in requests]
         lm.lengths.check([len(head) + len(tail) - 1 for windows in cut for head, tail in windows])
-        quiet = disable_tqdm or lm.rank != 0
-        for request, windows in zip(tqdm(requests, disable=quiet, desc="Running rolling requests"), cut, strict=True):
+        for index, (request, windows) in enumerate(zip(requests, cut, strict=True)):
             (text,) = request.args
             counts, total = RowCounts(diagnosis=Diagnosis() if lm.reporter.to_diagnose(1) else None), 0.0
             with lm.runtime.running(counts, window=window_of(text)):
@@ -266,11 +257,9 @@ class Scorer:
                     for begin in range(0, len(tail), SCORE_CHUNK):
                         part = lm.forward.log_softmax(logits[begin : begin + SCORE_CHUNK])
                         total += float(part.gather(-1, wanted[begin : begin + SCORE_CHUNK, None]).double().sum())
-            results.append(MeasuredFloat(total, lm.reporter.stats(counts)))
-            fresh[request.task_name or ""].add(counts)
-            lm.cache_hook.add_partial("loglikelihood_rolling", (text,), results[-1])
-        lm.reporter.add(fresh)
-        return results
+            answers.count(request.task_name, counts)
+            answers.give(index, (text,), MeasuredFloat(total, lm.reporter.stats(counts)))
+        return answers.done()
 
     def _rolling_windows(self, text: str) -> list[tuple[list[int], list[int]]]:
         """Tokens to read and tokens to score, of each window of a text."""
