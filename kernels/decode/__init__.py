@@ -111,9 +111,10 @@ def mass(
         is 1, less what virtual keys weigh; what a sink weighs is left out of it.
 
     Raises:
-        ValueError: as `paged_decode`.
+        ValueError: as `paged_decode`, and sequences that share their beginnings.
     """
     kv.check(query)
+    kv.refuse_shared()
     _check(query, kv, selection, softcap, None, None)
     _check_lse(query, lse)
     name = choose_backend(query, kv, backend)

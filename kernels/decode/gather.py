@@ -31,6 +31,8 @@ def forward(
 
     Asking for `lse` takes a product of its own, so that the output keeps its bits.
     """
+    if kv.shared:
+        return _copied(query, kv, selection, scale, softcap, window, lse, sink)
     if selection is not None and (selection.bias is not None or selection.extra is not None):
         out = query.new_zeros(*query.shape[:3], kv.values.shape[-1])
         _weighed(query, kv, selection, scale, softcap, None, out, lse, sink)
@@ -47,6 +49,26 @@ def forward(
     else:
         _dense(query, kv, scale, softcap, window, out, own)
     return out
+
+
+def _copied(
+    query: Tensor,
+    kv: RaggedKV,
+    selection: Reads | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    lse: Tensor | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """Sequences that share their beginnings: those of a row after each other, each first copied into one piece."""
+    found = []
+    for first in range(0, len(query), kv.heads):
+        own = slice(first, first + kv.heads)
+        mine = None if selection is None else selection.part(own)
+        logs = None if lse is None else lse[own]
+        found.append(forward(query[own], kv.part(own).copied(), mine, scale, softcap, window, logs, sink))
+    return torch.cat(found) if found else query.new_zeros(*query.shape[:3], kv.values.shape[-1])
 
 
 def _paged(

@@ -27,6 +27,7 @@ def forward(
     if lse is not None:
         lse.fill_(float("-inf"))
     extra = None if selection is None else selection.extra
+    kv = kv.copied() if kv.shared else kv
     starts, lengths = kv.starts.tolist(), kv.lengths.tolist()
     for s in range(sequences):
         if not lengths[s]:

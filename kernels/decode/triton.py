@@ -58,6 +58,8 @@ def _attend(
     keys_read,
     ready,
     bias,
+    tails,
+    splits_at,
     query_sequence,
     query_head,
     query_step,
@@ -99,6 +101,9 @@ def _attend(
     tile = tl.program_id(1) % tiles
     length = tl.load(lengths + sequence)
     start = tl.load(starts + sequence)
+    if tails is not None:  # where the sequence lies from its split on
+        tail = tl.load(tails + sequence)
+        split_at = tl.load(splits_at + sequence)
     within = tl.arange(0, BLOCK_M)
     row = tile * rows + within
     step = row // group
@@ -136,6 +141,8 @@ def _attend(
             else:
                 position = first + some
             stored = start + position
+            if tails is not None:
+                stored = tl.where(position < split_at, stored, tail + position)
             k_at = keys + stored[:, None] * DIM + dims[None, :]
             v_at = values + stored[:, None] * VALUE_DIM + value_dims[None, :]
             if BLOCK_D == DIM:
@@ -317,6 +324,8 @@ def forward(
         keys_read if counted else unused,
         unused if ready is None else ready,
         bias,
+        kv.tails,
+        kv.splits,
         *query.stride()[:3],
         group,
         steps,

@@ -22,12 +22,15 @@ class PageBounds:
         page_size: keys per page, a power of two.
         low, high: `(M, D)`; page p of sequence s is row `first[s] + p`. What no keys belong to is undefined.
         first: `(S,)` int64.
+        tails: `(S,)` int64 where sequences share their beginnings (`RaggedKV.splits`), else None: a page behind the
+            split, p, is row `tails[s] + p`.
     """
 
     page_size: int
     low: Tensor
     high: Tensor
     first: Tensor
+    tails: Tensor | None = None
 
     @staticmethod
     def empty(pages: Sequence[int], like: Tensor, page_size: int) -> PageBounds:
@@ -48,7 +51,19 @@ class PageBounds:
 
     def part(self, sequences: slice) -> PageBounds:
         """Those of some of the sequences, over the same storage."""
-        return PageBounds(self.page_size, self.low, self.high, self.first[sequences])
+        tails = None if self.tails is None else self.tails[sequences]
+        return PageBounds(self.page_size, self.low, self.high, self.first[sequences], tails)
+
+    def rows(self, kv: RaggedKV, pages: Tensor) -> Tensor:
+        """`(S, …)` int64: the rows of these pages `(S, …)` of each sequence."""
+
+        def own(part: Tensor) -> Tensor:
+            return part.view(-1, *[1] * (pages.dim() - 1))
+
+        found = own(self.first) + pages
+        if self.tails is None:
+            return found
+        return torch.where(pages * self.page_size < own(kv.splits), found, own(self.tails) + pages)
 
     def check(self, kv: RaggedKV) -> None:
         """Raise ValueError unless these can be bounds of `kv`: the cheap checks that every call makes."""
@@ -57,6 +72,8 @@ class PageBounds:
                 f"bounds {tuple(self.low.shape)} of {len(self.first)} sequences do not fit {len(kv.starts)} sequences "
                 f"of keys {tuple(kv.keys.shape)}"
             )
+        if (self.tails is None) != (kv.tails is None):
+            raise ValueError("either keys or bounds share their beginnings; expected both or neither")
         if self.low.dtype != kv.keys.dtype or self.low.device != kv.keys.device:
             raise ValueError(
                 f"bounds are {self.low.dtype} on {self.low.device}, keys {kv.keys.dtype} on {kv.keys.device}"

@@ -4,6 +4,8 @@ A sequence is what one KV head of one row holds; sequence `row * H_kv + head`. A
 a different number of keys; before, all heads of a row hold the same. Either way the storage is `(N, D)` and a
 sequence is a contiguous part of it. Where sequences begin and how long they are stands in tensors on the device, so
 that decoding never waits for it and a captured step reads what is true when it is replayed.
+
+Sequences may share their beginning: several answers to one prompt hold its keys once, and a part of their own behind.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ class RaggedKV:
     longest: int
     heads: int = 1
     tickets: Tensor | None = None
+    tails: Tensor | None = None
+    splits: Tensor | None = None
 
     @staticmethod
     def of(keys: Tensor, values: Tensor, starts: Sequence[int], lengths: Sequence[int], heads: int = 1) -> RaggedKV:
@@ -63,11 +67,41 @@ class RaggedKV:
         """Some of the sequences, whole rows of them, over the same storage."""
         starts, lengths = self.starts[sequences], self.lengths[sequences]
         tickets = None if self.tickets is None else self.tickets[:, sequences]
-        return RaggedKV(self.keys, self.values, starts, lengths, self.longest, self.heads, tickets)
+        shared = (None if own is None else own[sequences] for own in (self.tails, self.splits))
+        return RaggedKV(self.keys, self.values, starts, lengths, self.longest, self.heads, tickets, *shared)
+
+    @property
+    def shared(self) -> bool:
+        """Whether sequences share their beginnings."""
+        return self.tails is not None
+
+    def at(self, places: Tensor) -> Tensor:
+        """`(S, …)` int64: the entries of these keys `(S, …)` of each sequence in the storage."""
+
+        def own(part: Tensor) -> Tensor:
+            return part.view(-1, *[1] * (places.dim() - 1))
+
+        found = own(self.starts) + places
+        return found if self.tails is None else torch.where(places < own(self.splits), found, own(self.tails) + places)
+
+    def copied(self) -> RaggedKV:
+        """The same sequences, each in one piece, in storage of its own. Waits for the device."""
+        numbers = self.lengths.tolist()
+        most = max(numbers, default=0)
+        places = torch.arange(most, device=self.starts.device).expand(len(numbers), -1)
+        held = places < self.lengths[:, None]
+        at = self.at(places)[held]
+        ends = torch.tensor([0, *numbers[:-1]]).cumsum(0).to(self.starts.device)
+        return RaggedKV(self.keys[at], self.values[at], ends, self.lengths, most, self.heads)
 
     def rows(self) -> list[tuple[slice, tuple[int, int, int] | None]]:
         """The rows, read on the host: their sequences, and where heads are equally long and equally far from each
-        other the first entry of the first one, that distance and that length, else None."""
+        other the first entry of the first one, that distance and that length, else None.
+
+        Raises:
+            ValueError: sequences that share their beginnings: they do not lie in one piece.
+        """
+        self.refuse_shared()
         starts, lengths, heads = self.starts.tolist(), self.lengths.tolist(), self.heads
         found: list[tuple[slice, tuple[int, int, int] | None]] = []
         for first in range(0, len(starts), heads):
@@ -77,6 +111,11 @@ class RaggedKV:
             alike = even and lengths[first:end] == [lengths[first]] * heads
             found.append((slice(first, end), (start, apart, lengths[first]) if alike else None))
         return found
+
+    def refuse_shared(self) -> None:
+        """Raise ValueError where sequences do not lie in one piece each."""
+        if self.shared:
+            raise ValueError("sequences share their beginnings; expected each in one piece (see `RaggedKV.copied`)")
 
     def visible(self, steps: int) -> Tensor:
         """`(S, T)` int64: keys that each of the last T tokens of a sequence may see, itself included."""
@@ -108,6 +147,15 @@ class RaggedKV:
             raise ValueError(
                 f"devices are {query.device}, {self.keys.device}, {self.values.device}, {self.starts.device}, "
                 f"{self.lengths.device}; expected one device"
+            )
+        if (self.tails is None) != (self.splits is None) or any(
+            own is not None and (own.shape != (sequences,) or own.dtype != torch.int64 or own.device != query.device)
+            for own in (self.tails, self.splits)
+        ):
+            told = [None if own is None else (tuple(own.shape), own.dtype) for own in (self.tails, self.splits)]
+            raise ValueError(
+                f"tails and splits are {told[0]} and {told[1]}; expected both ({sequences},) torch.int64 on "
+                f"{query.device}, or neither"
             )
         tickets = self.tickets
         if tickets is not None and (

@@ -107,6 +107,15 @@ class Reads:
             bias = torch.zeros_like(bias).scatter_(-1, place.clamp(max=pages - 1), torch.where(mask, bias, 0.0))
         return Reads(ids.contiguous(), counts, unit, bias=bias)
 
+    def part(self, sequences: slice) -> Reads:
+        """The lists of some of the sequences."""
+        ids, counts = self.ids[sequences], self.counts[sequences]
+        bias, ready = (None if own is None else own[sequences] for own in (self.bias, self.ready))
+        extra = self.extra
+        if extra is not None:
+            extra = Extra(*(None if p is None else p[sequences] for p in (extra.values, extra.keys, extra.bias)))
+        return Reads(ids, counts, self.unit, bias, extra, ready, self.in_use)
+
     def keys(self, own: int, step: int) -> Tensor:
         """`(S, W * unit)` int64: the keys of the pages that list `own` of token `step` names, in their order."""
         pages = self.ids[:, own, step].long()

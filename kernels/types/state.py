@@ -48,12 +48,15 @@ class State:
             beside the keys: token i of sequence s is entry `kv.starts[s] + i`. `sequence`: entry `place[s]`.
         page_size: keys per page.
         first, place: `(S,)` int64.
+        tails: `(S,)` int64 where sequences share their beginnings (`RaggedKV.splits`), else None: page p behind the
+            split is entry `tails[s] + p`, and token i entry `kv.tails[s] + i`.
     """
 
     tensors: Mapping[str, Tensor]
     page_size: int
     first: Tensor
     place: Tensor
+    tails: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -360,6 +360,9 @@ class DecodeMethod(Method):
     phase: ClassVar[str] = "decode"
     #: Whether `select` writes the new tokens into the cache and takes them into the state, where it gets them.
     appends: ClassVar[bool] = False
+    #: Whether it knows sequences that share their beginnings (`RaggedKV.tails`), in keys and state: all it does with
+    #: them it leaves to kernels that do. Without it each of several answers to a prompt gets a copy of the prompt.
+    shares: ClassVar[bool] = False
     #: Whether what it reads is weighed, or has virtual keys beside it: a wrapper cannot choose among that.
     weighs: ClassVar[bool] = False
     #: Keys of a page, one of `UNITS`: the unit of what the state keeps of a page, and of what is read.

@@ -61,13 +61,13 @@ class Decoding:
         #: Prompts decoded side by side at most, once memory has run out with more.
         self._fitting: int | None = None
 
-    def get(self) -> tuple[Decoder | None, str | None]:
-        """What decodes answers, or why transformers has to."""
+    def get(self, instead: str = "answers are decoded by transformers") -> tuple[Decoder | None, str | None]:
+        """What decodes answers, or why it cannot; what happens `instead` is said once."""
         if self.decoder is None and self.reason is None:
             self.reason = self._make()
             if self.reason is not None:
                 self.decoder = None
-                logger.warning("answers are decoded by transformers: %s", self.reason)
+                logger.warning("%s: %s", instead, self.reason)
         return self.decoder, self.reason
 
     def release(self) -> None:

@@ -22,17 +22,16 @@ from ..errors import UserError
 from ..protocol import MeasuredFloat, MeasuredLoglikelihood, SharedPrompt, window_of
 from ..runtime.accounting import RowCounts
 from ..runtime.cache import SparseCache
+from ..runtime.candidates import SCORE_CHUNK
 from ..runtime.diagnose import Diagnosis
 from .answers import Answers
 from .encoding import SharedEncoder
+from .side_by_side import SideBySide
 
 if TYPE_CHECKING:
     from .lm import SparseHFLM
 
 logger = logging.getLogger(__name__)
-
-#: Answer tokens scored per forward pass: bounds the logits held at once.
-SCORE_CHUNK = 1024
 
 
 @dataclass
@@ -82,6 +81,7 @@ class Scorer:
 
     def __init__(self, lm: SparseHFLM):
         self.lm = lm
+        self.side_by_side = SideBySide(lm)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As lm-eval's; every answer is a tuple that also carries its measured sparsity."""
@@ -187,24 +187,37 @@ class Scorer:
             answers.count(context.task, context.counts)
             for target, (logprob, greedy) in zip(context.targets, scored, strict=True):
                 answers.give(target.index, target.key, MeasuredLoglikelihood(logprob, greedy, stats))
+        self.side_by_side.release()
 
     def score_context(self, context: Context) -> list[tuple[float, bool]]:
         """Prefill a context, then run its answers against the cache.
 
         Contexts run one at a time whatever the batch size: side by side they would be padded and round differently.
+        The answers to one run side by side where each gets what it gets alone (`side_by_side`).
         """
         lm = self.lm
-        sequences = context.sequences()
-        cache = lm.runtime.new_cache(lm.model.config, reserve=max(map(len, sequences)))
-        with lm.runtime.running(context.counts, cache, len(context.prompt), context.window):
+        sequences, engine = context.sequences(), self.side_by_side.get()
+        length = len(context.prompt)
+        if engine is None:
+            cache = lm.runtime.new_cache(lm.model.config, reserve=max(map(len, sequences)))
+        else:
+            cache = engine.new_cache(length)
+        scored: dict[tuple, Tensor] = {}
+        hits: dict[tuple, Tensor] = {}
+        with lm.runtime.running(context.counts, cache, length, context.window):
             logits = lm.forward(torch.tensor([context.prompt], device=lm.device), cache=cache, keep=1)
             first = lm.forward.log_softmax(logits[:, -1])
-            snapshot = cache.snapshot()
-            scored: dict[tuple, Tensor] = {}
-            hits: dict[tuple, Tensor] = {}
-            for tokens in sequences:
-                scored[tuple(tokens)], hits[tuple(tokens)] = self._score_tokens(tokens, first, cache)
-                cache.restore(snapshot)
+            if engine is None:
+                snapshot = cache.snapshot()
+                for tokens in sequences:
+                    scored[tuple(tokens)], hits[tuple(tokens)] = self._score_tokens(tokens, first, cache)
+                    cache.restore(snapshot)
+        if engine is not None:
+            found = self.side_by_side.score(engine, cache, sequences, first=first[0], counts=context.counts)
+            for tokens, own in zip(sequences, found, strict=True):
+                scored[tuple(tokens)], hits[tuple(tokens)] = own
+        elif (reason := self.side_by_side.reason) is not None:
+            context.counts.phases["decode"].loop_reasons[reason] += sum(map(len, sequences)) - len(sequences)
         return context.answers(scored, hits)
 
     def _score_tokens(self, tokens: list[int], first: Tensor, cache: SparseCache) -> tuple[Tensor, Tensor]:

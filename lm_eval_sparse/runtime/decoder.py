@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from ..methods.base import DecodeMethod, Layer
 from . import diagnose
@@ -30,9 +30,9 @@ from .accounting import DecodeShape, RowCounts, count_answer
 from .cache import CacheLayer, SparseCache, same_memory
 from .graphs import Graphs
 from .periodic import evict_again, kept_by
-from .pool import Pool, Sequences
+from .pool import Pool
 from .rounding import CPU_ROWS
-from .rows import DecodeLayer, PassingLayer, Row
+from .rows import DecodeLayer, PassingLayer, Row, adopt_window
 from .selections import DEBUGGED, refuse_reads
 from .session import Runtime
 from .steps import Filled, step
@@ -147,7 +147,7 @@ class Decoder:
         row.room = self.reserve
         for index, (layer, pool) in enumerate(zip(cache.layers, self.pools, strict=True)):
             if not isinstance(layer, CacheLayer):
-                row.held.append(self._adopt_window(layer, pool))
+                row.held.append(adopt_window(layer, pool, self.reserve))
                 continue
             held = layer.ended()
             size = held.heads * (pool.keys.shape[1] + pool.values.shape[1]) * pool.keys.element_size()
@@ -159,16 +159,6 @@ class Decoder:
         for held, length in zip(row.held, torch.stack(longest).tolist(), strict=True):
             held.longest = length
         row.spans = [(0, [held.lengths for held in row.held])]
-
-    def _adopt_window(self, layer: DynamicSlidingWindowLayer, pool: Pool) -> Sequences:
-        heads, held = layer.keys.shape[1:3]
-        capacity = held + self.reserve
-        first = pool.take(heads * capacity, layer.keys, layer.values)
-        for flat, states in ((pool.keys, layer.keys), (pool.values, layer.values)):
-            flat[first : first + heads * capacity].view(heads, capacity, -1)[:, :held] = states[0]
-        starts = torch.arange(heads, device=pool.keys.device) * capacity + first
-        lengths = torch.full_like(starts, held, dtype=torch.int32)
-        return Sequences(starts, lengths, heads, held, heads * held, self.reserve)
 
     def _prepare(self) -> None:
         """Make the layers ready for the batch; what was captured stays good as long as no tensor moves."""

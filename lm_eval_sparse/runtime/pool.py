@@ -138,6 +138,12 @@ class Pool:
         self._fit("page", most, first)
         sequences.first = pages.cumsum(0) - pages + first
 
+    def take_more(self, per: str, entries: int) -> int:
+        """Room for `entries` pages or sequences in the state; returns the first of them."""
+        first = self._grant(per, entries)
+        self._fit(per, entries, first)
+        return first
+
     def _grant(self, per: str, entries: int) -> int:
         first = self.used[per]
         self.used[per] += entries

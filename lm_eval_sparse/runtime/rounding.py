@@ -14,6 +14,10 @@ CPU_ROWS, CPU_MULTIPLES = 16, (2, 4, 8)
 COMPARED = 1 << 19
 PRODUCTS = (torch.bfloat16, torch.float16, torch.float32)
 
+#: Rows of a tile, the first that will do, in which answers are scored side by side on a GPU: up to some 256 rows a
+#: product takes as long as with one, since the weights have to be read.
+GPU_TILES = (256, 128, 64, 32)
+
 _alike: dict[tuple[Any, ...], frozenset[int]] = {}
 
 
@@ -51,3 +55,29 @@ def _widths_alike(module: torch.nn.Module) -> frozenset[int]:
             if not torch.equal(torch.cat(parts), together[: len(parts) * width]):
                 widths.discard(width)
     return frozenset(widths)
+
+
+@torch.no_grad()
+def tile_alike(model: torch.nn.Module) -> int | None:
+    """The rows of a tile in which it makes no difference to a row where it stands, in any product of a model on a GPU;
+    None where there is none."""
+    layers = {
+        (type(module), tuple(module.weight.shape), module.bias is not None, module.weight.dtype): module
+        for module in model.modules()
+        # What is quantized goes other ways, and is left to the trial.
+        if type(module) in (torch.nn.Linear, Conv1D) and module.weight.dtype in PRODUCTS
+    }
+    return next((rows for rows in GPU_TILES if all(_places_alike(layer, rows) for layer in layers.values())), None)
+
+
+def _places_alike(module: torch.nn.Module, rows: int) -> bool:
+    """Whether a layer gives every row the same wherever it stands among so many."""
+    weight = module.weight
+    inputs = weight.shape[0] if type(module) is Conv1D else weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(rows, 1, inputs, generator=generator).to(weight.device, weight.dtype)
+    found = module.forward(given)
+    others = (torch.arange(rows).roll(shift) for shift in (1, rows // 2 + 1))
+    return all(
+        torch.equal(module.forward(given[order]), found[order]) for order in (*others, torch.arange(rows).flip(0))
+    )

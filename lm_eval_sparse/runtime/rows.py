@@ -124,6 +124,18 @@ class PassingLayer(DynamicLayer):
         return self.claims
 
 
+def adopt_window(layer: DynamicSlidingWindowLayer, pool: Pool, reserve: int) -> Sequences:
+    """What a window layer holds of one row, copied to where steps find it, with room for `reserve` tokens more."""
+    heads, held = layer.keys.shape[1:3]
+    capacity = held + reserve
+    first = pool.take(heads * capacity, layer.keys, layer.values)
+    for flat, states in ((pool.keys, layer.keys), (pool.values, layer.values)):
+        flat[first : first + heads * capacity].view(heads, capacity, -1)[:, :held] = states[0]
+    starts = torch.arange(heads, device=pool.keys.device) * capacity + first
+    lengths = torch.full_like(starts, held, dtype=torch.int32)
+    return Sequences(starts, lengths, heads, held, heads * held, reserve)
+
+
 def undecodable(config: Any, runtime: Runtime) -> str | None:
     """Why a model of this configuration, whose layers the runtime has seen, cannot be decoded here, or None."""
     layers = SparseCache(config, longest=runtime.longest).layers

@@ -30,10 +30,12 @@ def append(
         backend: `auto`, `naive` or `triton`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
+        ValueError: shapes, dtypes or devices that do not fit together, bounds of sequences that share their beginnings,
+            or an unknown backend.
     """
     check_tokens(kv, keys, values)
     if bounds is not None:
+        kv.refuse_shared()
         bounds.check(kv)
     if not keys.shape[1] or not len(kv.lengths):
         return

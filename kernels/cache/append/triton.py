@@ -32,6 +32,8 @@ def forward(kv: RaggedKV, keys: Tensor, values: Tensor, bounds: PageBounds | Non
         kv.keys if bounds is None else bounds.low,
         kv.keys if bounds is None else bounds.high,
         kv.starts if bounds is None else bounds.first,
+        kv.tails,
+        kv.splits,
         steps,
         keys.stride(0),
         keys.stride(1),
@@ -58,6 +60,8 @@ def _append_kernel(
     low,
     high,
     first_rows,
+    tails,
+    splits,
     steps,
     keys_sequence,
     keys_token,
@@ -78,6 +82,10 @@ def _append_kernel(
         first = 0
         if HAS_BOUNDS:
             first = tl.load(first_rows + sequence)
+        start = tl.load(starts + sequence)
+        tail, split = start, 0
+        if tails is not None:
+            tail, split = tl.load(tails + sequence), tl.load(splits + sequence)
         write_tokens(
             keys + sequence * keys_sequence,
             values + sequence * values_sequence,
@@ -85,7 +93,9 @@ def _append_kernel(
             held_values,
             low,
             high,
-            tl.load(starts + sequence),
+            start,
+            tail,
+            split,
             first,
             length,
             end,
@@ -110,6 +120,8 @@ def write_tokens(
     low,
     high,
     start,
+    tail,
+    split,
     first,
     length,
     end,
@@ -123,14 +135,17 @@ def write_tokens(
     DIM_V: tl.constexpr,
     PADDED_V: tl.constexpr,
 ):
-    """Write tokens [length, end) of a sequence, as far as they are in `page`, and its bounds: row `first + page`."""
+    """Write tokens [length, end) of a sequence, as far as they are in `page`, and its bounds: row `first + page`.
+
+    Token i is entry `start + i`, from `split` on `tail + i`.
+    """
     dims, dims_v = tl.arange(0, PADDED), tl.arange(0, PADDED_V)
     token = page * SIZE + tl.arange(0, SIZE)
     old = token < length
     written = (token >= length) & (token < end)
     # Behind the last new token it is read again, which changes no bound.
     new = tl.minimum(tl.maximum(token - length, 0), end - length - 1).to(tl.int64)
-    held = (start + token)[:, None]
+    held = tl.where(token < split, start + token, tail + token)[:, None]
     some, inside = (dims < DIM)[None, :], (dims_v < DIM_V)[None, :]
     key = tl.load(keys + (new * keys_token)[:, None] + dims[None, :], mask=(token >= length)[:, None] & some, other=0.0)
     value = tl.load(values + (new * values_token)[:, None] + dims_v[None, :], mask=written[:, None] & inside, other=0.0)

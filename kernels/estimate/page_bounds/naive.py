@@ -15,15 +15,15 @@ def update(kv: RaggedKV, bounds: PageBounds, before: Tensor) -> None:
     most = max(touched.tolist(), default=0)
     if most <= 0:
         return
-    if most <= 2:  # decoding: all sequences at once
+    if most <= 2 or kv.shared:  # decoding: all sequences at once
         some = touched > 0
-        start, first, begin, end = (part[some].long() for part in (kv.starts, bounds.first, before, kv.lengths))
+        begin, end = (part.clamp(min=0).long() for part in (before, kv.lengths))
         # A sequence that touches fewer pages than others does its last one again.
         page = torch.minimum(begin[:, None] // size + torch.arange(most, device=end.device), (end[:, None] - 1) // size)
         token = page[..., None] * size + torch.arange(size, device=end.device)
         # Behind the end the last key is read again, which changes no bound.
-        found = kv.keys[start[:, None, None] + torch.minimum(token, end[:, None, None] - 1)]
-        row = first[:, None] + page
+        found = kv.keys[kv.at(torch.minimum(token, end[:, None, None] - 1))[some]]
+        row = bounds.rows(kv, page)[some]
         bounds.low[row], bounds.high[row] = found.amin(2), found.amax(2)
         return
     tables = (part.tolist() for part in (kv.starts, bounds.first, before, kv.lengths))
@@ -48,6 +48,9 @@ def scores(query: Tensor, bounds: PageBounds, kv: RaggedKV, shared: bool, pages:
     if shared:
         positive, negative = positive.sum(1, keepdim=True), negative.sum(1, keepdim=True)
     out = positive.new_full((*positive.shape[:3], pages), float("-inf"))
+    if bounds.tails is not None:
+        _scores_of_shared(positive, negative, bounds, kv, out)
+        return out
     firsts, lengths = bounds.first.tolist(), kv.lengths.tolist()
     # One product for all heads of a row where they are alike: none may depend on other rows.
     for begin in range(0, len(lengths), kv.heads):
@@ -67,3 +70,14 @@ def scores(query: Tensor, bounds: PageBounds, kv: RaggedKV, shared: bool, pages:
             found = plus @ high.transpose(1, 2) + minus @ low.transpose(1, 2)
             out[some, ..., :complete] = found.unflatten(1, positive.shape[1:3])
     return out
+
+
+def _scores_of_shared(positive: Tensor, negative: Tensor, bounds: PageBounds, kv: RaggedKV, out: Tensor) -> None:
+    """Scores of sequences that share their beginnings, whose bounds are first copied into one piece."""
+    for s, length in enumerate(kv.lengths.tolist()):
+        complete = max(length - 1, 0) // bounds.page_size
+        page = torch.arange(complete, device=out.device)[None]
+        row = bounds.part(slice(s, s + 1)).rows(kv.part(slice(s, s + 1)), page)[0]
+        plus, minus = positive[s].flatten(0, 1), negative[s].flatten(0, 1)
+        found = plus @ bounds.high[row].float().T + minus @ bounds.low[row].float().T
+        out[s, ..., :complete] = found.unflatten(0, positive.shape[1:3])

@@ -30,6 +30,9 @@ def update(kv: RaggedKV, bounds: PageBounds, before: Tensor) -> None:
         kv.lengths,
         bounds.first,
         before,
+        kv.tails,
+        kv.splits,
+        bounds.tails,
         SIZE=size,
         TILE=tile,
         DIM=dim,
@@ -56,6 +59,8 @@ def scores(query: Tensor, bounds: PageBounds, kv: RaggedKV, shared: bool, pages:
         out,
         kv.lengths,
         bounds.first,
+        bounds.tails,
+        kv.splits,
         pages,
         steps,
         query.stride(0),
@@ -83,6 +88,9 @@ def _update_kernel(
     lengths,
     first_rows,
     before,
+    tails,
+    splits,
+    tail_rows,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
     DIM: tl.constexpr,
@@ -96,7 +104,12 @@ def _update_kernel(
     first = tl.load(before + sequence) // SIZE + tl.program_id(0) * TILE
     if first * SIZE < length:
         page, dims = first + tl.arange(0, TILE), tl.arange(0, PADDED)
-        source = keys + tl.load(starts + sequence) * DIM + dims[None, :]
+        start = tl.load(starts + sequence)
+        row = tl.load(first_rows + sequence) + page
+        if tails is not None:
+            tail, split = tl.load(tails + sequence), tl.load(splits + sequence)
+            row = tl.where(page * SIZE < split, row, tl.load(tail_rows + sequence) + page)
+        source = keys + dims[None, :]
         inside = (dims < DIM)[None, :]
         smallest = tl.full((TILE, PADDED), float("inf"), WORK)
         largest = tl.full((TILE, PADDED), float("-inf"), WORK)
@@ -104,20 +117,25 @@ def _update_kernel(
             for place in tl.static_range(TOGETHER):
                 # Behind the end the last key is read again, which changes no bound.
                 token = tl.minimum(page * SIZE + some + place, length - 1).to(tl.int64)
-                found = tl.load(source + (token * DIM)[:, None], mask=inside, other=0.0).to(WORK)
+                held = start + token
+                if tails is not None:
+                    held = tl.where(token < split, held, tail + token)
+                found = tl.load(source + (held * DIM)[:, None], mask=inside, other=0.0).to(WORK)
                 smallest, largest = tl.minimum(smallest, found), tl.maximum(largest, found)
-        target = ((tl.load(first_rows + sequence) + page) * DIM)[:, None] + dims[None, :]
+        target = (row * DIM)[:, None] + dims[None, :]
         mask = (page * SIZE < length)[:, None] & inside
         tl.store(low + target, smallest, mask=mask)
         tl.store(high + target, largest, mask=mask)
 
 
 @triton.jit
-def load_bounds(low, high, first, ids, complete, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Both bounds of pages `ids` of the sequence whose first one is row `first`, `(len(ids), PADDED)`."""
+def load_bounds(low, high, first, tail, split, ids, complete, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Both bounds `(len(ids), PADDED)` of pages `ids` of a sequence: page p is row `first + p`, or `tail + p` from page
+    `split` on."""
     dims = tl.arange(0, PADDED)
     # Behind the last complete page it is read again.
-    place = (first + tl.minimum(ids, complete - 1)) * DIM
+    page = tl.minimum(ids, complete - 1)
+    place = tl.where(page < split, first + page, tail + page) * DIM
     place = place[:, None] + dims[None, :]
     smallest = tl.load(low + place, mask=(dims < DIM)[None, :], other=0.0)
     largest = tl.load(high + place, mask=(dims < DIM)[None, :], other=0.0)
@@ -152,6 +170,8 @@ def _scores_kernel(
     scores,
     lengths,
     first_rows,
+    tail_rows,
+    splits,
     pages,
     steps,
     query_sequence,
@@ -171,7 +191,11 @@ def _scores_kernel(
     start = tl.program_id(0) * TILE
     if start < complete:
         ids = start + tl.arange(0, TILE)
-        smallest, largest = load_bounds(low, high, tl.load(first_rows + sequence), ids, complete, DIM, PADDED)
+        first = tl.load(first_rows + sequence)
+        tail, split = first, 0
+        if tail_rows is not None:
+            tail, split = tl.load(tail_rows + sequence), tl.load(splits + sequence) // SIZE
+        smallest, largest = load_bounds(low, high, first, tail, split, ids, complete, DIM, PADDED)
         query += sequence * query_sequence
         scores += sequence * (1 if SHARED else GROUP) * steps * pages
         if SHARED:

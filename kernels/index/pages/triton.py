@@ -300,6 +300,8 @@ def _score_and_choose_kernel(
                     low,
                     high,
                     tl.load(starts + sequence),
+                    tl.load(starts + sequence),
+                    0,
                     first,
                     length - 1,
                     length,
@@ -315,7 +317,7 @@ def _score_and_choose_kernel(
                 )
         else:
             ids = (part - 2) * TILE + tl.arange(0, TILE)
-            smallest, largest = load_bounds(low, high, first, ids, complete, DIM, PADDED_DIM)
+            smallest, largest = load_bounds(low, high, first, first, 0, ids, complete, DIM, PADDED_DIM)
             found = summed_scores(smallest, largest, positive, negative)
             found = tl.where(found == found, found, float("-inf"))  # what is not a number
             there = ids < complete

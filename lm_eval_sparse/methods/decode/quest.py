@@ -42,6 +42,7 @@ class Quest(ScoredDecode):
     importance: ClassVar[str] = "bounds per query"
     reference: ClassVar[str] = "Tang et al., ICML 2024"
     appends: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
     tiny: ClassVar = {"budget": 48, "page_size": 8}
     paper: ClassVar = Parameters(
         TEN,
@@ -107,4 +108,4 @@ class Quest(ScoredDecode):
 def bounds_of(call: Call) -> PageBounds:
     """The state, as bounds of pages."""
     state = call.state
-    return PageBounds(state.page_size, state["low"], state["high"], state.first)
+    return PageBounds(state.page_size, state["low"], state["high"], state.first, state.tails)

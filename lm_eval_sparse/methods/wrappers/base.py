@@ -26,6 +26,8 @@ class Wrapper(Method):
     kv: ClassVar[str] = "as inside"
     #: New tokens are stored before the method inside is asked, and its lists are complete when it answers.
     appends: ClassVar[bool] = False
+    #: What a wrapper does with keys and state itself may not know sequences that share their beginnings.
+    shares: ClassVar[bool] = False
 
     inner: Any = None
 

@@ -13,6 +13,7 @@ from .calls import (
     count_eviction,
     count_memory,
     count_prefill,
+    count_rows,
     count_step,
 )
 from .ledger import Ledger, compactions
@@ -34,6 +35,7 @@ __all__ = [
     "count_eviction",
     "count_memory",
     "count_prefill",
+    "count_rows",
     "count_step",
     "settle",
 ]

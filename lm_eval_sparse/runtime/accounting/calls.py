@@ -260,20 +260,20 @@ def count_steps(
     reads: np.ndarray | None,
     method: DecodeMethod | None,
     backend: str,
-    calls: int,
+    begun: np.ndarray,
 ) -> None:
-    """Count T new tokens of one row in a layer.
+    """Count T new tokens of one row, or of answers to one prompt, in a layer.
 
     Args:
         visible: `(H_kv, T)` keys held that a token might see; logical: `(T,)` those of a dense step.
         reads: `(H_kv, Gs, T)` keys read, or None when a decode method had no part in it.
-        calls: in how many calls of equally many tokens, 1 or T.
+        begun: `(calls,)` at which of the tokens a call began, ascending from 0.
     """
-    share = shape.heads // shape.kv_heads
+    share, calls = shape.heads // shape.kv_heads, len(begun)
     if reads is None:
         kinds, read, group, flops, metadata = {"dense": calls}, visible[:, None], 1, 0.0, 0.0
     else:
-        covered = (reads == visible[:, None]).all((0, 1)).reshape(calls, -1).all(1) & (not shape.altered)
+        covered = np.logical_and.reduceat((reads == visible[:, None]).all((0, 1)), begun) & (not shape.altered)
         kinds = {"sparse": int((~covered).sum()), "fallback": int(covered.sum())}
         read, group = reads, reads.shape[1]
         pair = (torch.from_numpy(table).long() for table in (visible, reads.max(1)))
@@ -281,7 +281,8 @@ def count_steps(
         if kinds["fallback"]:
             counts.reasons[COVERED] += kinds["fallback"]
         if kinds["sparse"]:
-            budgets = reads.mean((0, 1)).reshape(calls, -1).mean(1)[~covered]
+            tokens = np.diff(begun, append=len(logical))
+            budgets = (np.add.reduceat(reads.mean((0, 1)), begun) / tokens)[~covered]
             counts.note_many("budget", budgets)
             counts.note_many("page_size", np.full(len(budgets), method.read_unit))
     # A virtual key is read like any other; the second pass that weighs keys reads those of the cache again.
@@ -338,10 +339,42 @@ def count_step(
         visible = held[:, None] + np.arange(1 - steps, 1)
         if read is not None:
             refuse_reads(method, layer, read, width, shape.kv_heads)
-        count_steps(counts.phases["decode"], layer, shape, visible, logical, read, method, backend, calls=1)
+        count_steps(counts.phases["decode"], layer, shape, visible, logical, read, method, backend, np.zeros(1, int))
 
     # The lengths are those of a tensor that goes on to be written.
     counts.later(count, held.clone(), read)
+
+
+def count_rows(
+    counts: RowCounts,
+    layer: int,
+    shape: DecodeShape,
+    held: Tensor,
+    logical: np.ndarray,
+    reads: Tensor | None,
+    method: DecodeMethod | None,
+    backend: str,
+    width: int,
+    begun: np.ndarray,
+) -> None:
+    """Count R tokens of answers to one prompt.
+
+    Args:
+        held: `(R, H_kv)` keys held, each token's own included.
+        logical: `(R,)` tokens up to each, evicted ones included.
+        reads: `(R, H_kv, Gs)` keys read, or None when a decode method had no part in it.
+        width: places of a list.
+        begun: `(calls,)` as for `count_steps`.
+    """
+
+    def count(held: np.ndarray, reads: np.ndarray | None) -> None:
+        if reads is not None:
+            refuse_reads(method, layer, reads.reshape(-1, reads.shape[2]), width, shape.kv_heads)
+            reads = np.ascontiguousarray(np.moveaxis(reads, 0, 2))
+        visible = np.ascontiguousarray(held.T)
+        count_steps(counts.phases["decode"], layer, shape, visible, logical, reads, method, backend, begun)
+
+    counts.later(count, held, reads)
 
 
 def count_answer(
@@ -365,9 +398,9 @@ def count_answer(
     """
 
     def count(held: np.ndarray) -> None:
-        place = np.arange(steps := len(logical))
+        place = np.arange(len(logical))
         span = np.searchsorted(begun, place, side="right") - 1
         visible = np.ascontiguousarray(held[span].T) + 1 + place - begun[span]
-        count_steps(counts.phases["decode"], layer, shape, visible, logical, reads, method, backend, calls=steps)
+        count_steps(counts.phases["decode"], layer, shape, visible, logical, reads, method, backend, place)
 
     counts.later(count, held)
