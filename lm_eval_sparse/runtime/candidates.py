@@ -40,9 +40,9 @@ from .steps import Filled, Stepped, step
 
 logger = logging.getLogger(__name__)
 
-#: Lengths are told to kernels and methods rounded up to these, so that what they make of them does not depend on which
-#: answers are side by side.
-ROUNDED = 1024
+#: Kernels and methods are told that answers are as long as a multiple of this, so that what they make of it does not
+#: depend on which answers are side by side.
+ROUNDED = 256
 #: Tokens of an answer that are scored in one call where answers come one after the other: bounds the logits held.
 SCORE_CHUNK = 1024
 
@@ -261,7 +261,7 @@ class Candidates:
         self._since = [0] * number
         self._noted = {}
         longest = max(int(held.lengths.max()) for held in self._layers)
-        self._longest = -(-longest // ROUNDED) * ROUNDED + -(-most // ROUNDED) * ROUNDED
+        self._longest = longest + -(-most // ROUNDED) * ROUNDED
         tables = [(self._shared if self.shares else self._copied)(held, number, most, page) for held in self._layers]
         flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables])).to(self.device)
         sizes = [table.size for table in tables]
