@@ -346,6 +346,7 @@ def run(options: argparse.Namespace) -> int:
         for name in options.names
         if not path_of(options.rows, length, kind, name).exists()
     ]
+    wanted.sort(key=lambda cell: cell[2] in METHODS)  # what targets are about comes first
     if not wanted:
         say("all rows are there")
         return 0
@@ -361,7 +362,8 @@ def run(options: argparse.Namespace) -> int:
             works[length, kind] = work_of(models.named("hf/1")[0], kind, length, number, options)
             work, took = works[length, kind], time.perf_counter() - start
             say(f"{length} {kind}: {len(work.samples)} documents written in {took:.0f} s; skipped {work.skipped}")
-        row = row_of(models, name, kind, length, works[length, kind], options.seconds)
+        seconds = options.hf_seconds if is_hf(name) and options.hf_seconds else options.seconds
+        row = row_of(models, name, kind, length, works[length, kind], seconds)
         write(path_of(options.rows, length, kind, name), json.dumps(row, indent=1))
         measured += "failed" not in row
         say(f"{length} {kind} {name}: {told(row)}")
@@ -538,6 +540,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     running.add_argument("--documents", type=int, default=20, help="documents of each leaf")
     running.add_argument("--generated", type=int, default=2, help="documents of each leaf to be generated from; 0: all")
     running.add_argument("--seconds", type=float, default=60.0, help="a row makes no further call after so many")
+    running.add_argument("--hf_seconds", type=float, help="the same for rows of hf; left out, as many")
     running.add_argument("--tasks", default=",".join(folder.name for folder in BUILT_IN))
     running.add_argument("--qa_folder", help="folder with the data of the QA tasks")
     running.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -550,7 +553,11 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.command == "run":
         try:
-            if options.documents < 1 or options.generated < 0 or not options.seconds > 0:
+            if (
+                options.documents < 1
+                or options.generated < 0
+                or not min(options.seconds, options.hf_seconds or 1.0) > 0
+            ):
                 raise UserError("--documents and --seconds take numbers above 0, --generated 0 or more")
             options.lengths = lengths_of(options.lengths, options.documents)
             options.names, options.kinds, options.tasks = (
