@@ -210,22 +210,24 @@ def work(options: argparse.Namespace, part: int, of: int) -> None:
     from lm_eval_sparse.model.lm import SparseHFLM
 
     loaded: tuple[str, Any, Any] | None = None
+    lms: dict[str, Any] = {}  # each is tried on its model when it is made
     documents: dict[tuple[str, str, str], tuple[list[Sample], str | None]] = {}
     for dtype, method, task, length in cells(options)[part::of]:
         place = path_of(options.rows, dtype, method, task, length)
         if place.exists():
             continue
         if loaded is None or loaded[0] != dtype:
-            loaded = None  # two models need not fit
+            loaded, lms = None, {}  # two models need not fit
             loaded = (dtype, *load(options, dtype))
         _, model, tokenizer = loaded
         row: Row = {"dtype": dtype, "method": method, "task": task, "length": length, "typed": typed(method)}
         row["device"] = options.device
         try:
-            lm = SparseHFLM(
-                pretrained=model, tokenizer=tokenizer, device=options.device, batch_size=16, **typed(method)
-            )
-            lm.warned_about_template = True
+            if method not in lms:
+                common = {"pretrained": model, "tokenizer": tokenizer, "device": options.device, "batch_size": 16}
+                lms[method] = SparseHFLM(**common, **typed(method))
+                lms[method].warned_about_template = True
+            lm = lms[method]
             if (dtype, task, length) not in documents:
                 metadata = {"qa_folder": options.qa_folder} if options.qa_folder else {}
                 found, _, skipped = samples_of(
