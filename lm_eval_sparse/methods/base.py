@@ -361,7 +361,8 @@ class DecodeMethod(Method):
     #: Whether `select` writes the new tokens into the cache and takes them into the state, where it gets them.
     appends: ClassVar[bool] = False
     #: Whether it knows sequences that share their beginnings (`RaggedKV.tails`), in keys and state: all it does with
-    #: them it leaves to kernels that do. Without it each of several answers to a prompt gets a copy of the prompt.
+    #: them it leaves to kernels that do. Without it each of several answers to a prompt gets a copy of the prompt. With
+    #: it `appended` may be told of several tokens and be given the newest one's query alone.
     shares: ClassVar[bool] = False
     #: Whether what it reads is weighed, or has virtual keys beside it: a wrapper cannot choose among that.
     weighs: ClassVar[bool] = False

@@ -230,6 +230,7 @@ class SparseHFLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As lm-eval's; every text is a `str` that also carries its measured sparsity."""
         self._before_requests()
+        self.scorer.side_by_side.release()
         return self.generator.generate_until(requests, disable_tqdm)
 
     def _before_requests(self) -> None:

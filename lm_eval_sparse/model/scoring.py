@@ -82,6 +82,8 @@ class Scorer:
     def __init__(self, lm: SparseHFLM):
         self.lm = lm
         self.side_by_side = SideBySide(lm)
+        #: The context that was encoded last, and its tokens: many candidates follow one.
+        self._head: tuple[tuple[str, int], list[int]] = (("", -1), [])
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As lm-eval's; every answer is a tuple that also carries its measured sparsity."""
@@ -151,7 +153,9 @@ class Scorer:
         """As lm-eval's; the requests of a shared prompt, which follow each other, read it once."""
         if not isinstance(context, SharedPrompt) or context.rstrip() != context:
             return self.lm._encode_pair(context, continuation)
-        head = self._shared_encoder(str(context), context.shared)
+        if self._head[0] != (context, context.shared):
+            self._head = (str(context), context.shared), self._shared_encoder(str(context), context.shared)
+        head = self._head[1]
         whole = self._shared_encoder(context + continuation, context.shared)
         return head, whole[len(head) :]
 
@@ -187,7 +191,6 @@ class Scorer:
             answers.count(context.task, context.counts)
             for target, (logprob, greedy) in zip(context.targets, scored, strict=True):
                 answers.give(target.index, target.key, MeasuredLoglikelihood(logprob, greedy, stats))
-        self.side_by_side.release()
 
     def score_context(self, context: Context) -> list[tuple[float, bool]]:
         """Prefill a context, then run its answers against the cache.

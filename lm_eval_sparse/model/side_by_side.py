@@ -72,7 +72,14 @@ class SideBySide:
         if plan.decode is not None and not plan.decode.method.shares and not on_cpu:
             rows = min(rows, GPU_ROWS)  # such methods may hold what each row scores, in a copy
         return Candidates(
-            decoder.call, lm.forward.log_softmax, lm.model.config, lm.runtime, lm.device, rows, self._copies
+            decoder.call,
+            lm.forward.log_softmax,
+            lm.model.config,
+            lm.runtime,
+            lm.device,
+            rows,
+            self._copies,
+            decoder.graphs.refused,
         )
 
     def _copies(self, prompt: int, answer: int) -> int:

@@ -10,6 +10,9 @@ sums, in an order that follows from the number of keys alone.
 Answers get a copy of the prompt instead where a method does not know shared beginnings, or changes what is held: one
 that weighs what is read, or is asked again in the course of an answer. The latter goes token by token.
 
+Where answers share, a pass on a GPU is a fixed sequence of kernels over static tensors, which is captured in a CUDA
+graph once some passes have run.
+
 The file is long since storage, passes and counting share what stands where.
 """
 
@@ -31,10 +34,11 @@ from ..methods.base import CacheView, Call, Layer
 from . import diagnose
 from .accounting import DecodeShape, RowCounts, count_rows, settle
 from .cache import CacheLayer, SparseCache, same_memory
+from .graphs import Graphs
 from .periodic import evict_again, kept_by
 from .pool import Pool, Sequences
 from .rows import PassingLayer, adopt_window
-from .selections import tell
+from .selections import DEBUGGED, tell
 from .session import Runtime
 from .steps import Filled, Stepped, step
 
@@ -45,6 +49,12 @@ logger = logging.getLogger(__name__)
 ROUNDED = 256
 #: Tokens of an answer that are scored in one call where answers come one after the other: bounds the logits held.
 SCORE_CHUNK = 1024
+#: Passes that run before one is captured: to capture one takes as long as some ten.
+BEFORE_CAPTURE = 8
+#: A captured pass is told that sequences are as long as a multiple of this.
+CAPTURED = 4096
+#: Tokens of answers that storage has room for from the beginning: a pass is captured anew when it moves.
+ROOM = 4096
 
 
 @dataclass
@@ -73,14 +83,15 @@ class Held:
 
 @dataclass
 class Tile:
-    """The rows of a pass: tokens of answers.
+    """The rows of a pass: tokens of answers. All tensors have W entries, 0 for rows and answers that are not there.
 
     Attributes:
         rows: `(answer, token)` of each.
-        answer: `(W,)` which answer; seen: `(W,)` tokens of it so far, the row's included, since it was last evicted, 0
-            in idle rows; tokens: `(W,)` those of prompt and answer.
-        answers: of the tile, ascending; spans: `(2, answers)` their tokens before and with the pass; token_rows:
-            `(answers, most)` the rows of their tokens, the last one repeated.
+        answer: which answer; seen: tokens of it so far, the row's included, since it was last evicted; tokens: those of
+            prompt and answer; wanted: the token that follows.
+        answers: of the tile, ascending; before, after: their tokens before and with the pass.
+        newest: the row of the last token of each.
+        token_rows: `(W, most)` the rows of all their tokens, the last one repeated; None where answers share.
     """
 
     rows: list[tuple[int, int]]
@@ -91,20 +102,27 @@ class Tile:
     tokens: Tensor
     wanted: Tensor
     answers: Tensor
-    spans: Tensor
-    token_rows: Tensor
+    before: Tensor
+    after: Tensor
+    newest: Tensor
+    token_rows: Tensor | None = None
 
 
 @dataclass
 class Noted:
-    """What the passes read in one layer, to be counted at the end."""
+    """What the passes do in one layer, to be counted at the end.
+
+    Attributes:
+        reads: keys read in the last pass `(W * H_kv, Gs, 1)`, or None.
+        held: of each pass, `(W, H_kv)` keys held, where that follows from what methods choose.
+    """
 
     shape: DecodeShape | None = None
     backend: str = ""
     method: Any = None
     width: int = 0
+    reads: Tensor | None = None
     held: list[Tensor] = field(default_factory=list)
-    reads: list[Tensor] = field(default_factory=list)
 
 
 class Candidates:
@@ -115,6 +133,7 @@ class Candidates:
         log_softmax: logits to log-probabilities.
         rows: W, of every pass.
         forked: answers at most that get a copy of the prompt, at once: from the prompt's tokens and the longest answer.
+        no_graph: why passes must not be captured, if so.
     """
 
     def __init__(
@@ -126,6 +145,7 @@ class Candidates:
         device: torch.device,
         rows: int,
         forked: Callable[[int, int], int],
+        no_graph: str | None = None,
     ):
         self.call, self.log_softmax, self.config = call, log_softmax, config
         self.runtime, self.device, self.rows, self._forked = runtime, device, rows, forked
@@ -136,9 +156,18 @@ class Candidates:
         self.watched: RowCounts | None = None
         self._layers: list[Held] = []
         self._noted: dict[int, Noted] = {}
-        self._tile: Tile | None = None
         self._since: list[int] = []
-        self._longest = 0
+        self._longest = self._passes = self._width = 0
+        self._numbers = torch.zeros(10 * rows, dtype=torch.int64, device=device)
+        self._tile = Tile([], *self._numbers.view(10, rows))
+        self._table = torch.zeros(0, dtype=torch.int64, device=device)
+        self._found = torch.zeros(rows, dtype=torch.float32, device=device)
+        self._hits = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._reads: Tensor | None = None
+        refused = DEBUGGED if runtime.plan.debug else no_graph
+        self.graphs = Graphs(self._step, list, refused)
+        #: What was captured relies on these.
+        self._relied: Any = None
 
     @property
     def shares(self) -> bool:
@@ -159,7 +188,7 @@ class Candidates:
         if not self.pools:
             self.pools = [Pool() for _ in self._cache.layers]
         for pool in self.pools:
-            pool.clear(1.0, *self.runtime.kept_state())
+            pool.clear(1 + ROOM / prompt if self.shares else 1.0, *self.runtime.kept_state())
         self.prompt = prompt
         return self.runtime.new_cache(self.config, 0, self.pools, prompt)
 
@@ -187,7 +216,8 @@ class Candidates:
 
     def release(self) -> None:
         """Give all memory back."""
-        self.pools, self._layers, self._noted, self._tile = [], [], {}, None
+        self.graphs.clear()
+        self.pools, self._layers, self._noted, self._reads, self._relied = [], [], {}, None, None
 
     # --- answers -----------------------------------------------------------------------------------------------
 
@@ -219,13 +249,16 @@ class Candidates:
                 some = order[begin : begin + most]
                 self._begin([len(answers[place]) - 1 for place in some])
                 read: list[tuple[int, int]] = []
+                reads: list[Tensor] = []
                 for rows in self._tiles([len(answers[place]) - 1 for place in some]):
-                    found, hit = self._pass(rows, [answers[place] for place in some], counts)
-                    logprobs.append(found)
-                    hits.append(hit)
+                    self._pass(rows, [answers[place] for place in some], counts)
+                    logprobs.append(self._found[: len(rows)].clone())
+                    hits.append(self._hits[: len(rows)].clone())
+                    if self._reads is not None:
+                        reads.append(self._reads[: len(rows)].clone())
                     places += [(some[answer], token + 1) for answer, token in rows]
                     read += rows
-                self._count(counts, np.array(read))
+                self._count(counts, np.array(read), torch.cat(reads) if reads else None)
                 for pool, before in zip(self.pools, used, strict=True):
                     pool.used = dict(before)
         finally:
@@ -259,13 +292,20 @@ class Candidates:
         plan = self.runtime.plan
         page = 1 if plan.decode is None else plan.decode.method.page_size
         self._since = [0] * number
-        self._noted = {}
+        for noted in self._noted.values():
+            noted.held = []
         longest = max(int(held.lengths.max()) for held in self._layers)
         self._longest = longest + -(-most // ROUNDED) * ROUNDED
         tables = [(self._shared if self.shares else self._copied)(held, number, most, page) for held in self._layers]
-        flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables])).to(self.device)
-        sizes = [table.size for table in tables]
-        for held, table, part in zip(self._layers, tables, flat.split(sizes), strict=True):
+        # Room for twice as many answers each time: what was captured relies on where the table lies.
+        if number > self._width or self._table.numel() != sum(7 * self._width * held.heads for held in self._layers):
+            self._width = max(32, 1 << (number - 1).bit_length())
+            size = sum(7 * self._width * held.heads for held in self._layers)
+            self._table = torch.zeros(size, dtype=torch.int64, device=self.device)
+        padded = [np.pad(table, ((0, 0), (0, self._width - number), (0, 0))) for table in tables]
+        self._table.copy_(torch.from_numpy(np.concatenate([table.ravel() for table in padded])))
+        sizes = [table.size for table in padded]
+        for held, table, part in zip(self._layers, padded, self._table.split(sizes), strict=True):
             held.table, held.newest, held.known = part.view(table.shape), None, None
 
     def _shared(self, held: Held, number: int, most: int, page: int) -> np.ndarray:
@@ -337,24 +377,59 @@ class Candidates:
 
     # --- one pass ----------------------------------------------------------------------------------------------
 
-    def _pass(
-        self, rows: list[tuple[int, int]], answers: Sequence[Sequence[int]], counts: RowCounts
-    ) -> tuple[Tensor, Tensor]:
-        """Read these tokens; log-probabilities and hits `(rows,)` of those that follow them, on the device."""
+    def _pass(self, rows: list[tuple[int, int]], answers: Sequence[Sequence[int]], counts: RowCounts) -> None:
+        """Read these tokens; what is found of those that follow them stands in static tensors."""
         self._evict_due(rows, counts)
-        self._tile = tile = self._made(rows, answers)
+        self._load(rows, answers)
+        self._passes += 1
+        graph = None
+        if self.device.type == "cuda" and self.shares and self.watched is None and self._passes > BEFORE_CAPTURE:
+            graph = self._captured()
+        if graph is None:
+            self._step()
+            counts.phases["decode"].loops["side_by_side"] += len(rows)
+        else:
+            graph.replay()
+            counts.phases["decode"].loops["side_by_side_cuda_graph"] += len(rows)
+
+    def _captured(self) -> Any:
+        """The captured pass, for what is held now; None where it cannot be captured."""
+        plan = self.runtime.plan
+        longest = -(-self._longest // CAPTURED) * CAPTURED
+        relied = (
+            [pool.made for pool in self.pools],
+            self._table.data_ptr(),
+            None if plan.decode is None else plan.decode.at(self.prompt),
+        )
+        if self._relied is None or self._relied[0] != relied or self._relied[1] < longest:
+            self.graphs.clear()
+            self._relied = relied, longest
+        self._longest = self._relied[1]
+        return self.graphs.get(self.rows)
+
+    def _step(self) -> None:
+        """One pass over the rows that are loaded. Reads and writes nothing but static tensors, where answers share."""
+        tile = self._tile
         logits = self.call(tile.ids[:, None], tile.positions[:, None], self._cache)
         logprobs = self.log_softmax(logits)
-        found = logprobs.gather(-1, tile.wanted[:, None])[:, 0].float()
-        return found[: len(rows)], (logprobs.argmax(-1) == tile.wanted)[: len(rows)]
+        self._found.copy_(logprobs.gather(-1, tile.wanted[:, None])[:, 0])
+        self._hits.copy_(logprobs.argmax(-1) == tile.wanted)
+        reads = [noted.reads.view(self.rows, -1) for noted in self._noted.values() if noted.reads is not None]
+        if not reads:
+            self._reads = None
+            return
+        found = torch.cat(reads, 1)
+        if self._reads is None or self._reads.shape != found.shape:
+            self._reads = torch.empty_like(found)
+        self._reads.copy_(found)
 
-    def _made(self, rows: list[tuple[int, int]], answers: Sequence[Sequence[int]]) -> Tile:
+    def _load(self, rows: list[tuple[int, int]], answers: Sequence[Sequence[int]]) -> None:
+        """Make these the rows of the next pass."""
         number = len(rows)
         mine = sorted({answer for answer, _ in rows})
         of_answer = {answer: [place for place, (own, _) in enumerate(rows) if own == answer] for answer in mine}
-        most = max(map(len, of_answer.values()))
-        table = np.zeros((6, self.rows), dtype=np.int64)
-        table[:, :number] = [
+        table = np.zeros((10, self.rows), dtype=np.int64)
+        table[:6, :number] = [
             [answers[answer][token] for answer, token in rows],
             [self.prompt + token for _, token in rows],
             [answer for answer, _ in rows],
@@ -362,13 +437,19 @@ class Candidates:
             [self.prompt + token + 1 for _, token in rows],
             [answers[answer][token + 1] for answer, token in rows],
         ]
-        spans = [[rows[of_answer[a][0]][1], rows[of_answer[a][-1]][1] + 1] for a in mine]
-        spans = [[end - self._since[a] for end in ends] for a, ends in zip(mine, spans, strict=True)]
-        token_rows = [own + [own[-1]] * (most - len(own)) for own in of_answer.values()]
-        parts = [table.ravel(), np.array(mine), np.array(spans).T.ravel(), np.array(token_rows).ravel()]
-        flat = torch.from_numpy(np.concatenate(parts)).to(self.device)
-        static, own, ends, places = flat.split([part.size for part in parts])
-        return Tile(rows, *static.view(6, self.rows), own, ends.view(2, len(mine)), places.view(len(mine), most))
+        table[6:, : len(mine)] = [
+            mine,
+            [rows[of_answer[answer][0]][1] - self._since[answer] for answer in mine],
+            [rows[of_answer[answer][-1]][1] + 1 - self._since[answer] for answer in mine],
+            [of_answer[answer][-1] for answer in mine],
+        ]
+        self._numbers.copy_(torch.from_numpy(table.ravel()))
+        self._tile.rows = rows
+        if not self.shares:
+            most = max(map(len, of_answer.values()))
+            places = [own + [own[-1]] * (most - len(own)) for own in of_answer.values()]
+            places += [[0] * most] * (self.rows - len(places))
+            self._tile.token_rows = torch.tensor(places).to(self.device)
 
     def attend(
         self,
@@ -391,7 +472,8 @@ class Candidates:
         grouped = query.reshape(rows * held.heads, heads // held.heads, 1, dim)
         filled = keeper = None
         if eligible and plan.decode is not None:
-            filled = Filled(*plan.decode.resolved(self.prompt, known), state, tile.tokens)
+            method, sparsity = plan.decode.at(self.prompt)
+            filled = Filled(*method.resolved(sparsity, 0, known), state, tile.tokens)
         if eligible and plan.every is not None:
             keeper = Filled(*kept_by(plan), state, tile.tokens)
             held.known, held.newest = self.runtime.known.evicted(known), grouped.clone()
@@ -430,12 +512,14 @@ class Candidates:
     ) -> None:
         """Let the decode method take in the new tokens of each answer at once: several rows are of one answer."""
         tile = self._tile
-        before, after = tile.spans
-        kv, state = self._view(held, tile.answers, after)
-        had = (kv.lengths - (after - before).repeat_interleave(held.heads, output_size=len(kv.lengths))).clamp(min=0)
-        by_row = grouped.unflatten(0, (-1, held.heads))[tile.token_rows]  # (answers, tokens, heads, G, 1, D)
+        kv, state = self._view(held, tile.answers, tile.after)
+        new = (tile.after - tile.before).repeat_interleave(held.heads, output_size=len(kv.lengths))
+        had = (kv.lengths - new).clamp(min=0)
+        by_row = grouped.unflatten(0, (-1, held.heads))
+        # (answers, tokens, heads, G, 1, D); one that knows shared beginnings is given the newest token's query alone.
+        by_row = by_row[tile.newest[:, None] if self.shares else tile.token_rows]
         query = by_row.squeeze(-2).movedim(1, 3).flatten(0, 1)
-        cache = CacheView(kv, self.prompt + after, held.heads)
+        cache = CacheView(kv, self.prompt + tile.after, held.heads)
         call = Call(query, kv.keys, kv.values, scale, softcap, "decode", filled.budget, known, cache=cache, state=state)
         tell(filled.method, "appended", call, had.int(), debug=self.runtime.plan.debug)
 
@@ -474,17 +558,19 @@ class Candidates:
         """Keep what a pass has read in a layer."""
         noted = self._noted.setdefault(known.index, Noted())
         noted.shape = DecodeShape.of(heads, held.heads, kv, found.virtual, found.weighed, found.altered)
-        noted.backend, noted.width = found.backend, found.width
+        noted.backend, noted.width, noted.reads = found.backend, found.width, found.read
         noted.method = None if filled is None else filled.method
-        number = len(self._tile.rows)
-        noted.held.append(kv.lengths.view(-1, held.heads)[:number])
-        if found.read is not None:
-            noted.reads.append(found.read.view(len(self._tile.answer), held.heads, -1)[:number])
+        if self.in_turn:
+            noted.held.append(kv.lengths.view(-1, held.heads)[: len(self._tile.rows)])
 
-    def _count(self, counts: RowCounts, rows: np.ndarray) -> None:
-        """Count what the passes have read; `rows (R, 2)`: answer and token of each row.
+    def _count(self, counts: RowCounts, rows: np.ndarray, reads: Tensor | None) -> None:
+        """Count what the passes have read.
 
         Calls are those that answers would take one after the other.
+
+        Args:
+            rows: `(R, 2)` answer and token of each row.
+            reads: `(R, …)` keys read by each, layer after layer.
         """
         order = np.lexsort((rows[:, 1], rows[:, 0]))
         tokens, plan = rows[order, 1], self.runtime.plan
@@ -492,13 +578,17 @@ class Candidates:
         new = tokens % SCORE_CHUNK == 0
         begun = np.flatnonzero(new if at_once is None else new | (tokens % at_once == 0))
         places = torch.from_numpy(order).to(self.device)
+        sizes = [noted.reads.numel() // self.rows for noted in self._noted.values() if noted.reads is not None]
+        parts = iter(() if reads is None else reads[places].split(sizes, 1))
         for index, noted in self._noted.items():
-            held, reads = torch.cat(noted.held)[places], torch.cat(noted.reads)[places] if noted.reads else None
+            heads = self._layers[index].heads
+            if self.in_turn:
+                held = torch.cat(noted.held)[places]
+            else:
+                held = np.where((own := self._layers[index].lengths) > 0, own + 1 + tokens[:, None], 0)
+            read = next(parts).unflatten(1, (heads, -1)) if noted.reads is not None else None
             logical = self.prompt + tokens + 1
-            count_rows(
-                counts, index, noted.shape, held, logical, reads, noted.method, noted.backend, noted.width, begun
-            )
-        counts.phases["decode"].loops["side_by_side"] += len(rows)
+            count_rows(counts, index, noted.shape, held, logical, read, noted.method, noted.backend, noted.width, begun)
 
     def _look(
         self,

@@ -349,7 +349,7 @@ def count_rows(
     counts: RowCounts,
     layer: int,
     shape: DecodeShape,
-    held: Tensor,
+    held: Tensor | np.ndarray,
     logical: np.ndarray,
     reads: Tensor | None,
     method: DecodeMethod | None,
