@@ -25,6 +25,7 @@ from ..runtime.cache import SparseCache
 from ..runtime.candidates import SCORE_CHUNK
 from ..runtime.diagnose import Diagnosis
 from .answers import Answers
+from .beginnings import Beginnings
 from .encoding import SharedEncoder
 from .side_by_side import SideBySide
 
@@ -81,7 +82,7 @@ class Scorer:
 
     def __init__(self, lm: SparseHFLM):
         self.lm = lm
-        self.side_by_side = SideBySide(lm)
+        self.side_by_side, self.beginnings = SideBySide(lm), Beginnings(lm)
         #: The context that was encoded last, and its tokens: many candidates follow one.
         self._head: tuple[tuple[str, int], list[int]] = (("", -1), [])
 
@@ -168,7 +169,7 @@ class Scorer:
         lm = self.lm
         for context in contexts[: lm.reporter.to_diagnose(len(contexts))]:
             context.counts.diagnosis = Diagnosis()
-        contexts = sorted(contexts, key=lambda context: (-len(context.prompt), context.prompt))
+        contexts = sorted(contexts, key=lambda context: self.beginnings.order(context.prompt))
         later = [a.method.name for phase, a in lm.runtime.plan.phases.items() if phase != "prefill"]
         if later and contexts and lm.is_recurrent:
             raise UserError(
@@ -185,30 +186,34 @@ class Scorer:
                 f"({length} in all) is scored in one pass, and {' and '.join(later)} cannot be applied: use prompts of "
                 "another length, or a prefill method"
             )
-        for context, in_one in zip(contexts, whole, strict=True):
-            scored = (self._score_whole if in_one else self.score_context)(context)
+        for place, (context, in_one) in enumerate(zip(contexts, whole, strict=True)):
+            following = contexts[place + 1].prompt if place + 1 < len(contexts) else None
+            scored = self._score_whole(context) if in_one else self.score_context(context, following)
             stats = lm.reporter.stats(context.counts)
             answers.count(context.task, context.counts)
             for target, (logprob, greedy) in zip(context.targets, scored, strict=True):
                 answers.give(target.index, target.key, MeasuredLoglikelihood(logprob, greedy, stats))
 
-    def score_context(self, context: Context) -> list[tuple[float, bool]]:
+    def score_context(self, context: Context, following: list[int] | None = None) -> list[tuple[float, bool]]:
         """Prefill a context, then run its answers against the cache.
 
         Contexts run one at a time whatever the batch size: side by side they would be padded and round differently.
         The answers to one run side by side where each gets what it gets alone (`side_by_side`).
+
+        Args:
+            following: the prompt of the next context, which may begin alike.
         """
         lm = self.lm
         sequences, engine = context.sequences(), self.side_by_side.get()
         length = len(context.prompt)
         if engine is None:
-            cache = lm.runtime.new_cache(lm.model.config, reserve=max(map(len, sequences)))
+            cache = lm.runtime.new_cache(lm.model.config, reserve=max(map(len, sequences)), prompt=length)
         else:
             cache = engine.new_cache(length)
         scored: dict[tuple, Tensor] = {}
         hits: dict[tuple, Tensor] = {}
         with lm.runtime.running(context.counts, cache, length, context.window):
-            logits = lm.forward(torch.tensor([context.prompt], device=lm.device), cache=cache, keep=1)
+            logits = self.beginnings.prefill(context.prompt, cache, context.counts, following)
             first = lm.forward.log_softmax(logits[:, -1])
             if engine is None:
                 snapshot = cache.snapshot()

@@ -116,6 +116,10 @@ class Runtime:
             self.counts, self.cache, self.prompt, self.task_window = None, None, 0, None
             self.phase = "prefill"
 
+    def resume(self, tokens: int) -> None:
+        """The cache of the running prompt holds so many tokens that no forward pass has read for it."""
+        self._read += tokens
+
     def begin(self, tokens: int) -> None:
         """A forward pass over the next `tokens` tokens begins. Without a cache it is all prefill."""
         self.calls = 0
