@@ -58,6 +58,7 @@ class Decoding:
         self.decoder: Decoder | None = None
         self.reason: str | None = None
         self.halved = 0
+        self._said: set[str] = set()
         #: Prompts decoded side by side at most, once memory has run out with more.
         self._fitting: int | None = None
 
@@ -67,7 +68,9 @@ class Decoding:
             self.reason = self._make()
             if self.reason is not None:
                 self.decoder = None
-                logger.warning("%s: %s", instead, self.reason)
+        if self.reason is not None and instead not in self._said:
+            self._said.add(instead)
+            logger.warning("%s: %s", instead, self.reason)
         return self.decoder, self.reason
 
     def release(self) -> None:

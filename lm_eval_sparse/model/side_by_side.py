@@ -96,8 +96,9 @@ class SideBySide:
             cache: what the prefill has left, made by `engine`.
             first: `(V,)` log-probabilities of the first token.
         """
-        engine.adopt(cache)
         longer = [answer for answer in answers if len(answer) > 1]
+        if longer:
+            engine.adopt(cache)
         if not self._checked and len(longer) > 1:
             self._check(engine, longer, first)
         groups = [list(answers)] if self.alone is None else [[answer] for answer in answers]
