@@ -167,3 +167,18 @@ def test_storage_is_used_again() -> None:
     finally:
         candidates.Candidates.run = run
     assert sizes[0] == sizes[-1]
+
+
+def test_long_contexts_are_read_once_with_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context of any task: what lm-eval's own way of encoding gives, whatever follows."""
+    lm = sparse(bench.model(HALF))
+    scorer, read = lm.scorer, []
+    encode = type(lm).tok_encode
+    monkeypatch.setattr(
+        type(lm), "tok_encode", lambda self, text, *a, **k: read.append(len(text)) or encode(self, text, *a, **k)
+    )
+    context = "\n".join(words(seed, 60) for seed in range(20))
+    tails = [" apple", "\nriver", "s", " ", f" {words(3, 5)}", ".", "\n\n"]
+    found = [scorer._encode(context, tail) for tail in tails]
+    assert sum(read) < 3 * len(context) + len(tails) * 1200
+    assert found == [lm._encode_pair(context, tail) for tail in tails]

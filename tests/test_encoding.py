@@ -61,3 +61,20 @@ def test_a_tokenizer_that_joins_over_the_cut_is_used_as_it_is():
     encoder = SharedEncoder(encode)
     prompt = "line of text\n" * 60
     assert encoder(prompt + "more", len(prompt)) == encode(prompt + "more")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_that_are_expected_are_read_together(kind):
+    tok, together = tokenizer(kind), []
+
+    def encode_many(texts):
+        together.append(len(texts))
+        return [tok.encode(text) for text in texts]
+
+    prompts = [recipe("vt").draft(4096, 0, seed, True).message(9, "") for seed in range(20)]
+    encoder = SharedEncoder(tok.encode, encode_many)
+    encoder.expect(prompts)
+    for prompt in (*prompts, "another one", *prompts[:2]):
+        for more in (" more", "\nmore"):
+            assert encoder(prompt + more, len(prompt)) == tok.encode(prompt + more)
+    assert together == [16, 4]

@@ -6,8 +6,10 @@ strings and an encode function; nothing of models or tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+#: Prompts that are encoded at once, which a tokenizer may do on several processors.
+TOGETHER = 16
 #: Characters before the end of the prompt that are encoded anew with what follows it.
 TAIL = 256
 #: Tokens at the start of that tail that must not change with what follows, as a proof that the cut is one for both.
@@ -18,14 +20,23 @@ class SharedEncoder:
     """`encode(text)` for texts whose first `shared` characters are the prompt of the call before, most of the time.
 
     The prompt is cut at the start of a line near its end. What follows is encoded with the line before it in front,
-    whose tokens are then dropped: SentencePiece puts a blank before every text. The cut is used when the two parts give
-    the tokens of the whole prompt, and a text's second part begins with the same tokens as the prompt's; otherwise
-    (some tokenizers end each text with a token) the text is encoded as a whole. The result is the same in every case.
+    whose tokens are then dropped: SentencePiece puts a blank before every text. The cut is used when the second part
+    gives the last tokens of the whole prompt (and, until that was so once, the first part the others), and a text's
+    second part begins with the same tokens as the prompt's; otherwise (some tokenizers end each text with a token) the
+    text is encoded as a whole. The result is the same in every case.
     """
 
-    def __init__(self, encode: Callable[..., list[int]]):
-        """`encode(text, add_special_tokens=...)` returns token ids; without the option it adds special tokens."""
-        self._encode = encode
+    def __init__(self, encode: Callable[..., list[int]], encode_many: Callable[..., list[list[int]]] | None = None):
+        """
+        Args:
+            encode: `encode(text, add_special_tokens=...)` returns token ids; without the option it adds special tokens.
+            encode_many: the same for several texts, without the option.
+        """
+        self._encode, self._encode_many = encode, encode_many
+        #: Prompts to come, the next one last, and the tokens of some of them.
+        self._coming: list[str] = []
+        self._proven = False
+        self._known: dict[str, list[int]] = {}
         self._prompt = ""
         self._tokens: list[int] = []
         self._start = 0  # of the line before the cut
@@ -33,12 +44,23 @@ class SharedEncoder:
         self._head: list[int] = []
         self._first: list[int] = []
 
+    def expect(self, prompts: Sequence[str]) -> None:
+        """These prompts will be asked for, in this order."""
+        self._coming, self._known = list(reversed(prompts)), {}
+
     def prompt(self, prompt: str) -> list[int]:
         """The prompt's own tokens."""
         if prompt != self._prompt or not self._tokens:
-            self._prompt, self._tokens = prompt, self._encode(prompt)
+            self._prompt, self._tokens = prompt, self._read(prompt)
             self._find_cut(prompt)
         return self._tokens
+
+    def _read(self, prompt: str) -> list[int]:
+        if prompt not in self._known and self._encode_many is not None and self._coming[-1:] == [prompt]:
+            some = self._coming[-TOGETHER:]
+            del self._coming[-TOGETHER:]
+            self._known = dict(zip(some, self._encode_many(some), strict=True))
+        return self._known.pop(prompt) if prompt in self._known else self._encode(prompt)
 
     def __call__(self, text: str, shared: int) -> list[int]:
         """The tokens of `text`, whose first `shared` characters are the prompt."""
@@ -59,7 +81,11 @@ class SharedEncoder:
         if not cut or prompt[cut].isspace():
             return
         self._lead = len(self._encode(prompt[self._start : cut], add_special_tokens=False))
-        head = self._encode(prompt[:cut])
         tail = self._encode(prompt[self._start :], add_special_tokens=False)[self._lead :]
-        if len(tail) >= 2 * AGREE and head + tail == self._tokens:
+        if len(tail) < 2 * AGREE or tail != self._tokens[-len(tail) :]:
+            return
+        head = self._tokens[: -len(tail)]
+        # To encode nearly all of the prompt once more takes as long as the prompt.
+        self._proven = self._proven or self._encode(prompt[:cut]) == head
+        if self._proven:
             self._head, self._first = head, tail[:AGREE]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from .lm import SparseHFLM
 
 logger = logging.getLogger(__name__)
+
+
+#: Contexts of as many characters are read once, whatever their task is.
+LONG = 2048
 
 
 @dataclass
@@ -83,13 +88,15 @@ class Scorer:
     def __init__(self, lm: SparseHFLM):
         self.lm = lm
         self.side_by_side, self.beginnings = SideBySide(lm), Beginnings(lm)
-        #: The context that was encoded last, and its tokens: many candidates follow one.
-        self._head: tuple[tuple[str, int], list[int]] = (("", -1), [])
+        #: The context that was encoded last, its tokens, and how many of them are its prompt's: many candidates follow.
+        self._head: tuple[tuple[str, int], list[int], int] = (("", -1), [], 0)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As lm-eval's; every answer is a tuple that also carries its measured sparsity."""
         answers = Answers(self.lm, "loglikelihood", len(requests), disable_tqdm)
         contexts: dict[tuple, Context] = {}
+        prompts = ((request.args[0], shared_part(request.args[0])) for request in requests)
+        self._shared_encoder.expect(list(dict.fromkeys(context[:shared] for context, shared in prompts if shared)))
         for index, request in enumerate(tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm)):
             if self.lm.reporter.skips(request):
                 answers.skip(index, MeasuredLoglikelihood(0.0, False, {}))
@@ -122,7 +129,7 @@ class Scorer:
         if head:
             whole, scored, before = [*head, *tail], len(tail), len(head)
             if isinstance(context, SharedPrompt) and context.shared < len(context):
-                before = common_prefix(self._shared_encoder.prompt(context[: context.shared]), head)
+                before = self._before(context, head)
         else:  # no context, or one of nothing but space, which belongs to the continuation
             tokens = lm.tok_encode(context + continuation, add_special_tokens=False)
             whole = tokens if tokens[:1] == [lm.prefix_token_id] else [lm.prefix_token_id, *tokens]
@@ -150,19 +157,36 @@ class Scorer:
         before = max(1, min(before, len(whole) - scored))
         return whole[:before], whole[before:], scored
 
+    def _before(self, context: SharedPrompt, head: list[int]) -> int:
+        """Tokens of a context that are those of its prompt."""
+        if self._head[0] == (context, context.shared):
+            return self._head[2]
+        return common_prefix(self._shared_encoder.prompt(context[: context.shared]), head)
+
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As lm-eval's; the requests of a shared prompt, which follow each other, read it once."""
-        if not isinstance(context, SharedPrompt) or context.rstrip() != context:
+        """As lm-eval's; the requests of one prompt, which follow each other, read it once."""
+        shared = shared_part(context)
+        if not shared:
             return self.lm._encode_pair(context, continuation)
-        if self._head[0] != (context, context.shared):
-            self._head = (str(context), context.shared), self._shared_encoder(str(context), context.shared)
-        head = self._head[1]
-        whole = self._shared_encoder(context + continuation, context.shared)
-        return head, whole[len(head) :]
+        if self._head[0] != (context, shared):
+            head = self._shared_encoder(str(context), shared)
+            own = self._shared_encoder.prompt(context[:shared])
+            self._head = (str(context), shared), head, len(head) if own is head else common_prefix(own, head)
+        whole = self._shared_encoder(context + continuation, shared)
+        return self._head[1], whole[len(self._head[1]) :]
 
     @cached_property
     def _shared_encoder(self) -> SharedEncoder:
-        return SharedEncoder(self.lm.tok_encode)
+        return SharedEncoder(self.lm.tok_encode, self._encode_many)
+
+    def _encode_many(self, texts: list[str]) -> list[list[int]]:
+        """As lm-eval encodes each of these texts; a tokenizer may use several processors for them."""
+        lm = self.lm
+        prefix = lm.tokenizer.decode(lm.prefix_token_id)
+        if not lm.tokenizer.is_fast or any(has_bos_prefix(text, prefix) for text in texts):
+            return [lm.tok_encode(text) for text in texts]
+        options = {} if lm.add_bos_token is None else {"add_special_tokens": lm.add_bos_token}
+        return lm.tokenizer(texts, **options)["input_ids"]
 
     def _score(self, contexts: list[Context], answers: Answers) -> None:
         """Answer all targets of all contexts, longest contexts first (an out-of-memory shows at once)."""
@@ -305,6 +329,15 @@ def cut(steps: int, every: int | None, most: int | None = None) -> Iterator[tupl
             end = min(end, (begin // every + 1) * every)
         yield begin, end
         begin = end
+
+
+def shared_part(context: str) -> int:
+    """Characters of a context that are read once for the requests that follow each other; 0 for none of it."""
+    if not context or context.rstrip() != context:  # blanks belong to what follows
+        return 0
+    if isinstance(context, SharedPrompt):
+        return context.shared
+    return len(context) if len(context) >= LONG else 0
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:

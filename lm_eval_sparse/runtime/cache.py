@@ -222,14 +222,13 @@ class CacheLayer(DynamicLayer):
 
     def held_bytes(self, row: int) -> tuple[Tensor, int]:
         """Bytes of keys, values and state that each KV head of a row holds `(H_kv,)`, and those of all tokens."""
-        held = self.ended()
         keys, values = (self.pool.keys, self.pool.values) if self._flat is None else self._flat[:2]
         size = sum(states.shape[-1] * states.element_size() for states in (keys, values))
+        if self.sequences is None:  # all heads hold all tokens: nothing of it is on a device
+            return torch.full((self._heads,), self.get_seq_length() * size), self.get_seq_length() * size
+        held = self.sequences
         lengths = held.lengths[row * held.heads : (row + 1) * held.heads].long()
-        total = lengths * size
-        if self.sequences is not None:
-            total = total + self.state_bytes(row, self.pool.slots)
-        return total, self.get_seq_length() * size
+        return lengths * size + self.state_bytes(row, self.pool.slots), self.get_seq_length() * size
 
     def state_bytes(self, row: int, slots: Sequence[Slot]) -> Tensor:
         """Bytes that each KV head of a row has in these slots, once the layer is closed: `(H_kv,)` int64."""

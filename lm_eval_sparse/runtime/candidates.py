@@ -32,7 +32,7 @@ from ..kernels.cache.append import append
 from ..kernels.types import RaggedKV, State
 from ..methods.base import CacheView, Call, Layer
 from . import diagnose
-from .accounting import DecodeShape, RowCounts, count_rows, settle
+from .accounting import DecodeShape, PhaseCounts, RowCounts, count_rows, settle
 from .cache import CacheLayer, SparseCache, same_memory
 from .graphs import Graphs
 from .periodic import evict_again, kept_by
@@ -580,8 +580,20 @@ class Candidates:
         places = torch.from_numpy(order).to(self.device)
         sizes = [noted.reads.numel() // self.rows for noted in self._noted.values() if noted.reads is not None]
         parts = iter(() if reads is None else reads[places].split(sizes, 1))
+        alike: dict[Any, PhaseCounts] = {}
         for index, noted in self._noted.items():
             heads = self._layers[index].heads
+            if noted.reads is None and not self.in_turn:  # nothing but lengths decides, and most layers have the same
+                key = noted.shape, noted.backend, self._layers[index].lengths.tobytes()
+                if key in alike:
+                    counts.phases["decode"].merge_layer(index, alike[key])
+                    continue
+                alone = RowCounts()
+                held = np.where((own := self._layers[index].lengths) > 0, own + 1 + tokens[:, None], 0)
+                count_rows(alone, 0, noted.shape, held, self.prompt + tokens + 1, None, None, noted.backend, 0, begun)
+                alike[key] = alone.phases["decode"]
+                counts.phases["decode"].merge_layer(index, alike[key])
+                continue
             if self.in_turn:
                 held = torch.cat(noted.held)[places]
             else:

@@ -79,6 +79,13 @@ class PhaseCounts:
         if backend is not None:
             self.backends[backend] += 1
 
+    def merge_layer(self, layer: int, other: PhaseCounts) -> None:
+        """Count in this layer what `other` counted in its layer 0, without knobs."""
+        table = other.layers[0]
+        self.layers[layer] = self.layers[layer] + table if layer in self.layers else table.copy()
+        for mine, theirs in ((self.calls, other.calls), (self.backends, other.backends), (self.reasons, other.reasons)):
+            mine.update(theirs)
+
     def note_knobs(self, knobs: dict[str, Any]) -> None:
         for name, value in knobs.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
