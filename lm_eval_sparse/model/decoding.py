@@ -64,7 +64,8 @@ class Decoding:
     def get(self) -> tuple[Decoder | None, str | None]:
         """What decodes answers, or why transformers has to."""
         if self.decoder is None and self.reason is None:
-            self.reason = self._make()
+            with self.lm.clock.checking():
+                self.reason = self._make()
             if self.reason is not None:
                 self.decoder = None
                 logger.warning("answers are decoded by transformers: %s", self.reason)
@@ -180,6 +181,8 @@ class Decoding:
             del cache  # window layers keep the whole prompt's keys and values alive
             row.take(int(logits.argmax()) if chooser is None else chooser(logits, row.tokens))
             rows.append(row)
+        lm.summary.expect([ids.shape[1] for ids in prompts], decoder.reserve)
+        lm.clock.switch("decode")
         decoder.run(rows)
         return [(row.tokens, row.counts) for row in rows]
 
@@ -210,7 +213,9 @@ class Decoding:
         multiple = None
         if lm.device.type == "cpu" and lm.model.dtype in (torch.bfloat16, torch.float16):
             multiple = rows_alike(lm.model)
-        decoder = Decoder(call, lm.model.config, lm.runtime, lm.device, multiple, no_graph=mixed)
+        decoder = Decoder(
+            call, lm.model.config, lm.runtime, lm.device, multiple, no_graph=mixed, landed=lm.clock.landed
+        )
         for stretch in lm.lengths.stretches:  # they stretch the positions of all rows by the longest one
             decoder.alone = f"positions of kind {stretch.kind!r} depend on the neighbours"
         ids, watch = lm.trial, probe.Probe(lm.runtime)
