@@ -1,4 +1,4 @@
-"""Progress of a call and the summary of a run: arithmetic on a fake clock, and what tiny models show.
+"""Progress of a call, the summary of a run, and where kernels are kept: on a fake clock, and with tiny models.
 
 The oracle of speeds and times left is a closed form, worked out by hand from seconds that the test lets go by.
 """
@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 from small_lms import PROMPTS, request
 
-from lm_eval_sparse.model import progress, summary
+from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.model import checks, progress, summary
 from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.model.progress import Call, Clock
 from lm_eval_sparse.protocol import MeasuredText
@@ -250,3 +254,23 @@ def test_the_summary_names_what_did_not_run_as_asked() -> None:
     assert "  decode: 10 of 40 calls fell back to dense (10: too short" in found and "\x1b" not in found
     assert "prefill:" not in found and "memory ran out 2 times" in found
     assert "frontier_7_128k and 12 more: the model is too short" in found
+
+
+def test_kernels_are_kept_where_that_can_be_done(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """A home that is a file cannot hold them: a folder of this process does, with one warning."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path / "home"))
+    checks.check_kernel_folder("cpu")
+    assert os.environ["TRITON_CACHE_DIR"] == ""
+    checks.check_kernel_folder("cuda:0")
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "home" / ".triton" / "cache") and not caplog.records
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    checks.check_kernel_folder("cuda")
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0 and "TRITON_CACHE_DIR" in caplog.text
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="neither in"):
+        checks.check_kernel_folder("cuda")

@@ -28,6 +28,7 @@ from .checks import (
     check_backend,
     check_batch_size,
     check_device,
+    check_kernel_folder,
     check_known,
     check_template,
     refuse_attention_choice,
@@ -118,6 +119,7 @@ class SparseHFLM(HFLM):
         if rest.get("device") is None:
             rest["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         check_device(rest)
+        check_kernel_folder(str(rest["device"]))
         check_backend(self.sparse.backend, str(rest["device"]))
         check_batch_size(rest)
 
