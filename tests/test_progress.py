@@ -231,6 +231,15 @@ def test_scored_requests_leave_one_bar_and_their_summary_in_the_results(
     assert f"Run of {run['seconds']['total']:.1f} s: " in err and "peak memory: " in err
 
 
+def test_an_estimate_that_cannot_be_made_is_left_out(lm: SparseHFLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(lm.decoding.memory), "row", lambda *args: 1 / 0)
+    fresh = summary.Summary(lm)
+    fresh.begin()
+    fresh.expect([100], 10)
+    memory = fresh.figures()["peak_memory_bytes"]
+    assert memory["predicted"] is None and memory["seen"] > 0
+
+
 def test_the_summary_names_what_did_not_run_as_asked() -> None:
     run = {
         "seconds": {**dict.fromkeys(progress.PHASES, 0.0), "prefill": 12.34, "total": 12.34},

@@ -44,7 +44,7 @@ class Summary:
         try:
             memory, plan = self.lm.decoding.memory, self.lm.runtime.plan
             wanted = memory.prefill(max(lengths)) + sum(memory.row(length, reserve, plan) for length in lengths)
-        except (AttributeError, TypeError):  # a configuration that does not say its sizes
+        except Exception:  # configurations and methods of any kind: an estimate is no reason to end a run
             self._largest = None
             return
         self._largest = max(self._largest, wanted)
