@@ -5,12 +5,15 @@ The oracle of speeds and times left is a closed form, worked out by hand from se
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import random
 import re
+import struct
 import tempfile
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +126,10 @@ def test_samples_are_documents_and_prompts_weigh_the_same() -> None:
     call.documents([("t", 0), ("t", 0), ("t", 1)])
     first, second = {"sparsity": 0.5}, {"sparsities": {"sparsity": 0.9, "kv_sparsity": None}}
     call.answered(0, MeasuredText("", first))
-    assert call.text().startswith("0/2 samples [00:00<?, ? tokens/s, sparsity 0.500")
+    assert call.text().startswith("0/2 samples [00:00<?, ? tokens/s, sparsity 0.50")
     call.answered(1, MeasuredText("", first))
     call.answered(2, MeasuredText("", second))
-    assert call.text().startswith("2/2 samples") and "sparsity 0.700" in call.text()
+    assert call.text().startswith("2/2 samples") and "sparsity 0.70]" in call.text()
     assert call.clock.samples == 2 and call.share() == 1
 
 
@@ -170,6 +173,14 @@ def test_a_file_gets_a_few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert silent.getvalue() == ""
 
 
+def test_a_terminal_without_a_size_gets_lines() -> None:
+    master, slave = os.openpty()  # as a container's may be: no rows, no columns
+    with open(slave, "w") as stream, open(master, "rb"):
+        assert stream.isatty() and not progress.is_terminal(stream)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+        assert progress.is_terminal(stream)
+
+
 def test_quiet_shows_nothing() -> None:
     for stream in (io.StringIO(), Terminal()):
         time, clock, call = call_of(1, quiet=True, stream=stream)
@@ -202,7 +213,7 @@ def test_a_generated_task_moves_before_its_first_answer(
     prompt = len(lm.tok_encode(PROMPTS[1]))
     assert len(early) >= 8 and len(set(early)) >= 4 and shares == sorted(shares)
     assert round(100 * prompt / (prompt + 8 * progress.WEIGHT)) in early  # the prompt is read, no token has arrived
-    assert lines[-1].startswith("generate_until: 100% 1/1 samples") and "decode_sparsity" in lines[-1]
+    assert lines[-1].startswith("generate_until: 100% 1/1 samples") and ", sparsity kv 0." in lines[-1]
     assert len(texts) == 1 and lm.clock.tokens["decode"] - before["decode"] == 8
     assert lm.clock.tokens["prefill"] - before["prefill"] == prompt
 

@@ -249,7 +249,11 @@ class Call:
         rate = "?" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
         facts = [f"{elapsed}<{remaining}", f"{rate} tokens/s"]
         means = {name: sum(values) / len(values) for name, values in self._sparsity.items()}
-        facts += [f"{name} {value:.3f}" for name, value in means.items()]
+        if means:
+            phases = (
+                f"{name.removesuffix('sparsity').rstrip('_')} {value:.2f}".strip() for name, value in means.items()
+            )
+            facts.append(f"sparsity {', '.join(phases)}")
         return f"{self.samples}/{self._documents} samples [{', '.join(facts)}]"
 
 
@@ -297,11 +301,11 @@ def new_bar(kind: str, quiet: bool, stream: TextIO) -> Bar | Lines:
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a stream ends in a terminal that has a width: some pseudo-terminals have none."""
+    """Whether a stream ends in a terminal that has a size: some pseudo-terminals have none, and tqdm draws nothing."""
     if not getattr(stream, "isatty", lambda: False)():
         return False
     try:
-        return os.get_terminal_size(stream.fileno()).columns > 0
+        return min(os.get_terminal_size(stream.fileno())) > 0
     except (OSError, ValueError, AttributeError):  # no file behind it
         return True
 
