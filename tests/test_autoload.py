@@ -16,7 +16,7 @@ from fresh_venv import ROOT, lent_packages, run
 
 import lm_eval_sparse.patches as patches
 from lm_eval_sparse import paths
-from lm_eval_sparse.patches import register_model, register_tasks, user_errors
+from lm_eval_sparse.patches import read_once, register_model, register_tasks, user_errors
 
 HOOK = ROOT / "patches" / "_lm_eval_sparse_hook.py"
 PTH = ROOT / "patches" / "lm_eval_sparse_autoload.pth"
@@ -324,6 +324,48 @@ def test_the_real_task_manager_without_default_tasks_lists_what_is_included(tmp_
         assert TaskManager(include_path=given, include_defaults=False).all_tasks == ["one_of_mine"]
         assert TaskManager(None, given, False).all_tasks == ["one_of_mine"]
     assert TaskManager(include_defaults=False).all_tasks == []
+
+
+def test_included_files_are_read_once_and_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against lm-eval's own: settings, tags, what is left out (a ring, and a file that comes twice), what is listed."""
+    from lm_eval.tasks import _yaml_loader, manager
+
+    def plain(function: object) -> object:
+        while getattr(function, "_lm_eval_sparse", False):
+            function = function.__wrapped__
+        return function
+
+    files = {f"t{i}.yaml": f"include: [base.yaml]\ntask: t{i}\nrepeats: {i}\n" for i in range(1, 6)}
+    files |= {
+        "base.yaml": "include: sub/deep.yaml\ndataset_path: json\nmetadata: {version: 1, of: [a]}\ntask_list: [x]\n",
+        "sub/deep.yaml": "output_type: generate_until\ntag: [all]\ndoc_to_text: !function utils.text\n",
+        "ring.yaml": "include: ring2.yaml\ntask: ring\n",
+        "ring2.yaml": "include: ring.yaml\n",
+        "twice.yaml": "include: [base.yaml, sub/deep.yaml]\ntask: twice\n",
+        "missing.yaml": "include: nowhere.yaml\ntask: missing\n",
+        "group.yaml": "group: g\ntask: [t1, t2]\n",
+    }
+    write(tmp_path, files)
+    original = _yaml_loader.load_yaml
+    monkeypatch.setattr(manager.TaskIndex, "build", staticmethod(plain(manager.TaskIndex.build)))
+    monkeypatch.setattr(manager.TaskManager, "list_all_tasks", plain(manager.TaskManager.list_all_tasks))
+
+    def found() -> tuple[dict, str, int]:
+        parsed = []
+        with monkeypatch.context() as patched:
+            load = _yaml_loader.yaml.load
+            patched.setattr(_yaml_loader.yaml, "load", lambda *a, **k: parsed.append(1) or load(*a, **k))
+            tasks = manager.TaskManager(include_path=str(tmp_path), include_defaults=False)
+            entries = {name: (e.kind, e.yaml_path, e.cfg, e.tags) for name, e in tasks._index.items()}
+            return entries, tasks.list_all_tasks(), len(parsed)
+
+    wanted, table, often = found()
+    read_once.apply(manager)
+    read_once.apply(manager)
+    entries, listed, once = found()
+    assert entries == wanted and listed == table and {"t1", "t5", "g", "all"} <= entries.keys()
+    assert not {"ring", "twice", "missing"} & entries.keys()
+    assert once < often - 4 * 2 and _yaml_loader.load_yaml is original  # base and deep, for four more tasks
 
 
 def test_nothing_is_done_where_lm_eval_discovers_plugin_tasks() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from ..runtime.accounting import Ledger, RowCounts
+from .progress import Call
 
 if TYPE_CHECKING:
     from .lm import SparseHFLM
@@ -27,19 +26,19 @@ class Answers:
         self.lm, self.kind = lm, kind
         self.results: list[Any] = [None] * total
         self._fresh: dict[str, Ledger] = defaultdict(lm.reporter.new_ledger)
-        self._bar = tqdm(total=total, disable=quiet or lm.rank != 0, desc=f"Running {kind} requests")
+        self.progress = Call(lm.clock, kind, total, quiet or lm.rank != 0)
 
     def skip(self, index: int, answer: Any) -> None:
         """A request that only stands for a leaf that cannot run has this answer."""
         self.results[index] = answer
-        self._bar.update(1)
+        self.progress.answered(index)
 
     def give(self, index: int, key: tuple[Any, ...] | None, answer: Any) -> None:
         """A request is answered. `key`: its arguments, as lm-eval's response cache knows them; None for one of none."""
         self.results[index] = answer
         if key is not None:
             self.lm.cache_hook.add_partial(self.kind, key, answer)
-        self._bar.update(1)
+        self.progress.answered(index, answer)
 
     def count(self, task: str | None, counts: RowCounts) -> None:
         """What one prompt with all its answers took."""
@@ -47,7 +46,7 @@ class Answers:
 
     def done(self) -> list[Any]:
         """All answers, in the order of the requests; what was counted is the model's from now on."""
-        self._bar.close()
+        self.progress.close()
         self.lm.reporter.add(self._fresh)
         return self.results
 

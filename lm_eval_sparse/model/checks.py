@@ -6,7 +6,13 @@ its tokenizer, before a model is loaded.
 
 from __future__ import annotations
 
+import atexit
 import inspect
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +24,10 @@ from ..kernels.backends import triton_unavailable
 from ..methods import METHODS
 from ..methods.grammar import example, knob_names
 from ..methods.plan import OWN_ARGS, argument_names
+from ..results.files import why
 from . import arguments
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_attention_choice(model_args: dict[str, Any]) -> None:
@@ -98,6 +107,41 @@ def check_backend(backend: str, device: str) -> None:
             f"backend={backend} needs {kinds[backend]}, and this run is on {device}: leave it out, or type "
             "backend=gather"
         )
+
+
+def check_kernel_folder(device: str) -> None:
+    """Make sure that Triton has a folder for what it compiles, in which the next run finds it.
+
+    Where its own cannot be written (a home that is missing, full or read-only), this process gets one of its own, which
+    goes when it ends; nobody else can have put anything there.
+
+    Raises:
+        UserError: there is none to be had either.
+    """
+    if not device.startswith("cuda"):
+        return
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~/")
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = why(error)
+        try:
+            own = tempfile.mkdtemp(prefix="lm_eval_sparse_kernels_")
+        except OSError:
+            raise UserError(
+                f"compiled kernels can be kept neither in {folder} ({reason}) nor in a temporary folder: set "
+                "TRITON_CACHE_DIR to a folder that can be written"
+            ) from error
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        logger.warning(
+            "compiled kernels cannot be kept in %s (%s), so this run compiles all of them: set TRITON_CACHE_DIR to a "
+            "folder that can be written", folder, reason,
+        )  # fmt: skip
+        folder = Path(own)
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
 
 
 def check_batch_size(model_args: dict[str, Any]) -> None:

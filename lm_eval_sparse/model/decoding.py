@@ -65,7 +65,8 @@ class Decoding:
     def get(self, instead: str = "answers are decoded by transformers") -> tuple[Decoder | None, str | None]:
         """What decodes answers, or why it cannot; what happens `instead` is said once."""
         if self.decoder is None and self.reason is None:
-            self.reason = self._make()
+            with self.lm.clock.checking():
+                self.reason = self._make()
             if self.reason is not None:
                 self.decoder = None
         if self.reason is not None and instead not in self._said:
@@ -183,6 +184,8 @@ class Decoding:
             del cache  # window layers keep the whole prompt's keys and values alive
             row.take(int(logits.argmax()) if chooser is None else chooser(logits, row.tokens))
             rows.append(row)
+        lm.summary.expect([ids.shape[1] for ids in prompts], decoder.reserve)
+        lm.clock.switch("decode")
         decoder.run(rows)
         return [(row.tokens, row.counts) for row in rows]
 
@@ -213,7 +216,9 @@ class Decoding:
         multiple = None
         if lm.device.type == "cpu" and lm.model.dtype in (torch.bfloat16, torch.float16):
             multiple = rows_alike(lm.model)
-        decoder = Decoder(call, lm.model.config, lm.runtime, lm.device, multiple, no_graph=mixed)
+        decoder = Decoder(
+            call, lm.model.config, lm.runtime, lm.device, multiple, no_graph=mixed, landed=lm.clock.landed
+        )
         for stretch in lm.lengths.stretches:  # they stretch the positions of all rows by the longest one
             decoder.alone = f"positions of kind {stretch.kind!r} depend on the neighbours"
         ids, watch = lm.trial, probe.Probe(lm.runtime)

@@ -61,6 +61,8 @@ class Forward:
             calling(lm.runtime, unpadded=step),
         ):
             lm.runtime.begin(ids.shape[1])
+            if not step:  # the decoder says what has arrived
+                lm.clock.switch(lm.runtime.phase, ids.numel())
             logits = lm.model(input_ids=ids, use_cache=cache is not None, **options).logits
         wanted = lm.runtime.calls_of_a_pass
         if wanted not in (None, lm.runtime.calls) and lm.runtime.probe is None:

@@ -24,6 +24,7 @@ from .decoding import prompt_ids
 from .generation_checks import check as check_generation
 from .generation_fields import NEUTRAL
 from .load import first_line
+from .progress import documents_of
 from .sampling import Sampling, generation_arguments
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Generator:
         """As lm-eval's; every text is a `str` that also carries its measured sparsity."""
         lm = self.lm
         answers = Answers(lm, "generate_until", len(requests), disable_tqdm)
+        answers.progress.documents(documents_of(requests))
         queue = []
         for index, request in enumerate(requests):
             if lm.reporter.skips(request):
@@ -55,8 +57,9 @@ class Generator:
         for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
             self._check_arguments(gen_kwargs)
         self._check_every([item[2] for item in queue])
-        lengths = {context: len(lm.tok_encode(context)) for _, context, _ in queue}
+        lengths = {context: len(lm.tok_encode(context)) for _, context, _ in answers.progress.reading(queue)}
         self._check_prompts(queue, lengths)
+        answers.progress.expect({item[0]: self._work(item, lengths) for item in queue})
         firsts = {context: index for index, context, _ in reversed(queue)}  # of several answers to a prompt
         self.diagnosed = set(sorted(firsts.values())[: lm.reporter.to_diagnose(len(firsts))])
         # The longest first: should memory run out, it does so at once, and storage made for them serves all others.
@@ -131,6 +134,11 @@ class Generator:
         answer = normalize_gen_kwargs(gen_kwargs, self.lm.max_gen_toks)["max_gen_toks"]
         prompt = min(lengths[context], self.lm.max_length - answer)
         return prompt, prompt + answer
+
+    def _work(self, item: tuple, lengths: dict[str, int]) -> tuple[int, int]:
+        """Tokens of a prompt, and those of its longest answer that are read."""
+        prompt, whole = self._whole_lengths(item[1], item[2], lengths)
+        return prompt, whole - prompt - 1
 
     def _check_prompts(self, queue: list[tuple], lengths: dict[str, int]) -> None:
         """Find prompts at which a sparsity is out of reach, a preset has no knobs or no answer fits, before any run."""
@@ -254,7 +262,9 @@ class Generator:
     def _pass_begins(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the runtime of the tokens that a forward pass is about to read."""
         ids = kwargs.get("input_ids", args[0] if args else None)
-        self.lm.runtime.begin((kwargs["inputs_embeds"] if ids is None else ids).shape[1])
+        tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+        self.lm.runtime.begin(tokens)
+        self.lm.clock.switch(self.lm.runtime.phase, tokens)
 
     def _finish(self, tokens: list[int], until: list[str]) -> str:
         """Text of generated tokens without thinking and stop strings, as lm-eval cuts them."""

@@ -28,6 +28,7 @@ from .checks import (
     check_backend,
     check_batch_size,
     check_device,
+    check_kernel_folder,
     check_known,
     check_template,
     refuse_attention_choice,
@@ -48,8 +49,10 @@ from .load import (
     interface_known,
     our_attention,
 )
+from .progress import Clock
 from .report import Reporter
 from .scoring import Scorer
+from .summary import Summary
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,7 @@ class SparseHFLM(HFLM):
 
     def __init__(self, pretrained: str | transformers.PreTrainedModel | None = None, **kwargs: Any) -> None:
         self.lm_eval_warns = False
+        self.clock = Clock()
         ours, rest = split(kwargs)
         check_pretrained(pretrained)
         refuse_attention_choice(rest)
@@ -96,6 +100,7 @@ class SparseHFLM(HFLM):
         self.forward, self.lengths = Forward(self), Lengths(self)
         self.scorer, self.generator, self.decoding = Scorer(self), Generator(self), Decoding(self)
         self.reporter = Reporter(self, full=self.sparse.stats == "full")
+        self.summary = Summary(self)
         #: Fields of the model's own configuration among the arguments.
         self._typed: dict[str, Any] = {}
         self.model_label = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", None)
@@ -114,6 +119,7 @@ class SparseHFLM(HFLM):
         if rest.get("device") is None:
             rest["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         check_device(rest)
+        check_kernel_folder(str(rest["device"]))
         check_backend(self.sparse.backend, str(rest["device"]))
         check_batch_size(rest)
 
@@ -134,9 +140,11 @@ class SparseHFLM(HFLM):
         check_loaded(self.model, self.max_length, self.custom_prefix_token_id)
         self.runtime.attach(self.model)
         #: Tokens `(1, L)` that the model was tried with.
-        self.trial = check_attention(self)
+        with self.clock.checking():
+            self.trial = check_attention(self)
         self.lengths.check_preset()
         set_active_lm(self)
+        self.clock.switch("prompts")  # lm-eval makes the documents next
 
     # --- construction ----------------------------------------------------------------------------------------
 
@@ -234,6 +242,8 @@ class SparseHFLM(HFLM):
         return self.generator.generate_until(requests, disable_tqdm)
 
     def _before_requests(self) -> None:
+        self.clock.switch("prompts")
+        self.summary.begin()
         # Another SparseHFLM may have wrapped the same model in the meantime.
         self.runtime.attach(self.model)
         template = getattr(self.tokenizer, "chat_template", None)
@@ -266,10 +276,13 @@ class SparseHFLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """As lm-eval's, with the `sparse` block. lm-eval calls it once, after the last request."""
         self.check_it_ran()
+        self.clock.switch("rest")
         info = super().get_model_info()
         if self.is_embedded:
             info["model_sha"] = embedded.GGUF_SHA256
-        return {**info, "sparse": self.report()}
+        report = self.report()
+        self.summary.show(report)
+        return {**info, "sparse": report}
 
     # --- lm-eval's caches ------------------------------------------------------------------------------------
 

@@ -182,6 +182,7 @@ class Reporter:
                 "python": platform.python_version(),
             },
             "device": device_name(lm.device),
+            "run": lm.summary.figures(),
             **({"batches_halved": lm.decoding.halved} if lm.decoding.halved else {}),
         }
 

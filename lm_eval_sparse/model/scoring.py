@@ -17,7 +17,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..protocol import MeasuredFloat, MeasuredLoglikelihood, SharedPrompt, window_of
@@ -28,6 +27,7 @@ from ..runtime.diagnose import Diagnosis
 from .answers import Answers
 from .beginnings import Beginnings
 from .encoding import SharedEncoder
+from .progress import documents_of
 from .side_by_side import SideBySide
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ class Context:
         """Tokens of the prompt, and of prompt and longest answer that a model reads."""
         return len(self.prompt), len(self.prompt) + max(len(target.tokens) for target in self.targets) - 1
 
+    def work(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Of each request its index, and the tokens that it reads: of the prompt, once, and of its answer."""
+        for place, target in enumerate(self.targets):
+            yield target.index, (len(self.prompt) if place == 0 else 0, len(target.tokens) - 1)
+
     def sequences(self) -> list[list[int]]:
         """The token sequences to run, longest first: a sequence that another one begins with needs no run."""
         chosen: list[list[int]] = []
@@ -94,10 +99,11 @@ class Scorer:
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As lm-eval's; every answer is a tuple that also carries its measured sparsity."""
         answers = Answers(self.lm, "loglikelihood", len(requests), disable_tqdm)
+        answers.progress.documents(documents_of(requests))
         contexts: dict[tuple, Context] = {}
         prompts = ((request.args[0], shared_part(request.args[0])) for request in requests)
         self._shared_encoder.expect(list(dict.fromkeys(context[:shared] for context, shared in prompts if shared)))
-        for index, request in enumerate(tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm)):
+        for index, request in enumerate(answers.progress.reading(requests)):
             if self.lm.reporter.skips(request):
                 answers.skip(index, MeasuredLoglikelihood(0.0, False, {}))
                 continue
@@ -210,6 +216,10 @@ class Scorer:
                 f"({length} in all) is scored in one pass, and {' and '.join(later)} cannot be applied: use prompts of "
                 "another length, or a prefill method"
             )
+        answers.progress.expect(dict(work for context in contexts for work in context.work()))
+        if contexts:
+            longest = max(contexts, key=lambda context: context.lengths()[1])
+            lm.summary.expect([len(longest.prompt)], longest.lengths()[1] - len(longest.prompt))
         for place, (context, in_one) in enumerate(zip(contexts, whole, strict=True)):
             following = contexts[place + 1].prompt if place + 1 < len(contexts) else None
             scored = self._score_whole(context) if in_one else self.score_context(context, following)
@@ -288,7 +298,10 @@ class Scorer:
         """As lm-eval's: the sum over windows of at most `max_length` tokens, each run as one prefill."""
         lm = self.lm
         answers = Answers(lm, "loglikelihood_rolling", len(requests), disable_tqdm)
-        cut = [self._rolling_windows(request.args[0]) for request in requests]
+        answers.progress.documents(documents_of(requests))
+        cut = [self._rolling_windows(request.args[0]) for request in answers.progress.reading(requests)]
+        read = [sum(len(head) + len(tail) - 1 for head, tail in windows) for windows in cut]
+        answers.progress.expect({index: (tokens, 0) for index, tokens in enumerate(read)})
         lm.lengths.check([len(head) + len(tail) - 1 for windows in cut for head, tail in windows])
         for index, (request, windows) in enumerate(zip(requests, cut, strict=True)):
             (text,) = request.args

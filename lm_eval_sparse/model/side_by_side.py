@@ -80,6 +80,7 @@ class SideBySide:
             rows,
             self._copies,
             decoder.graphs.refused,
+            lm.clock.landed,
         )
 
     def _copies(self, prompt: int, answer: int) -> int:
@@ -96,11 +97,13 @@ class SideBySide:
             cache: what the prefill has left, made by `engine`.
             first: `(V,)` log-probabilities of the first token.
         """
+        self.lm.clock.switch("decode")
         longer = [answer for answer in answers if len(answer) > 1]
         if longer:
             engine.adopt(cache)
         if not self._checked and len(longer) > 1:
-            self._check(engine, longer, first)
+            with self.lm.clock.checking():
+                self._check(engine, longer, first)
         groups = [list(answers)] if self.alone is None else [[answer] for answer in answers]
         scored: Scored = []
         for group in groups:

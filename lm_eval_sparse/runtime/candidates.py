@@ -134,6 +134,7 @@ class Candidates:
         rows: W, of every pass.
         forked: answers at most that get a copy of the prompt, at once: from the prompt's tokens and the longest answer.
         no_graph: why passes must not be captured, if so.
+        landed: is told, after each pass, how many tokens it has read.
     """
 
     def __init__(
@@ -146,7 +147,9 @@ class Candidates:
         rows: int,
         forked: Callable[[int, int], int],
         no_graph: str | None = None,
+        landed: Callable[[int], None] = lambda tokens: None,
     ):
+        self.landed = landed
         self.call, self.log_softmax, self.config = call, log_softmax, config
         self.runtime, self.device, self.rows, self._forked = runtime, device, rows, forked
         self._cache = Cache(layers=[PassingLayer() for _ in SparseCache(config, longest=runtime.longest).layers])
@@ -252,6 +255,7 @@ class Candidates:
                 reads: list[Tensor] = []
                 for rows in self._tiles([len(answers[place]) - 1 for place in some]):
                     self._pass(rows, [answers[place] for place in some], counts)
+                    self.landed(len(rows))
                     logprobs.append(self._found[: len(rows)].clone())
                     hits.append(self._hits[: len(rows)].clone())
                     if self._reads is not None:

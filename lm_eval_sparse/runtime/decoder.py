@@ -61,6 +61,7 @@ class Decoder:
         multiple: what the number of rows that the model sees is a multiple of on a CPU; None: of nothing, since
             products round otherwise for each number.
         no_graph: why steps must not be captured in CUDA graphs, if so.
+        landed: is told, after each step, of how many rows a token has arrived.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Decoder:
         device: torch.device,
         multiple: int | None = None,
         no_graph: str | None = None,
+        landed: Callable[[int], None] = lambda tokens: None,
     ):
+        self.landed = landed
         self.call, self.config, self.runtime, self.device = call, config, runtime, device
         self.on_gpu = device.type == "cuda"
         self.multiple = multiple or 1
@@ -466,6 +469,7 @@ class Decoder:
         if event is not None:
             event.synchronize()
         chosen = ids[: len(rows)].tolist()
+        self.landed(sum(not row.done for row in rows))
         for place, row in enumerate(rows):
             if row.done:
                 continue
