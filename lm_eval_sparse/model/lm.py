@@ -137,7 +137,8 @@ class SparseHFLM(HFLM):
         self.trial = check_attention(self)
         self.lengths.check_preset()
         if self.peers is not None:
-            self.peers.agree({**self.fingerprint(), "device": self.device.type, **versions()})
+            typed = response_cache.public(ours)
+            self.peers.agree({**typed, **self.fingerprint(), "device": self.device.type, **versions()})
         set_active_lm(self)
 
     # --- construction ----------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain, zip_longest
@@ -26,8 +27,6 @@ from .watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-logger = logging.getLogger(__name__)
 
 #: How long processes wait for the last of them to start.
 JOIN = timedelta(minutes=10)
@@ -148,15 +147,43 @@ def join(model_args: Mapping[str, Any], alone: bool = False) -> Peers | None:
     check(place, model_args, torch.cuda.device_count())
     if str(model_args["device"]).partition(":")[0] == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else accelerate sees one process where there is no GPU
+    try:
+        _interruptibly(_initialise)
+        peers = Peers.of(place)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"process {place.rank} of {place.world_size} does not find the others ({_first_line(error)}): start "
+            "all of them by torchrun, with the same --master-addr and --master-port (or --rdzv-endpoint)"
+        ) from error
+    if place.rank:  # what lm-eval says of its progress is said by the first
+        told = logging.getLogger("lm_eval")
+        told.setLevel(max(told.level, logging.WARNING))
+    return peers
+
+
+def _initialise() -> None:
     if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=JOIN)
+
+
+def _interruptibly(work: Callable[[], Any]) -> Any:
+    """What `work` returns. torch waits for others without looking at signals, so that it does so in a thread."""
+    done: list[Any] = []
+    wrong: list[Exception] = []
+
+    def run() -> None:
         try:
-            torch.distributed.init_process_group("gloo", timeout=JOIN)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"process {place.rank} of {place.world_size} does not find the others ({_first_line(error)}): start "
-                "all of them by torchrun, with the same --master-addr and --master-port (or --rdzv-endpoint)"
-            ) from error
-    return Peers.of(place)
+            done.append(work())
+        except Exception as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if wrong:
+        raise wrong[0]
+    return done[0]
 
 
 class Peers:
@@ -177,7 +204,8 @@ class Peers:
     def of(cls, place: Place) -> Peers:
         """The peers of this process, however many models it makes."""
         if cls._known is None or cls._known.place != place:
-            cls._known = cls(place, torch.distributed.new_group(backend="gloo", timeout=WORK))
+            group = _interruptibly(lambda: torch.distributed.new_group(backend="gloo", timeout=WORK))
+            cls._known = cls(place, group)
         return cls._known
 
     def gather(self, thing: Any, dst: int = 0) -> list[Any] | None:

@@ -87,7 +87,7 @@ class Scorer:
         """As lm-eval's; every answer is a tuple that also carries its measured sparsity."""
         answers = Answers(self.lm, "loglikelihood", len(requests), disable_tqdm)
         contexts: dict[tuple, Context] = {}
-        for index, request in enumerate(tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm)):
+        for index, request in enumerate(tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm or self.lm.rank)):
             if self.lm.reporter.skips(request):
                 answers.skip(index, MeasuredLoglikelihood(0.0, False, {}))
                 continue
