@@ -234,6 +234,7 @@ def test_the_place_of_a_process() -> None:
         place_of(alone)
     assert place_of({**alone, "OMPI_COMM_WORLD_SIZE": "2"}) is None
     assert place_of({"ACCELERATE_MIXED_PRECISION": "no"}) is None
+    assert place_of({**alone, "MASTER_ADDR": "node7"}) is None  # of a cluster, for whoever wants it
 
 
 def test_caches_are_told_apart_as_lm_eval_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +265,21 @@ def test_processes_of_different_arguments_are_refused() -> None:
         check_same([{"sparsity": "0.5"}, {"sparsity": "0.5"}, {"sparsity": "0.6"}])
     with pytest.raises(UserError, match="differ in tau: nothing in process 0, 0.1 in process 1"):
         check_same([{}, {"tau": "0.1"}])
+
+
+def test_what_gloo_says_of_a_process_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234\nat transport/tcp/pair.cc")
+
+    for name in ("gather_object", "all_gather_object"):
+        monkeypatch.setattr(torch.distributed, name, broken)
+    peers = parallel.Peers(Place(0, 2, 0, 2), None)
+    for ask in (peers.gather, peers.all, lambda what: peers.agree({"sparsity": what})):
+        with pytest.raises(UserError, match=r"another of the 2 processes is gone \(Connection closed by peer"):
+            ask(1)
+    peers._watch = SimpleNamespace(reason=lambda: "process 1 of 2 (process 7 on node7) is gone")
+    with pytest.raises(UserError, match="^process 1 of 2"):
+        peers.gather(1)
 
 
 def test_no_process_of_a_model_that_is_split_joins(monkeypatch: pytest.MonkeyPatch) -> None:

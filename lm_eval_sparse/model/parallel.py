@@ -70,8 +70,9 @@ def place_of(environment: Mapping[str, str]) -> Place | None:
     """
     if environment.get(_WORLD) is None:
         mpi = any(environment.get(name) is not None for name in _MPI)
-        # `accelerate launch` sets an address for several processes only.
-        if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and not mpi:
+        # `accelerate launch` sets this address for several processes only; one of a cluster is another.
+        local = environment.get("MASTER_ADDR") == "127.0.0.1"
+        if "ACCELERATE_MIXED_PRECISION" in environment and local and not mpi:
             raise UserError(
                 "`accelerate launch` was asked for several processes, and starts only one without GPUs: type "
                 "torchrun --nproc-per-node N -m lm_eval ... for N processes (or --num_processes 1)"
