@@ -28,10 +28,14 @@ from .watch import Watch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+logger = logging.getLogger(__name__)
+
 #: How long processes wait for the last of them to start.
 JOIN = timedelta(minutes=10)
 #: How long one waits for what the others compute. Not a limit on them: `Watch` notices those that are gone.
 WORK = timedelta(weeks=4)
+#: Seconds after which it says so.
+_PATIENCE = 10.0
 
 #: Names under which launchers tell a process its place; `torchrun`'s, which `accelerate launch` shares.
 _RANK, _WORLD, _LOCAL_RANK, _LOCAL_WORLD = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
@@ -212,8 +216,16 @@ class Peers:
     def gather(self, thing: Any, dst: int = 0) -> list[Any] | None:
         """What each process gives, by rank, at process `dst`; None elsewhere."""
         found = [None] * self.place.world_size if self.place.rank == dst else None
-        with self._reached():
-            torch.distributed.gather_object(thing, found, dst=dst, group=self._group)
+        # It has a progress bar that stands still by then.
+        said = threading.Timer(_PATIENCE, logger.warning, ["this process is done; waiting for the others"])
+        if found is not None:
+            said.daemon = True
+            said.start()
+        try:
+            with self._reached():
+                torch.distributed.gather_object(thing, found, dst=dst, group=self._group)
+        finally:
+            said.cancel()
         return found
 
     def all(self, thing: Any) -> list[Any]:
@@ -230,9 +242,11 @@ class Peers:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Until all have come to the end of this, a process that is gone ends the others, too, in one line."""
-        with Watch(self.place, self.all) as self._watch:
-            yield
-        self._watch = None
+        try:
+            with Watch(self.place, self.all) as self._watch:
+                yield
+        finally:
+            self._watch = None
 
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
