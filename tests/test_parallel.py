@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +62,15 @@ def nearly(left: Any, right: Any) -> bool:
     return left == right
 
 
+def start(command: list[str], rank: int, port: int, log: Path) -> subprocess.Popen[bytes]:
+    """One of two processes, as torchrun starts them (which is one more that imports torch)."""
+    own = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    own["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [own.get("PYTHONPATH")])])
+    own |= {**launched(rank, 2, rank, 2), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as file:
+        return subprocess.Popen(command, env=own, stdout=file, stderr=subprocess.STDOUT)
+
+
 def test_two_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All kinds of requests, few-shot examples drawn one after the other, an odd number of documents, a task with fewer
     documents than there are processes."""
@@ -78,18 +89,15 @@ def test_two_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.M
     for name, value in {"HF_HUB_OFFLINE": "1", "LM_EVAL_SPARSE_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(HERE / "few_tasks.py"), "run", "--model", "sparse-hf", "--tasks", ",".join(names)),
+        *(sys.executable, str(HERE / "few_tasks.py"), "run", "--model", "sparse-hf", "--tasks", ",".join(names)),
         *("--model_args", ",".join(f"{name}={value}" for name, value in model.items())),
         *("--include_path", str(folder), "--num_fewshot", "2", "--log_samples", "--output_path", str(tmp_path / "two")),
         *("--use_cache", str(tmp_path / "answers")),
     ]
-    own = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    paths = os.pathsep.join([str(HERE.parent), *filter(None, [own.get("PYTHONPATH")])])
-    with subprocess.Popen(
-        command, env={**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    ) as process:  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = [start(command, rank, port, tmp_path / f"{rank}.log") for rank in (0, 1)]
+    try:
         threads = torch.get_num_threads()
         monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
         torch.set_num_threads(1)
@@ -105,8 +113,11 @@ def test_two_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.M
         tracker.save_results_aggregated(results=found, samples=samples)
         for task in found["configs"]:
             tracker.save_results_samples(task_name=task, samples=samples[task])
-        output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-3000:]
+        for rank, process in enumerate(started):
+            assert process.wait(240) == 0, (rank, (tmp_path / f"{rank}.log").read_text()[-3000:])
+    finally:
+        for process in started:
+            process.kill()
     (one, by_one), (two, by_two) = saved(tmp_path / "one"), saved(tmp_path / "two")
     assert by_one.keys() == by_two.keys() == set(names)
     for task, rows in by_one.items():
@@ -186,9 +197,6 @@ def test_a_process_that_is_gone_ends_the_others_in_a_line(
 
 def test_a_stranger_is_not_taken_for_a_process() -> None:
     """What connects to the first process without its token is turned away."""
-    import socket
-    import threading
-
     place = [SimpleNamespace(rank=rank, world_size=2, one_host=True) for rank in (0, 1)]
     met, both = {}, threading.Barrier(2)
 
@@ -203,12 +211,17 @@ def test_a_stranger_is_not_taken_for_a_process() -> None:
 
     ends: list[str] = []
     second = Watch(place[1], lambda mine: exchange(mine, 1), ends.append)
-    thread = threading.Thread(target=second.__enter__)
+
+    def other() -> None:
+        with second:
+            pass
+
+    thread = threading.Thread(target=other, daemon=True)
     thread.start()
     with Watch(place[0], lambda mine: exchange(mine, 0), ends.append):
-        thread.join(20)
-        second.__exit__(None, None, None)
-    assert not ends
+        pass
+    thread.join(20)
+    assert not ends and not thread.is_alive()
 
 
 # --- who is who ------------------------------------------------------------------------------------------------------

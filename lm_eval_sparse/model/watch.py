@@ -111,6 +111,9 @@ class Watch:
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_WR)  # so that what was told arrives
         self._closed.set()
+        if error is None and self._place.rank and self._thread is not None:
+            # The first is still to read what this one has sent it, which a process that ends may take with it.
+            self._thread.join()
 
     def _accept(self, server: socket.socket, token: str) -> None:
         """Take the connections of all others. Whoever does not know the token is none of them."""
