@@ -75,6 +75,7 @@ def _with_sample_stats(evaluate: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         if is_ours(given.get("lm")):
             _count_restored(given["lm"], given.get("task_dict") or {})
+            getattr(given["lm"], "lm", given["lm"]).reporter.reduce()
             if results is not None and results.get("samples"):
                 _add_to_samples(results["samples"])
             model = getattr(given["lm"], "lm", given["lm"])

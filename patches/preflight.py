@@ -210,7 +210,7 @@ def _check(options: dict[str, Any]) -> None:
 
         typed = options["gen_kwargs"]
         generation_checks.check_early(simple_parse_args_string(typed) if isinstance(typed, str) else typed)
-    from lm_eval_sparse.model import response_cache
+    from lm_eval_sparse.model import parallel, response_cache
     from lm_eval_sparse.patches import hub_tracker
 
     tracker = options["evaluation_tracker"]
@@ -230,7 +230,7 @@ def _check(options: dict[str, Any]) -> None:
         # lm-eval appends this for the first process, and the others' names are as long.
         cache = Path(f"{options['use_cache']}_rank0.db")
         paths.check_writable(f"--use_cache {options['use_cache']}", cache.parent, response_cache.names(cache))
-        response_cache.check(options["use_cache"])
+        response_cache.check(options["use_cache"], parallel.rank_of_cache(options["model_args"]))
     full = _wants_full_stats(options["model"], options["model_args"])
     if full and tracker is not None and not getattr(tracker, "output_path", None):
         raise UserError("stats=full writes a file next to the results: add --output_path FOLDER")

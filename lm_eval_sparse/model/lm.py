@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..methods.plan import SparseConfig, parse, split
 from ..protocol import set_active_lm
 from ..runtime.interface import IMPLEMENTATION, register
 from ..runtime.session import Runtime
-from . import adapters, arguments, embedded, response_cache
+from . import adapters, arguments, embedded, parallel, response_cache
 from .checks import (
     check_backend,
     check_batch_size,
@@ -50,7 +51,7 @@ from .load import (
     our_attention,
 )
 from .progress import Clock
-from .report import Reporter
+from .report import Reporter, versions
 from .scoring import Scorer
 from .summary import Summary
 
@@ -122,6 +123,8 @@ class SparseHFLM(HFLM):
         check_kernel_folder(str(rest["device"]))
         check_backend(self.sparse.backend, str(rest["device"]))
         check_batch_size(rest)
+        #: The other processes of this evaluation, or None.
+        self.peers = parallel.join(rest, alone=not isinstance(pretrained, str))
 
         self.templated = False
         self.warned_about_template = False
@@ -131,10 +134,7 @@ class SparseHFLM(HFLM):
         with explained(self._named, self._typed):
             super().__init__(pretrained=pretrained, **passed)
             self.tok_encode("Text of any kind.")  # a tokenizer may load from files that are not all there
-        accelerator = getattr(self, "accelerator", None)
-        if accelerator is not None and accelerator.num_processes > 1 and self._world_size == 1:
-            # lm-eval splits documents over processes on GPUs only, and takes the local rank for the global one.
-            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self._take_place()
         if not isinstance(pretrained, str):
             self.model.set_attn_implementation(IMPLEMENTATION)
         check_loaded(self.model, self.max_length, self.custom_prefix_token_id)
@@ -143,6 +143,9 @@ class SparseHFLM(HFLM):
         with self.clock.checking():
             self.trial = check_attention(self)
         self.lengths.check_preset()
+        if self.peers is not None:
+            typed = response_cache.public(ours)
+            self.peers.agree({**typed, **self.fingerprint(), "device": self.device.type, **versions()})
         set_active_lm(self)
         self.clock.switch("prompts")  # lm-eval makes the documents next
 
@@ -210,6 +213,32 @@ class SparseHFLM(HFLM):
     def is_recurrent(self) -> bool:
         """Whether the model carries a state that cannot be rolled back to the end of the context."""
         return bool(getattr(self.model, "_is_stateful", False))
+
+    # --- several processes -----------------------------------------------------------------------------------
+
+    def _take_place(self) -> None:
+        """lm-eval takes the local rank for the global one, and splits documents over processes on GPUs only."""
+        accelerator = getattr(self, "accelerator", None)
+        if self.peers is None and accelerator is not None and accelerator.num_processes > 1:  # started by MPI
+            self.peers = parallel.Peers.of(parallel.place_of(os.environ))
+        self._rank, self._world_size = 0, 1
+        if self.peers is not None:
+            self._rank, self._world_size = self.peers.place.rank, self.peers.place.world_size
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`(world_size, ...)`: what lm-eval asks for to let all processes have as many requests, which ours need not:
+        none waits for another before the end. Told that all have as many as this one, it repeats none."""
+        return tensor.expand(self.world_size, *tensor.shape) if self.peers is not None else tensor
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """As lm-eval's; samples and metrics of tasks come in the order that they have in one process."""
+        if self.peers is None:
+            return [obj]
+        parts = self.peers.gather(obj, dst)
+        return None if parts is None else parallel.in_order(parts)
+
+    def barrier(self) -> None:
+        """lm-eval waits after each kind of request; a process may have none of a kind, and there is no need to."""
 
     # --- requests --------------------------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ class Reporter:
         self.ledgers: dict[str, Ledger] = defaultdict(self.new_ledger)
         self.skipped: dict[str, str] = {}
         self.begun = False
+        #: Those of all processes, where there are several.
+        self.devices: list[str] = []
         #: Prompts of this process that are yet to be looked at: the documents go round the processes.
         self._to_diagnose: int | None = None
 
@@ -121,12 +123,34 @@ class Reporter:
         return {"compactions": number} if phase == "eviction" and self.lm.runtime.plan.every is not None else {}
 
     def add(self, fresh: dict[str, Ledger]) -> None:
-        """Merge what this process counted, and on rank 0 what the others did."""
+        """Merge what was counted while requests were answered."""
         self.begun = True
-        parts = self.lm.gather_object(dict(fresh), dst=0) if self.lm.world_size > 1 else [dict(fresh)]
-        for part in parts or []:
-            for task, ledger in part.items():
-                self.ledgers[task].merge(ledger)
+        for task, ledger in fresh.items():
+            self.ledgers[task].merge(ledger)
+
+    def reduce(self) -> None:
+        """Put together on rank 0 what all processes counted since the last time. All of them have to call it."""
+        lm = self.lm
+        if lm.peers is None:
+            return
+        mine = {
+            "ledgers": dict(self.ledgers),
+            "skipped": self.skipped,
+            "longest_answer": lm.runtime.longest_answer,
+            "halved": lm.decoding.halved,
+            "device": device_name(lm.device),
+        }
+        parts = lm.peers.gather(mine)
+        if parts is None:
+            self.ledgers.clear()
+            lm.decoding.halved = 0
+            return
+        for part in parts[1:]:
+            self.add(part["ledgers"])
+            self.skipped |= part["skipped"]
+            lm.runtime.longest_answer = max(lm.runtime.longest_answer, part["longest_answer"])
+            lm.decoding.halved += part["halved"]
+        self.devices = [part["device"] for part in parts]
 
     def count_restored(self, task: str, stats: dict[str, Any], window: int | None = None) -> None:
         """Count an answer that came from a response cache with what was measured when it was made.
@@ -174,15 +198,10 @@ class Reporter:
             "tasks": {task: phases(ledger) for task, ledger in self.ledgers.items() if task},
             "skipped": dict(self.skipped),
             "layers": {"sparse_eligible": sum(r is None for r in lm.runtime.layers.values()), "untouched": untouched},
-            "versions": {
-                "lm_eval_sparse": __version__,
-                "lm_eval": version("lm_eval"),
-                "transformers": transformers.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "device": device_name(lm.device),
             "run": lm.summary.figures(),
+            **({"processes": {"number": lm.world_size, "devices": self.devices}} if lm.peers is not None else {}),
             **({"batches_halved": lm.decoding.halved} if lm.decoding.halved else {}),
         }
 
@@ -246,7 +265,7 @@ class Reporter:
         if once:
             logger.warning(
                 "%s evicted prompts only, never an answer in its course, in %s: every=%d, and no answer of theirs has "
-                "so many tokens (the longest of this process has %d); their scores are those of every=None",
+                "so many tokens (the longest has %d); their scores are those of every=None",
                 plan.eviction.method.name, ", ".join(task or "the run" for task in once), plan.every,
                 self.lm.runtime.longest_answer,
             )  # fmt: skip
@@ -269,6 +288,17 @@ class Reporter:
             )  # fmt: skip
 
 
+def versions() -> dict[str, str]:
+    """Of what decides an answer besides the arguments."""
+    return {
+        "lm_eval_sparse": __version__,
+        "lm_eval": version("lm_eval"),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def device_name(device: torch.device) -> str:
     """A name a reader of results understands: the card, or the processor with its thread count."""
     if device.type == "cuda":
@@ -276,4 +306,4 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()} ({device.type}, {torch.get_num_threads()} threads)"
 
 
-__all__ = ["Reporter", "device_name"]
+__all__ = ["Reporter", "device_name", "versions"]

@@ -45,13 +45,12 @@ _KINDS: dict[str, tuple[type, type]] = {
 }
 
 
-def check(name: str) -> None:
-    """Raise `UserError` when this process's part of the cache that `--use_cache` names cannot be ours.
+def check(name: str, rank: int = 0) -> None:
+    """Raise `UserError` when the part of process `rank` of the cache that `--use_cache` names cannot be ours.
 
     For before the model is loaded; `guard` compares the configuration. A cache that does not exist yet is fine.
     """
-    rank = os.environ.get("LOCAL_RANK", "0")  # as lm-eval names them
-    path = Path(f"{name}_rank{rank if rank.isdecimal() else 0}.db")
+    path = Path(f"{name}_rank{rank}.db")  # as lm-eval names it
     if not _is_new(path):
         with _database(path) as database:
             _check_answers(path, database, _settled(path, database))
