@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..methods import PHASE_ARGUMENTS, presets
 from ..protocol import SKIPPED
 from ..runtime.accounting import COVERED, PHASES, Ledger, RowCounts, compactions
+from .summary import together
 
 if TYPE_CHECKING:
     from .lm import SparseHFLM
@@ -62,6 +63,7 @@ class Reporter:
         self.begun = False
         #: Those of all processes, where there are several.
         self.devices: list[str] = []
+        self._others: list[dict[str, Any]] = []
         #: Prompts of this process that are yet to be looked at: the documents go round the processes.
         self._to_diagnose: int | None = None
 
@@ -139,6 +141,7 @@ class Reporter:
             "longest_answer": lm.runtime.longest_answer,
             "halved": lm.decoding.halved,
             "device": device_name(lm.device),
+            "run": lm.summary.figures(),
         }
         parts = lm.peers.gather(mine)
         if parts is None:
@@ -151,6 +154,7 @@ class Reporter:
             lm.runtime.longest_answer = max(lm.runtime.longest_answer, part["longest_answer"])
             lm.decoding.halved += part["halved"]
         self.devices = [part["device"] for part in parts]
+        self._others = [part["run"] for part in parts[1:]]
 
     def count_restored(self, task: str, stats: dict[str, Any], window: int | None = None) -> None:
         """Count an answer that came from a response cache with what was measured when it was made.
@@ -200,7 +204,7 @@ class Reporter:
             "layers": {"sparse_eligible": sum(r is None for r in lm.runtime.layers.values()), "untouched": untouched},
             "versions": versions(),
             "device": device_name(lm.device),
-            "run": lm.summary.figures(),
+            "run": together(lm.summary.figures(), self._others),
             **({"processes": {"number": lm.world_size, "devices": self.devices}} if lm.peers is not None else {}),
             **({"batches_halved": lm.decoding.halved} if lm.decoding.halved else {}),
         }

@@ -72,6 +72,23 @@ class Summary:
             print(plain(text(report)), file=sys.stderr, flush=True)
 
 
+def together(mine: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of several processes: `seconds` are those of the first one, which waits for the others; tokens and
+    samples are those of all, memory that of the one that took most."""
+    every = [mine, *others]
+
+    def all_of(part: str, phase: str, combine: Any) -> Any:
+        found = [figures[part][phase] for figures in every if figures[part][phase] is not None]
+        return combine(found) if found else None
+
+    return {
+        "seconds": mine["seconds"],
+        **{part: {phase: all_of(part, phase, sum) for phase in mine[part]} for part in ("tokens", "tokens_per_second")},
+        "samples": sum(figures["samples"] for figures in every),
+        "peak_memory_bytes": {kind: all_of("peak_memory_bytes", kind, max) for kind in mine["peak_memory_bytes"]},
+    }
+
+
 def peak(device: torch.device) -> int | None:
     """Bytes held at most: allocated on a GPU; on a CPU by the process since it began, None where nobody counts."""
     if device.type == "cuda":
