@@ -6,8 +6,10 @@ What lm-eval calls is here; `scoring` and `generation` answer its requests, `rep
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -49,6 +51,7 @@ from .load import (
     our_attention,
 )
 from .report import Reporter
+from .resume import SampleLog, digest
 from .scoring import Scorer
 
 logger = logging.getLogger(__name__)
@@ -77,6 +80,9 @@ class SparseHFLM(HFLM):
             against dense attention stands in the results.
         debug: `True` checks what methods select at once on a GPU, too, which is slower: mistakes show where they are
             made. Without it they show when a batch is done.
+        resume: `0` answers all anew and keeps no log. Without it, a run whose results are saved goes on from the
+            answers of runs before it that have the same configuration, whatever their limit, batch size, ranks and
+            device were.
         gamma, tau, ...: native knobs of the methods, instead of a sparsity.
         pretrained: as in `hf`; without it the embedded SmolLM2-135M-Instruct is used.
 
@@ -96,6 +102,8 @@ class SparseHFLM(HFLM):
         self.forward, self.lengths = Forward(self), Lengths(self)
         self.scorer, self.generator, self.decoding = Scorer(self), Generator(self), Decoding(self)
         self.reporter = Reporter(self, full=self.sparse.stats == "full")
+        #: Where answers are taken from and kept, while lm-eval evaluates with a place for its results.
+        self.sample_log: SampleLog | None = None
         #: Fields of the model's own configuration among the arguments.
         self._typed: dict[str, Any] = {}
         self.model_label = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", None)
@@ -276,6 +284,9 @@ class SparseHFLM(HFLM):
         """What decides an answer besides the prompt: `--use_cache` must not mix answers of different ones."""
         sample = hashlib.sha256()
         for parameter in self.model.parameters():
+            if parameter.device.type == "meta":  # kept elsewhere until it is needed
+                sample.update(str(tuple(parameter.shape)).encode())
+                continue
             flat = parameter.detach().flatten()
             sample.update(str(flat[:: max(1, flat.numel() // 64)][:64].tolist()).encode())
         typed = {name: value for name, value in self.model_args.items() if name not in WITHOUT_EFFECT}
@@ -288,6 +299,28 @@ class SparseHFLM(HFLM):
             "max_length": self.max_length,
             "weights": sample.hexdigest()[:16],
         }
+
+    def open_log(self, output: Path, tasks: Mapping[str, str]) -> None:
+        """Go on from the answers that are kept beside the results in `output`, and keep new ones there.
+
+        Args:
+            tasks: by name, what decides a task's requests beside their texts, as a hash. Only these are kept.
+        """
+        self.close_log()
+        if self.sparse.resume:
+            own = {name: json.loads(getattr(self.model, name).to_json_string(False)) for name in CONFIGURATIONS
+                   if getattr(self.model, name, None) is not None}  # fmt: skip
+            decides = {name: {k: v for k, v in part.items() if k not in IDLE_FIELDS} for name, part in own.items()}
+            configuration = {**self.fingerprint(), **{name: digest(part) for name, part in decides.items()}}
+            run, about = self.reporter.run_id, self.reporter.about
+            self.sample_log = SampleLog(output, configuration, run, about, tasks)
+
+    def close_log(self) -> None:
+        """Nothing more is taken from the log of samples, or kept there."""
+        if self.sample_log is not None:
+            self.reporter.runs |= self.sample_log.runs
+            self.sample_log.close()
+            self.sample_log = None
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Accept a response cache only when it was written under the same configuration, or is new."""
@@ -321,6 +354,10 @@ class SparseHFLM(HFLM):
         self.templated = True
         return super().tokenizer_name
 
+
+#: Configurations of a model that decide its answers, and fields of theirs that do not.
+CONFIGURATIONS = ("config", "generation_config")
+IDLE_FIELDS = ("_name_or_path", "transformers_version", "_attn_implementation", "_attn_implementation_internal")
 
 #: Model arguments that do not change an answer.
 WITHOUT_EFFECT = ("device", "batch_size", "max_batch_size", "logits_cache", "parallelize", "token", "cache_dir")
