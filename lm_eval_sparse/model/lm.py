@@ -314,11 +314,11 @@ class SparseHFLM(HFLM):
             configuration = {**self.fingerprint(), **{name: digest(part) for name, part in decides.items()}}
             run, about = self.reporter.run_id, self.reporter.about
             self.sample_log = SampleLog(output, configuration, run, about, tasks)
+            self.reporter.runs |= self.sample_log.runs
 
     def close_log(self) -> None:
         """Nothing more is taken from the log of samples, or kept there."""
         if self.sample_log is not None:
-            self.reporter.runs |= self.sample_log.runs
             self.sample_log.close()
             self.sample_log = None
 

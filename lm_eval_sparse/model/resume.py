@@ -155,9 +155,9 @@ class SampleLog:
         try:
             with files.opened(path, follow=False) as (stream, _):
                 lines = _lines_of(stream)
-                first = next(lines, None)
-                if first is None:
-                    return  # killed before its first line
+                first = next(lines, b"")
+                if first == b"":
+                    return  # killed before it wrote any
                 header = self._header(first)
                 if isinstance(header, str):
                     self._say(f"{path.name} is left out: {header}")
