@@ -146,14 +146,19 @@ def not_in_means(result_dict: Any) -> str:
 
 
 def distinct(responses: Any) -> list[dict[str, Any]]:
-    """The measurements that responses carry, each once: requests that share a context share theirs."""
+    """The measurements that responses carry, each once: requests that share a context share theirs.
+
+    Which run made them makes no difference: a run that went on from another has what a whole one has.
+    """
     from lm_eval_sparse.protocol import stats_of
 
     found: list[dict[str, Any]] = []
+    known: list[dict[str, Any]] = []
     for response in responses:
         stats = stats_of(response)
-        if stats and stats not in found:
+        if stats and (figures := {**stats, "run": None}) not in known:
             found.append(stats)
+            known.append(figures)
     return found
 
 
