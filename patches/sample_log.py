@@ -61,7 +61,8 @@ def _with_log(evaluate: Any) -> Any:
         tracker._lm_eval_sparse_documents = []
         with _log(model, _folder(tracker), tasks), _scored(tasks) as scores:
             results = evaluate(*args, **kwargs)
-        rows = [row for name, task in tasks.items() for row in scores[name].rows(task, given.get("samples"))]
+        picked = given.get("samples") or {}
+        rows = [row for name, task in tasks.items() for row in scores[name].rows(name, task, picked.get(name))]
         parts = model.gather_object(rows, dst=0) if model.world_size > 1 else [rows]
         order = {name: number for number, name in enumerate(tasks)}
         rows = [row for part in parts or () for row in part]
@@ -83,14 +84,14 @@ def _folder(tracker: Any) -> Path:
 @contextmanager
 def _log(model: Any, output: Path, tasks: Mapping[str, Any]) -> Iterator[None]:
     """Let the model go on from the log in `output`."""
-    model.open_log(output, {name: _decides(name, task) for name, task in tasks.items()})
+    model.open_log(output, {task.config.task: _decides(task) for task in tasks.values()})
     try:
         yield
     finally:
         model.close_log()
 
 
-def _decides(name: str, task: Any) -> str:
+def _decides(task: Any) -> str:
     """What decides the requests of a task beside the document and the texts made of it, which are looked at themselves.
 
     Metrics and filters are not among it: lm-eval scores answers from the log as it scores new ones.
@@ -100,7 +101,8 @@ def _decides(name: str, task: Any) -> str:
     config = task.config
     metadata = config.metadata if isinstance(config.metadata, Mapping) else {}
     settings = ("output_type", "dataset_path", "dataset_name", "test_split", "validation_split", "num_fewshot")
-    return digest([name, str(task.VERSION), str(metadata.get("version")), [getattr(config, s, None) for s in settings]])
+    said = [getattr(config, setting, None) for setting in settings]
+    return digest([config.task, str(task.VERSION), str(metadata.get("version")), said])
 
 
 # --- scores of documents ----------------------------------------------------------------------------------------------
@@ -131,21 +133,21 @@ class _Scores:
         @functools.wraps(original)
         def process_results(doc: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
             metrics = original(doc, results, *args, **kwargs)
-            if self.rounds:
+            if self.rounds and isinstance(metrics, Mapping):
                 self.rounds[-1].append((self.document, doc, metrics))
             return metrics
 
         return process_results
 
-    def rows(self, task: Any, samples: Mapping[str, Sequence[int]] | None) -> list[dict[str, Any]]:
-        """A row for each filter and document."""
+    def rows(self, called: str, task: Any, samples: Sequence[int] | None) -> list[dict[str, Any]]:
+        """A row for each filter and document. `called`: the task; `samples`: documents that were picked."""
         instances: dict[Any, list[Any]] = {}
         for instance in task.instances or ():
             instances.setdefault(instance.doc_id, []).append(instance)
         filters = list(task.instances[0].filtered_resps) if task.instances else []
         rounds = [found for found in self.rounds if found]  # requests are built in a round of their own
         # lm-eval numbers the documents that --samples picks in the order of the data, whatever was typed.
-        picked = sorted(set((samples or {}).get(task.config.task) or ()))
+        picked = sorted(set(samples or ()))
         made = []
         for name, found in zip(filters, rounds, strict=False):
             for number, doc, metrics in found:
@@ -155,7 +157,7 @@ class _Scores:
                 responses = [response for instance in own for response in instance.resps]
                 repeats = max((instance.repeats or 1 for instance in own), default=1)
                 made.append({
-                    "task": task.config.task,
+                    "task": called,
                     "doc_id": picked[number] if picked else number,
                     "doc_hash": _doc_hash(own[0].doc if own else doc),
                     "filter": name,
@@ -196,8 +198,11 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
-def _doc_hash(doc: Any) -> str:
+def _doc_hash(doc: Any) -> str | None:
     """As lm-eval's, by which these rows are found in files of samples."""
     from lm_eval.utils import handle_non_serializable, hash_string
 
-    return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
+    try:
+        return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
+    except (TypeError, ValueError):  # half a character
+        return None

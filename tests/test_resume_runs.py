@@ -332,7 +332,8 @@ def started(place: Path, tmp_path: Path) -> Iterator[Any]:
     running: list[subprocess.Popen[bytes]] = []
 
     def start(output: str) -> subprocess.Popen[bytes]:
-        typed = ",".join(f"{name}={value}" for name, value in {"pretrained": place / "llama", **ARGS}.items())
+        typed = ",".join(f"{name}={value}" for name, value in {"pretrained": place / "llama", **ARGS}.items()
+                         if name != "batch_size")  # fmt: skip
         command = [sys.executable, "-m", "lm_eval_sparse", "run", "--model", "sparse-hf", "--model_args", typed,
                    "--tasks", "tiny_choice,tiny_generate", "--include_path", str(place / "tasks"),
                    "--output_path", str(tmp_path / output)]  # fmt: skip

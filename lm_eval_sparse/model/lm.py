@@ -6,7 +6,6 @@ What lm-eval calls is here; `scoring` and `generation` answer its requests, `rep
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -284,11 +283,10 @@ class SparseHFLM(HFLM):
         """What decides an answer besides the prompt: `--use_cache` must not mix answers of different ones."""
         sample = hashlib.sha256()
         for parameter in self.model.parameters():
-            if parameter.device.type == "meta":  # kept elsewhere until it is needed
-                sample.update(str(tuple(parameter.shape)).encode())
-                continue
             flat = parameter.detach().flatten()
-            sample.update(str(flat[:: max(1, flat.numel() // 64)][:64].tolist()).encode())
+            # On no device: kept elsewhere until it is needed.
+            some = flat.shape if flat.is_meta else flat[:: max(1, flat.numel() // 64)][:64].tolist()
+            sample.update(str(some).encode())
         typed = {name: value for name, value in self.model_args.items() if name not in WITHOUT_EFFECT}
         return {
             **response_cache.public(typed),
@@ -308,9 +306,9 @@ class SparseHFLM(HFLM):
         """
         self.close_log()
         if self.sparse.resume:
-            own = {name: json.loads(getattr(self.model, name).to_json_string(False)) for name in CONFIGURATIONS
-                   if getattr(self.model, name, None) is not None}  # fmt: skip
-            decides = {name: {k: v for k, v in part.items() if k not in IDLE_FIELDS} for name, part in own.items()}
+            own = {name: getattr(self.model, name, None) for name in CONFIGURATIONS}
+            parts = {name: part.to_dict() for name, part in own.items() if part is not None}
+            decides = {name: {k: v for k, v in part.items() if k not in IDLE_FIELDS} for name, part in parts.items()}
             configuration = {**self.fingerprint(), **{name: digest(part) for name, part in decides.items()}}
             run, about = self.reporter.run_id, self.reporter.about
             self.sample_log = SampleLog(output, configuration, run, about, tasks)

@@ -25,8 +25,8 @@ import os
 import re
 import stat
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,10 @@ _MOST_LINE = 1 << 27
 _MOST_WAITING = 1 << 26
 #: Seconds between two times at which lines are made to reach the disk, and between two tries to write again.
 _SYNC, _RETRY = 5.0, 5.0
-#: Other configurations that are looked at to say how they differ.
-_COMPARED = 20
+#: Other configurations that are looked at to say how they differ, and differences that are named.
+_COMPARED, _NAMED = 20, 5
+#: Lines up to so many bytes are kept in memory, longer ones are read again when they are needed.
+_SHORT = 1 << 15
 
 
 def digest(value: Any) -> str:
@@ -59,6 +61,25 @@ def digest(value: Any) -> str:
     except TypeError:  # keys of several types, which have no order
         text = json.dumps(value, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line with a checksum that fits: whose it is, where it is, and what it says, unless it is long."""
+
+    run: str
+    check: bytes
+    content: bytes | None
+    path: Path
+    start: int
+    length: int
+
+    def read(self) -> bytes:
+        if self.content is not None:
+            return self.content
+        with files.opened(self.path, follow=False) as (stream, _):
+            stream.seek(self.start)
+            return stream.read(self.length)
 
 
 class SampleLog:
@@ -74,7 +95,6 @@ class SampleLog:
     Attributes:
         folder: where the files of this configuration are.
         runs: run -> what its file says of it, this one included.
-        taken: prompts that were taken from the log, by run.
         off: why nothing is read and written, or None.
     """
 
@@ -92,10 +112,9 @@ class SampleLog:
         self.folder = self.root / self.name
         self.run, self.tasks = run, dict(tasks or {})
         self.runs: dict[str, dict[str, Any]] = {run: dict(about)}
-        self.taken: Counter[str] = Counter()
         self.off: str | None = None
-        #: Key -> the lines that have it, with the run that made them.
-        self._lines: dict[str, list[tuple[str, bytes]]] = {}
+        #: Key -> the lines that have it.
+        self._lines: dict[str, list[_Line]] = {}
         self._spoilt: dict[Path, int] = {}
         self._file: int | None = None
         self._whole = 0  # bytes of the own file that are whole lines
@@ -116,15 +135,13 @@ class SampleLog:
 
         `fits` may raise what a value of a wrong form raises: the entry is left out then, as a damaged one.
         """
-        for run, line in self._lines.get(key, ()):
+        for line in self._lines.get(key, ()):
             try:
-                found = fits(sealed.unseal(self._place(run), line))
-            except (sealed.Broken, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-                logger.warning("resume: an entry of run %s cannot be read (%s): its prompt is made again", run,
-                               one_line(files.why(error)))  # fmt: skip
+                found = fits(sealed.unseal(self._place(line.run), line.read()))
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+                self._say(f"an entry of {line.path.name} cannot be read ({files.why(error)}): its prompt is made again")
                 continue
             if found is not None:
-                self.taken[run] += 1
                 return found
         return None
 
@@ -155,20 +172,27 @@ class SampleLog:
         try:
             with files.opened(path, follow=False) as (stream, _):
                 lines = _lines_of(stream)
-                first = next(lines, b"")
-                if first == b"":
+                first = next(lines, None)
+                if first is None:
                     return  # killed before it wrote any
-                header = self._header(first)
+                header = self._header(first[0])
                 if isinstance(header, str):
                     self._say(f"{path.name} is left out: {header}")
                     return
                 run = header["run"]
                 self.runs.setdefault(run, header["about"])
-                for line in lines:
-                    if line is None or not sealed.fits(self._place(run), line) or (key := _key_of(line)) is None:
+                for line, start in lines:
+                    if (
+                        line is None
+                        or not sealed.fits(self._place(run), line)
+                        or (found := _BEGINS.match(line)) is None
+                    ):
                         self._spoilt[path] = self._spoilt.get(path, 0) + 1
-                    elif all(line != other for _, other in self._lines.get(key, ())):
-                        self._lines.setdefault(key, []).append((run, line))
+                        continue
+                    known = self._lines.setdefault(found["key"].decode(), [])
+                    if all(found["check"] != other.check for other in known):
+                        content = line if len(line) <= _SHORT else None
+                        known.append(_Line(run, found["check"], content, path, start, len(line)))
         except UserError as error:
             self._say(f"{path.name} is left out: {error}")
 
@@ -205,7 +229,8 @@ class SampleLog:
             if nearest is None or len(said) < len(nearest):
                 nearest = said
         if others:
-            differing = f" (the nearest: {', '.join(nearest)})" if nearest else ""
+            more = [f"and {len(nearest) - _NAMED} more"] if nearest and len(nearest) > _NAMED else []
+            differing = f" (the nearest: {', '.join([*nearest[:_NAMED], *more])})" if nearest else ""
             self._say(
                 f"it has answers of {len(others)} other configuration{'s' * (len(others) > 1)}, which are not "
                 f"used{differing}"
@@ -337,23 +362,23 @@ def _unfit(folder: Path) -> str | None:
     return None if stat.S_ISDIR(mode) else f"{folder} is no folder"
 
 
-def _lines_of(stream: Any) -> Iterator[bytes | None]:
-    """Whole lines without their ends, empty ones left out; None for what is none: torn, or too long."""
+#: How a line of ours begins.
+_BEGINS = re.compile(rb'\{"sha256": "(?P<check>[0-9a-f]{64})", "key": "(?P<key>[0-9a-f]{32})"')
+
+
+def _lines_of(stream: Any) -> Iterator[tuple[bytes | None, int]]:
+    """Whole lines without their ends, empty ones left out, and where they begin; None for what is torn or too long."""
+    start = 0
     while line := stream.readline(_MOST_LINE):
-        if line == b"\n":
-            continue
+        length = len(line)
         if line.endswith(b"\n"):
-            yield line[:-1]
-            continue
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(_MOST_LINE)
-        yield None
-
-
-def _key_of(line: bytes) -> str | None:
-    """The key in a line that fits its checksum."""
-    found = re.match(rb'\{"sha256": "[0-9a-f]{64}", "key": "([0-9a-f]{32})"', line)
-    return found[1].decode() if found else None
+            if length > 1:
+                yield line[:-1], start
+        else:
+            while line and not line.endswith(b"\n"):
+                length += len(line := stream.readline(_MOST_LINE))
+            yield None, start
+        start += length
 
 
 def _configuration_in(folder: Path) -> dict[str, Any] | None:
