@@ -64,9 +64,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     score, decode = Scorer.score_context, Decoding._decode
 
-    def scored(self: Any, context: Any) -> Any:
+    def scored(self: Any, *args: Any) -> Any:
         found.append("scored")
-        return score(self, context)
+        return score(self, *args)
 
     def decoded(self: Any, decoder: Any, prompts: Any, *rest: Any) -> Any:
         found.extend(["answered"] * len(prompts))
