@@ -15,7 +15,7 @@ from types import ModuleType
 PATCHES: dict[str, tuple[str, ...]] = {
     "lm_eval.models": ("register_model",),
     "lm_eval.tasks.manager": ("register_tasks", "read_once"),
-    "lm_eval.evaluator": ("user_errors", "evaluator", "preflight", "task_tokenizer", "guarded_run"),
+    "lm_eval.evaluator": ("user_errors", "evaluator", "sample_log", "preflight", "task_tokenizer", "guarded_run"),
     "lm_eval.config.evaluate_config": ("masked_config",),
     "lm_eval.loggers.evaluation_tracker": ("hub_tracker", "stats_file"),
 }

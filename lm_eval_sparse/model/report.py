@@ -10,6 +10,7 @@ import logging
 import platform
 import uuid
 from collections import defaultdict
+from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class Reporter:
         skipped: why tasks were left out, by task.
         begun: whether any prompt ran.
         full: whether the figures of every layer and head are kept.
+        runs: run -> what is known of it: when it began, and on what. This one, and those whose answers were taken.
     """
 
     def __init__(self, lm: SparseHFLM, full: bool):
@@ -60,6 +62,10 @@ class Reporter:
         self.ledgers: dict[str, Ledger] = defaultdict(self.new_ledger)
         self.skipped: dict[str, str] = {}
         self.begun = False
+        self.runs: dict[str, dict[str, Any]] = {}
+        self._began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        #: Figures of answers from the log of samples, which were counted as they were taken.
+        self._counted: dict[int, dict[str, Any]] = {}
         #: Prompts of this process that are yet to be looked at: the documents go round the processes.
         self._to_diagnose: int | None = None
 
@@ -128,6 +134,19 @@ class Reporter:
             for task, ledger in part.items():
                 self.ledgers[task].merge(ledger)
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is said of this run where its answers are told from those of others. It names no machine."""
+        return {"began": self._began, "device": device_name(self.lm.device), "versions": versions()}
+
+    def counted(self, stats: dict[str, Any]) -> None:
+        """Note that the answers that carry these figures have been counted, though another run made them."""
+        self._counted[id(stats)] = stats
+
+    def is_counted(self, stats: dict[str, Any]) -> bool:
+        """Whether the ledgers have answers with these figures: this run made them, or took them from the log."""
+        return stats["run"] == self.run_id or id(stats) in self._counted
+
     def count_restored(self, task: str, stats: dict[str, Any], window: int | None = None) -> None:
         """Count an answer that came from a response cache with what was measured when it was made.
 
@@ -142,6 +161,7 @@ class Reporter:
                     f"{made}, and the task says {now} now; give another file name, or delete that one"
                 )
         self.ledgers[task].add_stats(stats)
+        self.ledgers[task].runs[stats["run"]] += 1
 
     def report(self) -> dict[str, Any]:
         """The `sparse` block of the results file."""
@@ -171,16 +191,15 @@ class Reporter:
             **lm.sparse.describe(),
             "phases": phases(total, layers=True),
             "prompts": total.rows,
+            # Ranks have runs of their own, which the first one knows by name only; so have response caches.
+            "runs": [
+                {"run": run, "prompts": number, **(self.about if run == self.run_id else self.runs.get(run, {}))}
+                for run, number in total.runs.items()
+            ],
             "tasks": {task: phases(ledger) for task, ledger in self.ledgers.items() if task},
             "skipped": dict(self.skipped),
             "layers": {"sparse_eligible": sum(r is None for r in lm.runtime.layers.values()), "untouched": untouched},
-            "versions": {
-                "lm_eval_sparse": __version__,
-                "lm_eval": version("lm_eval"),
-                "transformers": transformers.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "device": device_name(lm.device),
             "run": lm.summary.figures(),
             **({"batches_halved": lm.decoding.halved} if lm.decoding.halved else {}),
@@ -267,6 +286,17 @@ class Reporter:
                 "%s could not change any answer of %s, whose scores are those of the prefill: no token was decoded "
                 "against the evicted cache", method, ", ".join(idle),
             )  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """What answers were made with."""
+    return {
+        "lm_eval_sparse": __version__,
+        "lm_eval": version("lm_eval"),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def device_name(device: torch.device) -> str:
