@@ -18,6 +18,7 @@ PATCHES: dict[str, tuple[str, ...]] = {
     "lm_eval.evaluator": (
         "user_errors",
         "evaluator",
+        "sample_log",
         "preflight",
         "several_processes",
         "task_tokenizer",

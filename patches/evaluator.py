@@ -146,15 +146,20 @@ def not_in_means(result_dict: Any) -> str:
     return "".join(lines)
 
 
-def _distinct(responses: Any) -> list[dict[str, Any]]:
-    """The measurements that responses carry, each once: requests that share a context share theirs."""
+def distinct(responses: Any) -> list[dict[str, Any]]:
+    """The measurements that responses carry, each once: requests that share a context share theirs.
+
+    Which run made them makes no difference: a run that went on from another has what a whole one has.
+    """
     from lm_eval_sparse.protocol import stats_of
 
     found: list[dict[str, Any]] = []
+    known: list[dict[str, Any]] = []
     for response in responses:
         stats = stats_of(response)
-        if stats and stats not in found:
+        if stats and (figures := {**stats, "run": None}) not in known:
             found.append(stats)
+            known.append(figures)
     return found
 
 
@@ -163,12 +168,15 @@ def _add_to_samples(samples: dict[str, list[dict[str, Any]]]) -> None:
 
     for rows in samples.values():
         for row in rows:
-            distinct = _distinct(response for responses in row["resps"] for response in responses)
-            row["sparse"] = {"sparsity": None, **mean_sparsities(distinct), "requests": distinct}
+            found = distinct(response for responses in row["resps"] for response in responses)
+            row["sparse"] = {"sparsity": None, **mean_sparsities(found), "requests": found}
 
 
 def _count_restored(lm: Any, task_dict: Any) -> None:
-    """Tell the model of answers that lm-eval took from its response cache without asking it."""
+    """Tell the model of answers that lm-eval took from its response cache without asking it.
+
+    Those that the model took from its own log are counted.
+    """
     from lm_eval_sparse.protocol import window_of
 
     model = getattr(lm, "lm", lm)
@@ -180,6 +188,6 @@ def _count_restored(lm: Any, task_dict: Any) -> None:
             by_document.setdefault(instance.doc_id, []).extend(instance.resps)
             windows[instance.doc_id] = window_of(instance.args[0])
         for document, responses in by_document.items():
-            for stats in _distinct(responses):
-                if stats["run"] != model.reporter.run_id:
+            for stats in distinct(responses):
+                if not model.reporter.is_counted(stats):
                     model.count_restored(name, stats, windows[document])

@@ -18,6 +18,8 @@ from typing import Any
 from lm_eval_sparse import endings, harness, masking, paths
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.harness import MODEL
+from lm_eval_sparse.model.resume import FOLDER
+from lm_eval_sparse.patches import preflight
 from lm_eval_sparse.patches.evaluator import is_ours
 
 
@@ -94,12 +96,19 @@ def _typed(frame: FrameType | None) -> bool:
 def _kept(options: dict[str, Any]) -> str:
     """What a run that is stopped leaves, and what to type to go on."""
     documents = f"documents made so far are kept in {paths.cache_root()}"
+    kept = []
+    if output := getattr(options.get("evaluation_tracker"), "output_path", None):
+        model, typed = options.get("model"), options.get("model_args")
+        if preflight.argument(model, typed, "resume", True) not in (0, "0", "False"):
+            kept.append(f"below {output} ({FOLDER})")
     if cache := options.get("use_cache"):
+        kept.append(f"in {cache}_rank*.db (--use_cache)")
+    if kept:
         return (
-            f"no results were saved; answers given so far are kept in {cache}_rank*.db (--use_cache) and {documents}; "
-            "type the same line to go on from there"
+            f"no results were saved; answers given so far are kept {' and '.join(kept)} and {documents}; type the same "
+            "line to go on from there"
         )
     return (
-        f"no results were saved; {documents}; type the same line to start again, with --use_cache FILE in it if "
+        f"no results were saved; {documents}; type the same line to start again, with --output_path DIR in it if "
         "answers are to be kept the next time"
     )

@@ -258,9 +258,14 @@ def _check_include_path(manager: Any) -> None:
 
 def _wants_full_stats(model: Any, model_args: Any) -> bool:
     """Whether `stats=full` is among the arguments of a model that is yet to be made, or was."""
-    if isinstance(model, str):
-        pairs = model_args.items() if isinstance(model_args, dict) else ()
-        if isinstance(model_args, str):
-            pairs = (argument.partition("=")[::2] for argument in model_args.split(","))
-        return dict(pairs).get("stats") == "full"
-    return getattr(model, "lm", model).reporter.full
+    return argument(model, model_args, "stats") == "full"
+
+
+def argument(model: Any, model_args: Any, name: str, default: Any = None) -> Any:
+    """An argument of ours as it was typed for a model that is yet to be made, or as one that was made has it."""
+    if not isinstance(model, str):
+        return getattr(getattr(model, "lm", model).sparse, name)
+    pairs = model_args.items() if isinstance(model_args, Mapping) else ()
+    if isinstance(model_args, str):
+        pairs = (typed.partition("=")[::2] for typed in model_args.split(","))
+    return dict(pairs).get(name, default)

@@ -353,6 +353,8 @@ def _judged(row: Row, ran: Ran, work: Path, cache: Path, written: list[str], sec
 
 def _refused(row: Row, ran: Ran, lines: list[str], work: Path, written: list[str], outcome: Any) -> Outcome:
     kept = {str(path) for path in work.glob(row.keeps)} if row.keeps else set()
+    answers = [Path(path) for path in written if "resume_log" in Path(path).parts]  # made before it was refused
+    kept |= {str(path) for answer in answers for path in (answer, *answer.parents)}
     if left := [path for path in written if path not in kept]:
         return outcome("written", False, f"new: {', '.join(Path(path).name for path in left[:4])}")
     if row.verdict == REPORTED and not lines and "FAILED" in ran.out:

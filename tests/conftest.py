@@ -62,6 +62,7 @@ def _registry() -> Iterator[None]:
 ON_REQUEST = {
     "families": "every causal family of transformers",
     "attacks": "the whole table of bad command lines",
+    "kills": "runs with a real model that are killed",
     "oldest": "the oldest supported versions, which makes an environment",
 }
 

@@ -86,13 +86,18 @@ def complaint(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         lines = [line for line in printed.err.splitlines() if "error" in line.lower()]
         assert len(lines) == 1, lines
         assert lines[0].startswith("lm-eval-sparse: error: ")
-        assert not (tmp_path / "out").exists()
+        assert_only_answers(tmp_path / "out")
         return lines[0].removeprefix("lm-eval-sparse: error: ")
 
     yield run
     for logger, (level, handlers) in zip(loggers, before, strict=True):
         logger.setLevel(level)
         logger.handlers[:] = handlers
+
+
+def assert_only_answers(output: Path) -> None:
+    """There are no results, and nothing else but the log of answers, where any were made."""
+    assert all(path.parents[1].name == "resume_log" for path in output.rglob("*") if path.is_file())
 
 
 def assert_says(message: str, *fragments: str) -> None:
@@ -644,7 +649,7 @@ def process(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "Traceback" not in done.stderr + done.stdout
-    assert not (tmp_path / "out").exists()
+    assert_only_answers(tmp_path / "out")
     return done
 
 
@@ -714,7 +719,7 @@ def test_a_configuration_file_is_checked_like_options(
     (tmp_path / "run.yaml").write_text("\n".join([*lines, f"include_path: {tasks}", "output_path: out"]) + "\n")
     assert cli.main(["run", "--config", "run.yaml"]) == 1
     assert f"lm-eval-sparse: error: {said}" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert_only_answers(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ from .wrappers import Wrapper
 logger = logging.getLogger(__name__)
 
 #: Model arguments of sparse-hf itself, beside the knobs of the methods.
-OWN_ARGS = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug", "diagnose")
+OWN_ARGS = (
+    "method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug", "diagnose", "resume",
+)  # fmt: skip
 
 STATS = ("basic", "full")
 
@@ -190,6 +192,7 @@ class SparseConfig:
         typed: by phase, the knobs that the user typed, each with the name it was typed under.
         arguments: the model argument that asked for each phase's sparsity.
         diagnose: samples whose losses are looked at, layer by layer.
+        resume: whether answers are taken from the log beside the results, and kept there.
     """
 
     method: str
@@ -202,6 +205,7 @@ class SparseConfig:
     arguments: dict[str, str]
     debug: bool = False
     diagnose: int = 0
+    resume: bool = True
 
     @property
     def sparsity(self) -> float | None:
@@ -322,6 +326,11 @@ def parse(ours: dict[str, Any], *, quiet: bool = False) -> SparseConfig:
         debug = os.environ.get(DEBUG, "0") not in ("", "0")
     elif not isinstance(debug, (bool, int)) or debug not in (0, 1):
         raise UserError(f"debug={debug!r} is not accepted: give True or False (or 1 or 0), for example debug=True")
+    resume = True if ours.get("resume") is None else ours["resume"]
+    if not isinstance(resume, (bool, int)) or resume not in (0, 1):
+        raise UserError(
+            f"resume={resume!r} is not accepted: give 0 to answer all anew and keep no log, or leave it out"
+        )
     sparsities = _sparsities(ours, names, chosen)
 
     knobs, typed = assign_knobs(given, names, chosen)
@@ -357,7 +366,9 @@ def parse(ours: dict[str, Any], *, quiet: bool = False) -> SparseConfig:
     }
     name = "+".join(method.name for method in methods.values()) or Dense.name
     diagnose = _diagnose(ours.get("diagnose"), sparsities)
-    return SparseConfig(name, methods, sparsities, preset, backend, stats, typed, arguments, bool(debug), diagnose)
+    return SparseConfig(
+        name, methods, sparsities, preset, backend, stats, typed, arguments, bool(debug), diagnose, bool(resume)
+    )
 
 
 def _diagnose(value: Any, sparsities: Mapping[str, float | None]) -> int:

@@ -156,7 +156,9 @@ METHODS = Registry(BUILT_IN)
 #: One of these makes a scored method.
 SCORING = ("score", "factors", "choose", "select")
 #: Arguments that are no knobs.
-RESERVED = ("method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug", "diagnose")
+RESERVED = (
+    "method", "sparsity", *PHASE_ARGUMENTS.values(), "preset", "backend", "stats", "debug", "diagnose", "resume",
+)  # fmt: skip
 #: Arguments of the model, which a knob of the same name would take from it.
 MODEL_ARGUMENTS = (
     "pretrained", "revision", "subfolder", "tokenizer", "dtype", "device", "batch_size", "max_batch_size", "max_length",

@@ -95,7 +95,6 @@ class Decoding:
         """
         decoder = self.decoder
         self._fitting = None
-        met: Counter[tuple[int, ...]] = Counter()  # a prompt that is sampled several times gets several answers
         while waiting:
             some = self._some(tokens, sampling.limit(tokens[-1]), decoder)
             looked_at = [item[0] in self.lm.generator.diagnosed for item in waiting[:some]]
@@ -103,17 +102,18 @@ class Decoding:
                 some = looked_at.index(True) or 1
             batch = waiting[:some]
             prompts = [prompt_ids(self.lm, item[1], room) for item in batch]
-            failed, before = None, met.copy()
+            failed = None
             try:
                 counts = [self.lm.generator.new_counts(item[0]) for item in batch]
                 windows = [window_of(item[1]) for item in batch]
-                answers = self._decode(decoder, prompts, counts, sampling, until, met, windows)
+                # A prompt that is sampled several times gets several answers.
+                draws = [self.lm.generator.draws[item[0]] for item in batch]
+                answers = self._decode(decoder, prompts, counts, sampling, until, draws, windows)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
                 failed = first_line(error)
             if failed is not None:  # the error is gone, and with it what it kept alive
-                met = before
                 decoder.release()
                 clear_torch_cache()
                 self._fewer(len(batch), prompts[0].shape[1], failed)
@@ -160,12 +160,12 @@ class Decoding:
         counts: list[RowCounts],
         sampling: Sampling,
         until: list[str],
-        met: Counter[tuple[int, ...]],
+        draws: list[int],
         windows: list[int | None],
     ) -> list[tuple[list[int], RowCounts]]:
         """Tokens generated after prompts, which are prefilled one after the other and decoded side by side.
 
-        `counts` are where they are counted, `windows` what their tasks say.
+        `counts` are where they are counted, `draws` how often each was asked before, `windows` what their tasks say.
         """
         lm = self.lm
         limits = [sampling.limit(ids.shape[1]) for ids in prompts]
@@ -173,9 +173,9 @@ class Decoding:
         rows: list[Row] = []
         lookback = Stop.lookback(lm.tokenizer, until)
         ends = {lm.eot_token_id, *sampling.ends}
-        for ids, limit, window, own in zip(prompts, limits, windows, counts, strict=True):
+        for ids, limit, draw, window, own in zip(prompts, limits, draws, windows, counts, strict=True):
             length = ids.shape[1]
-            chooser = sampling.row(ids, met)
+            chooser = sampling.row(ids, Counter({tuple(ids[0].tolist()): draw} if draw else ()))
             row = Row(length, own, Stop(lm.tokenizer, lookback, ends, limit), chooser)
             cache = decoder.new_cache(length)
             with lm.runtime.running(row.counts, cache, length, window):

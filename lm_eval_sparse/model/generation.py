@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ..runtime.accounting import RowCounts
 from ..runtime.cache import generation_argument
 from ..runtime.diagnose import Diagnosis
 from ..runtime.interface import calling
-from .answers import Answers
+from .answers import Answers, Asked, tokens_of
 from .decoding import prompt_ids
 from .generation_checks import check as check_generation
 from .generation_fields import NEUTRAL
@@ -38,6 +38,8 @@ class Generator:
         self.lm = lm
         #: Requests that are samples of `diagnose=N`.
         self.diagnosed: set[int] = set()
+        #: Of each request, how many before it ask for an answer to the same prompt: a sampled one is another each time.
+        self.draws: dict[int, int] = {}
 
     def new_counts(self, index: int) -> RowCounts:
         """Where the answer to a request is counted."""
@@ -57,11 +59,28 @@ class Generator:
         for gen_kwargs in {json.dumps(item[2], sort_keys=True, default=str): item[2] for item in queue}.values():
             self._check_arguments(gen_kwargs)
         self._check_every([item[2] for item in queue])
-        lengths = {context: len(lm.tok_encode(context)) for _, context, _ in answers.progress.reading(queue)}
+        lengths: dict[str, int] = {}
+        hashes: dict[str, str] = {}
+        for _, context, _ in answers.progress.reading(queue):
+            if context in lengths:
+                continue
+            lengths[context] = len(tokens := lm.tok_encode(context))
+            if lm.sample_log is not None:
+                hashes[context] = tokens_of(tokens)
         self._check_prompts(queue, lengths)
         answers.progress.expect({item[0]: self._work(item, lengths) for item in queue})
         firsts = {context: index for index, context, _ in reversed(queue)}  # of several answers to a prompt
         self.diagnosed = set(sorted(firsts.values())[: lm.reporter.to_diagnose(len(firsts))])
+        self._count_draws(queue)
+        asked = {}
+        for index, context, gen_kwargs in queue:
+            name = answers.name(requests[index])
+            own = Asked(requests[index].task_name, [(index, (context, gen_kwargs), name)])
+            own.diagnosed = index in self.diagnosed
+            decides = () if name is None else (hashes[context], self._draw(index, gen_kwargs))
+            asked[index] = answers.keyed(own, *decides)
+        taken = dict(zip(asked, answers.restore(asked.values()), strict=True))
+        queue = [item for item in queue if not taken[item[0]]]
         # The longest first: should memory run out, it does so at once, and storage made for them serves all others.
         order = Collator(
             queue,
@@ -73,11 +92,23 @@ class Generator:
         for item in order.get_batched(n=1):
             groups[json.dumps(item[0][2], sort_keys=True, default=str)].append(item[0])
         for group in groups.values():
-            for (index, context, gen_kwargs), text, counts in self._generate(group, lengths):
-                answers.count(requests[index].task_name, counts)
-                answers.give(index, (context, gen_kwargs), MeasuredText(text, lm.reporter.stats(counts)))
+            for (index, *_), text, counts in self._generate(group, lengths):
+                answers.answer(asked[index], counts, [MeasuredText(text, lm.reporter.stats(counts))])
         lm.decoding.release()
         return answers.done()
+
+    def _count_draws(self, queue: list[tuple]) -> None:
+        met: Counter[tuple[str, str]] = Counter()
+        self.draws = {}
+        for index, context, gen_kwargs in queue:
+            same = context, json.dumps(gen_kwargs, sort_keys=True, default=str)
+            self.draws[index] = met[same]
+            met[same] += 1
+
+    def _draw(self, index: int, gen_kwargs: dict[str, Any]) -> list[int] | None:
+        """What decides a sampled answer beside its prompt; None for one that is not sampled."""
+        kwargs = generation_arguments(normalize_gen_kwargs(gen_kwargs, self.lm.max_gen_toks))
+        return None if kwargs.get("do_sample") is False else [torch.initial_seed(), self.draws[index]]
 
     def _check_arguments(self, gen_kwargs: dict[str, Any]) -> None:
         """Raise `UserError` on generation arguments that cannot be followed, before any prompt runs."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -52,6 +53,7 @@ from .load import (
 )
 from .progress import Clock
 from .report import Reporter, versions
+from .resume import SampleLog, digest
 from .scoring import Scorer
 from .summary import Summary
 
@@ -81,6 +83,9 @@ class SparseHFLM(HFLM):
             against dense attention stands in the results.
         debug: `True` checks what methods select at once on a GPU, too, which is slower: mistakes show where they are
             made. Without it they show when a batch is done.
+        resume: `0` answers all anew and keeps no log. Without it, a run whose results are saved goes on from the
+            answers of runs before it that have the same configuration, whatever their limit, batch size, ranks and
+            device were.
         gamma, tau, ...: native knobs of the methods, instead of a sparsity.
         pretrained: as in `hf`; without it the embedded SmolLM2-135M-Instruct is used.
 
@@ -102,6 +107,8 @@ class SparseHFLM(HFLM):
         self.scorer, self.generator, self.decoding = Scorer(self), Generator(self), Decoding(self)
         self.reporter = Reporter(self, full=self.sparse.stats == "full")
         self.summary = Summary(self)
+        #: Where answers are taken from and kept, while lm-eval evaluates with a place for its results.
+        self.sample_log: SampleLog | None = None
         #: Fields of the model's own configuration among the arguments.
         self._typed: dict[str, Any] = {}
         self.model_label = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", None)
@@ -320,7 +327,9 @@ class SparseHFLM(HFLM):
         sample = hashlib.sha256()
         for parameter in self.model.parameters():
             flat = parameter.detach().flatten()
-            sample.update(str(flat[:: max(1, flat.numel() // 64)][:64].tolist()).encode())
+            # On no device: kept elsewhere until it is needed.
+            some = flat.shape if flat.is_meta else flat[:: max(1, flat.numel() // 64)][:64].tolist()
+            sample.update(str(some).encode())
         typed = {name: value for name, value in self.model_args.items() if name not in WITHOUT_EFFECT}
         return {
             **response_cache.public(typed),
@@ -331,6 +340,28 @@ class SparseHFLM(HFLM):
             "max_length": self.max_length,
             "weights": sample.hexdigest()[:16],
         }
+
+    def open_log(self, output: Path, tasks: Mapping[str, str]) -> None:
+        """Go on from the answers that are kept beside the results in `output`, and keep new ones there.
+
+        Args:
+            tasks: by name, what decides a task's requests beside their texts, as a hash. Only these are kept.
+        """
+        self.close_log()
+        if self.sparse.resume:
+            own = {name: getattr(self.model, name, None) for name in CONFIGURATIONS}
+            parts = {name: part.to_dict() for name, part in own.items() if part is not None}
+            decides = {name: {k: v for k, v in part.items() if k not in IDLE_FIELDS} for name, part in parts.items()}
+            configuration = {**self.fingerprint(), **{name: digest(part) for name, part in decides.items()}}
+            run, about = self.reporter.run_id, self.reporter.about
+            self.sample_log = SampleLog(output, configuration, run, about, tasks)
+            self.reporter.runs |= self.sample_log.runs
+
+    def close_log(self) -> None:
+        """Nothing more is taken from the log of samples, or kept there."""
+        if self.sample_log is not None:
+            self.sample_log.close()
+            self.sample_log = None
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Accept a response cache only when it was written under the same configuration, or is new."""
@@ -364,6 +395,10 @@ class SparseHFLM(HFLM):
         self.templated = True
         return super().tokenizer_name
 
+
+#: Configurations of a model that decide its answers, and fields of theirs that do not.
+CONFIGURATIONS = ("config", "generation_config")
+IDLE_FIELDS = ("_name_or_path", "transformers_version", "_attn_implementation", "_attn_implementation_internal")
 
 #: Model arguments that do not change an answer.
 WITHOUT_EFFECT = ("device", "batch_size", "max_batch_size", "logits_cache", "parallelize", "token", "cache_dir")

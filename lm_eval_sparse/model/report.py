@@ -10,6 +10,7 @@ import logging
 import platform
 import uuid
 from collections import defaultdict
+from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ class Reporter:
         skipped: why tasks were left out, by task.
         begun: whether any prompt ran.
         full: whether the figures of every layer and head are kept.
+        runs: run -> what is known of it: when it began, and on what. This one, and those whose answers were taken.
     """
 
     def __init__(self, lm: SparseHFLM, full: bool):
@@ -64,6 +66,10 @@ class Reporter:
         #: Those of all processes, where there are several.
         self.devices: list[str] = []
         self._others: list[dict[str, Any]] = []
+        self.runs: dict[str, dict[str, Any]] = {}
+        self._began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        #: Figures of answers from the log of samples, which were counted as they were taken.
+        self._counted: dict[int, dict[str, Any]] = {}
         #: Prompts of this process that are yet to be looked at: the documents go round the processes.
         self._to_diagnose: int | None = None
 
@@ -142,6 +148,7 @@ class Reporter:
             "halved": lm.decoding.halved,
             "device": device_name(lm.device),
             "run": lm.summary.figures(),
+            "runs": {self.run_id: self.about, **self.runs},
         }
         parts = lm.peers.gather(mine)
         if parts is None:
@@ -153,8 +160,22 @@ class Reporter:
             self.skipped |= part["skipped"]
             lm.runtime.longest_answer = max(lm.runtime.longest_answer, part["longest_answer"])
             lm.decoding.halved += part["halved"]
+            self.runs |= part["runs"]
         self.devices = [part["device"] for part in parts]
         self._others = [part["run"] for part in parts[1:]]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is said of this run where its answers are told from those of others. It names no machine."""
+        return {"began": self._began, "device": device_name(self.lm.device), "versions": versions()}
+
+    def counted(self, stats: dict[str, Any]) -> None:
+        """Note that the answers that carry these figures have been counted, though another run made them."""
+        self._counted[id(stats)] = stats
+
+    def is_counted(self, stats: dict[str, Any]) -> bool:
+        """Whether the ledgers have answers with these figures: this run made them, or took them from the log."""
+        return stats["run"] == self.run_id or id(stats) in self._counted
 
     def count_restored(self, task: str, stats: dict[str, Any], window: int | None = None) -> None:
         """Count an answer that came from a response cache with what was measured when it was made.
@@ -170,6 +191,7 @@ class Reporter:
                     f"{made}, and the task says {now} now; give another file name, or delete that one"
                 )
         self.ledgers[task].add_stats(stats)
+        self.ledgers[task].runs[stats["run"]] += 1
 
     def report(self) -> dict[str, Any]:
         """The `sparse` block of the results file."""
@@ -199,6 +221,11 @@ class Reporter:
             **lm.sparse.describe(),
             "phases": phases(total, layers=True),
             "prompts": total.rows,
+            # Ranks have runs of their own, which the first one knows by name only; so have response caches.
+            "runs": [
+                {"run": run, "prompts": number, **(self.about if run == self.run_id else self.runs.get(run, {}))}
+                for run, number in total.runs.items()
+            ],
             "tasks": {task: phases(ledger) for task, ledger in self.ledgers.items() if task},
             "skipped": dict(self.skipped),
             "layers": {"sparse_eligible": sum(r is None for r in lm.runtime.layers.values()), "untouched": untouched},
@@ -293,7 +320,7 @@ class Reporter:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides an answer besides the arguments."""
+    """What answers are made with, besides the arguments."""
     return {
         "lm_eval_sparse": __version__,
         "lm_eval": version("lm_eval"),

@@ -24,7 +24,7 @@ from ..runtime.accounting import RowCounts
 from ..runtime.cache import SparseCache
 from ..runtime.candidates import SCORE_CHUNK
 from ..runtime.diagnose import Diagnosis
-from .answers import Answers
+from .answers import Answers, Asked, tokens_of
 from .beginnings import Beginnings
 from .encoding import SharedEncoder
 from .progress import documents_of
@@ -42,12 +42,16 @@ LONG = 2048
 
 @dataclass
 class Target:
-    """One scored request: the tokens after the shared prompt, of which the last `scored` count."""
+    """One scored request: the tokens after the shared prompt, of which the last `scored` count.
+
+    `key` and `name` are what the response cache and the log of samples know it by.
+    """
 
     index: int
     tokens: list[int]
     scored: int
     key: tuple[str, str] | None
+    name: str | None = None
 
 
 @dataclass
@@ -111,7 +115,8 @@ class Scorer:
             window = window_of(request.args[0])
             key = (request.task_name, window, *prompt)
             context = contexts.setdefault(key, Context(prompt, task=request.task_name, window=window))
-            context.targets.append(Target(index, target, scored, tuple(map(str, request.args))))
+            known = tuple(map(str, request.args))
+            context.targets.append(Target(index, target, scored, known, answers.name(request)))
         self._score(list(contexts.values()), answers)
         return answers.done()
 
@@ -216,17 +221,32 @@ class Scorer:
                 f"({length} in all) is scored in one pass, and {' and '.join(later)} cannot be applied: use prompts of "
                 "another length, or a prefill method"
             )
+        asked = [self._asked(context, answers) for context in contexts]
         answers.progress.expect(dict(work for context in contexts for work in context.work()))
-        if contexts:
-            longest = max(contexts, key=lambda context: context.lengths()[1])
+        left = [
+            one
+            for one, done in zip(zip(contexts, asked, whole, strict=True), answers.restore(asked), strict=True)
+            if not done
+        ]
+        if left:
+            longest = max((context for context, *_ in left), key=lambda context: context.lengths()[1])
             lm.summary.expect([len(longest.prompt)], longest.lengths()[1] - len(longest.prompt))
-        for place, (context, in_one) in enumerate(zip(contexts, whole, strict=True)):
-            following = contexts[place + 1].prompt if place + 1 < len(contexts) else None
+        for place, (context, own, in_one) in enumerate(left):
+            following = left[place + 1][0].prompt if place + 1 < len(left) else None
             scored = self._score_whole(context) if in_one else self.score_context(context, following)
             stats = lm.reporter.stats(context.counts)
-            answers.count(context.task, context.counts)
-            for target, (logprob, greedy) in zip(context.targets, scored, strict=True):
-                answers.give(target.index, target.key, MeasuredLoglikelihood(logprob, greedy, stats))
+            answers.answer(own, context.counts, [MeasuredLoglikelihood(*one, stats) for one in scored])
+
+    @staticmethod
+    def _asked(context: Context, answers: Answers) -> Asked:
+        requests = [(target.index, target.key, target.name) for target in context.targets]
+        asked = Asked(context.task, requests, diagnosed=context.counts.diagnosis is not None)
+        if answers.lm.sample_log is None:
+            return asked
+        # What a target is scored as does not depend on the others, but what is counted does.
+        targets = sorted({(tuple(target.tokens), target.scored) for target in context.targets})
+        tokens = tokens_of(context.prompt, *(tokens for tokens, _ in targets))
+        return answers.keyed(asked, context.window, tokens, [scored for _, scored in targets])
 
     def score_context(self, context: Context, following: list[int] | None = None) -> list[tuple[float, bool]]:
         """Prefill a context, then run its answers against the cache.
@@ -303,9 +323,16 @@ class Scorer:
         read = [sum(len(head) + len(tail) - 1 for head, tail in windows) for windows in cut]
         answers.progress.expect({index: (tokens, 0) for index, tokens in enumerate(read)})
         lm.lengths.check([len(head) + len(tail) - 1 for windows in cut for head, tail in windows])
+        asked = []
         for index, (request, windows) in enumerate(zip(requests, cut, strict=True)):
+            key, name = tuple(map(str, request.args)), answers.name(request)
+            own = Asked(request.task_name, [(index, key, name)], diagnosed=bool(lm.reporter.to_diagnose(1)))
+            asked.append(answers.keyed(own, tokens_of(*(tokens for pair in windows for tokens in pair))))
+        for request, windows, own, done in zip(requests, cut, asked, answers.restore(asked), strict=True):
+            if done:
+                continue
             (text,) = request.args
-            counts, total = RowCounts(diagnosis=Diagnosis() if lm.reporter.to_diagnose(1) else None), 0.0
+            counts, total = RowCounts(diagnosis=Diagnosis() if own.diagnosed else None), 0.0
             with lm.runtime.running(counts, window=window_of(text)):
                 for head, tail in windows:
                     ids = torch.tensor([[*head, *tail][:-1]], device=lm.device)
@@ -315,8 +342,7 @@ class Scorer:
                     for begin in range(0, len(tail), SCORE_CHUNK):
                         part = lm.forward.log_softmax(logits[begin : begin + SCORE_CHUNK])
                         total += float(part.gather(-1, wanted[begin : begin + SCORE_CHUNK, None]).double().sum())
-            answers.count(request.task_name, counts)
-            answers.give(index, (text,), MeasuredFloat(total, lm.reporter.stats(counts)))
+            answers.answer(own, counts, [MeasuredFloat(total, lm.reporter.stats(counts))])
         return answers.done()
 
     def _rolling_windows(self, text: str) -> list[tuple[list[int], list[int]]]:

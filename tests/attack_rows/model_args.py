@@ -53,6 +53,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "low_cpu_mem_usage": ("maybe", "5"),
     "backend": ("fa4", "hopper", "None"),
     "cache_dir": ("5", "/dev/null/x"),
+    "resume": ("maybe", "2", "-1", "0.5", "[]"),
     "diagnose": ("0", "-1", "1.5", "abc", "", "True", "[]", "nan", "1", "9" * 30),
     # fields of the model's own configuration
     "hidden_size": ("65", "0", "-1", "abc", "1e30", ""),

@@ -24,6 +24,7 @@ class Ledger:
         details: phase -> layer -> figure -> `(2, H)` sums of the figure over prompts, and numbers of prompts.
         diagnosed: the same of the figures of `diagnose=N`.
         samples: phase -> prompts that have some of these, and queries of each head that were looked at in them.
+        runs: prompts by the run that answered them, as far as that was told.
     """
 
     rows: int = 0
@@ -40,6 +41,7 @@ class Ledger:
     details: dict[str, ByLayer] = field(default_factory=lambda: {name: {} for name in PHASES})
     diagnosed: dict[str, ByLayer] = field(default_factory=lambda: {name: {} for name in PHASES})
     samples: dict[str, np.ndarray] = field(default_factory=lambda: {name: np.zeros(2, dtype=int) for name in PHASES})
+    runs: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: RowCounts) -> None:
         """Count one prompt. Figures are averaged over prompts, not weighted by length."""
@@ -92,6 +94,7 @@ class Ledger:
     def merge(self, other: Ledger) -> None:
         """Add another rank's totals to these."""
         self.rows += other.rows
+        self.runs.update(other.runs)
         self.restored += other.restored
         self.restored_compactions += other.restored_compactions
         for name in PHASES:
