@@ -369,6 +369,9 @@ def test_what_processes_measured_adds_up_once() -> None:
     one, two = whole.report(), first.report()
     runs = [report.pop("run") for report in (one, two)]
     assert runs[0]["tokens"] == runs[1]["tokens"]
+    made = [report.pop("runs") for report in (one, two)]
+    assert [sorted(run["prompts"] for run in each) for each in made] == [[len(pairs)], [2, len(pairs) - 2]]
+    assert all(run["versions"] and run["began"] for each in made for run in each)
     assert two.pop("skipped") == {"other": "no room"} and one.pop("skipped") == {}
     assert nearly(one, two) and one["prompts"] == len(pairs)
     assert [row["layer"] for row in first.detail_report()["t"]["prefill"]] == [0, 1]
