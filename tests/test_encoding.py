@@ -67,9 +67,9 @@ def test_a_tokenizer_that_joins_over_the_cut_is_used_as_it_is():
 def test_prompts_that_are_expected_are_read_together(kind):
     tok, together = tokenizer(kind), []
 
-    def encode_many(texts):
+    def encode_many(texts, **options):
         together.append(len(texts))
-        return [tok.encode(text) for text in texts]
+        return [tok.encode(text, **options) for text in texts]
 
     prompts = [recipe("vt").draft(4096, 0, seed, True).message(9, "") for seed in range(20)]
     encoder = SharedEncoder(tok.encode, encode_many)
@@ -78,3 +78,20 @@ def test_prompts_that_are_expected_are_read_together(kind):
         for more in (" more", "\nmore"):
             assert encoder(prompt + more, len(prompt)) == tok.encode(prompt + more)
     assert together == [16, 4]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_of_a_prompt_are_read_together(kind):
+    tok, alone = tokenizer(kind), []
+
+    def encode(text, **options):
+        alone.append(text)
+        return tok.encode(text, **options)
+
+    encoder = SharedEncoder(encode, lambda texts, **options: [tok.encode(text, **options) for text in texts])
+    prompt = recipe("vt").draft(4096, 0, 5, True).message(9, "")
+    texts = [prompt, *(prompt + more for more in (" 12", "\nABCDE", "s", " the numbers", ""))]
+    encoder.together(texts, len(prompt))
+    before = len(alone)
+    assert [encoder(text, len(prompt)) for text in texts] == [tok.encode(text) for text in texts]
+    assert len(alone) <= before + (len(texts) if not encoder._first else 0)

@@ -30,13 +30,15 @@ class SharedEncoder:
         """
         Args:
             encode: `encode(text, add_special_tokens=...)` returns token ids; without the option it adds special tokens.
-            encode_many: the same for several texts, without the option.
+            encode_many: the same for several texts.
         """
         self._encode, self._encode_many = encode, encode_many
         #: Prompts to come, the next one last, and the tokens of some of them.
         self._coming: list[str] = []
         self._proven = False
         self._known: dict[str, list[int]] = {}
+        #: Tokens of the ends of some texts of the present prompt.
+        self._tails: dict[str, list[int]] = {}
         self._prompt = ""
         self._tokens: list[int] = []
         self._start = 0  # of the line before the cut
@@ -47,6 +49,16 @@ class SharedEncoder:
     def expect(self, prompts: Sequence[str]) -> None:
         """These prompts will be asked for, in this order."""
         self._coming, self._known = list(reversed(prompts)), {}
+
+    def together(self, texts: Sequence[str], shared: int) -> None:
+        """These texts, which begin with the same prompt of `shared` characters, will be asked for next."""
+        self._tails = {}
+        if self._encode_many is None or len(texts) < 2:
+            return
+        self.prompt(texts[0][:shared])
+        if self._first:
+            ends = [text[self._start :] for text in texts]
+            self._tails = dict(zip(ends, self._encode_many(ends, add_special_tokens=False), strict=True))
 
     def prompt(self, prompt: str) -> list[int]:
         """The prompt's own tokens."""
@@ -66,7 +78,9 @@ class SharedEncoder:
         """The tokens of `text`, whose first `shared` characters are the prompt."""
         self.prompt(text[:shared])
         if self._first:
-            tail = self._encode(text[self._start :], add_special_tokens=False)[self._lead :]
+            end = text[self._start :]
+            tail = self._tails.get(end) or self._encode(end, add_special_tokens=False)
+            tail = tail[self._lead :]
             if tail[:AGREE] == self._first:
                 return self._head + tail
         return self._encode(text)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,18 +106,25 @@ class Scorer:
         answers = Answers(self.lm, "loglikelihood", len(requests), disable_tqdm)
         answers.progress.documents(documents_of(requests))
         contexts: dict[tuple, Context] = {}
-        prompts = ((request.args[0], shared_part(request.args[0])) for request in requests)
-        self._shared_encoder.expect(list(dict.fromkeys(context[:shared] for context, shared in prompts if shared)))
-        for index, request in enumerate(answers.progress.reading(requests)):
-            if self.lm.reporter.skips(request):
-                answers.skip(index, MeasuredLoglikelihood(0.0, False, {}))
-                continue
-            prompt, target, scored = self._tokenize(*request.args, task=request.task_name)
-            window = window_of(request.args[0])
-            key = (request.task_name, window, *prompt)
-            context = contexts.setdefault(key, Context(prompt, task=request.task_name, window=window))
-            known = tuple(map(str, request.args))
-            context.targets.append(Target(index, target, scored, known, answers.name(request)))
+        texts = [shared_text(request) for request in requests]
+        self._shared_encoder.expect([text for text in dict.fromkeys(texts) if text])
+        for text, group in groupby(answers.progress.reading(range(len(requests))), key=lambda index: texts[index]):
+            indices = list(group)
+            if text:
+                asked = [requests[index].args for index in indices]
+                both = (part for context, more in asked for part in (str(context), context + more))
+                self._shared_encoder.together(list(dict.fromkeys(both)), len(text))
+            for index in indices:
+                request = requests[index]
+                if self.lm.reporter.skips(request):
+                    answers.skip(index, MeasuredLoglikelihood(0.0, False, {}))
+                    continue
+                prompt, target, scored = self._tokenize(*request.args, task=request.task_name)
+                window = window_of(request.args[0])
+                key = (request.task_name, window, *prompt)
+                context = contexts.setdefault(key, Context(prompt, task=request.task_name, window=window))
+                known = tuple(map(str, request.args))
+                context.targets.append(Target(index, target, scored, known, answers.name(request)))
         self._score(list(contexts.values()), answers)
         return answers.done()
 
@@ -190,13 +198,15 @@ class Scorer:
     def _shared_encoder(self) -> SharedEncoder:
         return SharedEncoder(self.lm.tok_encode, self._encode_many)
 
-    def _encode_many(self, texts: list[str]) -> list[list[int]]:
+    def _encode_many(self, texts: list[str], add_special_tokens: bool | None = None) -> list[list[int]]:
         """As lm-eval encodes each of these texts; a tokenizer may use several processors for them."""
         lm = self.lm
         prefix = lm.tokenizer.decode(lm.prefix_token_id)
-        if not lm.tokenizer.is_fast or any(has_bos_prefix(text, prefix) for text in texts):
-            return [lm.tok_encode(text) for text in texts]
-        options = {} if lm.add_bos_token is None else {"add_special_tokens": lm.add_bos_token}
+        own = add_special_tokens is None and any(has_bos_prefix(text, prefix) for text in texts)
+        if not lm.tokenizer.is_fast or own:
+            return [lm.tok_encode(text, add_special_tokens=add_special_tokens) for text in texts]
+        special = lm.add_bos_token if add_special_tokens is None else add_special_tokens
+        options = {} if special is None else {"add_special_tokens": special}
         return lm.tokenizer(texts, **options)["input_ids"]
 
     def _score(self, contexts: list[Context], answers: Answers) -> None:
@@ -377,6 +387,11 @@ def shared_part(context: str) -> int:
     if isinstance(context, SharedPrompt):
         return context.shared
     return len(context) if len(context) >= LONG else 0
+
+
+def shared_text(request: Instance) -> str:
+    """What of a request's context is read once; empty for none of it."""
+    return request.args[0][: shared_part(request.args[0])]
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:

@@ -581,7 +581,8 @@ class Candidates:
         at_once = 1 if plan.one_by_one else plan.every
         new = tokens % SCORE_CHUNK == 0
         begun = np.flatnonzero(new if at_once is None else new | (tokens % at_once == 0))
-        places = torch.from_numpy(order).to(self.device)
+        # To send something to a device waits for it.
+        places = torch.from_numpy(order).to(self.device) if reads is not None or self.in_turn else None
         sizes = [noted.reads.numel() // self.rows for noted in self._noted.values() if noted.reads is not None]
         parts = iter(() if reads is None else reads[places].split(sizes, 1))
         alike: dict[Any, PhaseCounts] = {}
