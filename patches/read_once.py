@@ -49,7 +49,7 @@ def _remembered(loader: ModuleType) -> Iterator[None]:
 
     lm-eval copies the settings of a task before it changes them, so tasks may share what they include.
     """
-    original = loader.load_yaml
+    original, make = loader.load_yaml, getattr(loader, "_make_loader", None)
     #: Settings, and the files that they were read from.
     known: dict[str, tuple[dict[str, Any], set[Any]]] = {}
 
@@ -66,10 +66,14 @@ def _remembered(loader: ModuleType) -> Iterator[None]:
         return dict(settings)
 
     loader.load_yaml = load_yaml
+    if make is not None:  # a class for each file, which is the same for all of a folder
+        loader._make_loader = functools.cache(make)
     try:
         yield
     finally:
         loader.load_yaml = original
+        if make is not None:
+            loader._make_loader = make
 
 
 __all__ = ["apply"]
