@@ -69,12 +69,12 @@ class Answers:
         self.results[index] = answer
         self.progress.answered(index)
 
-    def give(self, index: int, key: tuple[Any, ...] | None, answer: Any) -> None:
+    def give(self, index: int, key: tuple[Any, ...] | None, answer: Any, found: bool = False) -> None:
         """A request is answered. `key`: its arguments, as lm-eval's response cache knows them; None for one of none."""
         self.results[index] = answer
         if key is not None:
             self.lm.cache_hook.add_partial(self.kind, key, answer)
-        self.progress.answered(index, answer)
+        self.progress.answered(index, answer, found)
 
     def answer(self, asked: Asked, counts: RowCounts, answers: Sequence[Any]) -> None:
         """A prompt is answered, with these measured answers to its requests, in their order; then it is in the log."""
@@ -165,7 +165,7 @@ class Answers:
         reporter.counted(answers[0].stats)
         self._fresh[asked.task or ""].merge(ledger)
         for (index, key, _), answer in zip(asked.requests, answers, strict=True):
-            self.give(index, key, answer)
+            self.give(index, key, answer, found=True)
         return True
 
 

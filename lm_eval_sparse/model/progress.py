@@ -147,8 +147,8 @@ class Call:
         self._work = work
         self._planned = [sum(tokens[place] for tokens in work.values()) for place in (0, 1)]
 
-    def answered(self, index: int, answer: Any = None) -> None:
-        """A request is answered."""
+    def answered(self, index: int, answer: Any = None, found: bool = False) -> None:
+        """A request is answered. `found`: nothing was read for it, another run made it."""
         document = self._of[index]
         self._open[document] -= 1
         if self._open[document] == 0:
@@ -160,7 +160,10 @@ class Call:
                 if value is not None:
                     self._sparsity.setdefault(name, []).append(value)
         self.clock.switch("rest")
-        if index in self._work:
+        if index in self._work and found:  # the rest tells how fast the run is
+            for place, tokens in enumerate(self._work[index]):
+                self._planned[place] -= tokens
+        elif index in self._work:
             self._credited = dict(self.clock.tokens)
             for place, tokens in enumerate(self._work[index]):
                 self._finished[place] += tokens

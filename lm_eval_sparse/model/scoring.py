@@ -6,12 +6,13 @@ share a context prefill it once. A rolling log-likelihood has no context: its wi
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..protocol import MeasuredFloat, MeasuredLoglikelihood, SharedPrompt, window_of
-from ..runtime.accounting import RowCounts
+from ..runtime.accounting import RowCounts, settle
 from ..runtime.cache import SparseCache
 from ..runtime.candidates import SCORE_CHUNK
 from ..runtime.diagnose import Diagnosis
@@ -92,12 +93,31 @@ class Context:
         return found
 
 
+@dataclass
+class Prefilled:
+    """A prompt that has been read, for the next context that has the same one: documents may share a context.
+
+    Attributes:
+        counts: what reading it was counted as.
+        first: `(1, V)` log-probabilities of the token behind it.
+        snapshot: of the cache, where answers run one after the other.
+    """
+
+    prompt: list[int]
+    window: int | None
+    cache: SparseCache
+    counts: RowCounts
+    first: Tensor
+    snapshot: list[Any] | None
+
+
 class Scorer:
     """Answers the scored requests of a model."""
 
     def __init__(self, lm: SparseHFLM):
         self.lm = lm
         self.side_by_side, self.beginnings = SideBySide(lm), Beginnings(lm)
+        self._prefilled: Prefilled | None = None
         #: The context that was encoded last, its tokens, and how many of them are its prompt's: many candidates follow.
         self._head: tuple[tuple[str, int], list[int], int] = (("", -1), [], 0)
 
@@ -121,7 +141,8 @@ class Scorer:
                     continue
                 prompt, target, scored = self._tokenize(*request.args, task=request.task_name)
                 window = window_of(request.args[0])
-                key = (request.task_name, window, *prompt)
+                # What is measured of a document must not depend on which others have the same prompt.
+                key = (request.task_name, request.doc_id, window, *prompt)
                 context = contexts.setdefault(key, Context(prompt, task=request.task_name, window=window))
                 known = tuple(map(str, request.args))
                 context.targets.append(Target(index, target, scored, known, answers.name(request)))
@@ -241,9 +262,13 @@ class Scorer:
         if left:
             longest = max((context for context, *_ in left), key=lambda context: context.lengths()[1])
             lm.summary.expect([len(longest.prompt)], longest.lengths()[1] - len(longest.prompt))
-        for place, (context, own, in_one) in enumerate(left):
-            following = left[place + 1][0].prompt if place + 1 < len(left) else None
-            scored = self._score_whole(context) if in_one else self.score_context(context, following)
+        following = [*(context for context, *_ in left[1:]), None]
+        others: list[list[int] | None] = [None] * len(left)  # the next prompt that is another one
+        for place in range(len(left) - 2, -1, -1):
+            later = following[place].prompt
+            others[place] = later if later != left[place][0].prompt else others[place + 1]
+        for (context, own, in_one), later, other in zip(left, following, others, strict=True):
+            scored = self._score_whole(context) if in_one else self.score_context(context, later, other)
             stats = lm.reporter.stats(context.counts)
             answers.answer(own, context.counts, [MeasuredLoglikelihood(*one, stats) for one in scored])
 
@@ -258,39 +283,59 @@ class Scorer:
         tokens = tokens_of(context.prompt, *(tokens for tokens, _ in targets))
         return answers.keyed(asked, context.window, tokens, [scored for _, scored in targets])
 
-    def score_context(self, context: Context, following: list[int] | None = None) -> list[tuple[float, bool]]:
+    def score_context(
+        self, context: Context, following: Context | None = None, other: list[int] | None = None
+    ) -> list[tuple[float, bool]]:
         """Prefill a context, then run its answers against the cache.
 
         Contexts run one at a time whatever the batch size: side by side they would be padded and round differently.
         The answers to one run side by side where each gets what it gets alone (`side_by_side`).
 
         Args:
-            following: the prompt of the next context, which may begin alike.
+            following: the next context, which may have the same prompt.
+            other: the next prompt that is another one, which may begin alike.
         """
         lm = self.lm
         sequences, engine = context.sequences(), self.side_by_side.get()
-        length = len(context.prompt)
-        if engine is None:
+        length, read = len(context.prompt), self._read_before(context)
+        if read is not None:
+            cache, context.counts = read.cache, copy.deepcopy(read.counts)
+        elif engine is None:
             cache = lm.runtime.new_cache(lm.model.config, reserve=max(map(len, sequences)), prompt=length)
         else:
             cache = engine.new_cache(length)
         scored: dict[tuple, Tensor] = {}
         hits: dict[tuple, Tensor] = {}
-        with lm.runtime.running(context.counts, cache, length, context.window):
-            logits = self.beginnings.prefill(context.prompt, cache, context.counts, following)
-            first = lm.forward.log_softmax(logits[:, -1])
+        with lm.runtime.running(context.counts, cache, length, context.window, read=0 if read is None else length):
+            if read is None:
+                logits = self.beginnings.prefill(context.prompt, cache, context.counts, other)
+                first = lm.forward.log_softmax(logits[:, -1])
+                read = Prefilled(
+                    context.prompt, context.window, cache, RowCounts(), first,
+                    cache.snapshot() if engine is None else None,
+                )  # fmt: skip
+                if following is not None and following.prompt == context.prompt:
+                    settle([context.counts])
+                    read.counts = copy.deepcopy(replace(context.counts, diagnosis=None))
             if engine is None:
-                snapshot = cache.snapshot()
                 for tokens in sequences:
-                    scored[tuple(tokens)], hits[tuple(tokens)] = self._score_tokens(tokens, first, cache)
-                    cache.restore(snapshot)
+                    scored[tuple(tokens)], hits[tuple(tokens)] = self._score_tokens(tokens, read.first, cache)
+                    cache.restore(read.snapshot)
         if engine is not None:
-            found = self.side_by_side.score(engine, cache, sequences, first=first[0], counts=context.counts)
+            found = self.side_by_side.score(engine, cache, sequences, first=read.first[0], counts=context.counts)
             for tokens, own in zip(sequences, found, strict=True):
                 scored[tuple(tokens)], hits[tuple(tokens)] = own
         elif (reason := self.side_by_side.reason) is not None:
             context.counts.phases["decode"].loop_reasons[reason] += sum(map(len, sequences)) - len(sequences)
+        self._prefilled = read if following is not None and following.prompt == context.prompt else None
         return context.answers(scored, hits)
+
+    def _read_before(self, context: Context) -> Prefilled | None:
+        """The context's prompt as the context before it has read it, if it has. What is looked at is read anew."""
+        read, self._prefilled = self._prefilled, None
+        if read is None or context.counts.diagnosis is not None:
+            return None
+        return read if (read.prompt, read.window) == (context.prompt, context.window) else None
 
     def _score_tokens(self, tokens: list[int], first: Tensor, cache: SparseCache) -> tuple[Tensor, Tensor]:
         """Log-probability and greedy hit of each token of one answer; `first (1, V)` predicts its first token."""

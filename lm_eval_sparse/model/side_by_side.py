@@ -16,7 +16,7 @@ from ..runtime.accounting import RowCounts
 from ..runtime.cache import SparseCache
 from ..runtime.candidates import Candidates
 from ..runtime.decoder import GPU_ROWS
-from ..runtime.rounding import CPU_ROWS, tile_alike
+from ..runtime.rounding import CPU_ROWS, is_routed, tile_alike
 
 if TYPE_CHECKING:
     from .lm import SparseHFLM
@@ -68,6 +68,10 @@ class SideBySide:
             self.reason = decoder.alone
             logger.warning("answers are scored one at a time: %s", self.reason)
             return None
+        if is_routed(lm.model):
+            # Products of an expert have as many rows as the tile sends it: others may round one of them differently.
+            self.alone = "rows of this model are routed to experts, whose products depend on the neighbours"
+            self._checked = True
         plan = lm.runtime.plan
         if plan.decode is not None and not plan.decode.method.shares and not on_cpu:
             rows = min(rows, GPU_ROWS)  # such methods may hold what each row scores, in a copy
@@ -99,7 +103,7 @@ class SideBySide:
         """
         self.lm.clock.switch("decode")
         longer = [answer for answer in answers if len(answer) > 1]
-        if longer:
+        if longer and engine.adopted is not cache:
             engine.adopt(cache)
         if not self._checked and len(longer) > 1:
             with self.lm.clock.checking():

@@ -35,6 +35,7 @@ from . import diagnose
 from .accounting import DecodeShape, PhaseCounts, RowCounts, count_rows, settle
 from .cache import CacheLayer, SparseCache, same_memory
 from .graphs import Graphs
+from .memory import out_of_memory
 from .periodic import evict_again, kept_by
 from .pool import Pool, Sequences
 from .rows import PassingLayer, adopt_window
@@ -55,6 +56,8 @@ BEFORE_CAPTURE = 8
 CAPTURED = 4096
 #: Tokens of answers that storage has room for from the beginning: a pass is captured anew when it moves.
 ROOM = 4096
+#: Tokens of answers, what they copy of the prompt's last page included, that are held at once at most.
+MOST_HELD = 16384
 
 
 @dataclass
@@ -89,7 +92,8 @@ class Tile:
         rows: `(answer, token)` of each.
         answer: which answer; seen: tokens of it so far, the row's included, since it was last evicted; tokens: those of
             prompt and answer; wanted: the token that follows.
-        answers: of the tile, ascending; before, after: their tokens before and with the pass.
+        answers: of the tile, ascending; before, after: their tokens before and with the pass; so_far: those of prompt
+            and answer with the pass.
         newest: the row of the last token of each.
         token_rows: `(W, most)` the rows of all their tokens, the last one repeated; None where answers share.
     """
@@ -104,6 +108,7 @@ class Tile:
     answers: Tensor
     before: Tensor
     after: Tensor
+    so_far: Tensor
     newest: Tensor
     token_rows: Tensor | None = None
 
@@ -155,14 +160,16 @@ class Candidates:
         self._cache = Cache(layers=[PassingLayer() for _ in SparseCache(config, longest=runtime.longest).layers])
         self.pools: list[Pool] = []
         self.prompt = 0
+        #: The cache of the prompt whose answers can be scored.
+        self.adopted: SparseCache | None = None
         #: Counts of the prompt, where every step of it is looked at.
         self.watched: RowCounts | None = None
         self._layers: list[Held] = []
         self._noted: dict[int, Noted] = {}
         self._since: list[int] = []
         self._longest = self._passes = self._width = 0
-        self._numbers = torch.zeros(10 * rows, dtype=torch.int64, device=device)
-        self._tile = Tile([], *self._numbers.view(10, rows))
+        self._numbers = torch.zeros(11 * rows, dtype=torch.int64, device=device)
+        self._tile = Tile([], *self._numbers.view(11, rows))
         self._table = torch.zeros(0, dtype=torch.int64, device=device)
         self._found = torch.zeros(rows, dtype=torch.float32, device=device)
         self._hits = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -192,11 +199,12 @@ class Candidates:
             self.pools = [Pool() for _ in self._cache.layers]
         for pool in self.pools:
             pool.clear(1 + ROOM / prompt if self.shares else 1.0, *self.runtime.kept_state())
-        self.prompt = prompt
+        self.prompt, self.adopted = prompt, None
         return self.runtime.new_cache(self.config, 0, self.pools, prompt)
 
     def adopt(self, cache: SparseCache) -> None:
         """Take what the prefill has left. Waits for the device once."""
+        self.adopted = cache
         held: list[Sequences] = []
         for index, (layer, pool) in enumerate(zip(cache.layers, self.pools, strict=True)):
             if not isinstance(layer, CacheLayer):
@@ -221,6 +229,7 @@ class Candidates:
         """Give all memory back."""
         self.graphs.clear()
         self.pools, self._layers, self._noted, self._reads, self._relied = [], [], {}, None, None
+        self.adopted = None
 
     # --- answers -----------------------------------------------------------------------------------------------
 
@@ -241,28 +250,25 @@ class Candidates:
         try:
             order = sorted(range(len(answers)), key=lambda place: -len(answers[place]))
             order = [place for place in order if len(answers[place]) > 1]
-            most = len(order) or 1
-            if self.watched is not None:  # what is looked at follows one answer at a time
-                most = 1
-            elif not self.shares and order:
-                most = max(1, self._forked(self.prompt, len(answers[order[0]])))
-            if self.in_turn:  # a pass reads a token of each
-                most = min(most, self.rows)
-            for begin in range(0, len(order), most):
-                some = order[begin : begin + most]
-                self._begin([len(answers[place]) - 1 for place in some])
-                read: list[tuple[int, int]] = []
-                reads: list[Tensor] = []
-                for rows in self._tiles([len(answers[place]) - 1 for place in some]):
-                    self._pass(rows, [answers[place] for place in some], counts)
-                    self.landed(len(rows))
-                    logprobs.append(self._found[: len(rows)].clone())
-                    hits.append(self._hits[: len(rows)].clone())
-                    if self._reads is not None:
-                        reads.append(self._reads[: len(rows)].clone())
-                    places += [(some[answer], token + 1) for answer, token in rows]
-                    read += rows
-                self._count(counts, np.array(read), torch.cat(reads) if reads else None)
+            limit = len(order)
+            while order:
+                most = min(limit, self._at_once([len(answers[place]) for place in order]))
+                some, order = order[:most], order[most:]
+                try:
+                    found = self._run_some([answers[place] for place in some], counts)
+                except RuntimeError as error:
+                    if not out_of_memory(error) or len(some) == 1 or not self.shares:
+                        raise
+                    order, limit = some + order, len(some) // 2
+                    found = None
+                if found is None:  # the error is gone, and with it what it kept alive
+                    self.graphs.clear()
+                    torch.cuda.empty_cache()
+                    logger.warning("memory ran out with %d answers to a prompt: trying again with %d", len(some), limit)
+                else:
+                    logprobs.append(found[0])
+                    hits.append(found[1])
+                    places += [(some[answer], token + 1) for answer, token in found[2]]
                 for pool, before in zip(self.pools, used, strict=True):
                     pool.used = dict(before)
         finally:
@@ -277,6 +283,41 @@ class Candidates:
             own = answer == place
             logprob[token[own]], hit[token[own]] = made[0][own].double(), made[1][own]
         return results
+
+    def _at_once(self, lengths: Sequence[int]) -> int:
+        """How many of the next answers of so many tokens, the longest first, are held at once."""
+        if not lengths or self.watched is not None:  # what is looked at follows one answer at a time
+            return 1
+        most = len(lengths)
+        if self.shares:
+            plan = self.runtime.plan
+            page = 1 if plan.decode is None else plan.decode.method.page_size
+            held = np.cumsum([length + page for length in lengths])
+            most = max(1, int((held <= MOST_HELD).sum()))
+        else:
+            most = max(1, min(most, self._forked(self.prompt, lengths[0])))
+        return min(most, self.rows) if self.in_turn else most  # a pass reads a token of each
+
+    def _run_some(
+        self, answers: Sequence[Sequence[int]], counts: RowCounts
+    ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """Log-probabilities and hits of all tokens but the first of these answers, and which `(answer, token)` each
+        comes behind."""
+        self._begin([len(answer) - 1 for answer in answers])
+        read: list[tuple[int, int]] = []
+        found: list[Tensor] = []
+        hits: list[Tensor] = []
+        reads: list[Tensor] = []
+        for rows in self._tiles([len(answer) - 1 for answer in answers]):
+            self._pass(rows, answers, counts)
+            self.landed(len(rows))
+            found.append(self._found[: len(rows)].clone())
+            hits.append(self._hits[: len(rows)].clone())
+            if self._reads is not None:
+                reads.append(self._reads[: len(rows)].clone())
+            read += rows
+        self._count(counts, np.array(read), torch.cat(reads) if reads else None)
+        return torch.cat(found), torch.cat(hits), read
 
     def _tiles(self, steps: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """`(answer, token)` of the rows of each pass, for answers of so many steps, the longest first."""
@@ -300,7 +341,8 @@ class Candidates:
             noted.held = []
         longest = max(int(held.lengths.max()) for held in self._layers)
         self._longest = longest + -(-most // ROUNDED) * ROUNDED
-        tables = [(self._shared if self.shares else self._copied)(held, number, most, page) for held in self._layers]
+        fill = self._shared if self.shares else self._copied
+        tables = [fill(held, np.array(steps), page) for held in self._layers]
         # Room for twice as many answers each time: what was captured relies on where the table lies.
         if number > self._width or self._table.numel() != sum(7 * self._width * held.heads for held in self._layers):
             self._width = max(32, 1 << (number - 1).bit_length())
@@ -312,36 +354,47 @@ class Candidates:
         for held, table, part in zip(self._layers, padded, self._table.split(sizes), strict=True):
             held.table, held.newest, held.known = part.view(table.shape), None, None
 
-    def _shared(self, held: Held, number: int, most: int, page: int) -> np.ndarray:
-        """The table of answers that share the prompt, but for its last page where that is not full."""
+    def _shared(self, held: Held, steps: np.ndarray, page: int) -> np.ndarray:
+        """The table of answers of so many steps that share the prompt, but for its last page where that is not full."""
+        number = len(steps)
         table = np.zeros((7, number, held.heads), dtype=np.int64)
-        pool, answer = held.pool, np.arange(number)
-        rooms = -(-(held.lengths % page + most) // page) * page
-        firsts, begins = self._room(held, number * rooms, number * rooms // page)
-        for head, (start, length) in enumerate(zip(held.starts.tolist(), held.lengths.tolist(), strict=True)):
-            split, room, first = length // page * page, int(rooms[head]), int(firsts[head])
-            partial = length - split
-            table[:4, :, head] = [
-                answer * 0 + start, answer * 0 + length, first + answer * room - split, answer * 0 + split,
-            ]  # fmt: skip
-            tokens = [pool.keys, pool.values, *(pool.tensors[slot.name] for slot in pool.slots if slot.per == "token")]
-            for states in tokens if partial else ():
-                target = states[first : first + number * room].unflatten(0, (number, room))
-                target[:, :partial] = states[start + split : start + length]
-            if held.first is not None:
-                own, pages, begin = int(held.first[head]), room // page, int(begins[head])
-                table[4, :, head], table[5, :, head] = own, begin + answer * pages - split // page
-                for slot in pool.slots if partial else ():
-                    if slot.per == "page":
-                        entries = pool.tensors[slot.name]
-                        target = entries[begin : begin + number * pages].unflatten(0, (number, pages))
-                        target[:, 0] = entries[own + split // page]
-            if held.place is not None:
-                table[6, :, head] = held.place[head]
+        pool = held.pool
+        partial = held.lengths % page
+        split = held.lengths - partial
+        rooms = -(-(partial + steps[:, None]) // page) * page  # (C, H_kv)
+        firsts, begins = self._room(held, rooms, rooms // page)
+        table[0], table[1], table[2], table[3] = held.starts, held.lengths, firsts - split, split
+        if held.first is not None:
+            table[4], table[5] = held.first, begins - split // page
+        if held.place is not None:
+            table[6] = held.place
+        if not partial.any():
+            return table
+        # The prompt's last page, of which every answer has its own.
+        place = np.arange(page)
+        there = np.broadcast_to(place < partial[:, None], (number, held.heads, page))
+        source = np.broadcast_to((held.starts + split)[:, None] + place, there.shape)[there]
+        target = (firsts[..., None] + place)[there]
+        both = torch.from_numpy(np.stack([source, target])).to(self.device)
+        for states in (
+            pool.keys,
+            pool.values,
+            *(pool.tensors[slot.name] for slot in pool.slots if slot.per == "token"),
+        ):
+            states[both[1]] = states[both[0]]
+        if held.first is not None:
+            own = np.broadcast_to(partial > 0, begins.shape)
+            source = np.broadcast_to(held.first + split // page, begins.shape)[own]
+            both = torch.from_numpy(np.stack([source, begins[own]])).to(self.device)
+            for slot in pool.slots:
+                if slot.per == "page":
+                    entries = pool.tensors[slot.name]
+                    entries[both[1]] = entries[both[0]]
         return table
 
-    def _copied(self, held: Held, number: int, most: int, page: int) -> np.ndarray:
-        """The table of answers that have copies of the prompt."""
+    def _copied(self, held: Held, steps: np.ndarray, page: int) -> np.ndarray:
+        """The table of answers of so many steps that have copies of the prompt."""
+        number, most = len(steps), int(steps.max())
         table = np.zeros((7, number, held.heads), dtype=np.int64)
         pool, answer = held.pool, np.arange(number)
         rooms = held.lengths + most
@@ -377,7 +430,8 @@ class Candidates:
         pool = held.pool
         first = pool.take(int(tokens.sum()), pool.keys, pool.values)
         begin = 0 if held.first is None else pool.take_more("page", int(pages.sum()))
-        return first + tokens.cumsum() - tokens, begin + pages.cumsum() - pages
+        ends, last = tokens.cumsum().reshape(tokens.shape), pages.cumsum().reshape(pages.shape)
+        return first + ends - tokens, begin + last - pages
 
     # --- one pass ----------------------------------------------------------------------------------------------
 
@@ -432,7 +486,7 @@ class Candidates:
         number = len(rows)
         mine = sorted({answer for answer, _ in rows})
         of_answer = {answer: [place for place, (own, _) in enumerate(rows) if own == answer] for answer in mine}
-        table = np.zeros((10, self.rows), dtype=np.int64)
+        table = np.zeros((11, self.rows), dtype=np.int64)
         table[:6, :number] = [
             [answers[answer][token] for answer, token in rows],
             [self.prompt + token for _, token in rows],
@@ -445,6 +499,7 @@ class Candidates:
             mine,
             [rows[of_answer[answer][0]][1] - self._since[answer] for answer in mine],
             [rows[of_answer[answer][-1]][1] + 1 - self._since[answer] for answer in mine],
+            [self.prompt + rows[of_answer[answer][-1]][1] + 1 for answer in mine],
             [of_answer[answer][-1] for answer in mine],
         ]
         self._numbers.copy_(torch.from_numpy(table.ravel()))
@@ -523,7 +578,7 @@ class Candidates:
         # (answers, tokens, heads, G, 1, D); one that knows shared beginnings is given the newest token's query alone.
         by_row = by_row[tile.newest[:, None] if self.shares else tile.token_rows]
         query = by_row.squeeze(-2).movedim(1, 3).flatten(0, 1)
-        cache = CacheView(kv, self.prompt + tile.after, held.heads)
+        cache = CacheView(kv, tile.so_far, held.heads)
         call = Call(query, kv.keys, kv.values, scale, softcap, "decode", filled.budget, known, cache=cache, state=state)
         tell(filled.method, "appended", call, had.int(), debug=self.runtime.plan.debug)
 

@@ -57,6 +57,17 @@ def _widths_alike(module: torch.nn.Module) -> frozenset[int]:
     return frozenset(widths)
 
 
+def is_routed(model: torch.nn.Module) -> bool:
+    """Whether a model sends each row to some of many experts: how many rows a product of theirs has depends on all."""
+    for name, module in model.named_modules():
+        if "expert" in name.lower() or "expert" in type(module).__name__.lower():
+            return True
+        stacked = any(weight.dim() == 3 for weight in module.parameters(recurse=False))
+        if stacked and not isinstance(module, torch.nn.modules.conv._ConvNd):
+            return True
+    return False
+
+
 @torch.no_grad()
 def tile_alike(model: torch.nn.Module) -> int | None:
     """The rows of a tile in which it makes no difference to a row where it stands, in any product of a model on a GPU;
