@@ -339,7 +339,7 @@ def markdown(content: Row) -> str:
         ]
         lengths = {task: sorted({row["length"] for row in own if row["task"] == task}) for task in tasks}
         documents = max((row.get("of_documents", 0) for row in own), default=0)
-        lines += [f"## {dtype}, {documents} documents of each twin", ""]
+        lines += [f"## {dtype}, up to {documents} documents of each twin", ""]
         head = ["method", *(f"{task} ({', '.join(lengths[task])})" for task in tasks)]
         body = []
         for method in sorted({row["method"] for row in own}, key=lambda name: (order(name), name)):

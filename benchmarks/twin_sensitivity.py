@@ -163,7 +163,7 @@ class ControlledScorer(Scorer):
 
     lm: ControlledLM
 
-    def score_context(self, context: Context) -> list[tuple[float, bool]]:
+    def score_context(self, context: Context, *others: Any) -> list[tuple[float, bool]]:
         plain = self.lm.runtime.plan
         try:
             for phase in self.lm.wanted:

@@ -72,7 +72,7 @@ def test_one_prefill_serves_dense_and_random_decoding():
     prompt = tiny.words(seed, 300)
     texts = [f" {tiny.words(seed + i, 6 - i)}" for i in range(3)]
     requests = [
-        Instance("loglikelihood", {}, (SharedPrompt(f"{prompt} Answer:", len(prompt)), text), i, metadata=("t", i, 1))
+        Instance("loglikelihood", {}, (SharedPrompt(f"{prompt} Answer:", len(prompt)), text), i, metadata=("t", 0, 1))
         for i, text in enumerate(texts)
     ]
     dense = SparseHFLM(pretrained=tiny.family("llama"), **options).loglikelihood(requests, disable_tqdm=True)

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import families
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from small_lms import score, sparse
 from tiny import family, words
 
@@ -182,3 +184,79 @@ def test_long_contexts_are_read_once_with_the_same_tokens(monkeypatch: pytest.Mo
     found = [scorer._encode(context, tail) for tail in tails]
     assert sum(read) < 3 * len(context) + len(tails) * 1200
     assert found == [lm._encode_pair(context, tail) for tail in tails]
+
+
+def of_documents(pairs: list[tuple[str, str]], documents: list[int]) -> list[Any]:
+    kind = "loglikelihood"
+    return [
+        Instance(request_type=kind, doc={}, arguments=pair, idx=0, metadata=("t", number, 1))
+        for pair, number in zip(pairs, documents, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("method", ["ada_snapkv+quest", "h2o"])
+def test_documents_that_share_a_prompt(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read once, and what is measured of a document is what is measured of it alone."""
+    lm = sparse(bench.model(dtype), method=method, sparsity=0.5, **({"every": 3} if method == "h2o" else {}))
+    pairs, documents = [(PROMPTS[1], answer) for answer in ANSWERS], [0, 0, 1, 2, 1]
+    read: list[int] = []
+    prefill = type(lm.scorer.beginnings).prefill
+    monkeypatch.setattr(type(lm.scorer.beginnings), "prefill", lambda *args: read.append(1) or prefill(*args))
+    together = lm.loglikelihood(of_documents(pairs, documents), disable_tqdm=True)
+    assert len(read) == 1
+    assert lm.report()["prompts"] == 3
+    for number in range(3):
+        own = [place for place, document in enumerate(documents) if document == number]
+        alone = lm.loglikelihood(of_documents([pairs[place] for place in own], [number] * len(own)), disable_tqdm=True)
+        for place, answer in zip(own, alone, strict=True):
+            assert tuple(answer) == tuple(together[place])
+            assert figures(answer) == figures(together[place])
+
+
+def test_answers_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room is made for each answer's own length, for so many at once; where memory runs out, for half as many."""
+    answers = [f" {words(1, 12)}", *(f" {words(seed, 2)}" for seed in range(60))]
+    pairs = [(PROMPTS[1], answer) for answer in answers]
+    lm = sparse(bench.model(HALF), method="quest", sparsity=0.5)
+    wanted, room = score(lm, pairs), []
+    took = candidates.Candidates._room
+
+    def noted(held: Any, tokens: Any, pages: Any) -> Any:
+        room.append(int(tokens.sum()))
+        return took(held, tokens, pages)
+
+    monkeypatch.setattr(candidates.Candidates, "_room", staticmethod(noted))
+    assert list(map(tuple, score(lm, pairs))) == list(map(tuple, wanted))
+    heads, page = 2, 8
+    lengths = [len(lm.tok_encode(answer)) for answer in answers]
+    assert max(room) <= heads * sum(length + 2 * page for length in lengths)
+    monkeypatch.setattr(candidates, "MOST_HELD", 100)
+    room.clear()
+    assert list(map(tuple, score(lm, pairs))) == list(map(tuple, wanted))
+    assert max(room) <= heads * 100 * 2
+    monkeypatch.undo()
+    run, failed = candidates.Candidates._run_some, []
+
+    def full(self: Candidates, some: Any, counts: Any) -> Any:
+        if len(some) > 20:
+            failed.append(len(some))
+            raise torch.OutOfMemoryError("out of memory")
+        return run(self, some, counts)
+
+    monkeypatch.setattr(candidates.Candidates, "_run_some", full)
+    assert list(map(tuple, score(lm, pairs))) == list(map(tuple, wanted))
+    assert failed[0] > 40
+    assert failed[1:] == [failed[0] // 2] * (failed[0] // 2 > 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "routed"), [("qwen3_moe", True), ("mixtral", True), ("llama", False), ("gpt2", False)]
+)
+def test_rows_that_are_routed_to_experts_run_alone(name: str, routed: bool) -> None:
+    lm = sparse(families.build(name).to(HALF))
+    own = lm.scorer.side_by_side
+    assert own.get() is not None
+    assert (own.alone is not None) == routed
+    score(lm, PAIRS[:3])
+    assert (own.alone in lm.report()["phases"]["decode"].get("loop_reasons", {})) == routed

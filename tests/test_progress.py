@@ -294,3 +294,20 @@ def test_kernels_are_kept_where_that_can_be_done(tmp_path: Any, monkeypatch: pyt
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     with pytest.raises(UserError, match="neither in"):
         checks.check_kernel_folder("cuda")
+
+
+def test_time_left_after_answers_that_were_found() -> None:
+    """What another run made is neither left nor a measure of how fast this one is."""
+    now = [0.0]
+    clock = Clock(lambda: now[0])
+    call = Call(clock, "generate_until", 4, quiet=True)
+    call.expect(dict.fromkeys(range(4), (100, 10)))
+    for index in (0, 1):
+        call.answered(index, found=True)
+    clock.switch("prefill", 100)
+    now[0] += 5.0
+    clock.switch("decode")
+    clock.landed(10)
+    now[0] += 20.0
+    call.answered(2)
+    assert call.left() == pytest.approx(25.0)

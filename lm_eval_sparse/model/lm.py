@@ -5,7 +5,6 @@ What lm-eval calls is here; `scoring` and `generation` answer its requests, `rep
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from ..methods.plan import SparseConfig, parse, split
 from ..protocol import set_active_lm
 from ..runtime.interface import IMPLEMENTATION, register
 from ..runtime.session import Runtime
-from . import adapters, arguments, embedded, parallel, response_cache
+from . import adapters, arguments, contents, embedded, parallel, response_cache
 from .checks import (
     check_backend,
     check_batch_size,
@@ -324,12 +323,6 @@ class SparseHFLM(HFLM):
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides an answer besides the prompt: `--use_cache` must not mix answers of different ones."""
-        sample = hashlib.sha256()
-        for parameter in self.model.parameters():
-            flat = parameter.detach().flatten()
-            # On no device: kept elsewhere until it is needed.
-            some = flat.shape if flat.is_meta else flat[:: max(1, flat.numel() // 64)][:64].tolist()
-            sample.update(str(some).encode())
         typed = {name: value for name, value in self.model_args.items() if name not in WITHOUT_EFFECT}
         return {
             **response_cache.public(typed),
@@ -338,7 +331,10 @@ class SparseHFLM(HFLM):
             "pretrained": self.model_label,
             "dtype": str(self.model.dtype),
             "max_length": self.max_length,
-            "weights": sample.hexdigest()[:16],
+            "weights": contents.weights(self.model),
+            "tokenizer": contents.tokenizer(self.tokenizer, self.eot_token_id),
+            **contents.code(self.model),
+            "transformers": transformers.__version__,
         }
 
     def open_log(self, output: Path, tasks: Mapping[str, str]) -> None:

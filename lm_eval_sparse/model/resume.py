@@ -164,7 +164,8 @@ class SampleLog:
             number = sum(self._spoilt.values())
             named = ", ".join(f"{path.name}: {count}" for path, count in list(self._spoilt.items())[:5])
             more = f" and {len(self._spoilt) - 5} files more" if len(self._spoilt) > 5 else ""
-            self._say(f"{number} lines are torn or not as they were written, and made again ({named}{more})")
+            said = f"{number} lines are torn or not as they were written, and left out ({named}{more})"
+            self._say(f"{said}: what is missing is made again")
         if not self._lines:
             self._tell_others()
 

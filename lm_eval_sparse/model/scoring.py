@@ -262,7 +262,7 @@ class Scorer:
         if left:
             longest = max((context for context, *_ in left), key=lambda context: context.lengths()[1])
             lm.summary.expect([len(longest.prompt)], longest.lengths()[1] - len(longest.prompt))
-        following = [*(context for context, *_ in left[1:]), None]
+        following = [*(context for context, *_ in left[1:]), None][: len(left)]
         others: list[list[int] | None] = [None] * len(left)  # the next prompt that is another one
         for place in range(len(left) - 2, -1, -1):
             later = following[place].prompt

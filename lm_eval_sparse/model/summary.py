@@ -76,16 +76,20 @@ def together(mine: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, An
     """The figures of several processes: `seconds` are those of the first one, which waits for the others; tokens and
     samples are those of all, memory that of the one that took most."""
     every = [mine, *others]
-
-    def all_of(part: str, phase: str, combine: Any) -> Any:
-        found = [figures[part][phase] for figures in every if figures[part][phase] is not None]
-        return combine(found) if found else None
-
+    tokens = {phase: sum(figures["tokens"][phase] for figures in every) for phase in mine["tokens"]}
+    memory = {}
+    for kind in mine["peak_memory_bytes"]:
+        found = [figures["peak_memory_bytes"][kind] for figures in every]
+        memory[kind] = max((size for size in found if size is not None), default=None)
     return {
         "seconds": mine["seconds"],
-        **{part: {phase: all_of(part, phase, sum) for phase in mine[part]} for part in ("tokens", "tokens_per_second")},
+        "tokens": tokens,
+        "tokens_per_second": {
+            phase: round(number / mine["seconds"][phase], 1) if number and mine["seconds"][phase] else None
+            for phase, number in tokens.items()
+        },
         "samples": sum(figures["samples"] for figures in every),
-        "peak_memory_bytes": {kind: all_of("peak_memory_bytes", kind, max) for kind in mine["peak_memory_bytes"]},
+        "peak_memory_bytes": memory,
     }
 
 

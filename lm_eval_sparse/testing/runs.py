@@ -110,9 +110,10 @@ def counted(subject: Subject) -> str:
                     kept.append(int(shown(selection, "eviction", kv_heads, length).sum()))
                     whole.append(kv_heads * length)
                 else:
-                    read = selection.keys_read(call).double().mean((0, 1))
-                    kept.append(float(read.sum()))
-                    whole.append(float(call.visible(len(read))[0].sum()))
+                    held = call.lengths > 0  # rows beside which there is nothing are idle
+                    read = selection.keys_read(call).double().mean(1)[held]
+                    kept.append(float(read.sum()) / kv_heads)
+                    whole.append(float(call.visible(read.shape[1])[held].sum()) / kv_heads)
             measured = answer.stats[subject.phase]
             executed, listed = measured["executed_sparsity"], 1 - sum(kept) / sum(whole)
             found.append(executed)
