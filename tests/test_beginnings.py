@@ -14,6 +14,7 @@ from tiny import family
 
 from lm_eval_sparse.model import beginnings
 from lm_eval_sparse.model.lm import SparseHFLM
+from lm_eval_sparse.model.progress import Call
 from lm_eval_sparse.testing import bench
 
 TEXT = bench.text(300)
@@ -53,8 +54,11 @@ def lengths_read(lm: SparseHFLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_as_alone(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = own(bench.model(dtype), method=method, **({} if method == "dense" else {"sparsity": 0.6}))
-    passes = lengths_read(lm, monkeypatch)
+    passes, planned = lengths_read(lm, monkeypatch), []
+    expect = Call.expect
+    monkeypatch.setattr(Call, "expect", lambda self, work: planned.append(work) or expect(self, work))
     together = score(lm, PAIRS)
+    assert sum(tokens for tokens, _ in planned[0].values()) == sum(passes)
     assert passes.count(300) == 2  # one for four questions, one for the other text
     assert len(passes) == 2 + 5
     for pair in range(0, len(PAIRS), 2):

@@ -62,6 +62,13 @@ class Beginnings:
         at = self.cut(len(prompt))
         return -(at or len(prompt)), prompt[:at], -len(prompt), prompt
 
+    def there(self, before: list[int], prompt: list[int]) -> int:
+        """Tokens of a prompt that are not read again when it follows another one."""
+        if before == prompt:
+            return len(prompt)
+        at = self.cut(len(prompt))
+        return at if at and self.cut(len(before)) == at and before[:at] == prompt[:at] else 0
+
     def prefill(self, prompt: list[int], cache: SparseCache, counts: RowCounts, following: list[int] | None) -> Tensor:
         """Logits `(1, 1, V)` behind a prompt, while it runs.
 
@@ -85,7 +92,7 @@ class Beginnings:
         else:
             kept = None
             self._read(prompt[:at], 0, cache)
-        if following is not None and self.cut(len(following)) == at and following[:at] == prompt[:at]:
+        if following is not None and self.there(prompt, following) == at:
             self._kept = kept or self._keep(prompt[:at], cache, counts)
         return self._read(prompt[at:], at, cache)
 

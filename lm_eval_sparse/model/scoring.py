@@ -70,10 +70,14 @@ class Context:
         """Tokens of the prompt, and of prompt and longest answer that a model reads."""
         return len(self.prompt), len(self.prompt) + max(len(target.tokens) for target in self.targets) - 1
 
-    def work(self) -> Iterator[tuple[int, tuple[int, int]]]:
-        """Of each request its index, and the tokens that it reads: of the prompt, once, and of its answer."""
+    def work(self, there: int) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Of each request its index, and the tokens that it reads: of the prompt, once, and of its answer.
+
+        Args:
+            there: tokens of the prompt that the context before this one has read.
+        """
         for place, target in enumerate(self.targets):
-            yield target.index, (len(self.prompt) if place == 0 else 0, len(target.tokens) - 1)
+            yield target.index, (0 if place else len(self.prompt) - there, len(target.tokens) - 1)
 
     def sequences(self) -> list[list[int]]:
         """The token sequences to run, longest first: a sequence that another one begins with needs no run."""
@@ -253,7 +257,10 @@ class Scorer:
                 "another length, or a prefill method"
             )
         asked = [self._asked(context, answers) for context in contexts]
-        answers.progress.expect(dict(work for context in contexts for work in context.work()))
+        before = [[], *(context.prompt for context in contexts)]
+        there = [self.beginnings.there(*pair) for pair in zip(before, before[1:], strict=False)]
+        work = (each for context, tokens in zip(contexts, there, strict=True) for each in context.work(tokens))
+        answers.progress.expect(dict(work))
         left = [
             one
             for one, done in zip(zip(contexts, asked, whole, strict=True), answers.restore(asked), strict=True)
