@@ -260,3 +260,14 @@ def test_rows_that_are_routed_to_experts_run_alone(name: str, routed: bool) -> N
     assert (own.alone is not None) == routed
     score(lm, PAIRS[:3])
     assert (own.alone in lm.report()["phases"]["decode"].get("loop_reasons", {})) == routed
+
+
+def test_answers_that_no_method_can_change_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    logging.disable(logging.NOTSET)
+    lm = sparse(bench.model(), tokenizer=bench.tokenizer(), method="quest", sparsity=0.5)
+    pairs = [(bench.text(200), answer) for answer in (" w9", " w9 w10", " w11")]
+    score(lm, pairs)
+    assert "quest can change 1 of 3 answers" in caplog.text
+    caplog.clear()
+    score(lm, pairs[1:2])
+    assert "can change" not in caplog.text

@@ -257,6 +257,12 @@ class Scorer:
                 "another length, or a prefill method"
             )
         asked = [self._asked(context, answers) for context in contexts]
+        lengths = [len(target.tokens) for context in contexts for target in context.targets]
+        if later and (idle := lengths.count(1)):
+            logger.warning(
+                "%s can change %d of %d answers: the others have one token, which comes from the prefill",
+                " and ".join(later), len(lengths) - idle, len(lengths),
+            )  # fmt: skip
         before = [[], *(context.prompt for context in contexts)]
         there = [self.beginnings.there(*pair) for pair in zip(before, before[1:], strict=False)]
         work = (each for context, tokens in zip(contexts, there, strict=True) for each in context.work(tokens))
