@@ -14,6 +14,7 @@ from small_lms import score, sparse
 from tiny import family, words
 
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.model import side_by_side
 from lm_eval_sparse.model.side_by_side import SideBySide
 from lm_eval_sparse.protocol import SharedPrompt
 from lm_eval_sparse.runtime import candidates
@@ -65,7 +66,11 @@ def figures(answer: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_as_alone_and_as_one_after_the_other(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_as_alone_and_as_one_after_the_other(method: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not shared and method in ("h2o+quest", "oracle_topk", "twilight:quest"):
+        return  # never share
+    monkeypatch.setattr(side_by_side, "SHARED_ON_CPU", shared)
     options = {"method": method, **METHODS[method]}
     half = sparse(bench.model(HALF), **options)
     together = score(half, PAIRS)
@@ -216,6 +221,7 @@ def test_documents_that_share_a_prompt(method: str, dtype: torch.dtype, monkeypa
 
 def test_answers_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room is made for each answer's own length, for so many at once; where memory runs out, for half as many."""
+    monkeypatch.setattr(side_by_side, "SHARED_ON_CPU", True)
     answers = [f" {words(1, 12)}", *(f" {words(seed, 2)}" for seed in range(60))]
     pairs = [(PROMPTS[1], answer) for answer in answers]
     lm = sparse(bench.model(HALF), method="quest", sparsity=0.5)
@@ -235,7 +241,7 @@ def test_answers_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     room.clear()
     assert list(map(tuple, score(lm, pairs))) == list(map(tuple, wanted))
     assert max(room) <= heads * 100 * 2
-    monkeypatch.undo()
+    monkeypatch.setattr(candidates, "MOST_HELD", 10**6)
     run, failed = candidates.Candidates._run_some, []
 
     def full(self: Candidates, some: Any, counts: Any) -> Any:

@@ -139,6 +139,7 @@ class Candidates:
         rows: W, of every pass.
         forked: answers at most that get a copy of the prompt, at once: from the prompt's tokens and the longest answer.
         no_graph: why passes must not be captured, if so.
+        share: whether answers may share what is held of the prompt.
         landed: is told, after each pass, how many tokens it has read.
     """
 
@@ -152,9 +153,10 @@ class Candidates:
         rows: int,
         forked: Callable[[int, int], int],
         no_graph: str | None = None,
+        share: bool = True,
         landed: Callable[[int], None] = lambda tokens: None,
     ):
-        self.landed = landed
+        self.landed, self._share = landed, share
         self.call, self.log_softmax, self.config = call, log_softmax, config
         self.runtime, self.device, self.rows, self._forked = runtime, device, rows, forked
         self._cache = Cache(layers=[PassingLayer() for _ in SparseCache(config, longest=runtime.longest).layers])
@@ -183,7 +185,7 @@ class Candidates:
     def shares(self) -> bool:
         """Whether answers share what is held of the prompt."""
         plan = self.runtime.plan
-        return plan.every is None and (plan.decode is None or plan.decode.method.shares)
+        return self._share and plan.every is None and (plan.decode is None or plan.decode.method.shares)
 
     @property
     def in_turn(self) -> bool:
