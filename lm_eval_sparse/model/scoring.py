@@ -2,6 +2,8 @@
 
 In scoring as in generation, the context is the prefill phase and what follows is the decode phase. Requests that
 share a context prefill it once. A rolling log-likelihood has no context: its windows are prefill throughout.
+
+Long, since what requests are grouped by decides how each group is read, scored and kept.
 """
 
 from __future__ import annotations

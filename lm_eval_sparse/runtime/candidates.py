@@ -296,9 +296,9 @@ class Candidates:
             page = 1 if plan.decode is None else plan.decode.method.page_size
             held = np.cumsum([length + page for length in lengths])
             most = max(1, int((held <= MOST_HELD).sum()))
-        else:
-            most = max(1, min(most, self._forked(self.prompt, lengths[0])))
-        return min(most, self.rows) if self.in_turn else most  # a pass reads a token of each
+        else:  # a pass reads a token of each: more copies would do nothing
+            most = max(1, min(most, self.rows, self._forked(self.prompt, lengths[0])))
+        return most
 
     def _run_some(
         self, answers: Sequence[Sequence[int]], counts: RowCounts
