@@ -157,7 +157,7 @@ CASES: dict[str, Case] = {
     "eos": lambda rng, pair: {"eos_token_id": [2, *some(rng, pair)]},
     "min_length": lambda rng, pair: {"eos_token_id": some(rng, pair)[0], "min_length": 400},
     "min_new_tokens": lambda rng, pair: {"eos_token_id": [*some(rng, pair)], "min_new_tokens": rng.randint(2, 6)},
-    "repetition_penalty": lambda rng, pair: {"repetition_penalty": rng.uniform(1.5, 3)},
+    "repetition_penalty": lambda rng, pair: {"repetition_penalty": rng.uniform(4, 8)},
     "encoder_repetition_penalty": lambda rng, pair: {"encoder_repetition_penalty": rng.uniform(2, 4)},
     "no_repeat_ngram_size": lambda rng, pair: {"no_repeat_ngram_size": 1},
     "encoder_no_repeat_ngram_size": lambda rng, pair: {"encoder_no_repeat_ngram_size": 1},
