@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import torch
 from tiny import tiny_tokenizer
 
 from lm_eval_sparse.model import contents
+from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.testing import bench
 
 
@@ -46,3 +48,17 @@ def test_what_ends_an_answer_is_part_of_a_tokenizer() -> None:
     third.add_tokens(["<more>"])
     found.add(contents.tokenizer(third, third.eos_token_id))
     assert len(found) == 4
+
+
+def test_both_decide_what_a_log_and_a_cache_may_answer() -> None:
+    def fingerprint(weight: float = 1.0, end: str | None = None) -> dict[str, Any]:
+        model, own = copy.deepcopy(bench.model()), copy.deepcopy(bench.tokenizer())
+        model.model.layers[1].mlp.down_proj.weight.data[7, 11] *= weight
+        if end is not None:
+            own.eos_token = end
+        return SparseHFLM(pretrained=model, tokenizer=own, method="dense").fingerprint()
+
+    plain, weights, ended = fingerprint(), fingerprint(weight=-1.0), fingerprint(end="w9")
+    assert plain == fingerprint()
+    assert {name for name in plain if plain[name] != weights[name]} == {"weights"}
+    assert "tokenizer" in {name for name in plain if plain[name] != ended[name]}
