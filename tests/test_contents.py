@@ -61,4 +61,5 @@ def test_both_decide_what_a_log_and_a_cache_may_answer() -> None:
     plain, weights, ended = fingerprint(), fingerprint(weight=-1.0), fingerprint(end="w9")
     assert plain == fingerprint()
     assert {name for name in plain if plain[name] != weights[name]} == {"weights"}
-    assert "tokenizer" in {name for name in plain if plain[name] != ended[name]}
+    end = bench.tokenizer().eos_token_id
+    assert plain["tokenizer"] == contents.tokenizer(bench.tokenizer(), end) != ended["tokenizer"]
