@@ -144,7 +144,7 @@ def another(file: Path, wanted: dict[str, Any]) -> str:
 
 def comparison(folders: Sequence[Path]) -> str:
     """The scores of all runs, a line each, dense first."""
-    rows = curve.rows_of(build(read(folders)))
+    rows = curve.rows_of(build(read(folders), allow_mixed=True))
     better = {row.metric: "↑" if row.higher_is_better else "↓" for row in rows}
     header, *body = curve.table(rows)
     header = [f"{name} {better.get(name, '')}".rstrip() for name in header]
