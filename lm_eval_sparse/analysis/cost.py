@@ -332,7 +332,9 @@ def _decode_of(record: Any, sizes: Sizes, length: float, batch: float, pairs: Pa
 def _memory_of(record: Any, sizes: Sizes, length: float, batch: float, pairs: Pairs) -> float:
     size = _BYTES.get(record.model_dtype or "")
     if size is None:
-        raise _Unknown(f"bytes of an element of {record.model_dtype or 'its type, which is not recorded,'} are not known")
+        raise _Unknown(
+            f"bytes of an element of {record.model_dtype or 'its type, which is not recorded,'} are not known"
+        )
     held = 1.0
     if record.phases:
         shares = [_figure(record, phase, "kv_memory_fraction") for phase in record.by_phase]
