@@ -36,7 +36,7 @@ def some_sizes(rng: random.Random, window: bool = False) -> Sizes:
     )  # fmt: skip
 
 
-# --- what the paper prints ----------------------------------------------------------------------------------------------
+# --- what the paper prints -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_committed_table_is_what_the_script_writes():
     assert len(wrong) == 2 and "1.48 / 2.20 / 2.80" in wrong[0] and "4.7" in wrong[1]
 
 
-# --- where two sizes cost the same --------------------------------------------------------------------------------------
+# --- where two sizes cost the same -----------------------------------------------------------------------------------
 
 SMALL, LARGE = PUBLISHED["Qwen2.5-0.5B"], PUBLISHED["Qwen2.5-1.5B"]
 
@@ -177,7 +177,7 @@ def test_equal_cost_by_bisection():
     assert kinds == {None, False, True}
 
 
-# --- formulas -----------------------------------------------------------------------------------------------------------
+# --- formulas --------------------------------------------------------------------------------------------------------
 
 
 def test_attention_is_counted_pair_by_pair():
@@ -267,7 +267,7 @@ def test_names_of_models(name, known):
     assert published(name) == (PUBLISHED[known] if known else None)
 
 
-# --- a measured run -----------------------------------------------------------------------------------------------------
+# --- a measured run --------------------------------------------------------------------------------------------------
 
 
 def shape(sizes: Sizes, **more: Any) -> Shape:
@@ -389,7 +389,7 @@ def test_published_sizes_stand_in_and_never_against_what_was_recorded():
     assert shapes.sizes_of(run(known, model=name, model_shape=other))[0] is None
 
 
-# --- fronts -------------------------------------------------------------------------------------------------------------
+# --- fronts ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_front_is_what_nothing_dominates():

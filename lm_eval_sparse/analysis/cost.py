@@ -1,9 +1,9 @@
-"""What a prompt and a decode step cost: operations of prefill, elements read in decoding, as The Sparse Frontier counts.
+"""What a prompt and a decode step cost: operations of prefill, elements read in decoding.
 
-The paper's formulas (§5 "isoCost" and its appendix) with what they need to give the paper's own plots: weights and
-projections of keys and values have as many heads as there are KV heads, queries have h·d_h dimensions whatever the width
-of the residual stream, and what an index costs follows from the dimensions of a head. `analysis.printed` holds the
-formulas as they are printed, docs/results/cost_check.md what each gives.
+The formulas of The Sparse Frontier (its isoCost analysis and appendix) with what they need to give its own plots:
+weights and projections of keys and values have as many heads as there are KV heads, queries have h·d_h dimensions
+whatever the width of the residual stream, and what an index costs follows from the dimensions of a head.
+`analysis.printed` holds the formulas as they are printed, docs/results/cost_check.md what each gives.
 
 Two conventions are the paper's. Attention of prefill is counted over all L² pairs of a prompt, though a causal kernel
 computes half of them: `pairs="triangle"` counts those. And the output matrix is counted for every token of the prompt.
@@ -205,8 +205,8 @@ def equal_cost(
     """The sparsity from which `large` costs no more than `small` with dense attention, at this length and batch.
 
     Args:
-        overhead: what selecting takes: in prefill operations as a share of dense attention's (4·d_h a pair), in decoding
-            elements read as a share of all keys and values.
+        overhead: what selecting takes: in prefill operations as a share of dense attention's (4·d_h a pair), in
+            decoding elements read as a share of all keys and values.
     """
     if phase == "prefill":
         budget = prefill(small, length, batch=batch, pairs=pairs).total
@@ -260,13 +260,13 @@ class _Unknown(Exception):
 def of(record: Any, batch: float = 1, pairs: Pairs = "square") -> Cost:
     """What the run of a record costs with `batch` rows: from its model's sizes, its prompts and what it was measured.
 
-    Prefill: the share of pairs that was computed, and what prefill and eviction methods spent on selecting. Decoding: the
-    share of bytes that was read, metadata included; what an eviction left sets it where no decode method runs. Batches
-    change nothing but how often weights are read.
+    Prefill: the share of pairs that was computed, and what prefill and eviction methods spent on selecting, a share of
+    dense attention as it is counted here. Decoding: the share of bytes that was read, metadata included; what an
+    eviction left sets it where no decode method runs. Batches change nothing but how often weights are read.
 
     Args:
-        record: as `results.schema.Record`: `model`, `model_shape`, `model_dtype`, `phases`, `prompt_tokens`, `by_phase`,
-            `speed`.
+        record: as `results.schema.Record`: `model`, `model_shape`, `model_dtype`, `phases`, `prompt_tokens`,
+            `by_phase`, `speed`.
     """
     sizes, lacks = sizes_of(record)
     length = record.prompt_tokens

@@ -67,7 +67,7 @@ _TUNED = r"(-(instruct|it|pt|base|chat|hf|1m|bnb-4bit|gptq|awq|int4|int8|fp8))*"
 
 
 def published(name: str) -> Sizes | None:
-    """The published sizes of a model, by the last part of its name or path: `Qwen/Qwen2.5-7B-Instruct`, `gemma-3-4b-it`.
+    """The published sizes of a model, by the last part of its name or path, such as `Qwen/Qwen2.5-7B-Instruct`.
 
     None for a model that is not in `PUBLISHED`. A name that only contains one of these (a distilled or a pruned model)
     is another model.
