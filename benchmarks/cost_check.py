@@ -52,8 +52,8 @@ What does not agree, and why:
 
 * **Speed-ups of the prefill.** Plotted are 1.48 / 2.20 / 2.80. They arise when the projections of queries, keys, values
   and outputs are divided by 5 as well, which no sparse attention does. Eq. 3 gives 1.31 / 2.00 / 2.59, as printed and
-  as corrected. We keep the formula. (The plotted shares of attention, 40 / 68 / 80 %, count projections as attention too;
-  there that is a matter of naming, and followed.)
+  as corrected. We keep the formula. (The plotted shares of attention, 40 / 68 / 80 %, count projections as attention,
+  too; there that is a matter of naming, and followed.)
 * **"2.8 to 4.7x" in the text.** Its own figure shows 4.46, the mean of four models, which is what the formula gives.
   4.7 is what the 14B alone has at 131072 tokens.
 * **Axis ticks.** The third version states a batch of 64; then dense 7B and 72B lie at 5.4e17 and 3.9e18 for 128000
