@@ -3,9 +3,11 @@ that `analyze` has written (`records.jsonl`)."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,9 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def read(paths: Iterable[str | Path], left_out: list[str] | None = None) -> list[Record]:
+def read(
+    paths: Iterable[str | Path], left_out: list[str] | None = None, *, without: Path | None = None
+) -> list[Record]:
     """The scores of all result files and files of records among the given files and below the given folders.
 
     A file below a folder that is torn or none of lm-eval is left out with a warning: a run that was stopped must not
@@ -99,24 +103,32 @@ def read(paths: Iterable[str | Path], left_out: list[str] | None = None) -> list
 
     Args:
         left_out: is given a line for each that is left out.
+        without: a folder below them that is not read: where the next analysis goes, an earlier one may lie.
 
     Raises:
         UserError: a file that was named itself is not good, none below the folders is, or no score is left.
     """
     files = candidates(paths, with_records=True)
+    if without is not None:
+        files = [
+            (path, named) for path, named in files if named or not path.absolute().is_relative_to(without.absolute())
+        ]
+        if not files:
+            raise UserError(f"there is nothing to read but what lies in {without}; give result files of lm-eval")
     rows: list[Record] = []
     refused: list[UserError] = []
     unusable: list[str] = []
-    for path, named in files:
-        try:
-            if path.suffix == ".jsonl":
-                rows += _of_lines(path)
-            else:
-                rows += records(load(path), str(path), unusable, _documents(path, unusable), path)
-        except UserError as error:
-            if named:
-                raise
-            refused.append(error)
+    with _without_collecting():
+        for path, named in files:
+            try:
+                if path.suffix == ".jsonl":
+                    rows += _of_lines(path)
+                else:
+                    rows += records(load(path), str(path), unusable, _documents(path, unusable), path)
+            except UserError as error:
+                if named:
+                    raise
+                refused.append(error)
     if len(refused) == len(files):
         others = f" (and {len(refused) - 1} files more)" if len(refused) > 1 else ""
         raise UserError(f"no result file here can be read: {refused[0]}{others}")
@@ -132,6 +144,18 @@ def read(paths: Iterable[str | Path], left_out: list[str] | None = None) -> list
         if more := lines[_NAMED:]:
             logger.warning("%d more %ss are left out", len(more), what)
     return rows
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Millions of small values are made and kept; looking among them for cycles takes a quarter of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _of_lines(path: Path) -> list[Record]:
