@@ -300,6 +300,11 @@ def _shown(value: Any) -> str:
 # -- chains
 
 
+def _is_dense(row: Record) -> bool:
+    """Every method at sparsity 0 is dense attention."""
+    return row.method == "dense" or (row.measured == 0 and not row.requested)
+
+
 def _variant(row: Record) -> tuple[tuple[str, str], ...]:
     """What tells chains of one method apart, by name: knobs but those of the budget, preset, backend, code, seeds."""
     knobs = {
@@ -321,7 +326,7 @@ def _chain_labels(rows: Iterable[Record]) -> dict[tuple[Any, ...], str]:
     """A label for each method and variant: what all variants of the method share is not said."""
     variants: dict[str, set[tuple[tuple[str, str], ...]]] = defaultdict(set)
     for row in rows:
-        if row.method != "dense":
+        if not _is_dense(row):
             variants[row.method].add(_variant(row))
     labels = {}
     for method, found in variants.items():
@@ -357,7 +362,7 @@ def _cell(
     by_chain: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Record]]] = defaultdict(lambda: defaultdict(list))
     dense: list[Record] = []
     for row in members:
-        if row.method == "dense":
+        if _is_dense(row):
             dense.append(row)
         else:
             key = (
@@ -368,7 +373,7 @@ def _cell(
             phases = tuple((name, figures.requested) for name, figures in sorted(row.by_phase.items()))
             by_chain[row.method, row.phases, _variant(row)][(*key, phases)].append(row)
     # One baseline: what ran under our own runtime, with the most documents, the newest.
-    dense.sort(key=lambda row: (row.runner == "sparse-hf", row.n, row.date or ""), reverse=True)
+    dense.sort(key=lambda row: (row.method == "dense", row.runner == "sparse-hf", row.n, row.date or ""), reverse=True)
     if not dense and by_chain:
         said.append(f"{where} ({label(metric)}) has no dense run: no loss can be said; run it with method=dense")
     _again(dense, f"{where}: dense", said)
