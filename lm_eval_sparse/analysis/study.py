@@ -175,7 +175,7 @@ def build(
     Raises:
         UserError: nothing is left, tasks are mixed, or an option names nothing.
     """
-    rows = list(records)
+    rows = _once(records)
     said = list(left_out)
     if metric is not None:
         chosen = [row for row in rows if metric in (row.metric, row.metric.partition(",")[0])]
@@ -206,6 +206,15 @@ def build(
         kept += members
     cells.sort(key=lambda cell: (cell.model, cell.family, cell.length or 0, cell.task, cell.metric, cell.mark))
     return Study(tuple(cells), tuple(rows), tuple(dict.fromkeys(said)), tuple(lines))
+
+
+def _once(records: Iterable[Record]) -> list[Record]:
+    """The records, those of a run that was read twice (from its file, and from `records.jsonl`) once."""
+    found: dict[tuple[Any, ...], Record] = {}
+    for row in records:
+        key = (row.date, row.command, row.task, row.metric, row.score, row.n, row.measured, row.device)
+        found.setdefault((*key, _identity(row), _setting(row), _variant(row)), row)
+    return list(found.values())
 
 
 # -- models
