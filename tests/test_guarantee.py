@@ -1,4 +1,4 @@
-"""Certificates against closed forms, MAPIE, scipy, statsmodels, a graph by brute force, and simulation with known risks."""
+"""Certificates against closed forms, MAPIE, scipy, statsmodels, a graph by brute force, and draws of known risks."""
 
 from __future__ import annotations
 
@@ -147,11 +147,15 @@ def test_one_chain_is_mapies_fixed_sequence(rng):
         assert guarantee.sequences([p], 0.1).certified[0] == len(control_fwer(p, 0.1, "fixed_sequence"))
 
 
-def test_one_member_each_is_statsmodels_holm(rng):
+def test_one_member_each_is_statsmodels_holm(rng, monkeypatch):
+    monkeypatch.setattr("gc.collect", lambda *args: 0)  # multipletests collects garbage in every call
     for _ in range(200):
         p = rng.random(int(rng.integers(1, 9))) ** 5
         expected = multipletests(p, 0.1, "holm")[0]
         np.testing.assert_array_equal(guarantee.sequences([[one] for one in p], 0.1).certified, expected)
+        np.testing.assert_allclose(guarantee.holm(p), multipletests(p, 0.1, "holm")[1], rtol=1e-12)
+    many = rng.random((3, 5, 6)) ** 3
+    np.testing.assert_array_equal(guarantee.holm(many)[2, 4], guarantee.holm(many[2, 4]))
 
 
 def graph(chains: list[np.ndarray], level: float) -> list[int]:
@@ -167,7 +171,7 @@ def graph(chains: list[np.ndarray], level: float) -> list[int]:
             for other in set(range(len(chains))) - {c}:
                 edge[(c, i), (other, 0)] = 1 / (len(chains) - 1)
     left = set(names)
-    while found := [name for name in left if p[name] <= weight[name] + 1e-15]:
+    while found := [name for name in left if p[name] <= weight[name] * (1 + 1e-12)]:
         j = found[0]
         left.discard(j)
         new = {}
@@ -205,7 +209,7 @@ def test_many_families_at_once_and_what_was_not_measured(rng):
 # -- what n documents can say
 
 
-@pytest.mark.parametrize(("mean", "chains", "n"), [(0, 1, 45), (0.01, 1, 95), (0.025, 1, 275), (0, 7, 83)])
+@pytest.mark.parametrize(("mean", "chains", "n"), [(0, 1, 45), (0.01, 1, 94), (0.025, 1, 272), (0, 7, 83)])
 def test_documents_that_are_needed(mean, chains, n):
     """The figures printed in the documentation."""
     assert guarantee.least_documents(0.05, 0.1, chains, mean) == n
