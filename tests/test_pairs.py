@@ -107,7 +107,7 @@ def table(section, name):
 
 
 def test_ahead_tied_and_not_told_apart():
-    study = built(of({"quest": {0.9: 0}, "snapkv": {0.9: 1}, "tova": {0.9: 40}, "knorm": {0.9: 8}}, phase="decode"))
+    study = built(of({"quest": {0.9: 0}, "snapkv": {0.9: 1}, "tova": {0.9: 40}, "knorm": {0.9: 4}}, phase="decode"))
     section = pairs.section(study)
     (row,) = table(section, "standings")
     assert row["highest"] == "quest" and row["ahead of"] == "tova" and row["ties with"] == "snapkv"

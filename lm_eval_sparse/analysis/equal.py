@@ -62,7 +62,9 @@ class Comparison:
         return self.large if self.difference > 0 else self.small
 
 
-def comparisons(group: Group, phase: str, floor: Floor, batch: float, pairs: Pairs) -> tuple[list[Comparison], set[str]]:
+def comparisons(
+    group: Group, phase: str, floor: Floor, batch: float, pairs: Pairs
+) -> tuple[list[Comparison], set[str]]:
     """Each pair of models of neighbouring cost, with each method of the larger one; and tasks that one cannot do.
 
     Oracles are no methods and stand in no comparison.
@@ -99,7 +101,9 @@ def _pairs(dense: dict[str, Configuration], phase: str) -> list[tuple[str, str]]
     """Models of neighbouring cost that share tasks, the cheaper one first."""
     costs = {model: one.cost(phase, tuple(one.runs)) for model, one in dense.items()}
     order = sorted((cost, model) for model, cost in costs.items() if cost is not None)
-    return [(a, b) for (_, a), (_, b) in zip(order, order[1:], strict=False) if dense[a].runs.keys() & dense[b].runs.keys()]
+    return [
+        (a, b) for (_, a), (_, b) in zip(order, order[1:], strict=False) if dense[a].runs.keys() & dense[b].runs.keys()
+    ]
 
 
 def _compare(
@@ -149,7 +153,9 @@ def _never(
     """No run is cheap enough: whether any could be, with what selecting took in the sparsest one."""
     phase, tasks = about[0], about[-1]
     run, other = last.runs[tasks[0]], small.runs[tasks[0]]
-    ours, theirs = (sizes_of(one.point.record.model_copy(update={"model_shape": one.cell.shape}))[0] for one in (run, other))
+    ours, theirs = (
+        sizes_of(one.point.record.model_copy(update={"model_shape": one.cell.shape}))[0] for one in (run, other)
+    )
     length = _tokens(run) or _tokens(other)
     if ours is None or theirs is None or not length:
         return None

@@ -78,7 +78,9 @@ def section(study: Any, options: Any = None, floor: Floor | None = None) -> Sect
     sentences += _unknown(reasons)
     tables = []
     if rows:
-        caption = f"{_caption_of_costs(batch, pairs)} Means are over the tasks named, which all configurations here have."
+        caption = (
+            f"{_caption_of_costs(batch, pairs)} Means are over the tasks named, which all configurations here have."
+        )
         tables.append(Table(_stem(used, "isocost_means"), "Scores and costs", _HEADER, tuple(rows), caption))
     if equal:
         caption = (
