@@ -11,7 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lm_eval_sparse.results.load import PHASES, find, load, records
+from lm_eval_sparse.results.figures import PHASES
+from lm_eval_sparse.results.load import find, load
+from lm_eval_sparse.results.records import records
 
 
 def gather(content: dict[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _with_figures(make_table: Any) -> Any:
         figures = ""
         if column == "results":
             from lm_eval_sparse.results.diagnostics import summary
-            from lm_eval_sparse.results.load import figures_table
+            from lm_eval_sparse.results.figures import figures_table
 
             figures = figures_table(result_dict)
             if diagnosed := summary(result_dict):

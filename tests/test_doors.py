@@ -22,10 +22,10 @@ from small_lms import score, sparse
 from lm_eval_sparse import spelling
 from lm_eval_sparse.cli import app
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.hub.reproduce import reproduce_command
 from lm_eval_sparse.methods import METHODS, plugins
 from lm_eval_sparse.methods.plan import SparseConfig, parse, split
 from lm_eval_sparse.methods.registry import BUILT_IN
+from lm_eval_sparse.results.reproduce import reproduce_command
 
 #: A method that works, by the norm of its keys; a wrapper that changes nothing.
 METHOD = """

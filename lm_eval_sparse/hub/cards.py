@@ -14,9 +14,9 @@ from typing import Any
 
 from .. import __version__, harness, markdown, masking
 from ..labels import label
+from ..results.reproduce import reproduce_command
 from ..results.sample_files import sample_configs
 from .card_text import BEGIN, END, TITLE, dump
-from .reproduce import reproduce_command
 
 _RESULTS_FILE = re.compile(r"(?:.*/)?[^/]+_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)\.json")
 

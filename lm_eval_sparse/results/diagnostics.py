@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import UserError, one_line
 from ..labels import label
-from .load import PHASES, candidates, load
+from .figures import PHASES
+from .load import candidates, load
 from .parts import Part, is_finite
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,447 @@
+"""Records put together as they are compared: dense and sparse runs of one model on one task, document by document.
+
+A *cell* is what dense and sparse runs must share: the model, the task with its version, hash, seed and prompt, and the
+metric. A *chain* in it is one method at rising sparsity. What cannot be compared is refused or listed, never merged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..labels import label
+from ..results.schema import Record, Shape
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Groups of tasks as the paper's second version plots them, by the short names of tasks.
+GROUPS = {
+    "single_qa": ("squad", "quality", "toefl"),
+    "multiple_qa": ("niah", "story_retrieval"),
+    "high_scope": ("cwe", "story_filtering"),
+    "high_dispersion": ("vt", "story_multihop"),
+}
+_LEAF = re.compile(r"(?P<family>(?:forced_)?frontier_(?P<short>\w+?))_(?P<length>\d+k)")
+#: At most so many mixtures are named.
+_NAMED = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One run on a cell.
+
+    Attributes:
+        record: what was recorded of it.
+        scores: (n,) float64, by document in the order of the cell's `ids`; NaN where this run lacks the document. None
+            where no scores by document are kept.
+    """
+
+    record: Record
+    scores: NDArray[np.float64] | None
+
+    @property
+    def requested(self) -> float | None:
+        return self.record.requested
+
+    @property
+    def measured(self) -> float:
+        return self.record.measured
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Runs of one method that differ in sparsity only.
+
+    Attributes:
+        method, phases: as recorded.
+        label: short name of the method with what tells it from other chains of the study, such as a knob.
+        oracle: whether the method knows what no method can know; its loss is that of the sparsity alone.
+        points: sparsity ascending, as it was requested; as it was measured where native knobs ruled. Not by outcome.
+    """
+
+    method: str
+    phases: str
+    label: str
+    oracle: bool
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """What dense and sparse runs share, and the runs.
+
+    Attributes:
+        model: name, with dtype or revision where the study has several of it.
+        parameters, shape: of the model, None where no run says them.
+        task: name. `family`: without the length. `short`: without `frontier_` as well; other tasks' own name.
+        length: tokens that prompts aim at, None where the task says none.
+        metric, higher_is_better: of the score.
+        chance: score without knowledge, None where it is not known.
+        bounded: whether it lies in [0, 1], the higher the better, so that losses can be certified.
+        mark: what tells it from cells of the same task under `allow_mixed`, such as `seed 7`; else empty.
+        ids: documents, in the task's order.
+        dense: the baseline, None where there is none.
+        chains: methods.
+    """
+
+    model: str
+    parameters: int | None
+    shape: Shape | None
+    task: str
+    family: str
+    short: str
+    length: int | None
+    metric: str
+    higher_is_better: bool
+    chance: float | None
+    bounded: bool
+    mark: str
+    ids: tuple[str, ...]
+    dense: Point | None
+    chains: tuple[Chain, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """All that was read.
+
+    Attributes:
+        cells: sorted by model, task family, length, metric.
+        records: every record that is in a cell.
+        left_out: lines on what is not, and why.
+        marks: lines on what is mixed, where that was allowed.
+    """
+
+    cells: tuple[Cell, ...]
+    records: tuple[Record, ...]
+    left_out: tuple[str, ...] = ()
+    marks: tuple[str, ...] = field(default=())
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of models, the smallest first; those of unknown size last."""
+        sizes = {cell.model: cell.parameters for cell in self.cells}
+        return tuple(sorted(sizes, key=lambda name: (sizes[name] is None, sizes[name] or 0, name)))
+
+    @property
+    def primary(self) -> tuple[Cell, ...]:
+        """Cells of one metric a task: the first in the task's own order that is bounded, else the first."""
+        chosen: dict[tuple[str, str, str], Cell] = {}
+        order = {id(record): place for place, record in enumerate(self.records)}
+        for cell in self.cells:
+            key = cell.model, cell.task, cell.mark
+            best = chosen.get(key)
+            if best is None or _rank(cell, order) < _rank(best, order):
+                chosen[key] = cell
+        picked = {id(cell) for cell in chosen.values()}
+        return tuple(cell for cell in self.cells if id(cell) in picked)
+
+
+def _rank(cell: Cell, order: Mapping[int, int]) -> tuple[bool, int]:
+    points = [cell.dense] if cell.dense else [point for chain in cell.chains for point in chain.points]
+    return not cell.bounded, min(order[id(point.record)] for point in points)
+
+
+def short_name(task: str) -> tuple[str, str]:
+    """Family and short name of a task: `("forced_frontier_niah", "niah")` of `forced_frontier_niah_4k`."""
+    found = _LEAF.fullmatch(task)
+    return (found["family"], found["short"]) if found else (task, task)
+
+
+def build(
+    records: Iterable[Record],
+    *,
+    allow_mixed: bool = False,
+    chance: Mapping[str, float] | None = None,
+    metric: str | None = None,
+    left_out: Iterable[str] = (),
+) -> Study:
+    """Put records together.
+
+    Args:
+        allow_mixed: tasks of several versions, seeds or prompts stand beside each other, marked; else they are refused.
+        chance: levels by the name of a task, its family or its short name, over those that records carry.
+        metric: keep this one only, by its name with or without its filter.
+        left_out: lines on what could not be read.
+
+    Raises:
+        UserError: nothing is left, tasks are mixed, or an option names nothing.
+    """
+    rows = list(records)
+    said = list(left_out)
+    if metric is not None:
+        chosen = [row for row in rows if metric in (row.metric, row.metric.partition(",")[0])]
+        if not chosen:
+            known = ", ".join(sorted({label(row.metric) for row in rows})[:20])
+            raise UserError(f"--metric {label(metric)}: no run here has it; they have {known}")
+        rows = chosen
+    if not rows:
+        raise UserError("there are no records to analyse; give result files of lm-eval or folders that hold them")
+    levels = dict(chance or {})
+    _check_chance(levels, rows)
+    names = _model_names(rows)
+    settings: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for row in rows:
+        settings[names[_identity(row)], row.task, row.metric, _setting(row)].append(row)
+    marks, lines = _mixed(settings)
+    if lines and not allow_mixed:
+        more = f"; and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
+        raise UserError(
+            f"runs that cannot be compared: {'; '.join(lines[:_NAMED])}{more}; give the runs of one kind, or "
+            "--allow-mixed to see them side by side, marked"
+        )
+    chains = _chain_labels(rows)
+    cells, kept = [], []
+    for (model, task, metric_name, setting), members in settings.items():
+        cell = _cell(model, task, metric_name, marks.get((model, task, setting), ""), members, chains, levels, said)
+        cells.append(cell)
+        kept += members
+    cells.sort(key=lambda cell: (cell.model, cell.family, cell.length or 0, cell.task, cell.metric, cell.mark))
+    return Study(tuple(cells), tuple(rows), tuple(dict.fromkeys(said)), tuple(lines))
+
+
+# -- models
+
+
+def _identity(row: Record) -> tuple[Any, ...]:
+    return row.model, row.model_revision, row.model_dtype, row.model_hash
+
+
+def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
+    """A name for each model, with what tells it from others of the same name.
+
+    A run that does not know the hash of its weights, as of other model types, is of the one model that has its name,
+    revision and dtype, where there is but one.
+    """
+    known: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    identities = {_identity(row) for row in rows}
+    for *name, digest in identities:
+        if digest:
+            known[tuple(name)].add(digest)
+    resolved = {}
+    for identity in identities:
+        *name, digest = identity
+        hashes = known[tuple(name)]
+        resolved[identity] = (*name, digest or (next(iter(hashes)) if len(hashes) == 1 else None))
+    by_name: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
+    for found in resolved.values():
+        by_name[found[0]].add(found)
+
+    def shown(found: tuple[Any, ...]) -> str:
+        others = by_name[found[0]]
+        parts = [
+            str(part if place < 3 else (part or "?")[:8])
+            for place, part in enumerate(found)
+            if place and len({other[place] for other in others}) > 1
+        ]
+        return f"{found[0]} ({', '.join(parts)})" if parts else found[0]
+
+    return {identity: shown(found) for identity, found in resolved.items()}
+
+
+# -- what runs must share
+
+
+def _setting(row: Record) -> tuple[Any, ...]:
+    """What makes prompts and scores of a task, beside its name."""
+    asked = json.dumps(row.gen_kwargs, sort_keys=True, default=str)
+    return (
+        row.task_version, row.task_hash, row.seed, row.shots, row.chat_template, row.system_instruction, asked,
+        tuple(sorted(row.seeds.items())),
+    )  # fmt: skip
+
+
+_SETTING = (
+    "version",
+    "definition",
+    "seed",
+    "few-shot examples",
+    "chat template",
+    "system instruction",
+    "gen_kwargs",
+    "seeds",
+)
+
+
+def _mixed(settings: Iterable[tuple[Any, ...]]) -> tuple[dict[tuple[Any, ...], str], list[str]]:
+    """Marks of cells of which there are several, and a line on each task that is mixed."""
+    found: dict[tuple[str, str], list[tuple[Any, ...]]] = defaultdict(list)
+    for model, task, _, setting in settings:
+        if setting not in found[model, task]:
+            found[model, task].append(setting)
+    marks, lines = {}, []
+    for (model, task), several in sorted(found.items()):
+        if len(several) == 1:
+            continue
+        places = [place for place in range(len(_SETTING)) if len({one[place] for one in several}) > 1]
+        for setting in several:
+            marks[model, task, setting] = ", ".join(f"{_SETTING[at]} {_shown(setting[at])}" for at in places)
+        parts = ", ".join(
+            f"{_SETTING[at]} {' and '.join(sorted({_shown(one[at]) for one in several}))}" for at in places
+        )
+        lines.append(f"{label(task)} of {label(model)} has {label(parts, 300)}")
+    return marks, lines
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(str(part) for _, part in value) or "none"
+    return label("none" if value is None else value, 60)
+
+
+# -- chains
+
+
+def _variant(row: Record) -> tuple[tuple[str, str], ...]:
+    """What tells chains of one method apart, by name: knobs but those of the budget, preset, backend, code, seeds."""
+    knobs = {
+        f"{method}.{name}": value
+        for method, given in row.knobs.items()
+        if isinstance(given, dict)
+        for name, value in given.items()
+        if name not in row.budget_knobs.get(method, ())
+    }
+    found = {**knobs, "preset": row.preset, "backend": row.backend, "model type": row.runner}
+    if row.code:
+        found["code"] = json.dumps(row.code, sort_keys=True, default=str)
+    if row.requested is None:
+        found["budget"] = "knobs"
+    return tuple(sorted((name, json.dumps(value, default=str)) for name, value in found.items() if value is not None))
+
+
+def _chain_labels(rows: Iterable[Record]) -> dict[tuple[Any, ...], str]:
+    """A label for each method and variant: what all variants of the method share is not said."""
+    variants: dict[str, set[tuple[tuple[str, str], ...]]] = defaultdict(set)
+    for row in rows:
+        if row.method != "dense":
+            variants[row.method].add(_variant(row))
+    labels = {}
+    for method, found in variants.items():
+        names = sorted({name for one in found for name, _ in one})
+        differing = [name for name in names if len({dict(one).get(name) for one in found}) > 1]
+        for one in found:
+            given = dict(one)
+            parts = [
+                f"{name.removeprefix(f'{method}.')}={json.loads(given[name])}" for name in differing if name in given
+            ]
+            more = f" ({label(', '.join(parts), 120)})" if parts else ""
+            labels[method, one] = f"{label(method, 60)}{more}"
+    return labels
+
+
+# -- cells
+
+
+def _cell(
+    model: str,
+    task: str,
+    metric: str,
+    mark: str,
+    members: Sequence[Record],
+    labels: Mapping[tuple[Any, ...], str],
+    levels: Mapping[str, float],
+    said: list[str],
+) -> Cell:
+    family, short = short_name(task)
+    where = f"{label(task)} of {label(model)}"
+    ids = _order(members)
+    place = {name: at for at, name in enumerate(ids)}
+    by_chain: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Record]]] = defaultdict(lambda: defaultdict(list))
+    dense: list[Record] = []
+    for row in members:
+        if row.method == "dense":
+            dense.append(row)
+        else:
+            key = (
+                (row.requested,)
+                if row.requested is not None
+                else (None, json.dumps(row.knobs, sort_keys=True, default=str))
+            )
+            phases = tuple((name, figures.requested) for name, figures in sorted(row.by_phase.items()))
+            by_chain[row.method, row.phases, _variant(row)][(*key, phases)].append(row)
+    # One baseline: what ran under our own runtime, with the most documents, the newest.
+    dense.sort(key=lambda row: (row.runner == "sparse-hf", row.n, row.date or ""), reverse=True)
+    if not dense and by_chain:
+        said.append(f"{where} ({label(metric)}) has no dense run: no loss can be said; run it with method=dense")
+    _again(dense, f"{where}: dense", said)
+    chains = []
+    for (method, phases, variant), configurations in by_chain.items():
+        name = labels[method, variant]
+        rows = []
+        for again in configurations.values():
+            again.sort(key=lambda row: (row.n, row.date or ""), reverse=True)
+            _again(again, f"{where}: {name} at {_asked(again[0])}", said)
+            rows.append(again[0])
+        rows.sort(key=lambda row: (row.measured if row.requested is None else row.requested, row.measured))
+        oracle = all(part.rpartition(":")[2].startswith("oracle") for part in method.split("+"))
+        chains.append(Chain(method, phases, name, oracle, tuple(_point(row, place) for row in rows)))
+    chains.sort(key=lambda chain: chain.label)
+    first = members[0]
+    own = next((levels[name] for name in (task, family, short) if name in levels), None)
+    return Cell(
+        model=model,
+        parameters=next((row.model_parameters for row in members if row.model_parameters), None),
+        shape=next((row.model_shape for row in members if row.model_shape), None),
+        task=task,
+        family=family,
+        short=short,
+        length=next((row.length for row in members if row.length), None),
+        metric=metric,
+        higher_is_better=first.higher_is_better,
+        chance=own if own is not None else next((row.chance for row in members if row.chance is not None), None),
+        bounded=first.bounded,
+        mark=mark,
+        ids=ids,
+        dense=_point(dense[0], place) if dense else None,
+        chains=tuple(chains),
+    )
+
+
+def _again(rows: Sequence[Record], what: str, said: list[str]) -> None:
+    """Say which runs of one configuration are not used; the same run, read twice, is no word worth."""
+    used = [(row.score, row.n, row.date) for row in rows[:1]]
+    others = [row for row in rows if (row.score, row.n, row.date) not in used]
+    if others:
+        told = (f"{row.score:.4g} (n={row.n}{f', {row.device}' if row.device else ''})" for row in others[:3])
+        scores = ", ".join(told)
+        said.append(
+            f"{what} was run {len(others) + 1} times; the one with most documents, the newest, is used; left out: "
+            f"{label(scores, 200)}"
+        )
+
+
+def _asked(row: Record) -> str:
+    return f"{row.requested:g}" if row.requested is not None else f"{row.measured:.3f} (knobs)"
+
+
+def _order(members: Sequence[Record]) -> tuple[str, ...]:
+    """All documents of a cell: those of the longest run in its order, then what others have besides."""
+    lists = sorted((row.documents.ids for row in members if row.documents), key=len, reverse=True)
+    return tuple(dict.fromkeys(name for ids in lists for name in ids))
+
+
+def _point(row: Record, place: Mapping[str, int]) -> Point:
+    if row.documents is None:
+        return Point(row, None)
+    scores = np.full(len(place), np.nan)
+    scores[[place[name] for name in row.documents.ids]] = row.documents.scores
+    return Point(row, scores)
+
+
+def _check_chance(levels: Mapping[str, float], rows: Sequence[Record]) -> None:
+    names = {name for row in rows for name in (row.task, *short_name(row.task))}
+    for name in levels:
+        if name not in names:
+            known = ", ".join(sorted({label(row.task) for row in rows})[:20])
+            raise UserError(f"--chance {label(name)}: no such task in these results, which hold {known}")
+
+
+__all__ = ["GROUPS", "Cell", "Chain", "Point", "Study", "build", "short_name"]

@@ -1,0 +1,109 @@
+"""Scores by document that stand beside a result file: in `documents_<date>.jsonl`, or in lm-eval's files of samples.
+
+Knows names of files and JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .files import read_bytes
+from .sample_files import sample_file_name
+from .schema import Documents
+
+_RESULTS = re.compile(r"results_(?P<date>.+)\.json")
+#: Characters of a document's hash that are kept: of a billion documents hardly two would share them.
+_HASH = 16
+#: By how much the mean of the documents' scores may miss the score, relative to it: lm-eval sums in another order.
+_ROUNDING = 1e-6
+
+#: Of each task, metric and filter of answers: the scores by document.
+Scores = dict[tuple[str, str, str], Documents]
+
+
+def beside(path: Path) -> Scores:
+    """Scores by document of the run whose result file this is; empty where none are kept. Raises `UserError`."""
+    found = _RESULTS.fullmatch(path.name)
+    if found is None:
+        return {}
+    log = path.with_name(f"documents_{found['date']}.jsonl")
+    return read(log) if log.is_file() else {}
+
+
+def of_samples(path: Path, task: str) -> Scores:
+    """The same from lm-eval's file of a task's samples (`--log_samples`). Raises `UserError`."""
+    found = _RESULTS.fullmatch(path.name)
+    if found is None:
+        return {}
+    samples = path.with_name(sample_file_name(task, found["date"]))
+    return read(samples, task) if samples.is_file() else {}
+
+
+def read(path: Path, task: str | None = None) -> Scores:
+    """Scores in a file of JSON lines, one for each document.
+
+    Args:
+        task: of lm-eval's samples, which do not say it.
+
+    Raises:
+        UserError: it cannot be read, or a line is none of such a file.
+    """
+    rows: dict[tuple[str, str], list[tuple[Any, Any, dict[str, Any]]]] = defaultdict(list)
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            metrics = row["metrics"]
+            if task is not None:
+                metrics = {name: row[name] for name in metrics if name in row}
+            name, rule, place, digest = task or row["task"], row.get("filter", "none"), row["doc_id"], row["doc_hash"]
+            if not (isinstance(metrics, Mapping) and isinstance(name, str) and isinstance(rule, str)):
+                raise TypeError
+            rows[name, rule].append((int(place), str(digest), dict(metrics)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(
+                f"{path}: line {number} is none of a file of documents, or is cut off; delete the file"
+            ) from None
+    return {key: documents for (name, rule), lines in rows.items() for key, documents in _columns(name, rule, lines)}
+
+
+def _columns(
+    task: str, rule: str, lines: list[tuple[int, str, dict[str, Any]]]
+) -> list[tuple[tuple[str, str, str], Documents]]:
+    """The documents of each metric that has a number for every document."""
+    lines.sort(key=lambda line: line[0])
+    ids, seen = [], defaultdict(int)
+    for _, digest, _ in lines:
+        short = digest[:_HASH]
+        seen[short] += 1
+        ids.append(short if seen[short] == 1 else f"{short}-{seen[short]}")  # the same document again
+    found = []
+    for metric in lines[0][2]:
+        scores = [metrics.get(metric) for _, _, metrics in lines]
+        if all(_is_number(score) for score in scores):
+            documents = Documents.model_construct(ids=tuple(ids), scores=tuple(map(float, scores)))
+            found.append(((task, metric, rule), documents))
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def are_of(documents: Documents, score: float, n: int) -> bool:
+    """Whether a score is the mean of these documents' scores, and all of them are here.
+
+    It is not for scores over a whole corpus, such as F1 or perplexity, nor where a file has lost lines.
+    """
+    if len(documents.scores) != n:
+        return False
+    mean = math.fsum(documents.scores) / n
+    return abs(mean - score) <= _ROUNDING * max(1.0, abs(score))
