@@ -37,6 +37,12 @@ PAPER = (0.0, 0.33, 0.5, 0.6, 0.7, 0.8, 0.87, 0.9, 0.93, 0.95)
 
 #: Numbers held at a time: of resampled means, and of how often documents are drawn (32 and 8 MB).
 _AT_ONCE, _KEPT = 8_000_000, 2_000_000
+#: Scores that differ by less are the same, interpolated ones among them.
+_ROUNDING = 1e-12
+
+
+#: The least and the largest score there can be.
+Bounds = tuple[float | np.ndarray, float | np.ndarray] | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class Bands:
     high: np.ndarray
     why: tuple[str, ...]
 
+    def part(self, start: int, size: int) -> Bands:
+        """Some of them, from `start` on."""
+        some = slice(start, start + size)
+        return Bands(self.value[some], self.low[some], self.high[some], self.why[some])
+
 
 @dataclass(frozen=True)
 class Stratum:
@@ -62,12 +73,12 @@ class Stratum:
     Attributes:
         scores: float64 (P, n), P quantities of the same n documents; nan where a document is missing.
         key: names the documents; sets with other keys are drawn independently of each other.
-        bounds: what a score may be, or None where nothing bounds it.
+        bounds: what a score may be, for all rows or (P,) for each; None where nothing bounds it.
     """
 
     scores: np.ndarray
     key: str
-    bounds: tuple[float, float] | None = (0.0, 1.0)
+    bounds: Bounds = (0.0, 1.0)
 
 
 def resampled(scores: np.ndarray, key: str = "", draws: int = DRAWS) -> np.ndarray:
@@ -122,9 +133,7 @@ def unseen(n: int | np.ndarray, level: float = LEVEL) -> Any:
     return 1 - ((1 - level) / 2) ** (1 / np.asarray(n, float))
 
 
-def bands(
-    scores: np.ndarray, key: str = "", bounds: tuple[float, float] | None = (0.0, 1.0), level: float = LEVEL
-) -> Bands:
+def bands(scores: np.ndarray, key: str = "", bounds: Bounds = (0.0, 1.0), level: float = LEVEL) -> Bands:
     """Mean scores with percentile bands. `scores` (P, n), see `Stratum`; a row with one document less has its mean over
     the others."""
     return stratified([Stratum(np.atleast_2d(np.asarray(scores, float)), key, bounds)], level)
@@ -183,18 +192,19 @@ def exact(stratum: Stratum, level: float = LEVEL) -> tuple[np.ndarray, np.ndarra
     scores = stratum.scores
     here = np.isfinite(scores)
     n = here.sum(axis=1)
-    least = np.where(here, scores, np.inf).min(axis=1)
-    same = (n > 0) & (least == np.where(here, scores, -np.inf).max(axis=1))
-    smallest, largest = stratum.bounds or (-np.inf, np.inf)
+    least, most = np.where(here, scores, np.inf).min(axis=1), np.where(here, scores, -np.inf).max(axis=1)
+    with np.errstate(invalid="ignore"):
+        same = (n > 0) & (most - least <= _ROUNDING * np.maximum(1, np.abs(most)))
+    smallest, largest = (np.broadcast_to(bound, n.shape) for bound in stratum.bounds or (-np.inf, np.inf))
     share = unseen(np.maximum(n, 1), level)
     low = np.where(same, least * (1 - share) + smallest * share, np.nan)
     high = np.where(same, least * (1 - share) + largest * share, np.nan)
-    right, wrong = (scores == largest).sum(axis=1), (scores == smallest).sum(axis=1)
+    right, wrong = ((np.abs(scores - bound[:, None]) <= _ROUNDING).sum(axis=1) for bound in (largest, smallest))
     few = ~same & (right + wrong == n) & (np.minimum(right, wrong) < RARE) & (n > 0)
     if few.any():  # right and wrong are both at least 1 here
-        tail, width = (1 - level) / 2, largest - smallest
-        low[few] = smallest + width * betaincinv(right[few], wrong[few] + 1, tail)
-        high[few] = smallest + width * betaincinv(right[few] + 1, wrong[few], 1 - tail)
+        tail, least, width = (1 - level) / 2, smallest[few], (largest - smallest)[few]
+        low[few] = least + width * betaincinv(right[few], wrong[few] + 1, tail)
+        high[few] = least + width * betaincinv(right[few] + 1, wrong[few], 1 - tail)
     return n, low, high
 
 
@@ -246,7 +256,7 @@ def bca(scores: np.ndarray, key: str = "", level: float = LEVEL) -> tuple[np.nda
 # -- between run points
 
 
-def between(x: Sequence[float], wanted: Sequence[float]) -> np.ndarray:
+def between(x: Sequence[float], wanted: Sequence[float], slack: float = 0.0) -> np.ndarray:
     """Weights of linear interpolation, (W, P) float64: `between(x, wanted) @ y` is y at `wanted`.
 
     The weights are those of runs, so that they serve scores of documents as well as their means. Beyond the measured
@@ -255,12 +265,15 @@ def between(x: Sequence[float], wanted: Sequence[float]) -> np.ndarray:
     Args:
         x: (P,) measured sparsities in any order.
         wanted: (W,).
+        slack: so far beyond the range the run at its end counts unchanged.
     """
     x, wanted = np.asarray(x, float), np.asarray(wanted, float)
     places, index = np.unique(x, return_inverse=True)
     weights = np.zeros((len(wanted), len(places)))
     if not len(places):
         return np.full((len(wanted), 0), np.nan)
+    inside = (wanted >= places[0] - slack) & (wanted <= places[-1] + slack)
+    wanted = np.clip(wanted, places[0], places[-1])
     right = np.clip(np.searchsorted(places, wanted), 0, len(places) - 1)
     left = np.clip(right - 1, 0, None)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -269,7 +282,7 @@ def between(x: Sequence[float], wanted: Sequence[float]) -> np.ndarray:
     weights[rows, left] = 1 - part
     weights[rows, right] += np.where(left == right, 0.0, part)
     weights[rows[left == right], right[left == right]] = 1.0
-    weights[(wanted < places[0]) | (wanted > places[-1])] = np.nan
+    weights[~inside] = np.nan
     return (weights / np.bincount(index))[:, index]
 
 
