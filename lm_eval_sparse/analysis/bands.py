@@ -35,8 +35,8 @@ RARE = 5
 #: The sparsities that the paper reports (its section "Experimental setup"): budgets 1, 1/1.5, ..., 1/20.
 PAPER = (0.0, 0.33, 0.5, 0.6, 0.7, 0.8, 0.87, 0.9, 0.93, 0.95)
 
-#: Numbers held at a time: of resampled means, and of how often documents are drawn (32 and 8 MB).
-_AT_ONCE, _KEPT = 8_000_000, 2_000_000
+#: Numbers held at a time: of resampled means, and of how often documents are drawn (32 and 2 MB).
+_AT_ONCE, _KEPT = 8_000_000, 500_000
 #: Scores that differ by less are the same, interpolated ones among them.
 _ROUNDING = 1e-12
 
@@ -111,7 +111,7 @@ def _drawn(n: int, key: str, draws: int) -> Iterable[np.ndarray]:
     return _kept(n, key, draws) if n * draws <= _KEPT else _blocks(n, key, draws)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=128)
 def _kept(n: int, key: str, draws: int) -> tuple[np.ndarray, ...]:
     return tuple(_blocks(n, key, draws))
 

@@ -258,7 +258,7 @@ class Names:
 
 def figure(value: float | None, digits: int = 2) -> str:
     """A number in a sentence: `0.25`, `-0.03`; `?` where it is not known."""
-    return "?" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
+    return "?" if value is None or not np.isfinite(value) else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
 
 
 def with_band(value: float, low: float, high: float) -> str:
