@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from lm_eval_sparse import paths, values
 from lm_eval_sparse.analysis import curve
+from lm_eval_sparse.analysis.study import build
 from lm_eval_sparse.cli.parser import Parser
 from lm_eval_sparse.errors import UserError, install_excepthook, nearest, plain
 from lm_eval_sparse.frontier import show
@@ -143,7 +144,7 @@ def another(file: Path, wanted: dict[str, Any]) -> str:
 
 def comparison(folders: Sequence[Path]) -> str:
     """The scores of all runs, a line each, dense first."""
-    rows = read(folders)
+    rows = curve.rows_of(build(read(folders), allow_mixed=True))
     better = {row.metric: "↑" if row.higher_is_better else "↓" for row in rows}
     header, *body = curve.table(rows)
     header = [f"{name} {better.get(name, '')}".rstrip() for name in header]

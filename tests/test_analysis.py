@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from result_files import result, save, size
 from lm_eval_sparse.analysis import curve, picture
 from lm_eval_sparse.cli import plot
 from lm_eval_sparse.errors import UserError
-from lm_eval_sparse.results.load import figures_table, find, load, records
+from lm_eval_sparse.results.figures import figures_table
+from lm_eval_sparse.results.load import find, load
+from lm_eval_sparse.results.records import records
 
 
 def test_records_hold_what_was_measured() -> None:
@@ -97,7 +98,7 @@ def test_styles_and_titles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert picture._common_title([(key, members), (("other", *key[1:]), members)]) is None
     seen: list[dict[Any, dict[str, str]]] = []
     monkeypatch.setattr(picture, "_picture", lambda found, styles: seen.append(styles) or b"")
-    picture.draw([replace(rows[1], method=f"m{n}") for n in range(picture.MOST_METHODS)])
+    picture.draw([rows[1].model_copy(update={"method": f"m{n}"}) for n in range(picture.MOST_METHODS)])
     assert len({tuple(style.values()) for style in seen[0].values()}) == picture.MOST_METHODS == 64
 
 

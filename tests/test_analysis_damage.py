@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from lm_eval_sparse.cli import plot
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.labels import label
 from lm_eval_sparse.patches import evaluator
-from lm_eval_sparse.results.load import Record, figures_table, find, read, records
+from lm_eval_sparse.results.figures import figures_table
+from lm_eval_sparse.results.load import find, read
+from lm_eval_sparse.results.records import records
+
+
+def row(**given: Any) -> picture.Row:
+    base = picture.Row("m", "t", "x", "a", "decode", 0.5, 0.1, 2, 0.5, 0.5, True)
+    return replace(base, **given)
+
 
 NAMES = {
     "formula": "$x_{",
@@ -55,7 +64,7 @@ def test_names_are_text(
     assert "<script" not in page and page.count("<tr>") == 3
     assert Path(outputs[0]).read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.isascii()
-    assert len(caplog.records) <= 1  # not one for each character that no font has
+    assert len(caplog.records) <= 2  # not one for each character that no font has; no dense run of one metric
 
 
 def test_names_never_change_the_size_of_a_picture() -> None:
@@ -113,7 +122,7 @@ def test_a_part_of_another_shape_is_named(path: str, value: Any) -> None:
     assert said.startswith(f"r.json: {path.replace('/', '.')} ") and said.endswith("is expected") and "\n" not in said
 
 
-MISSING = ("model_name", "higher_is_better", "higher_is_better/t", "higher_is_better/t/exact", "results/t/sample_len")
+MISSING = ("model_name", "higher_is_better", "higher_is_better/t", "higher_is_better/t/exact")
 
 
 @pytest.mark.parametrize("path", [*MISSING, "total_evaluation_time_seconds", "results/t/exact_stderr,none"])
@@ -121,6 +130,13 @@ MISSING = ("model_name", "higher_is_better", "higher_is_better/t", "higher_is_be
 def test_what_lm_eval_may_leave_out(path: str, value: Any) -> None:
     (row,) = records(changed(path, value))
     assert row.score == 0.5 and row.higher_is_better
+
+
+@pytest.mark.parametrize("value", [None, ..., 0])
+def test_a_score_of_no_documents_is_none(value: Any) -> None:
+    said: list[str] = []
+    assert not list(records(changed("results/t/sample_len", value), "r.json", said))
+    assert said == ["r.json: results.t has no documents (sample_len is missing or 0)"]
 
 
 NO_FIGURES = (float("nan"), float("inf"), -float("inf"), 1e308, -1e308, 10**400, True, "a", [0.5], {"a": 1})
@@ -155,7 +171,7 @@ def test_what_was_not_scored_is_no_score() -> None:
 @pytest.mark.parametrize("score", [1e-320, -1e-320, 1e99, -1e99, 0.0, 5])
 @pytest.mark.parametrize("stderr", [0.0, 1e-320, 1e99])
 def test_scores_of_any_size_are_drawn(score: float, stderr: float) -> None:
-    rows = [Record("m", "a", "t", "x", score, stderr, 10**30, 0.5, s, True, None, "prefill") for s in (0.0, 0.5)]
+    rows = [row(score=score, stderr=stderr, n=10**30, measured=s) for s in (0.0, 0.5)]
     assert picture.draw(rows)[0].startswith(b"\x89PNG")
     assert max(map(len, curve.table(rows)[1])) < 40
 
@@ -320,12 +336,8 @@ def test_a_disk_that_fills_up_while_drawing(tmp_path: Path, monkeypatch: pytest.
 # -- how much is drawn
 
 
-def many(tasks: int, methods: int = 1) -> list[Record]:
-    return [
-        Record("m", f"method{method}", f"t{task}", "x", 0.5, 0.1, 2, 0.5, 0.5, True, None, "decode")
-        for task in range(tasks)
-        for method in range(methods)
-    ]
+def many(tasks: int, methods: int = 1) -> list[picture.Row]:
+    return [row(method=f"method{method}", task=f"t{task}") for task in range(tasks) for method in range(methods)]
 
 
 def test_panels_stand_in_a_grid() -> None:
@@ -342,7 +354,9 @@ def test_a_picture_is_bounded_and_a_page_has_several(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(picture, "_picture", quick)
     content = result("t", 0.5, None)
-    content["results"] = {f"t{number}": {"exact,none": 0.5} for number in range(picture.MOST_PANELS + 1)}
+    content["results"] = {
+        f"t{number}": {"exact,none": 0.5, "sample_len": 2} for number in range(picture.MOST_PANELS + 1)
+    }
     path, page, image = save(tmp_path, "x", content), tmp_path / "a.html", tmp_path / "a.png"
     with pytest.raises(UserError, match=r"25 panels .* at most 24; choose tasks with --task NAME, or write a page"):
         plot.run([str(path), "--output", str(image)])
@@ -350,7 +364,7 @@ def test_a_picture_is_bounded_and_a_page_has_several(tmp_path: Path, monkeypatch
     plot.run([str(path), "--output", str(page)])
     assert drawn == [24, 1] and page.read_text().count("<img ") == 2
     plot.run([str(path), "--output", str(image), "--task", "t1", "--task", "t2"])
-    content["results"] = {f"t{number}": {"exact,none": 0.5} for number in range(1000)}
+    content["results"] = {f"t{number}": {"exact,none": 0.5, "sample_len": 2} for number in range(1000)}
     with pytest.raises(UserError, match=r"1000 panels .* a page has at most 240; choose tasks with --task NAME$"):
         plot.run([str(save(tmp_path, "x", content)), "--output", str(page)])
 

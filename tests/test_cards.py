@@ -17,8 +17,9 @@ from markdown_it import MarkdownIt
 
 from lm_eval_sparse import markdown
 from lm_eval_sparse.errors import UserError, plain
-from lm_eval_sparse.hub import card_text, cards, reproduce
+from lm_eval_sparse.hub import card_text, cards
 from lm_eval_sparse.hub import upload as hub
+from lm_eval_sparse.results import reproduce
 from lm_eval_sparse.results.sample_files import sample_configs, sample_file_name
 
 DATE = "2026-01-01T00-00-00.000000"

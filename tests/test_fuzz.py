@@ -23,6 +23,7 @@ from sqlitedict import SqliteDict
 
 from lm_eval_sparse import masking
 from lm_eval_sparse.analysis import curve
+from lm_eval_sparse.analysis.study import build
 from lm_eval_sparse.cli import plot
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.frontier import qa_data, show
@@ -37,6 +38,7 @@ from lm_eval_sparse.model.lm import SparseHFLM
 from lm_eval_sparse.protocol import MeasuredText
 from lm_eval_sparse.results import files
 from lm_eval_sparse.results import load as results
+from lm_eval_sparse.results.records import records
 
 
 def is_one_line(message: str) -> bool:
@@ -137,8 +139,8 @@ def test_a_gguf_file_of_other_bytes(place: Place, content: bytes) -> None:
 @given(file_of(result()))
 def test_a_result_file(place: Place, content: bytes) -> None:
     def read() -> list[Any]:
-        rows = list(results.records(results.load(place.file("results_1.json", content))))
-        return curve.table(rows) if rows else []
+        rows = list(records(results.load(place.file("results_1.json", content))))
+        return curve.table(curve.rows_of(build(rows))) if rows else []
 
     place.holds(read)
 

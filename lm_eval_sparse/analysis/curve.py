@@ -4,27 +4,51 @@ from __future__ import annotations
 
 import base64
 import html
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import UserError, nearest, plain
+from ..errors import UserError, nearest, one_line, plain
 from ..labels import label
 from ..paths import check_writable, cut, exists, expand, is_dir
 from ..results.files import why, write_whole
-from ..results.load import Record, find, read
-from .picture import MOST_PANELS, draw, panels
+from ..results.load import find, read
+from ..results.schema import Record
+from .picture import MOST_PANELS, Row, draw, panels
+from .study import Study, build
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".html")
 #: Pictures of one page.
 MOST_PICTURES = 10
 
 
-def table(rows: Sequence[Record]) -> list[list[str]]:
+def rows_of(study: Study) -> list[Row]:
+    """Every run of a study as a row: what differs in knobs, backend or seed keeps its own name, and so its own line."""
+    found = []
+    for cell in study.cells:
+        task = f"{cell.task} ({cell.mark})" if cell.mark else cell.task
+        runs = [("dense", "", cell.dense)] if cell.dense else []
+        runs += [(chain.label, chain.phases, point) for chain in cell.chains for point in chain.points]
+        for name, phases, point in runs:
+            record = point.record
+            found.append(
+                Row(
+                    model=cell.model, task=task, metric=cell.metric, method=name, phases=phases, score=record.score,
+                    stderr=record.stderr, n=record.n, requested=record.requested, measured=record.measured,
+                    higher_is_better=cell.higher_is_better,
+                )
+            )  # fmt: skip
+    return found
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
     """Header and rows: one line per model, task, method and measured sparsity, one column per metric."""
     metrics = sorted({row.metric for row in rows})
     header = ["model", "task", "method", "requested", "measured", "n", *map(label, metrics)]
-    lines: dict[tuple, dict[str, Record]] = defaultdict(dict)
+    lines: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         lines[row.model, row.task, row.method, row.measured, row.requested][row.metric] = row
     body = []
@@ -48,7 +72,7 @@ def _figure(value: float) -> str:
     return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
-def page(rows: Sequence[Record], pictures: Sequence[bytes]) -> str:
+def page(rows: Sequence[Row], pictures: Sequence[bytes]) -> str:
     """A self-contained HTML page: the pictures and the table."""
     header, *body = table(rows)
     cells = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
@@ -118,6 +142,7 @@ def _chosen(rows: Sequence[Record], tasks: Sequence[str] | None) -> list[Record]
     if not tasks:
         return list(rows)
     present = sorted({row.task for row in rows})
+    tasks = [task.encode("utf-8", "backslashreplace").decode() for task in tasks]  # as records spell them
     for task in tasks:
         if task not in present:
             known = _listed([label(name) for name in present])
@@ -127,7 +152,7 @@ def _chosen(rows: Sequence[Record], tasks: Sequence[str] | None) -> list[Record]
     return [row for row in rows if row.task in tasks]
 
 
-def _check_panels(rows: Sequence[Record], outputs: Mapping[Path, str]) -> None:
+def _check_panels(rows: Sequence[Row], outputs: Mapping[Path, str]) -> None:
     """Raise `UserError` when there are more panels than an output can show."""
     count = len(panels(rows))
     for path, name in outputs.items():
@@ -141,20 +166,26 @@ def _check_panels(rows: Sequence[Record], outputs: Mapping[Path, str]) -> None:
             )
 
 
-def plot(results: Sequence[str], outputs: Sequence[str], tasks: Sequence[str] | None = None) -> None:
+def plot(
+    results: Sequence[str], outputs: Sequence[str], tasks: Sequence[str] | None = None, *, allow_mixed: bool = False
+) -> None:
     """Draw score against measured sparsity from result files of lm-eval; names as they are typed.
 
     Args:
         results: files, or folders that hold results_*.json.
         outputs: pictures (.png) and pages (.html) to write.
         tasks: those to draw; all by default.
+        allow_mixed: tasks of several versions, seeds or prompts are drawn beside each other.
 
     Raises:
         UserError: results that cannot be read or drawn, outputs that cannot be written.
     """
     _outputs(outputs, [])  # a mistake is said before anything is read
     files = _outputs(outputs, find(results))
-    rows = _chosen(read(results), tasks)
+    study = build(_chosen(read(results), tasks), allow_mixed=allow_mixed)
+    for line in study.left_out:
+        logger.warning("%s", one_line(line))
+    rows = rows_of(study)
     _check_panels(rows, files)
     pictures = draw(rows)
     for path, name in files.items():

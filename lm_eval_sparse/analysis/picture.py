@@ -1,4 +1,4 @@
-"""Score against measured sparsity as pictures. Knows records and matplotlib only."""
+"""Score against measured sparsity as pictures. Knows matplotlib only."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
 from ..labels import label
 from ..results.files import why
-from ..results.load import Record
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +34,39 @@ _LEFT, _RIGHT, _BELOW, _ABOVE = 0.65, 1.6, 0.5, 0.5
 _LEGEND, _TITLE = 2.7, 0.4
 _FONT, _SMALLEST, _DOTS = 9.0, 4.0, 150
 
+
+@dataclass(frozen=True)
+class Row:
+    """A point of a curve: names, and figures as in `results.schema.Record`; `stderr` is None where there is none."""
+
+    model: str
+    task: str
+    metric: str
+    method: str
+    phases: str
+    score: float
+    stderr: float | None
+    n: int
+    requested: float | None
+    measured: float
+    higher_is_better: bool
+
+
 #: What identifies a panel: model, task, metric.
 Key = tuple[str, str, str]
 #: How each method, with its phases, is drawn.
 Styles = dict[tuple[str, str], dict[str, str]]
 
 
-def panels(rows: Sequence[Record]) -> dict[Key, list[Record]]:
+def panels(rows: Sequence[Row]) -> dict[Key, list[Row]]:
     """The records of each panel, sorted by model, task and metric."""
-    found: dict[Key, list[Record]] = defaultdict(list)
+    found: dict[Key, list[Row]] = defaultdict(list)
     for row in rows:
         found[row.model, row.task, row.metric].append(row)
     return dict(sorted(found.items()))
 
 
-def draw(rows: Sequence[Record]) -> list[bytes]:
+def draw(rows: Sequence[Row]) -> list[bytes]:
     """PNGs of at most `MOST_PANELS` panels each: a panel per (model, task, metric), a line per method with bars of its
     standard error, the dense score as a dashed line in a band of its own.
 
@@ -96,7 +114,7 @@ def started() -> Iterator[None]:
         logger.warning("no font here has all characters of these names; empty boxes stand for those that are missing")
 
 
-def _picture(found: Sequence[tuple[Key, list[Record]]], styles: Styles) -> bytes:
+def _picture(found: Sequence[tuple[Key, list[Row]]], styles: Styles) -> bytes:
     """One PNG. All sizes are set here: to let the library solve for them takes minutes for a hundred panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -144,7 +162,7 @@ def _picture(found: Sequence[tuple[Key, list[Record]]], styles: Styles) -> bytes
     return buffer.getvalue()
 
 
-def _common_title(found: Sequence[tuple[Key, list[Record]]]) -> str | None:
+def _common_title(found: Sequence[tuple[Key, list[Row]]]) -> str | None:
     """The title of the picture where all panels are of one task, model and number of documents, else None."""
     common = {(model, task, tuple(sorted({row.n for row in rows}))) for (model, task, _), rows in found}
     if len(common) > 1:
@@ -179,11 +197,11 @@ def _name(method: tuple[str, str]) -> str:
 
 
 def _fill(
-    axis: Any, key: Key, members: Sequence[Record], styles: Styles, inner: tuple[float, float], titled: bool
-) -> list[tuple[str, Any, Record]]:
+    axis: Any, key: Key, members: Sequence[Row], styles: Styles, inner: tuple[float, float], titled: bool
+) -> list[tuple[str, Any, Row]]:
     """Draw one panel of `inner` inches. Returns name, handle and last point of each line."""
     model, task, metric = key
-    found: list[tuple[str, Any, Record]] = []
+    found: list[tuple[str, Any, Row]] = []
     dense = next((row for row in members if row.measured == 0), None)
     if dense is not None:
         if dense.stderr:
@@ -233,7 +251,7 @@ def _fill(
     return found
 
 
-def _name_lines(axis: Any, lines: Sequence[tuple[str, Any, Record]], height: float, room: float) -> None:
+def _name_lines(axis: Any, lines: Sequence[tuple[str, Any, Row]], height: float, room: float) -> None:
     """Write each line's name beside its end, in its colour, moved up or down as far as names would overlap."""
     low, high = axis.get_ylim()
     axis.set_ylim(low, high)  # what is added below must not move them

@@ -175,7 +175,7 @@ def build(
     Raises:
         UserError: nothing is left, tasks are mixed, or an option names nothing.
     """
-    rows = list(records)
+    rows = _once(records)
     said = list(left_out)
     if metric is not None:
         chosen = [row for row in rows if metric in (row.metric, row.metric.partition(",")[0])]
@@ -206,6 +206,15 @@ def build(
         kept += members
     cells.sort(key=lambda cell: (cell.model, cell.family, cell.length or 0, cell.task, cell.metric, cell.mark))
     return Study(tuple(cells), tuple(rows), tuple(dict.fromkeys(said)), tuple(lines))
+
+
+def _once(records: Iterable[Record]) -> list[Record]:
+    """The records, those of a run that was read twice (from its file, and from `records.jsonl`) once."""
+    found: dict[tuple[Any, ...], Record] = {}
+    for row in records:
+        key = (row.date, row.command, row.task, row.metric, row.score, row.n, row.measured, row.device)
+        found.setdefault((*key, _identity(row), _setting(row), _variant(row)), row)
+    return list(found.values())
 
 
 # -- models
@@ -300,6 +309,11 @@ def _shown(value: Any) -> str:
 # -- chains
 
 
+def _is_dense(row: Record) -> bool:
+    """Every method at sparsity 0 is dense attention."""
+    return row.method == "dense" or (row.measured == 0 and not row.requested)
+
+
 def _variant(row: Record) -> tuple[tuple[str, str], ...]:
     """What tells chains of one method apart, by name: knobs but those of the budget, preset, backend, code, seeds."""
     knobs = {
@@ -321,7 +335,7 @@ def _chain_labels(rows: Iterable[Record]) -> dict[tuple[Any, ...], str]:
     """A label for each method and variant: what all variants of the method share is not said."""
     variants: dict[str, set[tuple[tuple[str, str], ...]]] = defaultdict(set)
     for row in rows:
-        if row.method != "dense":
+        if not _is_dense(row):
             variants[row.method].add(_variant(row))
     labels = {}
     for method, found in variants.items():
@@ -357,7 +371,7 @@ def _cell(
     by_chain: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Record]]] = defaultdict(lambda: defaultdict(list))
     dense: list[Record] = []
     for row in members:
-        if row.method == "dense":
+        if _is_dense(row):
             dense.append(row)
         else:
             key = (
@@ -368,7 +382,7 @@ def _cell(
             phases = tuple((name, figures.requested) for name, figures in sorted(row.by_phase.items()))
             by_chain[row.method, row.phases, _variant(row)][(*key, phases)].append(row)
     # One baseline: what ran under our own runtime, with the most documents, the newest.
-    dense.sort(key=lambda row: (row.runner == "sparse-hf", row.n, row.date or ""), reverse=True)
+    dense.sort(key=lambda row: (row.method == "dense", row.runner == "sparse-hf", row.n, row.date or ""), reverse=True)
     if not dense and by_chain:
         said.append(f"{where} ({label(metric)}) has no dense run: no loss can be said; run it with method=dense")
     _again(dense, f"{where}: dense", said)

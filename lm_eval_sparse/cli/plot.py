@@ -13,10 +13,13 @@ def run(argv: list[str]) -> None:
     )
     parser.add_argument("--output", required=True, action="append", help="FILE.png or FILE.html; may be repeated")
     parser.add_argument("--task", action="append", help="only this task; may be repeated")
+    parser.add_argument(
+        "--allow-mixed", action="store_true", help="draw tasks of several versions, seeds or prompts beside each other"
+    )
     options = parser.parse_args(argv)
     from lm_eval_sparse.analysis import curve
 
-    curve.plot(options.results, options.output, options.task)
+    curve.plot(options.results, options.output, options.task, allow_mixed=options.allow_mixed)
 
 
 COMMAND = Command("plot RESULTS... --output FILE", "draw score against measured sparsity", run)

@@ -5,13 +5,13 @@ Knows names of files and JSON lines.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from ..errors import UserError
 from .files import read_bytes
@@ -55,24 +55,40 @@ def read(path: Path, task: str | None = None) -> Scores:
     Raises:
         UserError: it cannot be read, or a line is none of such a file.
     """
-    rows: dict[tuple[str, str], list[tuple[Any, Any, dict[str, Any]]]] = defaultdict(list)
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
-        if not line.strip():
-            continue
+    rows: dict[tuple[str, str], list[tuple[int, str, dict[str, Any]]]] = defaultdict(list)
+    for number, row in enumerate(_lines(path), 1):
         try:
-            row = json.loads(line)
             metrics = row["metrics"]
             if task is not None:
                 metrics = {name: row[name] for name in metrics if name in row}
-            name, rule, place, digest = task or row["task"], row.get("filter", "none"), row["doc_id"], row["doc_hash"]
-            if not (isinstance(metrics, Mapping) and isinstance(name, str) and isinstance(rule, str)):
+            elif not isinstance(metrics, dict):
                 raise TypeError
-            rows[name, rule].append((int(place), str(digest), dict(metrics)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                f"{path}: line {number} is none of a file of documents, or is cut off; delete the file"
-            ) from None
+            key = task if task is not None else row["task"], row.get("filter", "none")
+            rows[key].append((int(row["doc_id"]), str(row["doc_hash"]), metrics))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: line {number} {_NONE_OF_SUCH}") from None
     return {key: documents for (name, rule), lines in rows.items() for key, documents in _columns(name, rule, lines)}
+
+
+_NONE_OF_SUCH = "is none of a file of documents, or is cut off; delete the file"
+
+
+def _lines(path: Path) -> list[Any]:
+    """The JSON values of a file's lines. Raises `UserError`."""
+    lines = [line for line in read_bytes(path).splitlines() if line.strip()]
+    try:
+        # All at once, which takes a third of the time.
+        found = from_json(b"[" + b",".join(lines) + b"]")
+        if len(found) == len(lines):
+            return found
+    except ValueError:
+        pass
+    for number, line in enumerate(lines, 1):
+        try:
+            from_json(line)
+        except ValueError:
+            raise UserError(f"{path}: line {number} {_NONE_OF_SUCH}") from None
+    raise UserError(f"{path}: a line {_NONE_OF_SUCH}")
 
 
 def _columns(
@@ -80,16 +96,18 @@ def _columns(
 ) -> list[tuple[tuple[str, str, str], Documents]]:
     """The documents of each metric that has a number for every document."""
     lines.sort(key=lambda line: line[0])
-    ids, seen = [], defaultdict(int)
-    for _, digest, _ in lines:
-        short = digest[:_HASH]
-        seen[short] += 1
-        ids.append(short if seen[short] == 1 else f"{short}-{seen[short]}")  # the same document again
-    found = []
+    ids = [digest[:_HASH] for _, digest, _ in lines]
+    if len(set(ids)) < len(ids):  # the same document again
+        seen: dict[str, int] = defaultdict(int)
+        for place, name in enumerate(ids):
+            seen[name] += 1
+            if seen[name] > 1:
+                ids[place] = f"{name}-{seen[name]}"
+    names, found = tuple(ids), []
     for metric in lines[0][2]:
         scores = [metrics.get(metric) for _, _, metrics in lines]
-        if all(_is_number(score) for score in scores):
-            documents = Documents.model_construct(ids=tuple(ids), scores=tuple(map(float, scores)))
+        if all(map(_is_number, scores)):
+            documents = Documents.model_construct(ids=names, scores=tuple(map(float, scores)))
             found.append(((task, metric, rule), documents))
     return found
 

@@ -79,6 +79,12 @@ def records(
     """
     left_out = unusable if unusable is not None else []
     try:
+        json.dumps(content, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        content = _whole_characters(content)
+    except ValueError:
+        pass  # numbers of thousands of digits are refused where they stand
+    try:
         return iter(_records(Part(where, "", content), left_out, documents or {}, path))
     except ValidationError as error:  # a figure that cannot be, such as a negative one
         raise UserError(f"{where}: {said(error)}") from None
@@ -308,6 +314,17 @@ def _higher_is_better(directions: Part, task: str, metric: str) -> bool:
 
 
 # -- values
+
+
+def _whole_characters(value: Any) -> Any:
+    """JSON without halves of characters (`\\ud800`), which no file and no page can hold: they are spelled out."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [_whole_characters(item) for item in value]
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(item) for key, item in value.items()}
+    return value
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

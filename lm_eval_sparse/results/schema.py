@@ -263,3 +263,7 @@ def json_schema() -> str:
 def is_number(value: Any) -> bool:
     """A finite number; True is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+if __name__ == "__main__":
+    print(json_schema(), end="")

@@ -1,0 +1,122 @@
+"""All records as one table, a row each, for readers that are no people: parquet, CSV, and the records themselves."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..results.figures import PHASES
+from ..results.schema import PhaseFigures, Record
+from .study import Cell, Point, Study
+
+if TYPE_CHECKING:
+    import pandas
+
+#: Fields of a record that are columns as they are.
+_PLAIN = (
+    "model", "model_revision", "model_hash", "model_dtype", "model_parameters", "runner", "method", "phases", "preset",
+    "backend", "requested", "measured", "task", "task_version", "task_hash", "length", "prompt_tokens", "output_type",
+    "shots", "seed", "metric", "score", "stderr", "n", "higher_is_better", "chance", "seconds", "peak_memory_bytes",
+    "device", "commit", "date", "command", "source",
+)  # fmt: skip
+_FIGURES = (
+    "method", "requested", "selected", "executed", "bytes_read_fraction", "kv_memory_fraction",
+    "estimator_flops_fraction", "mass_kept", "output_error", "auxiliary_bits",
+)  # fmt: skip
+#: What a spreadsheet takes for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def frame(study: Study) -> pandas.DataFrame:
+    """A row for each record of a study.
+
+    Beside what was recorded: `label` (the method with what tells it from others), `family` and `short` of the task,
+    `mark` of mixed runs, `dense_score`, `loss` (dense − score where higher is better, else score − dense) and `used`:
+    whether the figures take this run, or another of the same configuration.
+    """
+    import pandas
+
+    placed: dict[int, tuple[Cell, str]] = {}
+    cells: dict[tuple[Any, ...], Cell] = {}
+    for cell in study.cells:
+        runs: list[tuple[str, Point]] = [("dense", cell.dense)] if cell.dense else []
+        runs += [(chain.label, point) for chain in cell.chains for point in chain.points]
+        for name, point in runs:
+            placed[id(point.record)] = cell, name
+            cells.setdefault(_key(point.record), cell)
+    rows = []
+    for record in study.records:
+        found = placed.get(id(record))
+        cell, name = found or (cells.get(_key(record)), record.method)
+        dense = cell.dense.record.score if cell is not None and cell.dense is not None else None
+        sign = 1 if record.higher_is_better else -1
+        rows.append(
+            {
+                **{column: getattr(record, column) for column in _PLAIN},
+                "label": name,
+                "family": cell.family if cell else None,
+                "short": cell.short if cell else None,
+                "mark": cell.mark if cell else None,
+                "has_documents": record.documents is not None,
+                "dense_score": dense,
+                "loss": None if dense is None else sign * (dense - record.score),
+                "used": found is not None,
+                **_phases(record),
+                **{f"{phase}_tokens_per_second": record.speed.get(phase) for phase in ("prefill", "decode")},
+                **{f"{phase}_seconds": record.seconds_by_phase.get(phase) for phase in ("prefill", "decode")},
+                "knobs": json.dumps(record.knobs, sort_keys=True, default=str),
+                "solved": json.dumps({phase: _means(part) for phase, part in record.by_phase.items()}, sort_keys=True),
+                "versions": json.dumps(record.versions, sort_keys=True),
+            }
+        )  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
+def _means(figures: PhaseFigures) -> dict[str, float]:
+    return {knob: values.mean for knob, values in figures.solved.items()}
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    return (
+        record.model,
+        record.model_dtype,
+        record.model_revision,
+        record.task,
+        record.metric,
+        record.seed,
+        record.task_hash,
+    )
+
+
+def _phases(record: Record) -> dict[str, Any]:
+    found = {}
+    for phase in PHASES:
+        figures = record.by_phase.get(phase)
+        found |= {f"{phase}_{name}": getattr(figures, name) if figures else None for name in _FIGURES}
+    return found
+
+
+def csv(table: pandas.DataFrame) -> bytes:
+    """The table as CSV, UTF-8. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    safe = table.copy()
+    for column in safe.columns:
+        if safe[column].dtype.kind in "OUST" or str(safe[column].dtype) in ("str", "string"):
+            safe[column] = [
+                f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+                for value in safe[column]
+            ]
+    return safe.to_csv(index=False, lineterminator="\n").encode()
+
+
+def parquet(table: pandas.DataFrame) -> bytes:
+    """The table as parquet, with the columns' own types."""
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def lines(records: Iterable[Record]) -> bytes:
+    """The records as `records.jsonl`: what `analyze` reads again, documents included."""
+    return b"".join(record.model_dump_json().encode() + b"\n" for record in records)

@@ -1,0 +1,211 @@
+"""Result files of any lm-eval task become validated records; what cannot be is said in one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import made_up
+import numpy as np
+import pytest
+
+from lm_eval_sparse.analysis import tidy
+from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.results import schema
+from lm_eval_sparse.results.load import read
+from lm_eval_sparse.results.records import records
+from lm_eval_sparse.results.schema import Record
+
+RUN = made_up.Run("org/small-0.5B", "quest", 0.8, "4k", ("niah", "toefl"))
+
+
+def one(folder: Path, run: made_up.Run = RUN, **more: Any) -> Path:
+    """A run on disk; returns its result file."""
+    made_up.write(folder, iter([run]), **more)
+    return next(folder.rglob("results_*.json"))
+
+
+def documents(path: Path) -> Path:
+    return path.with_name(path.name.replace("results_", "documents_")).with_suffix(".jsonl")
+
+
+def test_a_record_holds_all_that_was_measured(tmp_path: Path) -> None:
+    content, lines = made_up.contents(RUN, 30)
+    rows = read([one(tmp_path, documents=30)])
+    assert [(row.task, row.metric) for row in rows] == [
+        ("forced_frontier_niah_4k", "exact"), ("forced_frontier_niah_4k", "bits_per_char"),
+        ("forced_frontier_toefl_4k", "acc"), ("forced_frontier_toefl_4k", "bits_per_char"),
+    ]  # fmt: skip
+    row = rows[2]
+    phase = content["config"]["sparse"]["tasks"][row.task]["decode"]
+    assert (row.model, row.model_revision, row.model_dtype, row.runner) == (RUN.model, "main", "bfloat16", "sparse-hf")
+    assert row.model_parameters == 494_032_768 and row.model_shape is not None and row.model_shape.kv_heads == 2
+    assert (row.method, row.phases, row.requested, row.measured) == ("quest", "decode", 0.8, phase["executed_sparsity"])
+    assert row.by_phase["decode"].bytes_read_fraction == phase["bytes_read_fraction"]
+    assert row.by_phase["decode"].solved["budget"].max == 410.0 and row.by_phase["prefill"].method == "dense"
+    assert (row.length, row.prompt_tokens, row.seed, row.task_version, row.shots) == (4096, 4085.5, 0, "2", 0)
+    assert (row.chance, row.higher_is_better, row.n) == (0.25, True, 30) and row.bounded and not rows[3].bounded
+    assert row.seeds == {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+    assert (row.device, row.commit, row.versions["torch"]) == ("NVIDIA H200", "abcdef0", "2.13.0")
+    assert row.speed == {"prefill": 10000.0, "decode": 100.0} and row.peak_memory_bytes == 10**9
+    assert row.command is not None and "method=quest" in row.command and "sparsity=0.8" in row.command
+    scores = [line["metrics"]["acc"] for line in lines if line["task"] == row.task]
+    assert row.documents is not None and list(row.documents.scores) == scores and len(set(row.documents.ids)) == 30
+
+
+def test_records_survive_their_file(tmp_path: Path) -> None:
+    rows = read([one(tmp_path / "runs", documents=5)])
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "records.jsonl").write_bytes(tidy.lines(rows))
+    assert [row.model_dump() for row in read([tmp_path / "records"])] == [row.model_dump() for row in rows]
+    assert read([tmp_path / "records"])[0].source.endswith("records.jsonl, line 1")
+
+
+def lm_eval_content(**row: Any) -> dict[str, Any]:
+    """Results of one of lm-eval's own tasks under its own model type, with a group and two filters."""
+    return {
+        "results": {
+            "gsm8k": {
+                "alias": "gsm8k", "sample_len": 4,
+                "exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.25,
+                "exact_match,flexible-extract": 0.5, "exact_match_stderr,flexible-extract": 0.28, **row,
+            },
+            "arc": {"alias": "arc", "sample_len": 2, "acc,none": 0.5, "acc_stderr,none": "N/A"},
+            "both": {"alias": "both", "sample_len": 6, "acc,none": 0.5},
+        },
+        "groups": {"both": {"acc,none": 0.5}},
+        "configs": {
+            "gsm8k": {"task": "gsm8k", "output_type": "generate_until", "metadata": {"version": 3.0}},
+            "arc": {"task": "arc", "output_type": "multiple_choice", "doc_to_choice": ["A", "B", "C", "D"]},
+        },
+        "versions": {"gsm8k": 3.0, "arc": "Yaml"},
+        "higher_is_better": {"gsm8k": {"exact_match": True}, "arc": {"acc": True}},
+        "config": {"model": "hf", "model_args": "pretrained=org/m", "model_sha": ""},
+        "model_name": "org/m",
+    }  # fmt: skip
+
+
+def test_any_task_of_any_model_type_loads(tmp_path: Path) -> None:
+    path = tmp_path / "results_2026-11-30T12-00-00.000000.json"
+    path.write_text(json.dumps(lm_eval_content()))
+    lines = [
+        {
+            "doc_id": place, "doc": {}, "filter": rule, "metrics": ["exact_match"], "doc_hash": f"{place % 3}" * 64,
+            "exact_match": float(place < right),
+        }
+        for rule, right in (("strict-match", 1), ("flexible-extract", 2))
+        for place in range(4)
+    ]  # fmt: skip
+    samples = tmp_path / "samples_gsm8k_2026-11-30T12-00-00.000000.jsonl"
+    samples.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    rows = {(row.task, row.metric): row for row in read([path])}
+    strict, flexible, arc = (
+        rows["gsm8k", "exact_match,strict-match"], rows["gsm8k", "exact_match,flexible-extract"], rows["arc", "acc"],
+    )  # fmt: skip
+    assert len(rows) == 3  # a group is no task
+    assert strict.documents is not None and strict.documents.scores == (1.0, 0.0, 0.0, 0.0)
+    assert flexible.documents is not None and flexible.documents.scores == (1.0, 1.0, 0.0, 0.0)
+    assert (
+        len(set(strict.documents.ids)) == 4 and strict.documents.ids == flexible.documents.ids
+    )  # one doc stands twice
+    assert (strict.chance, arc.chance, strict.task_version, arc.stderr, arc.documents) == (0.0, 0.25, "3.0", None, None)
+    assert (strict.method, strict.measured, strict.runner, strict.model_hash) == ("dense", 0.0, "hf", None)
+
+
+def test_documents_that_are_not_those_of_the_score_are_left_out(tmp_path: Path) -> None:
+    path = one(tmp_path, documents=8)
+    lines = documents(path).read_text().splitlines()
+    said: list[str] = []
+
+    def reread(content: str) -> list[Record]:
+        documents(path).write_text(content)
+        said.clear()
+        return read([path], said)
+
+    assert all(row.documents is None for row in reread("\n".join(lines[1:] + lines[:0]))[:2])
+    assert "7 documents are beside it and 8 were scored" in said[0]
+    changed = json.loads(lines[0])
+    changed["metrics"]["exact"] += 0.5
+    rows = reread("\n".join([json.dumps(changed), *lines[1:]]))
+    assert rows[0].documents is None and rows[1].documents is not None  # of the other metric they are
+    rows = reread("\n".join(lines)[:-9])
+    assert all(row.documents is None for row in rows) and "line 16 is none of a file of documents" in said[0]
+    documents(path).unlink()
+    assert [row.documents for row in read([path])] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema_version": 2}, "a record of schema 2, and this version reads up to 1; upgrade lm-eval-sparse"),
+        ({"schema_version": 2, "new": 1}, "a record of schema 2, and this version reads up to 1"),
+        ({"new": 1}, "new: Extra inputs are not permitted"),
+        ({"measured": 1.5}, "measured: Input should be less than or equal to 1 (1.5)"),
+        ({"measured": -0.1}, "measured: Input should be greater than or equal to 0"),
+        ({"n": 0}, "n: Input should be greater than or equal to 1"),
+        ({"score": 1.5}, "exact is 1.5, a number from 0 to 1 is expected"),
+        ({"score": None}, "score: Input should be a valid number"),
+        ({"stderr": -1}, "stderr: Input should be greater than or equal to 0"),
+        ({"model": ""}, "model: String should have at least 1 character"),
+        ({"documents": {"ids": ["a", "a"], "scores": [0, 1]}}, "documents: a document stands here twice"),
+        ({"documents": {"ids": ["a"], "scores": []}}, "documents: 1 documents with 0 scores"),
+    ],
+)
+def test_a_record_that_cannot_be_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    row = json.loads(read([one(tmp_path, documents=3)])[0].model_dump_json())
+    with pytest.raises(UserError) as error:
+        schema.parse(json.dumps(row | change), "r.jsonl, line 7")
+    assert str(error.value).startswith(f"r.jsonl, line 7: {said}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["", "[]", "{", '"a"', "\x00", "[" * 5000, "null"])
+def test_what_is_no_record(line: str) -> None:
+    with pytest.raises(UserError, match=r"^x: .*(is no record|Field required|valid dictionary)"):
+        schema.parse(line, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("exact,none", 1.5, "exact is 1.5, a number from 0 to 1 is expected"),
+        ("sample_len", 0, "has no documents (sample_len is missing or 0)"),
+        ("exact_stderr,none", -1.0, "a finite number of at least 0 is expected"),
+    ],
+)
+def test_impossible_scores_are_left_out_and_said(tmp_path: Path, name: str, value: Any, said: str) -> None:
+    path = one(tmp_path, documents=3)
+    content = json.loads(path.read_text())
+    content["results"]["forced_frontier_niah_4k"][name] = value
+    path.write_text(json.dumps(content))
+    lines: list[str] = []
+    rows = read([path], lines)
+    assert any(said in line for line in lines) and all("\n" not in line for line in lines)
+    if "stderr" not in name:
+        assert "exact" not in {row.metric for row in rows}
+
+
+def test_a_figure_that_cannot_be_is_a_line_and_no_traceback() -> None:
+    content, _ = made_up.contents(RUN, 3)
+    rng = np.random.default_rng()
+    task = content["config"]["sparse"]["tasks"]["forced_frontier_niah_4k"]["decode"]
+    for name in rng.permutation(["bytes_read_fraction", "kv_memory_fraction", "executed_sparsity"]):
+        broken = copy.deepcopy(content)
+        broken["config"]["sparse"]["tasks"]["forced_frontier_niah_4k"]["decode"][name] = -abs(task[name]) - 1
+        with pytest.raises(UserError, match=rf"^r: config.*{name} is -.* is expected$"):
+            list(records(broken, "r"))
+
+
+def test_secrets_are_in_no_record(tmp_path: Path) -> None:
+    content, _ = made_up.contents(RUN, 3)
+    content["config"]["model_args"] |= {"token": "hf_abcdefghijklmnopqrstuvwx", "hf_token": "other"}
+    for row in records(content):
+        assert "hf_abc" not in row.model_dump_json() and "other" not in row.model_dump_json()
+
+
+def test_the_schema_in_the_docs_is_that_of_the_code() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "record.schema.json").read_text()
+    assert text == schema.json_schema(), (
+        "write it anew: python -m lm_eval_sparse.results.schema > docs/record.schema.json"
+    )
