@@ -1,9 +1,9 @@
 """What of a loss is the sparsity's and what the method's: the oracle of the phase stands between.
 
 An oracle knows the attention weights that it leaves out: what it loses is put down to the sparsity, and what a method
-loses beyond that to the method's choice. At the same measured sparsity dense - oracle is the sparsity's part and oracle -
-method the method's; they add up to the loss. An oracle maximises attention mass, not scores: a method may do better, and
-its part is negative then.
+loses beyond that to the method's choice. At the same measured sparsity dense - oracle is the sparsity's part and
+oracle - method the method's; they add up to the loss. An oracle maximises attention mass, not scores: a method may do
+better, and its part is negative then.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
                     names("split", group.model, group.length, group.kind),
                     f"Loss of the sparsity and of the method: {where(group.model, group.length, group.kind)}",
                     "Dense minus oracle, and oracle minus method, at the same measured sparsity, of the mean over "
-                    f"tasks that dense attention can do. Bands cover {LEVEL:.0%}; runs are compared document by document.",
+                    f"tasks that dense attention can do. Bands cover {LEVEL:.0%}, paired over documents.",
                     tuple(panels),
                 )
             )
