@@ -1,7 +1,7 @@
 """What an analysis says, before it is a file: figures, tables and sentences as plain values.
 
-Those who compute make these, `static` and `page` turn them into files. Names in them may be foreign text of any content:
-what writes them escapes them. Knows no library.
+Those who compute make these, `static` and `page` turn them into files. Names in them may be foreign text of any
+content: what writes them escapes them. Knows no library.
 """
 
 from __future__ import annotations
