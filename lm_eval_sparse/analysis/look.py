@@ -143,13 +143,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A panel with places and ranges. `ticks` are places and words along x where these are not left to the drawer."""
+    """A panel with places and ranges, and ticks: places and words along x and y."""
 
     panel: Panel
     series: tuple[Placed, ...]
     x_range: tuple[float, float]
     y_range: tuple[float, float]
-    ticks: tuple[tuple[float, str], ...] = ()
+    ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
 
 
 def prepare(figure: Figure) -> list[Prepared]:
@@ -171,11 +172,12 @@ def prepare(figure: Figure) -> list[Prepared]:
         else:
             span = spans[panel.x_label, panel.log_x]
             x_range = _range(span, panel.log_x)
-            ticks = _ticks(span, x_range) if panel.log_x else ()
+            ticks = (_ticks(span, x_range) if panel.log_x else ()) or round_ticks(x_range, panel.log_x)
         heights = [v for one in series for values in (one.y, one.low, one.high) for v in values if v is not None]
         if any(one.kind == "bars" for one in series) and not panel.log_y:
             heights.append(0.0)
-        prepared.append(Prepared(panel, series, x_range, _range(heights, panel.log_y), ticks))
+        y_range = _range(heights, panel.log_y)
+        prepared.append(Prepared(panel, series, x_range, y_range, ticks, round_ticks(y_range, panel.log_y)))
     return prepared
 
 
@@ -209,7 +211,7 @@ def _placed(panel: Panel, names: Sequence[str]) -> Iterator[Placed]:
             tuple(y if fine else None for y, fine in zip(series.y, good, strict=True)),
             tuple(value if fine else None for value, fine in zip(low, good, strict=False)),
             tuple(value if fine else None for value, fine in zip(high, good, strict=False)),
-            tuple(label(x, LONGEST) if names else text(x, 6) for x in series.x),
+            tuple(label(x, LONGEST) if names else text(x) for x in series.x),
             tuple(label(words, 400) for words in series.hover),
             width if series.kind == "bars" else 0.0,
         )
@@ -250,3 +252,23 @@ def _ticks(values: Sequence[float], ends: tuple[float, float]) -> tuple[tuple[fl
     if any(math.log(after / before) < least for before, after in zip(distinct, distinct[1:], strict=False)):
         return ()
     return tuple((value, text(value, 3)) for value in distinct)
+
+
+def round_ticks(ends: tuple[float, float], log: bool = False, most: int = 6) -> tuple[tuple[float, str], ...]:
+    """At most some `most` round figures between `ends`, with their words."""
+    low, high = ends
+    if log and high / low > 2.5:
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        for multiples in ((1, 2, 5), (1, 3), (1,)):
+            found = [float(f"{m}e{p}") for p in range(first, last + 1) for m in multiples]
+            found = [value for value in found if low <= value <= high]
+            if len(found) <= most:
+                break
+        found = found[:: -(-len(found) // most)] if found else []
+        return tuple((value, text(value, 3)) for value in found)
+    size = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(size * m for m in (1, 2, 2.5, 5, 10, 20) if (high - low) / (size * m) <= most)
+    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    decimals = next((d for d in range(12) if math.isclose(round(step, d), step, rel_tol=1e-9)), 12)
+    plainly = 1e-4 <= step < 1e6
+    return tuple((n * step, f"{n * step:,.{decimals}f}" if plainly else text(n * step, 6)) for n in numbers)

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs no network: sentences, figures (plotly) and tables, for any screen and for paper.
+"""A report as one HTML page that needs no network: sentences, figures (plotly) and tables, for screens and paper.
 
 What is foreign goes through autoescape, or into JSON that holds no character of HTML; and the page forbids itself all
 scripts but its own two, and all addresses.
@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..labels import label
 from .figure import Figure, Section, Table
-from .look import Placed, Prepared, Style, column, prepare, styles
+from .look import Placed, Prepared, column, prepare, styles
 from .tables import numeric
 
 #: Longest sentence or command in a page, in characters.
 _LONGEST = 4000
 #: From so many panels on there is a filter, and from so many rows on a table gets one.
 _MANY_PANELS, _MANY_ROWS = 9, 16
+#: Texts of a column that stay in one line, and those that get room for several, in characters.
+_SHORT, _LONG = 28, 40
 #: Where the size of the file is written, once it is known. Foreign text cannot hold it: there "<" is escaped.
 _SIZE = '<data id="file-size"></data>'
 
@@ -65,6 +68,7 @@ def page(sections: Iterable[Section], facts: Facts) -> str:
 
     Raises:
         ValueError: two sections, figures or tables have one name.
+        UserError: plotly is not installed.
     """
     from markupsafe import Markup
 
@@ -130,8 +134,13 @@ def _part(name: str) -> str:
 
 @functools.cache
 def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
+    """The script of plotly. Raises `UserError` where plotly is not installed."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UserError(
+            "a report needs plotly, which comes with an extra; type: pip install 'lm-eval-sparse[analysis]'"
+        ) from None
     return get_plotlyjs().replace("\r\n", "\n").strip()
 
 
@@ -153,7 +162,11 @@ def _panel(panel: Prepared, order: Mapping[str, int]) -> dict[str, Any]:
         "y": label(about.y_label),
         "log": [about.log_x, about.log_y],
         "range": [_round(panel.x_range), _round(panel.y_range)],
-        "ticks": [[value, words] for value, words in panel.ticks],
+        # Figures along a linear axis are left to plotly, which changes them where a reader looks closer.
+        "ticks": [
+            panel.ticks if about.log_x or about.categories else [],
+            panel.y_ticks if about.log_y else [],
+        ],
         "names": about.categories,
         "facets": [[label(name), label(value)] for name, value in about.facets],
         "series": [_series(one, order[one.key]) for one in panel.series],
@@ -191,7 +204,7 @@ def _facets(figures: Iterable[Figure]) -> dict[str, list[str]]:
 
 
 def _cells(table: Table) -> dict[str, Any]:
-    """Columns that hold numbers, and rows of (text, number to sort by or None, whether it is known)."""
+    """The kind of each column, and rows of (text, number to sort by or None, whether it is known)."""
     columns = [[row[n] for row in table.rows] for n in range(len(table.header))]
     right = [numeric(values) for values in columns]
     shown = [column(values) for values in columns]
@@ -202,8 +215,9 @@ def _cells(table: Table) -> dict[str, Any]:
         ]
         for cells, row in zip(zip(*shown, strict=True), table.rows, strict=True)
     ]
-    wide = [not number and any(len(str(v)) > 40 for v in values) for number, values in zip(right, columns, strict=True)]
-    return {"right": right, "wide": wide, "rows": rows}
-
-
-__all__ = ["Facts", "Style", "page"]
+    longest = [max((len(str(value)) for value in values), default=0) for values in columns]
+    kinds = [
+        "number" if number else "wide" if long > _LONG else "short" if long <= _SHORT else ""
+        for number, long in zip(right, longest, strict=True)
+    ]
+    return {"kinds": kinds, "rows": rows}

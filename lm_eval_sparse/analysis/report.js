@@ -6,6 +6,7 @@
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star"];
   const touch = matchMedia("(pointer: coarse)").matches;
   const root = document.documentElement;
+  let paper = false;
   const system = matchMedia("(prefers-color-scheme: dark)");
 
   const escaped = (text) => String(text).replace(/[&<>]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
@@ -76,12 +77,12 @@
   };
 
   const traces = (panel, hidden) => {
-    const below = [], above = [];
+    const [below, above, top] = [[], [], []]; // bands, lines and bars, clouds of points
     for (const one of panel.series) {
       if (hidden.has(one.name)) continue;
       const tint = colour(one.style);
       const trace = {
-        x: one.x, y: one.y, text: one.x.map((_, n) => said(panel, one, n)), hovertemplate: "%{text}<extra></extra>",
+        x: one.x, y: one.y, hovertext: one.x.map((_, n) => said(panel, one, n)), hovertemplate: "%{hovertext}<extra></extra>",
         connectgaps: false, cliponaxis: false,
       };
       const points = one.kind === "dots" || one.kind === "bars";
@@ -96,14 +97,14 @@
       }
       if (!points) below.push(...band(one, tint));
       const many = one.x.length > 60;
-      above.push({
+      (points ? top : above).push({
         ...trace, type: "scatter",
         mode: points ? "markers" : one.kind === "line" && !many ? "lines+markers" : "lines",
         line: { color: tint, width: 1.8, dash: one.kind === "dashed" ? "5px,3px" : "solid", shape: one.kind === "step" ? "hv" : "linear" },
         marker: { color: tint, size: 7, symbol: SYMBOLS[data.styles[one.style][2]], line: { color: variable("--ground"), width: 0.8 } },
       });
     }
-    return [...below, ...above];
+    return [...below, ...above, ...top];
   };
 
   const layout = (panel) => {
@@ -113,14 +114,15 @@
       gridcolor: variable("--grid"), linecolor: variable("--muted"), tickfont: { size: 11, color: variable("--muted") },
       exponentformat: "power", nticks: 7, minor: { showgrid: false },
     });
-    const x = { ...axis(0), showline: true, showgrid: !panel.names };
-    if (panel.ticks.length) {
-      Object.assign(x, { tickmode: "array", tickvals: panel.ticks.map((t) => t[0]), ticktext: panel.ticks.map((t) => escaped(t[1].length > 24 ? t[1].slice(0, 12) + "…" + t[1].slice(-11) : t[1])) });
-    }
+    const short = (words) => (words.length > 24 ? `${words.slice(0, 12)}…${words.slice(-11)}` : words);
+    const ticks = (n) =>
+      panel.ticks[n].length ? { tickmode: "array", tickvals: panel.ticks[n].map((t) => t[0]), ticktext: panel.ticks[n].map((t) => escaped(short(t[1]))) } : {};
     return {
-      xaxis: x, yaxis: axis(1), margin: { l: 40, r: 10, t: 6, b: 28 }, showlegend: false, barmode: "overlay",
+      xaxis: { ...axis(0), ...ticks(0), showline: true, showgrid: !panel.names }, yaxis: { ...axis(1), ...ticks(1) },
+      margin: { l: 40, r: 10, t: 6, b: 24 }, showlegend: false, barmode: "overlay",
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest", dragmode: touch ? false : "zoom",
       font: { family: getComputedStyle(document.body).fontFamily, color: variable("--text") },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("--muted"), activecolor: variable("--text") },
       hoverlabel: { bgcolor: variable("--raised"), bordercolor: variable("--line"), align: "left", font: { size: 12, color: variable("--text") } },
     };
   };
@@ -139,8 +141,10 @@
   const draw = (panel) => {
     if (!panel.stale || panel.element.hidden) return;
     panel.stale = false;
-    const config = { displaylogo: false, displayModeBar: panel.element.classList.contains("large") && !touch, responsive: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
-    Plotly.react(panel.plot, traces(panel.data, panel.hidden), layout(panel.data), config);
+    const config = { displaylogo: false, displayModeBar: panel.element.classList.contains("large") && !touch, responsive: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
+    const size = { width: panel.plot.clientWidth, height: panel.plot.clientHeight };
+    if (paper) size.width = Math.min(size.width, panel.element.parentElement.classList.contains("alone") ? 660 : 325);
+    Plotly.react(panel.plot, traces(panel.data, panel.hidden), { ...layout(panel.data), ...size }, config);
   };
   // What is near is drawn between two frames, a few at a time; the rest when it comes near.
   let waiting = false;
@@ -252,7 +256,7 @@
       const rows = panel.data.series.flatMap((one) =>
         one.x.flatMap((_, n) => one.y[n] === null ? [] : [[one.name, one.at[n], figureText(one.y[n]), one.low.length ? figureText(one.low[n]) : "", one.high.length ? figureText(one.high[n]) : "", one.about[n] || ""]]),
       );
-      const kinds = ["", panel.data.names ? "" : "number", "number", "number", "number", ""];
+      const kinds = ["", panel.data.names ? "" : "number", "number", "number", "number", "short"];
       const line = (cells, tag) => make("tr", {}, ...cells.map((cell, n) => make(tag, { textContent: cell, className: kinds[n] })));
       place.append(make("table", {}, make("thead", {}, line(["series", panel.data.x, panel.data.y, "from", "to", ""], "th")), make("tbody", {}, ...rows.map((row) => line(row, "td")))));
     });
@@ -286,6 +290,8 @@
   };
   if (filter) {
     filter.hidden = false;
+    const measure = () => root.style.setProperty("--bar", getComputedStyle(filter).position === "sticky" ? `${filter.offsetHeight - 1}px` : "0px");
+    new ResizeObserver(measure).observe(filter);
     filter.addEventListener("input", narrow);
     filter.addEventListener("submit", (event) => event.preventDefault());
     narrow();
@@ -327,13 +333,16 @@
     clearTimeout(pause);
     pause = setTimeout(renew, 150);
   });
-  let before = "automatic"; // paper is light, and holds all panels
+  let before = "automatic"; // paper is light and narrow, and holds all panels
   addEventListener("beforeprint", () => {
-    before = chosenTheme();
+    [before, paper] = [chosenTheme(), true];
     setTheme("light");
     for (const panel of panels) draw(panel);
   });
-  addEventListener("afterprint", () => setTheme(before));
+  addEventListener("afterprint", () => {
+    paper = false;
+    setTheme(before);
+  });
   if (matchMedia("(max-width: 70rem)").matches) document.getElementById("contents").open = false;
   repaint();
 })();

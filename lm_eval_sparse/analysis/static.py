@@ -16,7 +16,7 @@ from typing import Any
 from ..labels import label
 from ..results.files import write_whole
 from .figure import Figure, Section
-from .look import LONGEST_TITLE, Placed, Prepared, Style, prepare, styles, text
+from .look import LONGEST_TITLE, Placed, Prepared, Style, prepare, styles
 from .picture import COLOURS, MARKS, fit, spread, started
 from .tables import figure_csv, table_csv
 
@@ -118,7 +118,7 @@ def _arranged(figure: Figure, panels: Sequence[Prepared], looks: Mapping[str, St
 def _slanted(panels: Sequence[Prepared]) -> float:
     """Inches below the panels that names of categories need, which stand upright where they are long."""
     longest = [len(words) for panel in panels if panel.panel.categories for _, words in panel.ticks]
-    return 0.045 * min(max(longest), _SLANTED) if longest and not _lying(panels) else 0.0
+    return 0.036 * min(max(longest), _SLANTED) if longest and not _lying(panels) else 0.0
 
 
 def _lying(panels: Sequence[Prepared]) -> bool:
@@ -185,11 +185,11 @@ def _axes(sheet: _Sheet, box: tuple[float, float, float, float], panel: Prepared
     sheet.text(left - 0.45, above, label(about.note, LONGEST_TITLE), _SMALL, **note)
     title = label(about.title, LONGEST_TITLE)
     sheet.text(left - 0.45, above + (0.17 if about.note else 0.05), title, _FONT, room=width + 0.55)
-    for value, words in ticks(panel.y_range, about.log_y):
+    for value, words in panel.y_ticks:
         sheet.line([(left, up(value)), (left + width, up(value))], _GRID, 0.6, below=True)
         sheet.text(left - 0.06, up(value), words, _SMALL, colour=_GREY, ha="right", va="center_baseline")
     lying = _lying([panel])
-    for value, words in panel.ticks or ticks(panel.x_range, about.log_x, 6):
+    for value, words in panel.ticks:
         at = across(value)
         if not about.categories:
             sheet.line([(at, bottom), (at, bottom + height)], _GRID, 0.6, below=True)
@@ -286,26 +286,6 @@ def _scale(ends: tuple[float, float], log: bool, start: float, length: float) ->
         return lambda value: start + length * (math.log(value) - low) / (high - low)
     low, high = ends
     return lambda value: start + length * (value - low) / (high - low)
-
-
-def ticks(ends: tuple[float, float], log: bool = False, most: int = 6) -> list[tuple[float, str]]:
-    """At most some `most` round figures between `ends`, with their words."""
-    low, high = ends
-    if log and high / low > 2.5:
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        for multiples in ((1, 2, 5), (1, 3), (1,)):
-            found = [float(f"{m}e{p}") for p in range(first, last + 1) for m in multiples]
-            found = [value for value in found if low <= value <= high]
-            if len(found) <= most:
-                break
-        found = found[:: -(-len(found) // most)] if found else []
-        return [(value, text(value, 3)) for value in found]
-    size = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(size * m for m in (1, 2, 2.5, 5, 10, 20) if (high - low) / (size * m) <= most)
-    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    decimals = next((d for d in range(12) if math.isclose(round(step, d), step, rel_tol=1e-9)), 12)
-    plainly = 1e-4 <= step < 1e6
-    return [(n * step, f"{n * step:,.{decimals}f}" if plainly else text(n * step, 6)) for n in numbers]
 
 
 class _Sheet:

@@ -62,7 +62,8 @@ def _safe(cell: Cell) -> Cell:
 def show(table: Table, width: int = WIDEST) -> str:
     """A table as text for a terminal of `width` columns: numbers to the right, texts broken into lines.
 
-    Columns of texts give way where the table is too wide; words longer than their column are broken.
+    Columns of texts give way where the table is too wide; words longer than their column are broken. With more columns
+    than fit each cell has a line.
     """
     head = [label(name) for name in table.header]
     columns = [
@@ -71,10 +72,17 @@ def show(table: Table, width: int = WIDEST) -> str:
     right = [numeric([row[n] for row in table.rows]) for n in range(len(head))]
     widths = _widths(head, columns, right, width - 2 * (len(head) - 1))
     lines = [label(table.title)] if table.title else []
-    lines += _row(head, widths, right)
-    lines.append("  ".join("─" * wide for wide in widths))
-    for cells in zip(*columns, strict=True):
-        lines += _row(cells, widths, right)
+    if sum(widths) + 2 * (len(widths) - 1) <= width:
+        lines += _row(head, widths, right)
+        lines.append("  ".join("─" * wide for wide in widths))
+        for cells in zip(*columns, strict=True):
+            lines += _row(cells, widths, right)
+    else:  # too many columns: a line for each cell
+        names = min(max(map(_wide, head)), width // 3)
+        for cells in zip(*columns, strict=True):
+            lines.append("─" * width)
+            for pair in zip(head, cells, strict=True):
+                lines += _row(pair, (names, width - names - 2), (False, False)) if pair[1] else []
     if not table.rows:
         lines.append("(no rows)")
     if table.caption:
