@@ -36,7 +36,8 @@ class Comparison:
         small, large, method: names.
         tasks: that both models can do, and all runs of the method have.
         kind: `equal` where costs are equal between two runs, `cheaper` where the larger model costs no more even with
-            dense attention, `beyond` where only a sparsity that was not run is enough, `never` where none is.
+            dense attention, `beyond` where only a sparsity above all runs is enough, `never` where none is, `dearer`
+            where every run costs more though its sparsity should be enough.
         sparsity: measured, where costs are equal; for `beyond` what would be enough.
         small_score, large_score, difference: means over the tasks, the larger model's minus the smaller one's.
         error: standard error of the difference, None where that is not known or documents are few.
@@ -62,7 +63,9 @@ class Comparison:
         return self.large if self.difference > 0 else self.small
 
 
-def comparisons(group: Group, phase: str, floor: Floor, batch: float, pairs: Pairs) -> tuple[list[Comparison], set[str]]:
+def comparisons(
+    group: Group, phase: str, floor: Floor, batch: float, pairs: Pairs
+) -> tuple[list[Comparison], set[str]]:
     """Each pair of models of neighbouring cost, with each method of the larger one; and tasks that one cannot do.
 
     Oracles are no methods and stand in no comparison.
@@ -99,7 +102,9 @@ def _pairs(dense: dict[str, Configuration], phase: str) -> list[tuple[str, str]]
     """Models of neighbouring cost that share tasks, the cheaper one first."""
     costs = {model: one.cost(phase, tuple(one.runs)) for model, one in dense.items()}
     order = sorted((cost, model) for model, cost in costs.items() if cost is not None)
-    return [(a, b) for (_, a), (_, b) in zip(order, order[1:], strict=False) if dense[a].runs.keys() & dense[b].runs.keys()]
+    return [
+        (a, b) for (_, a), (_, b) in zip(order, order[1:], strict=False) if dense[a].runs.keys() & dense[b].runs.keys()
+    ]
 
 
 def _compare(
@@ -149,7 +154,9 @@ def _never(
     """No run is cheap enough: whether any could be, with what selecting took in the sparsest one."""
     phase, tasks = about[0], about[-1]
     run, other = last.runs[tasks[0]], small.runs[tasks[0]]
-    ours, theirs = (sizes_of(one.point.record.model_copy(update={"model_shape": one.cell.shape}))[0] for one in (run, other))
+    ours, theirs = (
+        sizes_of(one.point.record.model_copy(update={"model_shape": one.cell.shape}))[0] for one in (run, other)
+    )
     length = _tokens(run) or _tokens(other)
     if ours is None or theirs is None or not length:
         return None
@@ -162,7 +169,9 @@ def _never(
         read = decode.bytes_read_fraction if decode else None
         overhead = max(0.0, read - (1 - (decode.executed or 0.0))) if read is not None else 0.0
     sparsity = equal_cost(theirs, ours, length, phase, batch, pairs, overhead).sparsity
-    return Comparison(*about, "never" if sparsity is None else "beyond", sparsity)
+    if sparsity is None:
+        return Comparison(*about, "never")
+    return Comparison(*about, "beyond", sparsity) if sparsity > last.measured(tasks) else Comparison(*about, "dearer")
 
 
 def _tokens(run: Run) -> float | None:
