@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def measure(records: int) -> dict[str, Any]:
     return {
         "records": len(rows), "result files": files, "documents a record": 100, "figures": figures, "panels": panels,
         "page bytes": len(text.encode()), "analysed in": analysed, "seconds": seconds, "device": processor(),
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     }  # fmt: skip
 
 
@@ -100,11 +100,12 @@ def processor() -> str:
 
 def table(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    made = f"{found['records']:,} records in {found['result files']} files, {found['documents a record']} documents a record"
+    made = f"{found['records']:,} records in {found['result files']} files"
     lines = [
         "# A study of 10,000 records",
         "",
-        f"{found['device']}; {versions}. Made-up results: {made}; {found['figures']} figures of {found['panels']} panels. "
+        f"{found['device']}; {versions}. Made-up results: {made}, 100 documents each; "
+        f"{found['figures']} figures of {found['panels']} panels. "
         f"From result files to a report: {found['analysed in']} s, without importing libraries and without pictures.",
         "",
         "| part | s |",
