@@ -286,6 +286,7 @@ def run(sizes: Sizes | None, phases: str = "", **figures: Any) -> SimpleNamespac
     values = {
         "model": "some/model", "model_shape": None if sizes is None else shape(sizes), "model_dtype": "bfloat16",
         "task": "niah", "phases": phases, "prompt_tokens": 5000.5, "by_phase": by_phase, "speed": {},
+        "seconds_by_phase": {},
     }  # fmt: skip
     return SimpleNamespace(**{**values, **figures})
 
@@ -340,6 +341,10 @@ def test_seconds_are_those_that_were_recorded():
     found = cost.of(run(None, speed={"prefill": 2000.2, "decode": 40.0}))
     assert found.seconds == {"prefill": pytest.approx(2.5), "decode": 0.025} and "seconds" not in found.unknown
     assert cost.of(run(None)).unknown["seconds"]
+    # 40 prompts: 100 s of prefill, 60 s of answers.
+    spent = {"prefill": 100.0, "decode": 60.0, "total": 190.0}
+    found = cost.of(run(None, speed={"prefill": 40 * 5000.5 / 100, "decode": 40.0}, seconds_by_phase=spent))
+    assert found.seconds["document"] == pytest.approx(160 / 40)
 
 
 @pytest.mark.parametrize(

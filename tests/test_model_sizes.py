@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,9 @@ import tiny
 from small_lms import PAIRS, PROMPTS, generate, request, score, sparse
 
 from lm_eval_sparse.analysis import cost
+from lm_eval_sparse.model.kept_counts import packed, unpacked
 from lm_eval_sparse.results.schema import Shape
+from lm_eval_sparse.runtime.accounting import Ledger, RowCounts
 
 #: layers, attention layers, hidden, query heads, KV heads, head dim, value dim, mlp, vocab, window, experts
 EXPECTED = {
@@ -52,12 +56,39 @@ def test_weights_are_those_of_the_model_itself() -> None:
         if shape.attention_layers:
             record = SimpleNamespace(
                 model="m", model_shape=shape, model_dtype="float32", task="t", phases="", prompt_tokens=100.0,
-                by_phase={}, speed={},
+                by_phase={}, speed={}, seconds_by_phase={},
             )  # fmt: skip
             assert cost.of(record).decode.weights == matrices
 
 
-def test_tokens_of_prompts(tmp_path) -> None:
+def test_modelling_code_that_raises_ends_no_run() -> None:
+    lm = sparse(tiny.family("llama"))
+
+    def raises() -> None:
+        raise NotImplementedError
+
+    lm.model.get_output_embeddings = raises
+    assert set(lm.report()["model"].values()) == {None} and set(lm.report()["model"]) == set(Shape.model_fields)
+
+
+def test_lengths_add_up_and_survive_the_log() -> None:
+    """Over processes, and where a run goes on; answers from before lengths were kept have none."""
+    rows = random.Random().choices(range(1, 10_000), k=7)
+    whole, parts = Ledger(), Ledger()
+    for tokens in (*rows, 0):
+        one = Ledger()
+        one.add(RowCounts(tokens=tokens))
+        log = json.loads(json.dumps(packed(one)))
+        assert unpacked(log, Ledger(), diagnosed=False).lengths == one.lengths
+        parts.merge(one)
+        whole.add(RowCounts(tokens=tokens))
+    log.pop("tokens", None)
+    assert unpacked(log, Ledger(), diagnosed=False).prompts() == {"number": 0, "tokens": None}
+    tokens = {"mean": sum(rows) / 7, "min": min(rows), "max": max(rows)}
+    assert whole.prompts() == parts.prompts() == {"number": 7, "tokens": tokens} and whole.rows == 8
+
+
+def test_tokens_of_prompts() -> None:
     """Each prompt once, by task; of rolling windows nothing says where a prompt ends."""
     lm = sparse(tiny.family("llama"), method="quest", budget=16, page_size=8)
     score(lm, PAIRS[:8], task="scored")

@@ -237,7 +237,8 @@ class Cost:
         prefill: operations for a batch of prompts.
         decode: elements that a step of the batch reads.
         memory: bytes of keys and values, and of what is kept beside them, held of a batch once its prompts are read.
-        seconds: wall time as it was recorded, whatever the batch: `prefill` of a prompt, `decode` of a new token.
+        seconds: wall time as it was recorded, whatever the batch: `prefill` of a prompt, `decode` of a new token,
+            `document` of a prompt with its answer (decoding as the whole run had it for each second of prefill).
         unknown: kind (of `KINDS`) -> why it is None, or empty.
     """
 
@@ -266,7 +267,7 @@ def of(record: Any, batch: float = 1, pairs: Pairs = "square") -> Cost:
 
     Args:
         record: as `results.schema.Record`: `model`, `model_shape`, `model_dtype`, `phases`, `prompt_tokens`,
-            `by_phase`, `speed`.
+            `by_phase`, `speed`, `seconds_by_phase`.
     """
     sizes, lacks = sizes_of(record)
     length = record.prompt_tokens
@@ -352,4 +353,7 @@ def _seconds_of(record: Any) -> dict[str, float]:
         found["prefill"] = record.prompt_tokens / record.speed["prefill"]
     if record.speed.get("decode"):
         found["decode"] = 1 / record.speed["decode"]
+    spent = record.seconds_by_phase
+    if "prefill" in found and spent.get("prefill") and "decode" in spent:
+        found["document"] = found["prefill"] * (1 + spent["decode"] / spent["prefill"])
     return found

@@ -36,7 +36,8 @@ class Comparison:
         small, large, method: names.
         tasks: that both models can do, and all runs of the method have.
         kind: `equal` where costs are equal between two runs, `cheaper` where the larger model costs no more even with
-            dense attention, `beyond` where only a sparsity that was not run is enough, `never` where none is.
+            dense attention, `beyond` where only a sparsity above all runs is enough, `never` where none is, `dearer`
+            where every run costs more though its sparsity should be enough.
         sparsity: measured, where costs are equal; for `beyond` what would be enough.
         small_score, large_score, difference: means over the tasks, the larger model's minus the smaller one's.
         error: standard error of the difference, None where that is not known or documents are few.
@@ -168,7 +169,9 @@ def _never(
         read = decode.bytes_read_fraction if decode else None
         overhead = max(0.0, read - (1 - (decode.executed or 0.0))) if read is not None else 0.0
     sparsity = equal_cost(theirs, ours, length, phase, batch, pairs, overhead).sparsity
-    return Comparison(*about, "never" if sparsity is None else "beyond", sparsity)
+    if sparsity is None:
+        return Comparison(*about, "never")
+    return Comparison(*about, "beyond", sparsity) if sparsity > last.measured(tasks) else Comparison(*about, "dearer")
 
 
 def _tokens(run: Run) -> float | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from ..errors import UserError
 from ..labels import label
 from .cost import Pairs
 from .costed import Configuration, Group, groups, shared
@@ -35,6 +36,7 @@ _KINDS = {
     "equal": "between two runs",
     "cheaper": "even with dense attention",
     "beyond": "beyond the runs",
+    "dearer": "in no run",
     "never": "never",
 }
 
@@ -44,16 +46,20 @@ def section(study: Any, options: Any = None, floor: Floor | None = None) -> Sect
 
     Args:
         options: `batch` (rows that are decoded together; 1), `pairs` (`square` as in the paper, or `triangle`) and
-            `margin` (that dense must exceed chance by; .05), where it has them.
+            `margin` (that dense must exceed chance by; .05), where it has them. Raises `UserError` for a batch below 1.
         floor: says of a cell why dense attention does not beat chance; by default `guarantee.beats_chance`.
     """
-    batch: float = getattr(options, "batch", None) or 1
+    batch: float = getattr(options, "batch", 1)
+    if not 1 <= batch < float("inf"):
+        raise UserError(f"--batch {batch:g}: sequences decoded side by side are at least 1; type --batch 1")
     pairs: Pairs = getattr(options, "pairs", None) or "square"
     floor = floor or _floor(getattr(options, "margin", 0.05))
     figures, rows, equal, sentences = [], [], [], []
     used: set[str] = set()
     reasons: dict[str, set[str]] = defaultdict(set)
-    for group in groups(study, batch, pairs):
+    remarks: dict[str, set[str]] = defaultdict(set)
+    # The longest prompts first: there attention costs most.
+    for group in sorted(groups(study, batch, pairs), key=lambda group: -(group.length or 0)):
         for phase in _AXES:
             chosen = _told(group, phase, reasons)
             if not any(not one.dense for one in chosen) and len(chosen) < 2:
@@ -74,7 +80,14 @@ def section(study: Any, options: Any = None, floor: Floor | None = None) -> Sect
             sentences += said
             found, cannot = comparisons(group, phase, floor, batch, pairs)
             equal += [_equal_row(group, one) for one in found]
-            sentences += _equal_sentences(group, found, cannot, batch)
+            sentences += _equal_sentences(group, found, batch)
+            if cannot:
+                remarks[_where(group)] |= cannot
+    sentences += [
+        f"{at}: at equal cost nothing is said of {', '.join(map(label, sorted(tasks)))}, which dense attention of one "
+        "of the models cannot do."
+        for at, tasks in remarks.items()
+    ]
     sentences += _unknown(reasons)
     tables = []
     if rows:
@@ -85,8 +98,9 @@ def section(study: Any, options: Any = None, floor: Floor | None = None) -> Sect
     if equal:
         caption = (
             "Where the larger model with a method costs what the smaller one costs with dense attention: measured "
-            "sparsity and scores there, linearly between two runs. A model is better where the 95 % confidence interval "
-            "of the difference leaves out 0. Tasks are those that dense attention of both models can do."
+            "sparsity and scores there, linearly between two runs. A model is better where the 95% confidence interval "
+            "of the difference leaves out 0, each by itself, and scores of neighbouring costs go together. Tasks are "
+            "those that dense attention of both models can do."
         )
         tables.append(Table(_stem(used, "isocost_equal"), "Equal costs", _EQUAL, tuple(equal), caption))
     if not figures:
@@ -135,15 +149,14 @@ def _panels(
             )
             for one, beats in zip(whole, on, strict=True)
         ]  # fmt: skip
-        sentences = [_front_sentence(group, phase, whole, on, tasks), *notes]
+        sentences = [_front_sentence(group, phase, whole, on, tasks)]
     for task in group.tasks if len(tasks) > 1 or not panels else ():
         own = [one for one in chosen if task in one.runs]
         if len(own) > 1:
             note = "dense cannot do this task" if task in failed else ""
             on = _front(own, phase, (task,), group.higher[task])
             panels.append(_panel(label(task, 60), own, phase, (task,), on, batch, note, task))
-    at = _where(group)
-    return panels, rows, [f"{at}, {phase}: {sentence}" for sentence in sentences]
+    return panels, rows, sentences
 
 
 def _front(chosen: Sequence[Configuration], phase: str, tasks: Sequence[str], higher: bool = True) -> list[bool]:
@@ -206,16 +219,16 @@ def _front_sentence(
     group: Group, phase: str, chosen: Sequence[Configuration], on: Sequence[bool], tasks: Sequence[str]
 ) -> str:
     found = sorted((one.cost(phase, tasks), place) for place, one in enumerate(chosen) if on[place])
-    names = []
-    for _, place in found[:_NAMED]:
+    names: dict[str, list[str]] = defaultdict(list)
+    for _, place in found:
         one = chosen[place]
-        names.append(f"{label(one.model)} {label(one.label)}" + ("" if one.dense else f" at {one.measured(tasks):.2f}"))
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        names[f"{label(one.model)} {label(one.label)}"] += [] if one.dense else [f"{one.measured(tasks):.2f}"]
+    told = [f"{name} at {', '.join(sorted(at))}" if at else name for name, at in names.items()]
+    more = f"; and {len(told) - _NAMED} more models or methods" if len(told) > _NAMED else ""
     sparse = sum(not chosen[place].dense for _, place in found)
     return (
-        f"of {len(chosen)} configurations {len(found)} are on the Pareto front of score and cost, {sparse} of them "
-        f"sparse (mean over {', '.join(map(label, tasks))}; the cheapest first): {', '.join(names)}{more}. Points on it "
-        "may differ by less than their standard errors."
+        f"{_where(group)}, {phase}: of {len(chosen)} configurations {len(found)} are on the Pareto front of cost and "
+        f"score (mean over {', '.join(map(label, tasks))}), {sparse} of them sparse: {'; '.join(told[:_NAMED])}{more}."
     )
 
 
@@ -230,50 +243,56 @@ def _notes(failed: Sequence[str], lacking: Sequence[str], out: int) -> list[str]
     return notes
 
 
-def _equal_sentences(group: Group, found: Sequence[Comparison], cannot: Iterable[str], batch: float) -> list[str]:
+def _equal_sentences(group: Group, found: Sequence[Comparison], batch: float) -> list[str]:
+    """A sentence for each pair of models."""
     by_pair: dict[tuple[str, str, str], list[Comparison]] = defaultdict(list)
     for one in found:
         by_pair[one.phase, one.small, one.large].append(one)
     sentences = []
     for (phase, small, large), own in by_pair.items():
-        rows = f" at batch {batch:g}" if phase == "decode" else ""
-        at = f"{_where(group)}, {phase}{rows}: {label(large)}"
-        kinds = {one.kind for one in own}
-        if kinds == {"never"}:
-            sentences.append(
-                f"{at} never costs what {label(small)} costs with dense attention, whatever its sparsity: what attention "
-                "does not take is more already."
-            )
-        elif kinds == {"cheaper"}:
-            sentences.append(f"{at} costs no more than {label(small)} even with dense attention.")
-        elif "equal" in kinds:
-            sentences += [_equal_sentence(at, one) for one in own if one.kind == "equal"]
-        elif "beyond" in kinds:
-            least = min(one.sparsity for one in own if one.kind == "beyond")
-            sentences.append(
-                f"{at} was not run at a sparsity at which it costs what {label(small)} costs with dense attention; that "
-                f"takes {least:.3f} or more, and nothing is said of scores there."
-            )
-    if cannot:
-        sentences.append(
-            f"{_where(group)}: at equal cost nothing is said of {', '.join(map(label, sorted(cannot)))}, which dense "
-            "attention of one of the models cannot do."
-        )
+        at = f"{_where(group)}, {phase}{f' at batch {batch:g}' if phase == 'decode' else ''}"
+        parts = [_of_kind(kind, [one for one in own if one.kind == kind]) for kind in _KINDS]
+        told = "; ".join(part for part in parts if part)
+        sentences.append(f"{at}: against {label(small)} with dense attention {label(large)} {told}.")
     return sentences
 
 
-def _equal_sentence(at: str, one: Comparison) -> str:
-    told = (
-        f"{at} with {label(one.method)} costs what {label(one.small)} costs with dense attention at a sparsity of "
-        f"{one.sparsity:.3f}; there it scores {one.large_score:.3f} and the smaller model {one.small_score:.3f} (mean over "
-        f"{', '.join(map(label, one.tasks))})"
-    )
+def _of_kind(kind: str, own: Sequence[Comparison]) -> str:
+    """What is said of methods of a larger model of which the same can be said."""
+    if not own:
+        return ""
+    methods = ", ".join(label(one.method) for one in own)
+    if kind == "never":
+        return (
+            f"never costs as little with {methods}, whatever the sparsity: what attention does not take is more already"
+        )
+    if kind == "cheaper":
+        return "costs no more even with dense attention"
+    if kind == "dearer":
+        return f"costs more in every run with {methods}"
+    if kind == "beyond":
+        least = ", ".join(f"{label(one.method)} from {one.sparsity:.3f} on" for one in own)
+        return f"costs as little only at sparsities that were not run ({least}), and nothing is said of scores there"
+    parts = []
+    for better, told in (
+        (1, "scores better there with"), (-1, "scores worse there with"), (0, "cannot be told apart there with"),
+        (None, "has scores there that cannot be compared (too few documents) with"),
+    ):  # fmt: skip
+        chosen = [one for one in own if _sign(one) == better]
+        if chosen:
+            parts.append(f"{told} {', '.join(map(_difference, chosen))}")
+    where = ", ".join(f"{one.sparsity:.3f} ({label(one.method)})" for one in own)
+    return f"costs the same at a sparsity of {where}; it {'; '.join(parts)}"
+
+
+def _sign(one: Comparison) -> int | None:
     if one.error is None:
-        return f"{told}; whether that is a difference cannot be said."
-    told += f", a difference of {one.difference:+.3f} ± {one.error:.3f}"
-    if one.better is None:
-        return f"{told}, which does not tell them apart."
-    return f"{told}: the {'larger' if one.better == one.large else 'smaller'} model is better."
+        return None
+    return 0 if one.better is None else 1 if one.better == one.large else -1
+
+
+def _difference(one: Comparison) -> str:
+    return label(one.method) + (f" ({one.difference:+.3f} ± {one.error:.3f})" if one.error is not None else "")
 
 
 def _unknown(reasons: dict[str, set[str]]) -> list[str]:
@@ -308,24 +327,24 @@ def _where(group: Group) -> str:
 def _caption(phase: str, batch: float, pairs: Pairs) -> str:
     told = "Methods of the prefill" if phase == "prefill" else "Methods of decoding and eviction"
     return (
-        f"{told}, and dense attention. A point is a model with a method at a sparsity; points of one model and method are "
-        f"joined. {FRONT}: no configuration costs no more and scores no less; oracles are left out of it. "
-        f"{_caption_of_costs(batch, pairs)}"
+        f"{told}, and dense attention. A point is a model with a method at a sparsity; points of one model and method "
+        f"are joined. {FRONT}: no other configuration costs no more and scores no less; points on it may differ by "
+        f"less than their standard errors. Oracles are left out of it. {_caption_of_costs(batch, pairs)}"
     )
 
 
 def _caption_of_costs(batch: float, pairs: Pairs) -> str:
     half = "all pairs of a prompt, as in The Sparse Frontier" if pairs == "square" else "pairs of the causal triangle"
     return (
-        f"Costs are of a batch of {batch:g}: of the prefill its operations, with attention over {half}; of decoding the "
-        "elements of weights, keys and values that a step reads. What selecting was measured to take is in them."
+        f"Costs are of a batch of {batch:g}: of the prefill its operations, with attention over {half}; of decoding "
+        "the elements of weights, keys and values that a step reads. What selecting was measured to take is in them."
     )
 
 
 def _stem(used: set[str], *parts: Any) -> str:
     """A name of a file that is not taken."""
     wanted = "_".join(str(part) for part in parts if part not in (None, ""))
-    name = re.sub(r"[^a-z0-9_]+", "_", wanted.lower())[:70].strip("_")
+    name = re.sub(r"[^a-z0-9_]+", "_", wanted.lower())[:60].strip("_")
     if name in used or not name:
         name = f"{name}_{zlib.crc32(wanted.encode('utf-8', 'surrogatepass')):08x}_{len(used)}"
     used.add(name)

@@ -22,6 +22,13 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _EXPERT = re.compile(r"\bexperts\.\d+$")
 
 
+#: What is said of a model, each as `sizes_of` describes it.
+_NAMES = (
+    "layers", "attention_layers", "hidden", "query_heads", "kv_heads", "head_dim", "value_dim", "mlp", "vocab",
+    "window", "experts",
+)  # fmt: skip
+
+
 def sizes_of(model: nn.Module, runtime: Runtime) -> dict[str, int | None]:
     """Sizes of a model that `runtime` has run at least once; None for what is not known.
 
@@ -30,6 +37,13 @@ def sizes_of(model: nn.Module, runtime: Runtime) -> dict[str, int | None]:
     a token passes, averaged over layers and rounded; of experts those that it chooses and shared ones. `experts` is how
     many it chooses from, 0 where there are none.
     """
+    try:
+        return _sizes(model, runtime)
+    except Exception:  # modelling code of any kind: what a cost would follow from is no reason to end a run
+        return dict.fromkeys(_NAMES)
+
+
+def _sizes(model: nn.Module, runtime: Runtime) -> dict[str, int | None]:
     text = model.config.get_text_config(decoder=True)
     layers = getattr(text, "num_hidden_layers", None)
     layers = layers if isinstance(layers, int) else None
@@ -42,20 +56,15 @@ def sizes_of(model: nn.Module, runtime: Runtime) -> dict[str, int | None]:
     sight, alike = sights.pop() if len(sights) == 1 else (None, False)
     hidden, head = getattr(text, "hidden_size", None), model.get_output_embeddings()
     mlp, experts = _mlp(model, text, layers, hidden) if layers and isinstance(hidden, int) else (None, None)
-    return {
-        "layers": layers,
-        "attention_layers": len(attention),
-        "hidden": hidden if isinstance(hidden, int) else None,
-        "query_heads": query_heads,
-        # A layer that borrows keys and values of another one holds none.
-        "kv_heads": None if runtime.lenders else kv_heads,
-        "head_dim": head_dim,
-        "value_dim": value_dim,
-        "mlp": mlp,
-        "vocab": getattr(head, "out_features", None),
-        "window": sight.size if sight is not None and sight.kind == "window" and alike else None,
-        "experts": experts,
-    }
+    window = sight.size if sight is not None and sight.kind == "window" and alike else None
+    # A layer that borrows keys and values of another one holds none.
+    kv_heads = None if runtime.lenders else kv_heads
+    hidden = hidden if isinstance(hidden, int) else None
+    vocab = getattr(head, "out_features", None)
+    found = (
+        layers, len(attention), hidden, query_heads, kv_heads, head_dim, value_dim, mlp, vocab, window, experts,
+    )  # fmt: skip
+    return dict(zip(_NAMES, found, strict=True))
 
 
 def _mlp(model: nn.Module, text: Any, layers: int, hidden: int) -> tuple[int | None, int | None]:
