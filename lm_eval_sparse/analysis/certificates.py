@@ -49,8 +49,8 @@ def _caption(options: Options) -> str:
         promise(options)
         + f"A row is a model, method and length, and three families in it have a level of {options.level:g} each, for "
         "any false certificate: its tasks (Holm over their sequences), its groups (Holm; the mean over tasks with as "
-        "many documents of each, the first ones) and its worst task (all tasks must pass, one sequence). Nothing corrects "
-        f"for the number of rows.{groups} Empty: nothing is certified, or nothing can be said; the second table has "
+        "many documents of each, the first ones) and its worst task (all tasks must pass, one sequence). Nothing "
+        f"corrects for the number of rows.{groups} Empty: nothing is certified, or nothing can be said; the second table has "
         "the reasons."
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from . import guarantee
 from .study import GROUPS, Cell, Chain, Point, Study
 
@@ -28,6 +29,7 @@ class Options:
         level: chance that a family has any false certificate, in (0, 1).
         margin: by how much dense must exceed chance besides 3 standard errors; of ties the difference that is none.
         test: a name in `guarantee.TESTS`.
+        batch: sequences that are decoded side by side, for costs.
 
     Raises:
         UserError: a value that means nothing.
@@ -37,9 +39,12 @@ class Options:
     level: float = 0.1
     margin: float = 0.05
     test: str = "hoeffding-bentkus"
+    batch: float = 1.0
 
     def __post_init__(self) -> None:
         guarantee.check_options(self.tolerance, self.level, self.test, self.margin)
+        if not 1 <= self.batch <= 1e9:
+            raise UserError(f"--batch {self.batch:g}: a number of sequences, at least 1, is expected")
 
 
 Key = tuple[Any, ...]

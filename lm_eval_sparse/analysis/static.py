@@ -332,10 +332,9 @@ class _Sheet:
         for below, order in ((True, 1), (False, 3)):
             if found := self.lines[below]:
                 points, colours, widths, dashes = zip(*found, strict=True)
-                axes.add_collection(
-                    LineCollection(points, colors=colours, linewidths=widths, linestyles=dashes, zorder=order),
-                    autolim=False,
-                )
+                # A list: a tuple of two, as of a panel with two lines, is taken for one pattern.
+                lines = LineCollection(points, colors=colours, linewidths=widths, linestyles=list(dashes), zorder=order)
+                axes.add_collection(lines, autolim=False)
         if self.areas:
             points, colours = zip(*self.areas, strict=True)
             axes.add_collection(PolyCollection(points, facecolors=colours, linewidths=0, zorder=2), autolim=False)
