@@ -49,8 +49,8 @@ def _caption(options: Options) -> str:
         promise(options)
         + f"A row is a model, method and length, and three families in it have a level of {options.level:g} each, for "
         "any false certificate: its tasks (Holm over their sequences), its groups (Holm; the mean over tasks with as "
-        "many documents of each, the first ones) and its worst task (all tasks must pass, one sequence). Nothing "
-        f"corrects for the number of rows.{groups} Empty: nothing is certified, or nothing can be said; the second table has "
+        "many documents of each, the first ones) and its worst task (all must pass, one sequence). Nothing corrects "
+        f"for the number of rows.{groups} Empty: nothing is certified, or nothing can be said; the second table has "
         "the reasons."
     )
 
@@ -106,9 +106,12 @@ def _sentences(rows: Sequence[Row], options: Options) -> tuple[str, ...]:
         kept = [c for c in tasks if c.certified]
         none = [c.name for c in tasks if not c.certified and not c.refused]
         if kept:
-            each = ", ".join(
-                f"{c.name} within {options.tolerance:g} of dense up to sparsity {_number(c.sparsity)}" for c in kept
-            )
+            each = ", ".join(f"{c.name} up to sparsity {_number(c.sparsity)}" for c in kept)
+            if len(kept) == 1:
+                up = f"up to sparsity {_number(kept[0].sparsity)}"
+                each = f"{kept[0].name} within {options.tolerance:g} of dense {up}"
+            else:
+                each = f"within {options.tolerance:g} of dense {each}"
             documents = sorted({c.documents for c in kept})
             many = f"{documents[0]}" if len(documents) == 1 else f"{documents[0]} to {documents[-1]}"
             holm = f", Holm over {kept[0].family} tasks" if kept[0].family > 1 else ""

@@ -231,7 +231,8 @@ def _choice(
     what = f"within {options.tolerance:g} of dense on {', '.join(map(shown, tasks))} (level {options.level:g})"
     if not certified:
         reasons = [*refused, *measure] or ["no method was run"]
-        refusal = f"nothing is certified {what}: {'; '.join(reasons[:5])}"
+        shared = f"; {family} candidates share the level: give the results of fewer to ask less" if family > 1 else ""
+        refusal = f"nothing is certified {what}: {'; '.join(reasons[:5])}{shared}"
     elif not known:
         some = ", ".join(f"{one.label} at {one.sparsity:.3g} of {one.model}" for one in unknown[:5])
         refusal = f"what configurations cost is not known, so none is the cheapest; certified {what}: {some}"
