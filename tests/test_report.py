@@ -223,7 +223,9 @@ def test_empty_figures_are_drawn() -> None:
 
 
 def _data(said: str) -> dict:
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', said, re.S).group(1))
+    held = re.search(r'<script type="application/json" id="data">(.*?)</script>', said, re.S).group(1)
+    assert not re.search("[<>&\u2028\u2029]", held)
+    return json.loads(held)
 
 
 def test_page_is_complete_in_itself() -> None:
@@ -245,6 +247,15 @@ def test_page_is_complete_in_itself() -> None:
             np.testing.assert_allclose(
                 [v for v in one["y"] if v is not None], [v for v in series.y if v is not None], rtol=1e-6
             )
+
+
+def test_hostile_names_stay_inside_of_their_json() -> None:
+    held = _data(page(_hostile(), _facts()))["figures"]
+    for n, name in enumerate(HOSTILE[:9]):
+        first, second = held[f"figure_{n}"]
+        assert first["title"] == first["x"] == first["series"][0]["about"][0] == name
+        if len(name) <= look.LONGEST:
+            assert first["series"][0]["name"] == second["series"][0]["at"][0] == name
 
 
 def test_names_of_a_page_come_once() -> None:

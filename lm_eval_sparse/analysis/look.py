@@ -80,7 +80,7 @@ def text(value: float | None, digits: int = 4) -> str:
         return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
     if float(value).is_integer():
         return f"{int(value):,}" if abs(value) >= 10_000 else f"{int(value)}"
-    decimals = min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 8)
+    decimals = min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 15)
     return f"{value:,.{decimals}f}".rstrip("0").rstrip(".") if decimals else f"{value:,.0f}"
 
 
@@ -270,5 +270,8 @@ def round_ticks(ends: tuple[float, float], log: bool = False, most: int = 6) -> 
     step = next(size * m for m in (1, 2, 2.5, 5, 10, 20) if (high - low) / (size * m) <= most)
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     decimals = next((d for d in range(12) if math.isclose(round(step, d), step, rel_tol=1e-9)), 12)
-    plainly = 1e-4 <= step < 1e6
-    return tuple((n * step, f"{n * step:,.{decimals}f}" if plainly else text(n * step, 6)) for n in numbers)
+    if 1e-4 <= step < 1e6 and max(abs(low), abs(high)) < 1e7:
+        return tuple((n * step, f"{n * step:,.{decimals}f}") for n in numbers)
+    # As many digits as tell neighbours apart, one more for steps of 2.5.
+    digits = math.ceil(math.log10(max(abs(low), abs(high)) / step)) + 2
+    return tuple((n * step, text(n * step, min(max(digits, 2), 15))) for n in numbers)
