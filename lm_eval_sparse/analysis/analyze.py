@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from ..paths import cut
 from ..results.load import read
 from ..results.schema import Record
 from . import folder
-from .study import Study, build
+from .study import Study, build, short_name
 
 if TYPE_CHECKING:
     from .certify import Options
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 PARTS = ("curves", "certificates", "isocost", "tolerance", "split", "pairs", "scaling")
 #: Sentences of each part that stand at the top of the report.
 _FIRST = 2
+#: Rows of the table of certificates that is printed; a longer one is read in the report.
+_MOST_ROWS = 8
 #: What the extra `analysis` installs, by the names it is imported under.
 _EXTRA = ("mapie", "pandas", "plotly", "pyarrow", "scipy", "statsmodels")
 
@@ -43,6 +45,8 @@ def study_of(
     results: Sequence[str],
     *,
     tasks: Sequence[str] | None = None,
+    models: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
     metric: str | None = None,
     chance: Mapping[str, float] | None = None,
     allow_mixed: bool = False,
@@ -53,6 +57,7 @@ def study_of(
     Args:
         results: files, or folders that hold results_*.json or records.jsonl.
         tasks: those to take, by name, family or short name; all by default.
+        models, methods: likewise by name; dense runs are always taken.
         without: a folder below them that is not read.
 
     Raises:
@@ -60,23 +65,40 @@ def study_of(
     """
     left_out: list[str] = []
     records = read(results, left_out, without=without)
-    return build(_chosen(records, tasks), metric=metric, chance=chance, allow_mixed=allow_mixed, left_out=left_out)
+    records = _chosen("--task", records, tasks, lambda record: {record.task, *short_name(record.task)})
+    records = _chosen("--model", records, models, lambda record: {record.model})
+    dense = [record for record in records if record.method == "dense"]
+    sparse = [record for record in records if record.method != "dense"]
+    records = dense + _chosen("--method", sparse, methods, lambda record: {record.method})
+    return build(records, metric=metric, chance=chance, allow_mixed=allow_mixed, left_out=left_out)
 
 
-def _chosen(records: list[Record], tasks: Sequence[str] | None) -> list[Record]:
-    from .study import short_name
-
-    if not tasks:
+def _chosen(
+    option: str, records: list[Record], wanted: Sequence[str] | None, names: Callable[[Record], set[str]]
+) -> list[Record]:
+    """Records that are called one of the wanted names. Raises `UserError` for a name that none has."""
+    if not wanted:
         return records
-    names = {record.task: {record.task, *short_name(record.task)} for record in records}
-    for task in tasks:
-        if not any(task in known for known in names.values()):
-            present = sorted({label(name) for name in names})
-            shown = ", ".join(present[:20]) + (f" and {len(present) - 20} more" if len(present) > 20 else "")
-            raise UserError(
-                f"--task {label(task)}: not in these results, which hold {shown}{nearest(cut(task), names)}"
+    present = sorted({name for record in records for name in names(record)})
+    for name in wanted:
+        if name not in present:
+            shown = ", ".join(map(label, present[:20])) + (
+                f" and {len(present) - 20} more" if len(present) > 20 else ""
             )
-    return [record for record in records if names[record.task] & set(tasks)]
+            raise UserError(
+                f"{option} {label(name)}: not in these results, which hold {shown}{nearest(cut(name), present)}"
+            )
+    return [record for record in records if names(record) & set(wanted)]
+
+
+def length_of(text: str) -> int:
+    """Tokens, as typed: `4096`, or `4k` as leaves are called. Raises `UserError`."""
+    known = {"4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536, "128k": 128000}
+    if text.lower() in known:
+        return known[text.lower()]
+    if not text.isdecimal():
+        raise UserError(f"--length {text:.40}: a number of tokens is expected, or one of {', '.join(known)}")
+    return int(text)
 
 
 def sections(study: Study, options: Options) -> list[Section]:
@@ -137,7 +159,7 @@ def analyze(
         static.write(fresh / "figures", parts, static.FORMATS if pictures else ("csv",))
     said = [*facts.marks, *facts.summary, ""]
     shown = next((part.tables[0] for part in parts if part.name == "certificates" and part.tables), None)
-    if shown is not None:
+    if shown is not None and len(shown.rows) <= _MOST_ROWS:
         said += [tables.show(shown), ""]
     if study.left_out:
         said.append(

@@ -1,0 +1,136 @@
+"""`recommend`: the cheapest configuration that is certified for a task or a group, and the line that runs it.
+
+What is certified is decided in `choice`; here costs get one unit, and a choice becomes text.
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Callable
+
+from ..errors import UserError
+from ..labels import label
+from ..results.schema import Record
+from . import cost
+from .certify import Options
+from .choice import Candidate, Choice, choose
+from .study import Point, Study
+
+#: What can be asked to be least, with its unit.
+BY = {
+    "cost": "s at least",
+    "memory": "bytes of keys and values",
+    "time": "s a document, as recorded",
+}
+#: Operations and bytes a second of the device that `cost` is counted for: an H100 SXM by its data sheet, bf16 dense.
+OPERATIONS, BYTES = 989e12, 3.35e12
+#: Bytes of a weight or of an element of a cache there.
+_ELEMENT = 2
+#: Model arguments that change nothing of what is computed.
+_IDLE = ("resume", "diagnose", "stats")
+
+
+def least_seconds(record: Record, batch: float, answer: float) -> float | None:
+    """Seconds that a document takes at least on the device of `OPERATIONS` and `BYTES`: its prompt by the operations of
+    the prefill, `answer` tokens by the bytes that decoding reads, both by `cost.of`, a batch shared by its rows.
+
+    It is what prefill and decoding have in common: a prefill is bound by operations, decoding by reading.
+    """
+    found = cost.of(record, batch)
+    prefill, decode = found.total("prefill"), found.total("decode")
+    if prefill is None or decode is None:
+        return None
+    return (prefill / OPERATIONS + answer * decode * _ELEMENT / BYTES) / batch
+
+
+def cost_of(by: str, batch: float, answer: float) -> Callable[[Point], float | None]:
+    """What a run costs by what was asked for; None where it is not known."""
+
+    @functools.cache
+    def of(point: Point) -> float | None:
+        if by == "cost":
+            return least_seconds(point.record, batch, answer)
+        found = cost.of(point.record, batch)
+        return found.memory if by == "memory" else found.seconds.get("document")
+
+    return of
+
+
+def recommend(
+    study: Study,
+    options: Options,
+    *,
+    task: str | None = None,
+    group: str | None = None,
+    length: int | None = None,
+    by: str = "cost",
+    answer: float = 256,
+) -> tuple[str, bool]:
+    """What to print, and whether a configuration is recommended.
+
+    Args:
+        task, group, length: what must be kept, see `choice.choose`.
+        by: a name in `BY`.
+        answer: tokens of an answer, for `by="cost"`.
+
+    Raises:
+        UserError: an option means nothing, or there is no such task.
+    """
+    if not 0 <= answer <= 1e9:
+        raise UserError(f"--answer_tokens {answer:g}: a number of tokens is expected")
+    found = choose(study, options, cost_of(by, options.batch, answer), task=task, group=group, length=length)
+    return text(found, options, by, answer), found.best is not None
+
+
+def text(found: Choice, options: Options, by: str, answer: float) -> str:
+    """A choice in lines, the last of which is to be pasted."""
+    kept = ", ".join(map(label, found.tasks))
+    if found.best is None:
+        lines = [f"Nothing is recommended: {found.refusal}."]
+    else:
+        how = "" if options.test == "hoeffding-bentkus" else f"; {options.test}: an approximation, no guarantee"
+        lines = [
+            f"Take {_named(found.best)}: the cheapest of {len(found.certified)} configurations that are certified to lose at "
+            f"most {options.tolerance:g} against dense on {kept} (level {options.level:g} for all {found.family} candidates "
+            f"together{how}).",
+            f"  {_figures(found.best, by)}",
+        ]
+        if found.runner_up is not None:
+            lines += [f"Runner-up: {_named(found.runner_up)}.", f"  {_figures(found.runner_up, by)}"]
+        else:
+            lines.append("Runner-up: none is certified and cheaper than dense.")
+        if by == "cost":
+            lines.append(
+                f"Cost: what a prompt and {answer:g} tokens take at least on a device of {OPERATIONS / 1e12:g} Tflop/s and "
+                f"{BYTES / 1e12:g} TB/s, batch {options.batch:g}, selecting included."
+            )
+    lines += [f"Note: {note}." for note in found.notes[:5]]
+    if found.measure:
+        lines.append("To certify more:")
+        lines += [f"  {line}" for line in found.measure]
+    if found.best is not None:
+        lines.append(f"--model_args {shlex.quote(model_args(found.best.points[0].record))}")
+    return "\n".join(lines)
+
+
+def _named(one: Candidate) -> str:
+    return f"{label(one.label)} at sparsity {one.sparsity:.3g} of {label(one.model)}"
+
+
+def _figures(one: Candidate, by: str) -> str:
+    unknown = "unknown"
+    told = unknown if one.cost is None else f"{one.cost:.3g}"
+    dense = unknown if one.dense_cost is None else f"{one.dense_cost:.3g}"
+    return (
+        f"{by}: {told} {BY[by]} (dense {dense}); score {one.score:.3f} (dense {one.dense_score:.3f}); measured sparsity "
+        f"{one.measured:.3f}; mean loss at most {one.loss:.3f}, p = {one.p:.2g}, {one.documents} documents"
+    )
+
+
+def model_args(record: Record) -> str:
+    """The model arguments of a run, as lm-eval takes them; those that change nothing of what is computed are left out."""
+    given = {name: value for name, value in record.model_args.items() if name not in _IDLE and value is not None}
+    given.setdefault("pretrained", record.model)
+    order = sorted(given, key=lambda name: (name != "pretrained", name != "method", not name.endswith("sparsity")))
+    return ",".join(f"{name}={given[name]}" for name in order)
