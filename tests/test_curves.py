@@ -243,7 +243,3 @@ def test_ladders_begin_with_dense_attention() -> None:
     (cell,) = build(rows).primary
     found = ladder.ladder(cell, cell.chains[0])
     assert found.x[0] == 0 and found.dense and len(found.x) == len(SPARSITIES) + 1
-    own = record("quest", 0.0, list(cell.dense.scores), requested=0.01)
-    (cell,) = build([*rows, own]).primary
-    found = ladder.ladder(cell, cell.chains[0])
-    assert found.x[0] == 0 and not found.dense and len(found.x) == len(SPARSITIES) + 1
