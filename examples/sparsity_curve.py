@@ -35,7 +35,7 @@ from lm_eval_sparse.results.files import brief
 from lm_eval_sparse.results.load import below, load, read
 
 #: What a task's metadata says that its file does not.
-NOTED = ("config_source", "data", "prompt_tokens", "skipped")
+NOTED = ("answer_tokens", "chance", "config_source", "data", "prompt_tokens", "skipped")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -80,12 +80,17 @@ def true_loss(run: Run, task: str) -> float:
 def figures(phase: str, run: Run, rng: np.random.Generator) -> dict[str, Any]:
     method = run.method if run.method != "dense" and METHODS[run.method][0] == phase else "dense"
     sparsity = float(np.clip(run.sparsity + rng.normal(0, 0.002), 0, 1)) if method != "dense" else 0.0
+    # What decoding reads of a cache that was evicted, though it has no method itself.
+    evicted = run.sparsity if run.method != "dense" and METHODS[run.method][0] == "eviction" else 0.0
     return {
         "method": method,
         "requested_sparsity": run.sparsity if method != "dense" else None,
         "selected_sparsity": sparsity,
         "executed_sparsity": sparsity,
-        "bytes_read_fraction": 1 - sparsity + (0.0625 if method == "quest" else 0.0),
+        "bytes_read_fraction": 1
+        - sparsity
+        + (0.0625 if method == "quest" else 0.0)
+        - (evicted if phase == "decode" else 0),
         "estimator_flops_fraction": 0.01 if method != "dense" else 0.0,
         "kv_memory_fraction": 1 - sparsity if phase == "eviction" else 1.0,
         "calls": {"sparse": 100 if method != "dense" else 0, "dense": 0 if method != "dense" else 100, "fallback": 0},

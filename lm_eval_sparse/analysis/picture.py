@@ -146,7 +146,7 @@ def _picture(found: Sequence[tuple[Key, list[Row]]], styles: Styles) -> bytes:
             (0.35, "bars and band: standard error", {"fontsize": _FONT - 1, "color": "#555555"}),
         ):
             written = figure.text(_LEFT / width, 1 - at / height, said, va="top", **style)
-            _fit(written, width - _LEFT - 0.2)
+            fit(written, width - _LEFT - 0.2)
     shown: dict[str, Any] = {}
     for axis, (key, members) in zip(axes.flat, found, strict=False):
         lines_of_panel = _fill(axis, key, members, styles, inner, title is not None)
@@ -188,7 +188,7 @@ def _add_legend(figure: Any, shown: dict[str, Any], styles: Styles, inches: tupl
         fontsize=_FONT,
     )
     for text in legend.get_texts():
-        _fit(text, _LEGEND - 0.7)
+        fit(text, _LEGEND - 0.7)
 
 
 def _name(method: tuple[str, str]) -> str:
@@ -240,10 +240,10 @@ def _fill(
         title = about
     else:
         axis.set_ylabel(about, fontsize=_FONT)
-        _fit(axis.yaxis.label, inner[1], upright=True)
+        fit(axis.yaxis.label, inner[1], upright=True)
         counts = sorted({row.n for row in members})
         title = f"{label(task, 56)}\n{label(model, 56)}, {_documents(counts)}, bars: standard error"
-    _fit(axis.set_title(title, fontsize=_FONT if titled else _FONT - 1, loc="left"), _PANEL[0] - _LEFT)
+    fit(axis.set_title(title, fontsize=_FONT if titled else _FONT - 1, loc="left"), _PANEL[0] - _LEFT)
     axis.set_xlim(-0.03, 1.0)
     axis.tick_params(labelsize=_FONT - 1)
     axis.spines[["top", "right"]].set_visible(False)
@@ -267,7 +267,7 @@ def _name_lines(axis: Any, lines: Sequence[tuple[str, Any, Row]], height: float,
         text = axis.text(
             1.045, place, name, color=colour, fontsize=_FONT - 0.5, va="center", transform=axis.transAxes
         )  # fmt: skip
-        _fit(text, room)
+        fit(text, room)
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
@@ -293,7 +293,7 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     return places
 
 
-def _fit(text: Any, inches: float, *, upright: bool = False) -> None:
+def fit(text: Any, inches: float, *, upright: bool = False) -> None:
     """Make a text smaller until it does not reach into its neighbour."""
     figure = text.get_figure(root=True)
     box = text.get_window_extent(figure.canvas.get_renderer())

@@ -145,8 +145,8 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
                 "Coefficients of the scaling law",
                 (*header, "R² of logits", "runs", "clusters", "clipped", "note"),
                 tuple(coefficients),
-                "logit(score) = eps + delta_task + alpha ln N + beta ln L + gamma ln C, with C = 1 / (1 - sparsity), "
-                "of tasks that dense attention can do. Errors are clustered by model, task and length; bands cover "
+                "logit(score) = eps + delta_task + alpha ln N + beta ln L + gamma ln C, C = 1 / (1 - measured "
+                "sparsity), of tasks that dense attention can do. Errors are clustered by model, task and length; bands cover "
                 f"{LEVEL:.0%}, and there are none below {CLUSTERS} clusters or where there are more coefficients. "
                 f"Clipped: scores that were moved off 0 or 1.{left}",
             )

@@ -213,7 +213,7 @@ def _once(records: Iterable[Record]) -> list[Record]:
     found: dict[tuple[Any, ...], Record] = {}
     for row in records:
         key = (row.date, row.command, row.task, row.metric, row.score, row.n, row.measured, row.device)
-        found.setdefault((*key, _identity(row), _setting(row), _variant(row)), row)
+        found.setdefault((*key, row.method, row.requested, _identity(row), _setting(row), _variant(row)), row)
     return list(found.values())
 
 

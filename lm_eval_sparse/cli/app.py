@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from lm_eval_sparse import __version__, endings
 from lm_eval_sparse.errors import PROGRAM, UserError
 
-from . import check_method, check_task, harness, heat, methods, new_method, new_task, plot, show
+from . import analyze, check_method, check_task, harness, heat, methods, new_method, new_task, plot, show
 from .parser import Command
 
 #: Our sub-commands, in the order of the help text. A new one is a file and one line here.
 COMMANDS: dict[str, Command] = {
     "methods": methods.COMMAND,
+    "analyze": analyze.COMMAND,
     "plot": plot.COMMAND,
     "heat": heat.COMMAND,
     "show": show.COMMAND,

@@ -39,6 +39,9 @@ class Choice(Qa):
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
         return {"acc": 1 / math.comb(len(doc["options"]), len(doc["letters"]))}
 
+    def guessed(self, doc: dict[str, Any]) -> dict[str, float]:
+        return {"exact_match": self.chance(doc)["acc"]}
+
 
 def _continuations(options: Sequence[str]) -> list[str]:
     """What the twin scores for each option: its letter. The tokens of the lead-in come before it, so that it is

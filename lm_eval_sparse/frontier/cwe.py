@@ -237,6 +237,9 @@ class Cwe(Recipe):
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
         return {"average_precision": ranking_chance(len(self._candidates(doc)), len(doc["words"]))}
 
+    def guessed(self, doc: dict[str, Any]) -> dict[str, float]:
+        return {"iou": len(doc["words"]) / doc["distinct"]}
+
     def _candidates(self, doc: dict[str, Any]) -> list[str]:
         # In alphabetical order: where a model type breaks ties by position, the gold words gain nothing.
         return sorted([*doc["words"], *doc["rare"]])

@@ -163,6 +163,9 @@ class Niah(Recipe):
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
         return {"exact": 0.0}
 
+    def guessed(self, doc: dict[str, Any]) -> dict[str, float]:
+        return {"acc": 0.0}
+
 
 def _requests(keys: Sequence[str], values: Sequence[str]) -> list[tuple[str, str]]:
     requests, before = [], ""

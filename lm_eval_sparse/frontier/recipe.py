@@ -13,7 +13,7 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -179,6 +179,14 @@ class Recipe(ABC):
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
         """What a scorer that answers at random gets on average in each forced metric that has such a value."""
 
+    def guessed(self, doc: dict[str, Any]) -> dict[str, float]:
+        """What a generated answer without knowledge gets in each metric of which that can be said; none by default.
+
+        An option drawn at random where there are options; all candidates where any number of them may be named, which
+        gets more than some drawn at random; 0 where nothing is there to be drawn from.
+        """
+        return {}
+
 
 def rng(*key: Any) -> random.Random:
     """A generator seeded by `key` alone: the same on every machine, whatever ran before."""
@@ -274,6 +282,13 @@ def ranking_scores(
             hits += 1
             total += hits / rank
     return {"average_precision": total / len(gold)}
+
+
+def mean_levels(levels: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each metric over documents, those that every document has."""
+    rows = list(levels)
+    names = [name for name in (rows[0] if rows else ()) if all(name in row for row in rows)]
+    return {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
 
 
 def ranking_chance(candidates: int, gold: int) -> float:

@@ -172,6 +172,9 @@ class StoryFiltering(Recipe):
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
         return {"average_precision": ranking_chance(doc["chapters"], len(doc["numbers"]))}
 
+    def guessed(self, doc: dict[str, Any]) -> dict[str, float]:
+        return {"iou": len(doc["numbers"]) / doc["chapters"]}
+
 
 def _candidate(number: int) -> str:
     # As in a heading, and with an end, or the likelihood of 1 would contain those of 10 to 19.

@@ -140,6 +140,9 @@ class StoryMultihop(Recipe):
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
         return {"exact": 0.0}
 
+    def guessed(self, doc: dict[str, Any]) -> dict[str, float]:
+        return {"exact_match": 0.0}
+
 
 def _request(item: str, value: str) -> tuple[str, str]:
     return f"Acquired last before the {item}:", f" {value}"

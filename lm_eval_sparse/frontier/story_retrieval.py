@@ -147,6 +147,9 @@ class StoryRetrieval(Recipe):
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
         return {"exact": 0.0}
 
+    def guessed(self, doc: dict[str, Any]) -> dict[str, float]:
+        return {"acc": 0.0}
+
 
 def _kind(chapter: Chapter) -> str:
     return KINDS[int(chapter.fraction * len(KINDS))]

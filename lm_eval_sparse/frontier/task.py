@@ -30,7 +30,7 @@ from .fill import DoesNotFit, Filler, fit, fit_both
 from .leaves import BUILT_IN
 from .metadata import question_first, samples, seed, strict
 from .meter import Meter, meter_for
-from .recipe import Draft, Message, Unavailable
+from .recipe import Draft, Message, Unavailable, mean_levels
 from .sources import sources
 from .store import DocumentStore, forget_older
 
@@ -58,7 +58,7 @@ _ANSWERED = 64
 #: Names of the most tokens of an answer in generation arguments; lm-eval takes the first that is given.
 _CAPS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 #: What a leaf's metadata says of one run.
-_SETTLED = ("skipped", "prompt_tokens", "answer_tokens")
+_SETTLED = ("skipped", "prompt_tokens", "answer_tokens", "chance")
 
 #: Versions of this package's documents, by what they are called in the cache.
 _VERSIONS = {f"{twin}{folder.name}": folder.version for folder in BUILT_IN for twin in ("", "forced_")}
@@ -154,6 +154,8 @@ class FrontierTask(ConfigurableTask):
     ) -> None:
         """Decide the prompts' length, then let lm-eval build the requests of this rank's documents.
 
+        The metadata then say what no knowledge gets in each metric (`chance`), on average over these documents.
+
         Raises `UserError` when no tokenizer is known or a prompt cannot be filled.
         """
 
@@ -182,6 +184,9 @@ class FrontierTask(ConfigurableTask):
             tokenizer_name=hashlib.sha256(key.encode()).hexdigest()[:24],
             **kwargs,
         )
+        docs = {instance.doc_id: instance.doc for instance in self.instances if SKIPPED not in instance.doc}
+        if levels := mean_levels(map(self.recipe.chance if self.forced else self.recipe.guessed, docs.values())):
+            self.config.metadata = {**self.config.metadata, "chance": levels}
 
     def _prepare(self, meter: Meter, render: Callable[[str], Any]) -> str:
         """Set this leaf's budget and bind its documents, or set the reason to skip it. Returns what they depend on."""

@@ -175,6 +175,9 @@ class Vt(Recipe):
     def chance(self, doc: dict[str, Any]) -> dict[str, float]:
         return {"average_precision": ranking_chance(len(doc["variables"]), len(doc["names"]))}
 
+    def guessed(self, doc: dict[str, Any]) -> dict[str, float]:
+        return {"iou": len(doc["names"]) / len(doc["variables"])}
+
 
 def _request(name: str, value: str) -> tuple[str, str]:
     return _LEAD.format(name=name), f" {value}"

@@ -32,7 +32,7 @@ def packed(ledger: Ledger) -> dict[str, Any]:
             **({"samples": ledger.samples[phase].tolist()} if ledger.samples[phase].any() else {}),
         }
         for phase in PHASES
-    }
+    } | ({"tokens": int(ledger.lengths["tokens"][0])} if ledger.lengths else {})
 
 
 def unpacked(found: dict[str, Any], ledger: Ledger, *, diagnosed: bool) -> Ledger | None:
@@ -45,6 +45,7 @@ def unpacked(found: dict[str, Any], ledger: Ledger, *, diagnosed: bool) -> Ledge
         KeyError, TypeError, ValueError, AttributeError: `packed` did not give it.
     """
     ledger.rows = 1
+    ledger.add_length(_whole(found.get("tokens", 0)))
     for phase in PHASES:
         part = found[phase]
         for name in _COUNTERS:

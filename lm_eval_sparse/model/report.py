@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..methods import PHASE_ARGUMENTS, presets
 from ..protocol import SKIPPED
 from ..runtime.accounting import COVERED, PHASES, Ledger, RowCounts, compactions
+from .sizes import sizes_of
 from .summary import together
 
 if TYPE_CHECKING:
@@ -226,7 +227,10 @@ class Reporter:
                 {"run": run, "prompts": number, **(self.about if run == self.run_id else self.runs.get(run, {}))}
                 for run, number in total.runs.items()
             ],
-            "tasks": {task: phases(ledger) for task, ledger in self.ledgers.items() if task},
+            "tasks": {
+                task: phases(ledger) | {"prompts": ledger.prompts()} for task, ledger in self.ledgers.items() if task
+            },
+            "model": sizes_of(lm.model, lm.runtime),
             "skipped": dict(self.skipped),
             "layers": {"sparse_eligible": sum(r is None for r in lm.runtime.layers.values()), "untouched": untouched},
             "versions": versions(),

@@ -93,7 +93,9 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def read(paths: Iterable[str | Path], left_out: list[str] | None = None) -> list[Record]:
+def read(
+    paths: Iterable[str | Path], left_out: list[str] | None = None, *, without: Path | None = None
+) -> list[Record]:
     """The scores of all result files and files of records among the given files and below the given folders.
 
     A file below a folder that is torn or none of lm-eval is left out with a warning: a run that was stopped must not
@@ -101,11 +103,18 @@ def read(paths: Iterable[str | Path], left_out: list[str] | None = None) -> list
 
     Args:
         left_out: is given a line for each that is left out.
+        without: a folder below them that is not read: where the next analysis goes, an earlier one may lie.
 
     Raises:
         UserError: a file that was named itself is not good, none below the folders is, or no score is left.
     """
     files = candidates(paths, with_records=True)
+    if without is not None:
+        files = [
+            (path, named) for path, named in files if named or not path.absolute().is_relative_to(without.absolute())
+        ]
+        if not files:
+            raise UserError(f"there is nothing to read but what lies in {without}; give result files of lm-eval")
     rows: list[Record] = []
     refused: list[UserError] = []
     unusable: list[str] = []

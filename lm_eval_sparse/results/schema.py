@@ -38,8 +38,11 @@ class Shape(_Strict):
         layers, attention_layers: all of them, and those with full causal attention, where methods run.
         hidden: width of the residual stream.
         query_heads, kv_heads, head_dim, value_dim: of a layer of full attention.
-        mlp: width of the gated MLP that a token passes; of experts those that are active, shared ones included.
+        mlp: width of the gated MLP that a token passes, on average over layers; of experts those that are active,
+            shared ones included.
         vocab: rows of the output matrix.
+        window: tokens that the other layers see, where all of them have a sliding window of one size.
+        experts: those that a token chooses from, 0 where there are none.
     """
 
     layers: Count | None = None
@@ -51,6 +54,8 @@ class Shape(_Strict):
     value_dim: Count | None = None
     mlp: Count | None = None
     vocab: Count | None = None
+    window: Count | None = None
+    experts: Count | None = None
 
 
 class Range(_Strict):

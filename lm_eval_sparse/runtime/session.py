@@ -72,6 +72,8 @@ class Runtime:
         self.layers: dict[int, str | None] = {}
         #: layer index -> bytes of keys and values of one token, and its window.
         self.sizes: dict[int, tuple[int, int | None]] = {}
+        #: layer index -> query heads, KV heads, dimensions of a key, and of a value.
+        self.shapes: dict[int, tuple[int, int, int, int]] = {}
         #: Tokens of the longest prompts and answers: a window of at least as many hides nothing.
         self.longest: int | None = None
         #: What methods are told of each layer.
@@ -108,6 +110,7 @@ class Runtime:
             read: tokens that `cache` holds already.
         """
         self.counts, self.cache, self.prompt, self.task_window = counts, cache, prompt, window
+        counts.tokens = prompt or counts.tokens
         self._read = read
         try:
             yield
@@ -208,6 +211,7 @@ class Runtime:
         self.layers[index] = reason
         if index not in self.sizes:
             self.sizes[index] = key.shape[1] * (key.shape[-1] + value.shape[-1]) * key.element_size(), window
+            self.shapes[index] = query.shape[1], key.shape[1], key.shape[-1], value.shape[-1]
         if self.decoder is not None:
             if index in self.by_memory and not self.decoder.gave(index, key, value):
                 raise changed(module, "is given other keys and values than its cache holds, unlike")

@@ -25,6 +25,7 @@ class Ledger:
         diagnosed: the same of the figures of `diagnose=N`.
         samples: phase -> prompts that have some of these, and queries of each head that were looked at in them.
         runs: prompts by the run that answered them, as far as that was told.
+        lengths: under `tokens` the sum, smallest and largest number of tokens of prompts, and how many it is known of.
     """
 
     rows: int = 0
@@ -42,11 +43,13 @@ class Ledger:
     diagnosed: dict[str, ByLayer] = field(default_factory=lambda: {name: {} for name in PHASES})
     samples: dict[str, np.ndarray] = field(default_factory=lambda: {name: np.zeros(2, dtype=int) for name in PHASES})
     runs: Counter[str] = field(default_factory=Counter)
+    lengths: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, row: RowCounts) -> None:
         """Count one prompt. Figures are averaged over prompts, not weighted by length."""
         figures = row.figures()
         self.rows += 1
+        self.add_length(row.tokens)
         if row.diagnosis is not None:
             row.diagnosis.end()
         for name in PHASES:
@@ -65,6 +68,11 @@ class Ledger:
                 for layer, values_by in found.items():
                     for figure, values in values_by.items():
                         add_figure(self.diagnosed[name], layer, figure, with_number(values))
+
+    def add_length(self, tokens: int) -> None:
+        """Note how many tokens a prompt had; 0 where that is not known."""
+        if tokens:
+            merge_knobs(self.lengths, {"tokens": [tokens, tokens, tokens, 1]})
 
     def add_stats(self, stats: dict[str, Any]) -> None:
         """Count one prompt from the figures that its responses carry."""
@@ -95,6 +103,7 @@ class Ledger:
         """Add another rank's totals to these."""
         self.rows += other.rows
         self.runs.update(other.runs)
+        merge_knobs(self.lengths, other.lengths)
         self.restored += other.restored
         self.restored_compactions += other.restored_compactions
         for name in PHASES:
@@ -121,6 +130,13 @@ class Ledger:
     def compactions(self) -> int:
         """How often a layer of a prompt was evicted again in the course of an answer."""
         return compactions(self.knobs["eviction"]) + self.restored_compactions
+
+    def prompts(self) -> dict[str, Any]:
+        """How many prompts there were whose length is known, and their tokens."""
+        if not self.lengths:
+            return {"number": 0, "tokens": None}
+        total, low, high, number = self.lengths["tokens"]
+        return {"number": number, "tokens": {"mean": total / number, "min": low, "max": high}}
 
     def report(self, name: str) -> dict[str, Any]:
         """The block of one phase for the results file."""

@@ -123,12 +123,14 @@ class RowCounts:
         kv: sparse-eligible layer -> `(2, H_kv)` bytes that each KV head holds, and those of the whole prompt.
         pending: what is to be counted once its numbers are fetched from a device: how, and the numbers.
         diagnosis: what its calls are looked at by, where it is a sample of `diagnose=N`.
+        tokens: of the prompt; 0 where context and answer run in one pass, so that nothing says where it ended.
     """
 
     phases: dict[str, PhaseCounts] = field(default_factory=lambda: {name: PhaseCounts() for name in PHASES})
     kv: dict[int, np.ndarray] = field(default_factory=dict)
     pending: list[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=list, repr=False)
     diagnosis: Diagnosis | None = field(default=None, repr=False)
+    tokens: int = 0
 
     def later(self, count: Callable[..., None], *numbers: Any) -> None:
         """Call `count(*numbers)` when figures are first read, with the tensors among the numbers as host numbers.

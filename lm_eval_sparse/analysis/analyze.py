@@ -1,0 +1,170 @@
+"""`analyze`: from result files to a report, figures, tables and records in one folder.
+
+Puts the parts together and knows none of their statistics; a part is a module with `section(study, options)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..errors import PROGRAM, UserError, nearest
+from ..labels import label
+from ..paths import cut
+from ..results.load import read
+from ..results.schema import Record
+from . import folder
+from .study import Study, build
+
+if TYPE_CHECKING:
+    from .certify import Options
+    from .figure import Section
+
+#: Parts of the report, in its order.
+PARTS = ("curves", "certificates", "isocost", "tolerance", "split", "pairs", "scaling")
+#: Sentences of each part that stand at the top of the report.
+_FIRST = 2
+#: What the extra `analysis` installs, by the names it is imported under.
+_EXTRA = ("mapie", "pandas", "plotly", "pyarrow", "scipy", "statsmodels")
+
+
+def check_installed(command: str) -> None:
+    """Raise `UserError` when a library of the extra is not there."""
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{command} needs {', '.join(missing)}; type pip install 'lm-eval-sparse[analysis]'")
+
+
+def study_of(
+    results: Sequence[str],
+    *,
+    tasks: Sequence[str] | None = None,
+    metric: str | None = None,
+    chance: Mapping[str, float] | None = None,
+    allow_mixed: bool = False,
+    without: Path | None = None,
+) -> Study:
+    """The study in result files.
+
+    Args:
+        results: files, or folders that hold results_*.json or records.jsonl.
+        tasks: those to take, by name, family or short name; all by default.
+        without: a folder below them that is not read.
+
+    Raises:
+        UserError: they cannot be read, or compared.
+    """
+    left_out: list[str] = []
+    records = read(results, left_out, without=without)
+    return build(_chosen(records, tasks), metric=metric, chance=chance, allow_mixed=allow_mixed, left_out=left_out)
+
+
+def _chosen(records: list[Record], tasks: Sequence[str] | None) -> list[Record]:
+    from .study import short_name
+
+    if not tasks:
+        return records
+    names = {record.task: {record.task, *short_name(record.task)} for record in records}
+    for task in tasks:
+        if not any(task in known for known in names.values()):
+            present = sorted({label(name) for name in names})
+            shown = ", ".join(present[:20]) + (f" and {len(present) - 20} more" if len(present) > 20 else "")
+            raise UserError(
+                f"--task {label(task)}: not in these results, which hold {shown}{nearest(cut(task), names)}"
+            )
+    return [record for record in records if names[record.task] & set(tasks)]
+
+
+def sections(study: Study, options: Options) -> list[Section]:
+    """All parts of the report."""
+    found = [importlib.import_module(f"{__package__}.{name}").section(study, options) for name in PARTS]
+    return [section for section in found if section.sentences or section.figures or section.tables]
+
+
+def analyze(
+    results: Sequence[str],
+    output: str,
+    options: Options,
+    *,
+    tasks: Sequence[str] | None = None,
+    metric: str | None = None,
+    chance: Mapping[str, float] | None = None,
+    allow_mixed: bool = False,
+    pictures: bool = True,
+    command: str = "",
+) -> str:
+    """Write `report.html`, `records.jsonl`, `table.parquet`, `table.csv`, and `figures/` with each figure as PNG, SVG,
+    CSV, and each table as CSV. Returns what to print.
+
+    Args:
+        results: files or folders, as they are typed.
+        output: the folder, as it is typed; new, empty, or of an earlier analysis.
+        pictures: whether PNG and SVG are drawn.
+        command: the line that made the report.
+
+    Raises:
+        UserError: what was typed cannot work, or a file cannot be written; then nothing is.
+    """
+    from . import page, static, tables, tidy
+
+    option = f"--output {cut(output)}"
+    place = folder.checked(option, output)
+    study = study_of(results, tasks=tasks, metric=metric, chance=chance, allow_mixed=allow_mixed, without=place)
+    parts = sections(study, options)
+    facts = page.Facts(
+        title="Sparse attention: what was measured, and what may be said of it",
+        summary=summary(parts),
+        made_by=f"{PROGRAM} {__version__}",
+        made_with=command,
+        runs=len({(record.source.partition(", line ")[0], record.date, record.command) for record in study.records}),
+        commands=tuple(dict.fromkeys(record.command for record in study.records if record.command)),
+        versions=_versions(study.records),
+        devices=_devices(study.records),
+        dates=_ends(record.date for record in study.records),
+        left_out=study.left_out,
+        marks=study.marks,
+    )
+    with folder.filled(option, place) as fresh:
+        (fresh / "report.html").write_text(page.page(parts, facts), encoding="utf-8")
+        (fresh / "records.jsonl").write_bytes(tidy.lines(study.records))
+        table = tidy.frame(study)
+        (fresh / "table.parquet").write_bytes(tidy.parquet(table))
+        (fresh / "table.csv").write_bytes(tidy.csv(table))
+        static.write(fresh / "figures", parts, static.FORMATS if pictures else ("csv",))
+    said = [*facts.marks, *facts.summary, ""]
+    shown = next((part.tables[0] for part in parts if part.name == "certificates" and part.tables), None)
+    if shown is not None:
+        said += [tables.show(shown), ""]
+    if study.left_out:
+        said.append(
+            f"{len(study.left_out)} remarks on what was left out stand in the report, such as: {study.left_out[0]}"
+        )
+    said.append(f"{len(study.records)} records; look at {place / 'report.html'}")
+    return "\n".join(said)
+
+
+def summary(parts: Iterable[Section]) -> tuple[str, ...]:
+    """The first sentences of each part."""
+    return tuple(sentence for part in parts for sentence in part.sentences[:_FIRST])
+
+
+def _versions(records: Iterable[Record]) -> tuple[tuple[str, str], ...]:
+    found = {pair for record in records for pair in record.versions.items()}
+    return tuple(sorted(found))
+
+
+def _devices(records: Iterable[Record]) -> tuple[str, ...]:
+    runs = {(record.device, record.source) for record in records if record.device}
+    counted = Counter(device for device, _ in runs)
+    return tuple(
+        f"{device} ({number} runs)" if len(counted) > 1 else device for device, number in sorted(counted.items())
+    )
+
+
+def _ends(dates: Iterable[str | None]) -> tuple[str, ...]:
+    known = sorted(date for date in dates if date)
+    return tuple(dict.fromkeys((known[0], known[-1]))) if known else ()

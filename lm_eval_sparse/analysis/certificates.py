@@ -1,0 +1,175 @@
+"""The section of a report on certificates: tables of the largest certified sparsity, figures, and sentences.
+
+What is certified is computed in `certify`; here it is only shown.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import guarantee
+from .certify import Options, Row, certify
+from .figure import Figure, Panel, Section, Series, Table
+from .study import Study
+
+#: Sentences of a section at most; the rest stands in its tables.
+MOST_SENTENCES = 60
+
+
+def section(study: Study, options: Options | None = None) -> Section:
+    """Tables of the largest certified sparsity, figures along model size and length, and a sentence for each row."""
+    options = options or Options()
+    rows = certify(study, options)
+    return Section(
+        "certificates",
+        "Largest sparsity with a guarantee",
+        _sentences(rows, options),
+        _figures(rows, options),
+        (_wide(rows, options), _long(rows, options)) if rows else (),
+    )
+
+
+def promise(options: Options) -> str:
+    """What a certificate says, for captions."""
+    return (
+        f"Certified: mean loss of at most {options.tolerance:g} against dense attention on the same documents, where "
+        "a document's loss is max(0, dense - sparse), so gains do not pay for losses. Test: "
+        f"{guarantee.TESTS[options.test]}. Documents count as independent draws of the task. Along a method "
+        "sparsities are tested from the lowest on, and the first that is not certified ends it. "
+    )
+
+
+def _caption(options: Options) -> str:
+    groups = "" if options.test == "hoeffding-bentkus" else " Groups are always tested with the bound."
+    return (
+        promise(options)
+        + f"A row is a model, method and length, and three families in it have a level of {options.level:g} each, for "
+        "any false certificate: its tasks (Holm over their sequences), its groups (Holm; the mean over tasks with as "
+        "many documents of each, the first ones) and its worst task (all tasks must pass, one sequence). Nothing "
+        f"corrects for the number of rows.{groups} Empty: nothing is certified, or nothing can be said; the second table has "
+        "the reasons."
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _wide(rows: Sequence[Row], options: Options) -> Table:
+    columns = list(dict.fromkeys((c.kind, c.name) for row in rows for c in row.certificates))
+    columns.sort(key=lambda column: ("task", "group", "worst").index(column[0]))
+    body = []
+    for row in rows:
+        found = {(c.kind, c.name): c.sparsity for c in row.certificates}
+        body.append((row.model, row.label, row.length, row.mark, *(found.get(column) for column in columns)))
+    header = ("model", "method", "length", "setting", *(name for _, name in columns))
+    return Table("certificates", "Largest certified sparsity", header, tuple(body), _caption(options))
+
+
+def _long(rows: Sequence[Row], options: Options) -> Table:
+    header = (
+        "model", "method", "length", "setting", "what", "name", "largest certified", "measured", "documents", "loss",
+        "standard error", "p", "at most", "family", "why no more",
+    )  # fmt: skip
+    body = []
+    for row in rows:
+        for c in row.certificates:
+            last, t = c.certified - 1, c.tested
+            figures = (None,) * 4 if last < 0 else (c.points[last].measured, t.loss[last], t.stderr[last], t.p[last])
+            measured, loss, error, p = figures
+            documents = c.documents if last < 0 else int(t.n[last])
+            body.append(
+                (row.model, row.label, row.length, row.mark, c.kind, c.name, c.sparsity, measured, documents, loss,
+                 error, p, None if c.refused else c.level, c.family, c.reason or "")
+            )  # fmt: skip
+    caption = (
+        "Loss, standard error and p are those of the largest certified sparsity; p had to be `at most` what stands "
+        "beside it, in a family of as many sequences. The last column says what ended the sequence, or why there is "
+        "none. Documents of a group are those of all its tasks. The tasks of a worst task are all of the row that "
+        "have documents enough, those that dense cannot do as well."
+    )
+    return Table("certificate_reasons", "What ended each sequence", header, tuple(body), caption)
+
+
+def _sentences(rows: Sequence[Row], options: Options) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for row in rows:
+        tasks = [c for c in row.certificates if c.kind == "task"]
+        place = f"{row.model}{f', {row.length} tokens' if row.length else ''}{f', {row.mark}' if row.mark else ''}"
+        for c in tasks:
+            if c.refused and c.reason:
+                found[f"{c.name} ({place}): {c.reason}."] = None
+        kept = [c for c in tasks if c.certified]
+        none = [c.name for c in tasks if not c.certified and not c.refused]
+        if kept:
+            each = ", ".join(
+                f"{c.name} within {options.tolerance:g} of dense up to sparsity {_number(c.sparsity)}" for c in kept
+            )
+            documents = sorted({c.documents for c in kept})
+            many = f"{documents[0]}" if len(documents) == 1 else f"{documents[0]} to {documents[-1]}"
+            holm = f", Holm over {kept[0].family} tasks" if kept[0].family > 1 else ""
+            rest = f"; nothing is certified for {', '.join(none)}" if none else ""
+            found[f"{row.label} ({place}) keeps {each} (level {options.level:g}{holm}, {many} documents){rest}."] = None
+        elif none:
+            found[f"{row.label} ({place}): nothing is certified for {', '.join(none)}."] = None
+    said = list(found)
+    if len(said) > MOST_SENTENCES:
+        said[MOST_SENTENCES:] = [f"{len(said) - MOST_SENTENCES} more such sentences stand as rows in the tables."]
+    return tuple(said)
+
+
+def _figures(rows: Sequence[Row], options: Options) -> tuple[Figure, ...]:
+    """Along length, for each model and method; along size, for each method and length: as the paper's first version."""
+    rows = [row for row in rows if not row.oracle]
+    along = (
+        ("certificates_length", "length", "tokens", lambda r: (r.model, r.label, r.mark), lambda r: r.length),
+        (
+            "certificates_size",
+            "model size",
+            "parameters",
+            lambda r: (r.label, r.length, r.mark),
+            lambda r: r.parameters,
+        ),
+    )
+    found = []
+    for name, what, unit, panel, x in along:
+        panels: dict[Any, list[Row]] = defaultdict(list)
+        for row in rows:
+            if x(row) is not None:
+                panels[panel(row)].append(row)
+        drawn = tuple(
+            _panel(group, members, x, unit) for group, members in panels.items() if len(set(map(x, members))) > 1
+        )
+        if drawn:
+            caption = (
+                "A dot is the largest certified sparsity of one task, 0 where none is; the line is their mean, the "
+                "band one standard deviation between tasks. Tasks of which nothing can be said are left out. "
+                f"{promise(options)}Level {options.level:g} for the tasks of one model, method and length (Holm)."
+            )
+            found.append(Figure(name, f"Largest certified sparsity along {what}", caption, drawn))
+    return tuple(found)
+
+
+def _panel(group: tuple[Any, ...], members: Sequence[Row], x: Any, unit: str) -> Panel:
+    values: dict[str, dict[float, float]] = defaultdict(dict)
+    for row in members:
+        for c in row.certificates:
+            if c.kind == "task" and not c.refused:
+                values[c.name][x(row)] = c.sparsity or 0.0
+    places = sorted(set(map(x, members)))
+    at = [[found[place] for found in values.values() if place in found] for place in places]
+    mean = [float(np.mean(one)) if one else None for one in at]
+    spread = [float(np.std(one, ddof=1)) if len(one) > 1 else 0.0 for one in at]
+    label = members[0].label
+    series = [
+        Series(name, tuple(found), tuple(found.values()), kind="dots", colour=label) for name, found in values.items()
+    ]
+    low = [None if m is None else max(0.0, m - s) for m, s in zip(mean, spread, strict=True)]
+    high = [None if m is None else min(1.0, m + s) for m, s in zip(mean, spread, strict=True)]
+    series.append(Series("mean", tuple(places), tuple(mean), tuple(low), tuple(high), colour=label))
+    title = ", ".join(str(part) for part in group if part not in (None, ""))
+    return Panel(title, tuple(series), unit, "largest certified sparsity", log_x=True)

@@ -1,0 +1,257 @@
+"""Which configuration to take for a task or a group: the cheapest certified one, or why there is none.
+
+All methods of all models that were run are one family, so that the cheapest of the certified may be picked without its
+certificate losing what it promises. What it costs is asked of the caller.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..errors import UserError, nearest
+from ..labels import label as shown
+from . import guarantee
+from .certify import Key, Line, Options, asked, key, lines, stopped, together
+from .study import GROUPS, Cell, Point, Study
+
+Cost = Callable[[Point], float | None]
+#: Lines on what would have to be measured, at most.
+MOST_LINES = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A certified configuration.
+
+    Attributes:
+        model, label, method, phases: whose it is.
+        points: its runs, one for each task and length. `dense`: the dense runs of the same.
+        sparsity, measured: as asked for, and the mean that was measured.
+        cost, dense_cost: means over the runs, in the unit of the caller; None where one is not known.
+        loss, p, documents: the largest mean loss and p-value and the fewest documents of its tasks.
+        score, dense_score: means over its tasks.
+    """
+
+    model: str
+    label: str
+    method: str
+    phases: str
+    points: tuple[Point, ...]
+    dense: tuple[Point, ...]
+    sparsity: float
+    measured: float
+    cost: float | None
+    dense_cost: float | None
+    loss: float
+    p: float
+    documents: int
+
+    @property
+    def score(self) -> float:
+        return sum(point.record.score for point in self.points) / len(self.points)
+
+    @property
+    def dense_score(self) -> float:
+        return sum(point.record.score for point in self.dense) / len(self.dense)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What is recommended, or why nothing is.
+
+    Attributes:
+        tasks: names of the tasks that a configuration must keep, with their lengths.
+        best: the cheapest certified configuration; None with a `refusal`.
+        runner_up: the next cheapest of another method or model, else the next cheapest.
+        certified: all certified configurations, the cheapest first, those of unknown cost last.
+        family: candidate sequences (models times methods) that share the level.
+        refusal: why there is no recommendation.
+        measure: what would have to be measured to certify more.
+        notes: what has to be known beside the recommendation.
+    """
+
+    tasks: tuple[str, ...]
+    best: Candidate | None
+    runner_up: Candidate | None
+    certified: tuple[Candidate, ...]
+    family: int
+    refusal: str | None
+    measure: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def choose(
+    study: Study,
+    options: Options,
+    cost: Cost,
+    *,
+    task: str | None = None,
+    group: str | None = None,
+    length: int | None = None,
+) -> Choice:
+    """The cheapest configuration that keeps a task, or every task of a group, within the tolerance.
+
+    A candidate is a method of a model, from its lowest sparsity on. It must keep every task at every length that is
+    asked for: a configuration's p-value is the largest of its tasks' (intersection-union), for which no correction is
+    due. Holm over the candidates' sequences corrects for picking among models and methods. Oracles are no candidates.
+
+    Args:
+        options: tolerance, level, margin, test.
+        cost: of a run, the smaller the better; None where it is not known.
+        task: name of a task, its family or its short name.
+        group: a name in `GROUPS`; every task of it that was run must be kept.
+        length: tokens; by default all that were run.
+
+    Raises:
+        UserError: no such task, group or length in the study.
+    """
+    cells = _cells(study, task, group, length)
+    tasks = tuple(dict.fromkeys(cell.task for cell in cells))
+    by_model: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        by_model[cell.model].append(cell)
+    needed = {(cell.task, cell.mark) for cell in cells}
+    tested = lines(cells, options)
+    by_cell: dict[int, list[Line]] = defaultdict(list)
+    for line in tested:
+        by_cell[id(line.cell)].append(line)
+
+    refused: dict[str, None] = {}
+    candidates: list[tuple[str, str, list[Line]]] = []
+    for model, own in by_model.items():
+        missing = needed - {(cell.task, cell.mark) for cell in own}
+        if missing:
+            refused[f"{model} was not run on {', '.join(sorted(shown(name) for name, _ in missing))}"] = None
+            continue
+        labels = list(dict.fromkeys(line.chain.label for cell in own for line in by_cell[id(cell)]))
+        if not labels:
+            refused[f"{model} has dense runs only: run a method"] = None
+        for label in labels:
+            found = [line for cell in own for line in by_cell[id(cell)] if line.chain.label == label]
+            if found[0].chain.oracle:
+                continue
+            if len(found) < len(own):
+                lacking = {cell.task for cell in own} - {line.cell.task for line in found}
+                refused[f"{label} of {model} was not run on {', '.join(sorted(lacking))}"] = None
+            elif why := next((line for line in found if line.refused), None):
+                refused[f"{label} of {model} on {why.cell.task}: {why.refused}"] = None
+            else:
+                candidates.append((model, label, found))
+
+    joined = [together(found) for *_, found in candidates]
+    result = guarantee.sequences([tested.p for _, tested in joined], options.level)
+    certified, measure = [], []
+    for (model, label, found), (points, tested), count in zip(candidates, joined, result.certified, strict=True):
+        gate = next((line for line in found if line.gate), None)
+        if gate:
+            refused[f"{model} on {gate.cell.task}: {gate.gate}"] = None
+            continue
+        certified += [_candidate(model, label, found, key(points[at]), at, tested, cost) for at in range(int(count))]
+        measure.append(_more(model, label, points, tested, int(count), float(result.level), options))
+    return _choice(tasks, certified, len(candidates), list(refused), measure, options)
+
+
+def _cells(study: Study, task: str | None, group: str | None, length: int | None) -> list[Cell]:
+    if (task is None) == (group is None):
+        raise UserError("give --task NAME or --group NAME, one of them")
+    if group is not None:
+        if group not in GROUPS:
+            raise UserError(f"--group {shown(group)}: choose {', '.join(GROUPS)}{nearest(group, GROUPS)}")
+        cells = [cell for cell in study.primary if cell.short in GROUPS[group]]
+        what = f"--group {group}: none of its tasks ({', '.join(GROUPS[group])})"
+    else:
+        cells = [cell for cell in study.primary if task in (cell.task, cell.family, cell.short)]
+        what = f"--task {shown(task)}: it"
+    if not cells:
+        present = list(dict.fromkeys(cell.family for cell in study.primary))
+        close = nearest(task or "", [*present, *(cell.short for cell in study.primary)]) if task else ""
+        raise UserError(f"{what} is not in these results, which hold {', '.join(map(shown, present[:20]))}{close}")
+    families = sorted({cell.family for cell in cells if cell.short == task})
+    if len(families) > 1:
+        raise UserError(f"--task {shown(task)} is {' and '.join(families)} here; give one of these names")
+    if length is not None:
+        lengths = sorted({cell.length for cell in cells if cell.length})
+        cells = [cell for cell in cells if cell.length == length]
+        if not cells:
+            there = f"these results have {', '.join(map(str, lengths))}" if lengths else "these tasks state no length"
+            raise UserError(f"--length {length}: {there}")
+    return cells
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if not values or any(value is None for value in values) else sum(values) / len(values)
+
+
+def _candidate(
+    model: str, label: str, found: Sequence[Line], wanted: Key, at: int, tested: guarantee.Tested, cost: Cost
+) -> Candidate:
+    runs = tuple(line.chain.points[line.keys.index(wanted)] for line in found)
+    dense = tuple(line.cell.dense for line in found if line.cell.dense is not None)
+    return Candidate(
+        model, label, found[0].chain.method, found[0].chain.phases, runs, dense, asked(runs[0]),
+        sum(run.measured for run in runs) / len(runs), _mean([cost(run) for run in runs]),
+        _mean([cost(run) for run in dense]),
+        float(tested.loss[at]), float(tested.p[at]), int(tested.n[at]),
+    )  # fmt: skip
+
+
+def _more(
+    model: str,
+    label: str,
+    points: Sequence[Point],
+    tested: guarantee.Tested,
+    count: int,
+    level: float,
+    options: Options,
+) -> str:
+    """What would have to be measured to certify more of a candidate."""
+    if count == len(points):
+        return (
+            f"{label} of {model}: all that was run is certified, up to {asked(points[-1]):.3g}; run a higher sparsity"
+        )
+    why = stopped(points[count], tested, count, level, options)
+    few = guarantee.too_few(int(tested.n[count]), options.tolerance, level)
+    return f"{label} of {model} {why}" + (f"; {few}" if few and tested.n[count] and "would do" not in why else "")
+
+
+def _choice(
+    tasks: tuple[str, ...],
+    certified: list[Candidate],
+    family: int,
+    refused: list[str],
+    measure: list[str],
+    options: Options,
+) -> Choice:
+    known = sorted((one for one in certified if one.cost is not None), key=lambda one: (one.cost, -one.sparsity))
+    unknown = [one for one in certified if one.cost is None]
+    useful = [one for one in known if one.dense_cost is None or one.cost < one.dense_cost]
+    notes, refusal = [], None
+    what = f"within {options.tolerance:g} of dense on {', '.join(map(shown, tasks))} (level {options.level:g})"
+    if not certified:
+        reasons = [*refused, *measure] or ["no method was run"]
+        refusal = f"nothing is certified {what}: {'; '.join(reasons[:5])}"
+    elif not known:
+        some = ", ".join(f"{one.label} at {one.sparsity:.3g} of {one.model}" for one in unknown[:5])
+        refusal = f"what configurations cost is not known, so none is the cheapest; certified {what}: {some}"
+    elif not useful:
+        refusal = f"dense costs no more than any configuration that is certified {what}: take dense"
+    best = useful[0] if useful else None
+    runner_up = None
+    if best is not None:
+        others = [one for one in useful if (one.model, one.label) != (best.model, best.label)]
+        runner_up = next(iter([*others, *useful[1:]]), None)
+        better = [one for one in useful if one.model != best.model and one.dense_score > best.dense_score]
+        if better:
+            top = max(better, key=lambda one: one.dense_score)
+            notes.append(
+                f"a loss is one against the model's own dense run: {best.model} scores {best.dense_score:.3f} there, "
+                f"and {top.model} {top.dense_score:.3f}"
+            )
+        if unknown:
+            notes.append(f"{len(unknown)} certified configurations of unknown cost are not compared")
+        notes += refused
+    return Choice(
+        tasks, best, runner_up, tuple(known + unknown), family, refusal, tuple(measure[:MOST_LINES]), tuple(notes)
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""The section on certificates: what it certifies, in which family, and what it says where it does not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mapie")
+from few_studies import built, of, record, right
+from mapie.risk_control import control_fwer
+
+from lm_eval_sparse.analysis import certificates, certify, guarantee
+
+OPTIONS = certify.Options()
+
+
+def only(study, options=OPTIONS):
+    (row,) = certify.certify(study, options)
+    return {c.name: c for c in row.certificates}
+
+
+def test_one_task_is_the_fixed_sequence_over_requested_sparsity():
+    study = built(of({"quest": {0.9: 1, 0.5: 0, 0.95: 30, 0.8: 0}}))
+    found = only(study)["niah"]
+    p = [guarantee.hoeffding_bentkus(lost, 100, 0.05) for lost in (0, 0, 1, 30)]
+    assert found.sparsity == 0.9 and found.certified == len(control_fwer(np.array(p), 0.1, "fixed_sequence"))
+    np.testing.assert_allclose(found.tested.p, p)
+    assert "at 0.95: loss 0.300 ± 0.046 on 100 documents" in found.reason and "loses more than 0.05" in found.reason
+
+
+def test_a_level_behind_one_that_fails_is_not_certified():
+    """Not even where it lost nothing: the order is fixed."""
+    found = only(built(of({"quest": {0.5: 0, 0.8: 20, 0.9: 0}})))["niah"]
+    assert found.sparsity == 0.5
+
+
+def test_tasks_of_a_row_are_one_family_and_rows_are_not():
+    """60 documents without a loss: p=.046. One task passes at .1, two do not at .05 and pass on at .1 together."""
+    one = of({"quest": {0.5: 0}}, 60)
+    assert only(built(one))["niah"].certified == 1
+    three = [one, of({"quest": {0.5: 0}}, 60, "vt"), of({"quest": {0.5: 0}}, 60, "cwe")]
+    found = only(built(*three))
+    assert not any(found[name].certified for name in ("niah", "vt", "cwe")), "p=.046 > .1/3"
+    assert found["niah"].family == 3 and "60 documents" in found["niah"].reason
+    assert "67 documents would do" in found["niah"].reason
+    assert found["worst task"].certified == 1, "all must pass: no correction is due"
+    both = built(one, of({"quest": {0.5: 0}}, 60, length=16384))
+    assert [row.certificates[0].certified for row in certify.certify(both, OPTIONS)] == [1, 1]
+
+
+def test_a_group_is_the_mean_of_its_tasks():
+    study = built(of({"quest": {0.5: 0, 0.9: 8}}, 120), of({"quest": {0.5: 0, 0.9: 0}}, 90, "story_retrieval"))
+    found = only(study)
+    group = found["multiple_qa"]
+    # 90 documents of each: the first ones, of which 8 are lost.
+    assert group.tested.n.tolist() == [180, 180] and group.tested.loss[1] == pytest.approx(8 / 180)
+    assert group.tested.p[1] == pytest.approx(guarantee.hoeffding_bentkus(8, 180, 0.05))
+    assert group.sparsity == 0.5 and found["worst task"].sparsity == 0.5
+    assert found["story_retrieval"].sparsity == 0.9 and found["niah"].sparsity == 0.5
+
+
+def test_what_was_not_run_on_every_task_ends_group_and_worst():
+    study = built(of({"quest": {0.5: 0, 0.9: 0}}), of({"quest": {0.5: 0}}, task="story_retrieval"))
+    found = only(study)
+    assert found["niah"].sparsity == 0.9
+    assert found["multiple_qa"].sparsity == found["worst task"].sparsity == 0.5
+    assert "0.9: not run" in found["worst task"].reason
+
+
+def test_documents_missing_in_either_run_do_not_count():
+    dense = record("niah", "dense", None, [np.nan] * 10 + [1.0] * 90)
+    sparse = record("niah", "quest", 0.5, [0.0] * 10 + [1.0] * 60 + [np.nan] * 30)
+    found = only(built([dense, sparse]))["niah"]
+    assert found.tested.n[0] == 60 and found.tested.loss[0] == 0 and found.certified == 1
+
+
+def refusal(study, options=OPTIONS):
+    found = only(study, options)["niah"]
+    section = certificates.section(study, options)
+    assert found.refused and found.sparsity is None and not any(" keeps " in said for said in section.sentences)
+    assert any(found.reason in said for said in section.sentences)
+    return found.reason
+
+
+def test_a_model_that_fails_the_task_has_no_certificate():
+    """It loses nothing, since there is nothing to lose."""
+    dense = record("niah", "dense", None, right(100, 97))
+    said = refusal(built([dense, record("niah", "quest", 0.9, right(100, 97))]))
+    assert "dense cannot do this task: 0.03 ± 0.02 against chance 0" in said
+
+
+def test_refusals_say_why():
+    short = of({"quest": {0.5: 0}}, 30)
+    assert "30 documents are too few" in refusal(built(short)) and "could certify 0.074" in refusal(built(short))
+    assert "no dense baseline" in refusal(built([record("niah", "quest", 0.5, right(100))]))
+    unscored = [record("niah", "dense", None, None), record("niah", "quest", 0.5, None)]
+    assert "no bands, no certificate" in refusal(built(unscored))
+    bits = of({"quest": {0.5: 0}}, metric="bits_per_char", chance=None)
+    assert "never certified" in refusal(built(bits))
+    unknown = of({"quest": {0.5: 0}}, chance=None)
+    assert "--chance niah=.25" in refusal(built(unknown))
+
+
+def test_a_task_that_dense_cannot_do_stays_in_the_family_and_hands_on():
+    """The family is not chosen by scores; what loses nothing passes its level on."""
+    floor = [record("vt", method, sparsity, right(100, 99)) for method, sparsity in (("dense", None), ("quest", 0.5))]
+    found = only(built(of({"quest": {0.5: 0}}), floor))
+    assert found["niah"].family == 2 and found["niah"].certified == 1
+    assert found["vt"].refused and found["vt"].sparsity is None
+    assert found["worst task"].certified == 1 and not found["worst task"].refused
+
+
+def test_native_knobs_are_ordered_by_measured_sparsity():
+    rows = [record("niah", "dense", None, right(100))]
+    for k, measured, wrong in ((3, 0.7, 0), (1, 0.93, 20), (2, 0.81, 1)):
+        rows.append(
+            record("niah", "quest", None, right(100, wrong), measured=measured, knobs={"quest": {"budget": k}},
+                   budget_knobs={"quest": ("budget",)})
+        )  # fmt: skip
+    assert only(built(rows))["niah"].sparsity == 0.81
+
+
+def test_options_reach_the_result():
+    study = built(of({"quest": {0.5: 3}}))
+    assert only(study)["niah"].certified == 0
+    assert only(study, certify.Options(tolerance=0.1))["niah"].certified == 1
+    assert only(study, certify.Options(test="paired-t", level=0.2))["niah"].certified == 1
+    caption = certificates.section(study, certify.Options(test="paired-t")).tables[0].caption
+    assert "without a finite-sample guarantee" in caption
+
+
+def test_the_section():
+    lengths = [
+        of({"quest": {0.5: 0, 0.9: wrong}, "oracle_topk": {0.5: 0}}, task=task, length=length)
+        for task, wrong in (("niah", 0), ("vt", 30))
+        for length in (4096, 16384)
+    ]
+    section = certificates.section(built(*lengths))
+    wide, long = section.tables
+    assert wide.header == ("model", "method", "length", "setting", "niah", "vt", "worst task")
+    assert ("org/model", "quest", 4096, "", 0.9, 0.5, 0.5) in wide.rows
+    assert len(long.rows) == 12 and "Holm over their sequences" in wide.caption
+    assert (
+        "quest (org/model, 4096 tokens) keeps niah within 0.05 of dense up to sparsity 0.9, vt within 0.05 of dense up "
+        "to sparsity 0.5 (level 0.1, Holm over 2 tasks, 100 documents)."
+    ) in section.sentences
+    (figure,) = section.figures
+    assert figure.name == "certificates_length" and len(figure.panels) == 1, "oracles are not drawn"
+    mean = figure.panels[0].series[-1]
+    assert mean.y == pytest.approx((0.7, 0.7)) and mean.low == pytest.approx((0.7 - np.std([0.9, 0.5], ddof=1),) * 2)
+
+
+def test_an_empty_study_has_an_empty_section():
+    section = certificates.section(built([record("niah", "dense", None, right(50))]))
+    assert section.sentences == () and section.tables == ()

@@ -1,0 +1,128 @@
+"""What is recommended: the cheapest certified configuration, or a refusal with its reason."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mapie")
+from few_studies import built, of, record, right
+
+from lm_eval_sparse.analysis import guarantee
+from lm_eval_sparse.analysis.certify import Options
+from lm_eval_sparse.analysis.choice import choose
+from lm_eval_sparse.errors import UserError
+
+
+def density(point):
+    return 1 - point.measured
+
+
+def test_the_cheapest_certified_and_its_runner_up():
+    study = built(of({"quest": {0.5: 0, 0.9: 0, 0.95: 30}, "snapkv": {0.5: 0, 0.8: 0, 0.95: 25}}))
+    choice = choose(study, Options(), density, task="niah")
+    assert (choice.best.label, choice.best.sparsity) == ("quest", 0.9)
+    assert (choice.runner_up.label, choice.runner_up.sparsity) == ("snapkv", 0.8)
+    assert choice.refusal is None and choice.family == 2 and len(choice.certified) == 4
+    assert any("quest of org/model at 0.95" in line and "loses more" in line for line in choice.measure)
+    prices = {"dense": 3.0, "quest": 2.0, "snapkv": 0.5}
+    expensive = choose(study, Options(), lambda point: prices[point.record.method], task="niah")
+    assert expensive.best.label == "snapkv"
+
+
+def test_a_model_that_fails_the_task_is_a_refusal():
+    rows = [record("niah", "dense", None, right(100, 98)), record("niah", "quest", 0.9, right(100, 98))]
+    choice = choose(built(rows), Options(), density, task="niah")
+    assert choice.best is None and choice.runner_up is None and choice.certified == ()
+    assert "dense cannot do this task: 0.02 ± 0.01 against chance 0" in choice.refusal
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (of({"quest": {0.5: 0}}, 20), "20 documents are too few"),
+        ([record("niah", "quest", 0.5, right(100))], "no dense baseline"),
+        ([record("niah", "dense", None, None), record("niah", "quest", 0.5, None)], "no bands, no certificate"),
+        ([record("niah", "dense", None, right(100))], "dense runs only"),
+        (of({"quest": {0.5: 0}}, chance=None), "--chance niah=.25"),
+        (of({"quest": {0.5: 50}}), "loses more than 0.05"),
+        (of({"oracle_topk": {0.5: 0}}), "no method was run"),
+    ],
+)
+def test_refusals_have_reasons(rows, said):
+    choice = choose(built(rows), Options(), density, task="niah")
+    assert choice.best is None and said in choice.refusal
+
+
+def test_unknown_costs_are_not_guessed():
+    study = built(of({"quest": {0.5: 0}}))
+    choice = choose(study, Options(), lambda point: None, task="niah")
+    assert choice.best is None and "not known" in choice.refusal and "quest at 0.5" in choice.refusal
+    assert len(choice.certified) == 1
+
+
+def test_dense_is_recommended_where_nothing_is_cheaper():
+    choice = choose(built(of({"quest": {0.5: 0}})), Options(), lambda point: 1.0, task="niah")
+    assert choice.best is None and "take dense" in choice.refusal
+
+
+def test_all_candidates_are_one_family():
+    """60 documents without a loss have p=.046: certified alone, not among five of which four lose all."""
+    alone = choose(built(of({"quest": {0.5: 0}}, 60)), Options(), density, task="niah")
+    assert alone.best is not None
+    others = {name: {0.5: 50} for name in ("snapkv", "tova", "knorm", "h2o")}
+    many = choose(built(of({"quest": {0.5: 0}, **others}, 60)), Options(), density, task="niah")
+    assert many.family == 5 and many.best is None and "77 documents would do" in many.refusal
+    assert guarantee.least_documents(0.05, 0.1, 5) == 77
+
+
+def test_every_task_of_a_group_must_be_kept():
+    both = built(of({"quest": {0.5: 0, 0.9: 0}}), of({"quest": {0.5: 0, 0.9: 40}}, task="story_retrieval"))
+    assert choose(both, Options(), density, task="niah").best.sparsity == 0.9
+    choice = choose(both, Options(), density, group="multiple_qa")
+    assert choice.best.sparsity == 0.5 and len(choice.best.points) == 2 and choice.family == 1
+
+
+def test_every_length_unless_one_is_given():
+    both = built(of({"quest": {0.5: 0, 0.9: 0}}), of({"quest": {0.5: 0, 0.9: 40}}, length=16384))
+    assert choose(both, Options(), density, task="niah").best.sparsity == 0.5
+    assert choose(both, Options(), density, task="niah", length=4096).best.sparsity == 0.9
+    with pytest.raises(UserError, match="--length 32768: these results have 4096, 16384"):
+        choose(both, Options(), density, task="niah", length=32768)
+
+
+def test_a_smaller_model_is_said_to_be_worse():
+    large = of({"quest": {0.9: 0}}, model="org/large")
+    small = of({"quest": {0.9: 0}}, model="org/small", dense_wrong=40)
+    for row in small[1:]:
+        assert row.score == 1
+    choice = choose(built(large, small), Options(), lambda p: 1.0 if "small" in p.record.model else 9.0, task="niah")
+    assert choice.best is None, "dense costs as much"
+    cost = lambda p: (1 if "small" in p.record.model else 9) * (1 - p.measured)  # noqa: E731
+    choice = choose(built(large, small), Options(), cost, task="niah")
+    assert choice.best.model == "org/small" and choice.runner_up.model == "org/large"
+    assert any("org/small scores 0.600 there, and org/large 1.000" in note for note in choice.notes)
+
+
+def test_what_is_asked_for_must_be_there():
+    study = built(of({"quest": {0.5: 0}}))
+    with pytest.raises(UserError, match="did you mean 'niah'"):
+        choose(study, Options(), density, task="nia")
+    with pytest.raises(UserError, match="choose single_qa"):
+        choose(study, Options(), density, group="qa")
+    with pytest.raises(UserError, match="none of its tasks"):
+        choose(study, Options(), density, group="single_qa")
+    with pytest.raises(UserError, match="one of them"):
+        choose(study, Options(), density)
+
+
+def test_the_chosen_configuration_is_rarely_false():
+    """Eight methods at the tolerance in truth: any recommendation is false. At most the level, of fresh draws."""
+    rng, draws, false = np.random.default_rng(), 60, 0
+    for _ in range(draws):
+        rows = [record("niah", "dense", None, np.ones(60))]
+        rows += [
+            record("niah", f"method{m}", 0.5, (rng.random(60) >= 0.05).astype(float)) for m in range(8)
+        ]  # fmt: skip
+        false += choose(built(rows), Options(), density, task="niah").best is not None
+    assert false <= 16, "level .1 of 60 draws is 6; more than 16 come once in some 10,000"

@@ -1,0 +1,157 @@
+"""Flips, ties and leads against statsmodels and scipy, and what is said of a study."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mapie")
+pytest.importorskip("statsmodels")
+from few_studies import built, of, record, right
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.weightstats import ttost_paired
+
+from lm_eval_sparse.analysis import compare, pairs
+from lm_eval_sparse.analysis.certify import Options
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng()
+
+
+# -- arrays
+
+
+def test_flips_are_statsmodels_exact_mcnemar(rng):
+    dense = (rng.random(60) < 0.7).astype(float)
+    sparse = (rng.random((20, 60)) < rng.random((20, 1))).astype(float)
+    sparse[0] = dense
+    found = compare.flips(dense, sparse)
+    for i in range(20):
+        table = [[np.sum((dense == a) & (sparse[i] == b)) for b in (1, 0)] for a in (1, 0)]
+        assert found.lost[i] == table[0][1] and found.gained[i] == table[1][0] and found.n[i] == 60
+        assert found.p[i] == pytest.approx(mcnemar(table, exact=True).pvalue)
+
+
+def test_graded_scores_fall_and_rise():
+    found = compare.flips([0.5, 0.5, 0.5, np.nan, 1.0], [[0.25, 0.75, 0.5, 1.0, np.nan]])
+    assert (found.lost[0], found.gained[0], found.n[0]) == (1, 1, 3)
+    assert compare.graded([0, 1, 0.5]) and not compare.graded([0, 1, np.nan])
+
+
+def test_differences_are_scipys_paired_t(rng):
+    first, second = rng.random((10, 40)), rng.random((10, 40)) + 0.05
+    holes = rng.random((10, 40)) < 0.2
+    found = compare.compare(first, np.where(holes, np.nan, second), 0.05)
+    for i in range(10):
+        a, b = first[i][~holes[i]], second[i][~holes[i]]
+        assert found.p_differ[i] == pytest.approx(stats.ttest_rel(a, b).pvalue)
+        assert found.difference[i] == pytest.approx((a - b).mean()) and found.n[i] == len(a)
+
+
+def test_a_tie_is_tost_with_one_more_document_against_it(rng):
+    first = rng.random((20, 80))
+    second = first + rng.normal(0, 0.1, (20, 80)) + rng.normal(0, 0.03, (20, 1))
+    found = compare.compare(first, second, 0.05)
+    for i in range(20):
+        change = first[i] - second[i]
+        upper = stats.ttest_1samp([*change, 1.0], 0.05, alternative="less").pvalue
+        lower = stats.ttest_1samp([*change, -1.0], -0.05, alternative="greater").pvalue
+        assert found.p_tie[i] == pytest.approx(max(upper, lower, 0.95**80))
+        assert found.p_tie[i] >= ttost_paired(first[i], second[i], -0.05, 0.05)[0] - 1e-9
+
+
+def test_with_many_documents_a_tie_is_statsmodels_tost(rng):
+    first = rng.random(20_000)
+    second = first + rng.normal(0.045, 0.5, 20_000)
+    assert compare.compare(first, second, 0.05).p_tie == pytest.approx(
+        ttost_paired(first, second, -0.05, 0.05)[0], abs=0.03
+    )
+
+
+def test_no_tie_from_fewer_documents_than_could_show_it():
+    """A t-test of no variance, or of two documents, would call anything a tie."""
+    for n in (2, 10, 44):
+        assert compare.compare(np.ones(n), np.ones(n), 0.05).p_tie >= 0.95**n > 0.1
+    assert compare.compare(np.ones(100), np.ones(100), 0.05).p_tie < 0.01
+    assert compare.compare(np.ones(100), np.full(100, 0.94), 0.05).p_tie > 0.5, "a difference of .06 throughout"
+    assert compare.compare([1.0], [1.0], 0.05).p_tie == 1
+
+
+def test_no_lead_from_fewer_documents_than_could_show_it():
+    assert compare.compare([1.0, 1.0], [0.0, 0.0], 0.05).p_differ == 0.5
+    assert compare.compare([1.0, 1.0], [1.0, 1.0], 0.05).p_differ == 1
+    assert compare.compare(np.ones(10), np.zeros(10), 0.05).p_differ == pytest.approx(2**-9)
+
+
+def test_false_ties_stay_below_the_level(rng):
+    """Methods that differ by just the margin. The plain TOST, as the control, calls more than the level allows tied."""
+    draws, plain = 2000, 0
+    change = (rng.random((draws, 50)) < 0.05).astype(float)
+    found = compare.compare(change, np.zeros_like(change), 0.05)
+    assert np.mean(found.p_tie <= 0.1) <= 0.1 + 4 * np.sqrt(0.09 / draws)
+    sd = change.std(1, ddof=1) / np.sqrt(50)
+    with np.errstate(divide="ignore"):
+        plain = np.mean(stats.t.cdf((change.mean(1) - 0.05) / sd, 49) <= 0.1)
+    assert plain > 0.2
+
+
+# -- the section
+
+
+def table(section, name):
+    found = next(one for one in section.tables if one.name == name)
+    return [dict(zip(found.header, row, strict=True)) for row in found.rows]
+
+
+def test_ahead_tied_and_not_told_apart():
+    study = built(of({"quest": {0.9: 0}, "snapkv": {0.9: 1}, "tova": {0.9: 40}, "knorm": {0.9: 4}}, phase="decode"))
+    section = pairs.section(study)
+    (row,) = table(section, "standings")
+    assert row["highest"] == "quest" and row["ahead of"] == "tova" and row["ties with"] == "snapkv"
+    assert row["not told apart from"] == "knorm" and row["comparisons"] == 6
+    study = built(of({"quest": {0.9: 0}, "snapkv": {0.9: 1}}))
+    assert any("at 0.9 quest and snapkv tie" in said for said in pairs.section(study).sentences)
+
+
+def test_phases_and_sparsities_are_not_mixed_and_oracles_left_out():
+    rows = of({"quest": {0.9: 0, 0.5: 0}})
+    rows += [
+        record("niah", "flexprefill", 0.9, right(100), phase="prefill"),
+        record("niah", "oracle_topk", 0.9, right(100)),
+    ]
+    section = pairs.section(built(rows))
+    assert not any(one.name == "standings" for one in section.tables)
+    rows.append(record("niah", "tova", None, right(100), measured=0.91, knobs={"tova": {"capacity": 9}}))
+    (row,) = table(pairs.section(built(rows)), "standings")
+    assert row["sparsity"] == 0.9 and (row["measured from"], row["to"]) == (0.9, 0.91)
+    rows[-1] = record("niah", "tova", None, right(100), measured=0.93, knobs={"tova": {"capacity": 9}})
+    assert not any(one.name == "standings" for one in pairs.section(built(rows)).tables), ".03 apart"
+
+
+def test_ties_of_few_documents_are_not_called_ties():
+    study = built(of({"quest": {0.9: 0}, "snapkv": {0.9: 0}}, 40))
+    (row,) = table(pairs.section(study), "standings")
+    assert row["not told apart from"] == "snapkv" and row["ties with"] == ""
+
+
+def test_flips_and_worst_task():
+    study = built(of({"quest": {0.9: 12}}), of({"quest": {0.9: 3}}, task="vt"))
+    section = pairs.section(study)
+    first = next(row for row in table(section, "flips") if row["task"] == "niah")
+    assert (first["lost"], first["gained"], first["documents"]) == (12, 0, 100)
+    assert first["p"] == pytest.approx(2 * 0.5**12) and first["scores"] == "0 or 1"
+    assert any("quest at 0.9 (-12, +0 of 100)" in said for said in section.sentences)
+    (worst,) = table(section, "worst_task")
+    assert worst["worst task"] == "niah" and worst["fall"] == pytest.approx(0.12) and worst["tasks"] == 2
+    assert worst["mean fall"] == pytest.approx(0.075)
+
+
+def test_no_word_where_dense_cannot_do_the_task():
+    rows = [record("niah", "dense", None, right(100, 98))]
+    rows += [record("niah", name, 0.9, right(100, 98)) for name in ("quest", "snapkv")]
+    section = pairs.section(built(rows), Options())
+    assert section.sentences == () and [one.name for one in section.tables] == ["flips"]
+    assert all("dense cannot" in row["why nothing is said"] for row in table(section, "flips"))
