@@ -166,7 +166,7 @@ def _cells(study: Study, task: str | None, group: str | None, length: int | None
         what = f"--task {shown(task)}: it"
     if not cells:
         present = list(dict.fromkeys(cell.family for cell in study.primary))
-        close = nearest(task or "", [*present, *(cell.short for cell in study.primary)]) if task else ""
+        close = nearest(task or "", sorted({*present, *(cell.short for cell in study.primary)})) if task else ""
         raise UserError(f"{what} is not in these results, which hold {', '.join(map(shown, present[:20]))}{close}")
     families = sorted({cell.family for cell in cells if cell.short == task})
     if len(families) > 1:

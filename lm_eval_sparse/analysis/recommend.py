@@ -91,9 +91,9 @@ def text(found: Choice, options: Options, by: str, answer: float) -> str:
     else:
         how = "" if options.test == "hoeffding-bentkus" else f"; {options.test}: an approximation, no guarantee"
         lines = [
-            f"Take {_named(found.best)}: the cheapest of {len(found.certified)} configurations that are certified to lose at "
-            f"most {options.tolerance:g} against dense on {kept} (level {options.level:g} for all {found.family} candidates "
-            f"together{how}).",
+            f"Take {_named(found.best)}: the cheapest of {len(found.certified)} configurations that are certified to "
+            f"lose at most {options.tolerance:g} against dense on {kept} (level {options.level:g} for all "
+            f"{found.family} candidates together{how}).",
             f"  {_figures(found.best, by)}",
         ]
         if found.runner_up is not None:
@@ -102,8 +102,8 @@ def text(found: Choice, options: Options, by: str, answer: float) -> str:
             lines.append("Runner-up: none is certified and cheaper than dense.")
         if by == "cost":
             lines.append(
-                f"Cost: what a prompt and {answer:g} tokens take at least on a device of {OPERATIONS / 1e12:g} Tflop/s and "
-                f"{BYTES / 1e12:g} TB/s, batch {options.batch:g}, selecting included."
+                f"Cost: what a prompt and {answer:g} tokens take at least on a device of {OPERATIONS / 1e12:g} Tflop/s "
+                f"and {BYTES / 1e12:g} TB/s, batch {options.batch:g}, selecting included."
             )
     lines += [f"Note: {note}." for note in found.notes[:5]]
     if found.measure:
@@ -123,13 +123,13 @@ def _figures(one: Candidate, by: str) -> str:
     told = unknown if one.cost is None else f"{one.cost:.3g}"
     dense = unknown if one.dense_cost is None else f"{one.dense_cost:.3g}"
     return (
-        f"{by}: {told} {BY[by]} (dense {dense}); score {one.score:.3f} (dense {one.dense_score:.3f}); measured sparsity "
-        f"{one.measured:.3f}; mean loss at most {one.loss:.3f}, p = {one.p:.2g}, {one.documents} documents"
+        f"{by}: {told} {BY[by]} (dense {dense}); score {one.score:.3f} (dense {one.dense_score:.3f}); measured "
+        f"sparsity {one.measured:.3f}; mean loss at most {one.loss:.3f}, p = {one.p:.2g}, {one.documents} documents"
     )
 
 
 def model_args(record: Record) -> str:
-    """The model arguments of a run, as lm-eval takes them; those that change nothing of what is computed are left out."""
+    """The model arguments of a run, as lm-eval takes them; those that change nothing of its answers are left out."""
     given = {name: value for name, value in record.model_args.items() if name not in _IDLE and value is not None}
     given.setdefault("pretrained", record.model)
     order = sorted(given, key=lambda name: (name != "pretrained", name != "method", not name.endswith("sparsity")))

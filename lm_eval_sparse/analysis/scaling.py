@@ -146,8 +146,8 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
                 (*header, "R² of logits", "runs", "clusters", "clipped", "note"),
                 tuple(coefficients),
                 "logit(score) = eps + delta_task + alpha ln N + beta ln L + gamma ln C, C = 1 / (1 - measured "
-                "sparsity), of tasks that dense attention can do. Errors are clustered by model, task and length; bands "
-                f"cover {LEVEL:.0%}, and there are none below {CLUSTERS} clusters or where there are more coefficients. "
+                "sparsity), of tasks that dense attention can do. Errors are clustered by model, task and length; "
+                f"bands cover {LEVEL:.0%}, and none are below {CLUSTERS} clusters or where there are more coefficients. "
                 f"Clipped: scores that were moved off 0 or 1.{left}",
             )
         )

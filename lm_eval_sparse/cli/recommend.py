@@ -8,13 +8,9 @@ from .parser import Command, Parser
 
 def run(argv: list[str]) -> int:
     """Print the cheapest certified configuration; 1 when nothing is recommended."""
-    parser = Parser.of(
-        "recommend", "The cheapest configuration that is certified to keep a task, or why there is none."
-    )
+    parser = Parser.of("recommend", "The cheapest configuration that is certified to keep a task, or why none.")
     add_results(parser)
-    parser.add_argument(
-        "--task", help="name, family or short name: forced_frontier_niah_4k, forced_frontier_niah, niah"
-    )
+    parser.add_argument("--task", help="name, family or short name, such as forced_frontier_niah or niah")
     parser.add_argument("--group", help="single_qa, multiple_qa, high_scope or high_dispersion: all its tasks")
     parser.add_argument("--length", metavar="L", help="tokens, such as 4096 or 4k (default: all that were run)")
     parser.add_argument("--by", choices=("cost", "memory", "time"), default="cost", help="what is to be least")
