@@ -58,7 +58,9 @@ def test_lm_eval_commands_are_passed_on(passed_on: list[list[str]], argv: list[s
 def test_unknown_command_is_one_line(passed_on: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["metods"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("lm-eval-sparse: error: unknown command 'metods'; commands are methods, plot, ")
+    assert line.startswith(
+        "lm-eval-sparse: error: unknown command 'metods'; commands are methods, analyze, recommend, "
+    )
     assert "did you mean 'methods' or " in line
     assert passed_on == [["hook"]]
 
@@ -152,6 +154,12 @@ def test_a_misspelt_option_is_told_the_nearest(
 
 #: A sub-command of ours without what it needs, or with what it does not know -> what the complaint must name.
 INCOMPLETE = {
+    "analyze": "RESULTS, --output",
+    "analyze results": "--output",
+    "analyze results --output out --colour red": "--colour red",
+    "analyze results --output out --test t": "--test: invalid choice: 't'",
+    "recommend": "RESULTS",
+    "recommend results --by price": "--by: invalid choice: 'price'",
     "plot": "RESULTS, --output",
     "plot results": "--output",
     "plot results --output": "--output: expected one argument",

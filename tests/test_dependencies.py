@@ -25,7 +25,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = {canonicalize_name(line.name): line for line in map(Requirement, PROJECT["dependencies"])}
 
 #: Imported inside functions only, where a file says what it does without: module -> where it comes from.
-OPTIONAL = {"flash_attn": "fa4", "cutlass": "fa4", "pytest": "dev"}
+OPTIONAL = {
+    "flash_attn": "fa4", "cutlass": "fa4", "pytest": "dev",
+    **dict.fromkeys(("mapie", "markupsafe", "pandas", "plotly", "pyarrow", "scipy", "statsmodels"), "analysis"),
+}  # fmt: skip
 OURS = {"lm_eval_sparse", "_lm_eval_sparse_hook"}
 
 
@@ -34,6 +37,8 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 
     def walk(node: ast.AST, early: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue  # never runs
             if isinstance(child, ast.Import):
                 yield from ((alias.name.split(".")[0], early) for alias in child.names)
             elif isinstance(child, ast.ImportFrom) and child.level == 0:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from .guarantee import Floats
 
@@ -32,6 +31,8 @@ class Flips:
 
 def flips(dense: ArrayLike, sparse: ArrayLike) -> Flips:
     """Flips of runs (..., n) against a dense one (n,); nan where a run lacks a document."""
+    from scipy import stats
+
     change = np.asarray(sparse, np.float64) - np.asarray(dense, np.float64)
     lost, gained, n = (np.sum(which, axis=-1) for which in (change < 0, change > 0, ~np.isnan(change)))
     p = np.minimum(1.0, 2 * stats.binom.cdf(np.minimum(lost, gained), lost + gained, 0.5))
@@ -74,6 +75,8 @@ def compare(first: ArrayLike, second: ArrayLike, margin: float) -> Compared:
     Args:
         margin: difference of means, in the scores' own unit, in (0, 1), below which it is a tie.
     """
+    from scipy import stats
+
     change = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     there = ~np.isnan(change)
     n = there.sum(axis=-1)

@@ -147,7 +147,7 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
                 tuple(coefficients),
                 "logit(score) = eps + delta_task + alpha ln N + beta ln L + gamma ln C, C = 1 / (1 - measured "
                 "sparsity), of tasks that dense attention can do. Errors are clustered by model, task and length; "
-                f"bands cover {LEVEL:.0%}, and none are below {CLUSTERS} clusters or where there are more coefficients. "
+                f"bands cover {LEVEL:.0%}; there are none below {CLUSTERS} clusters, or where coefficients are more. "
                 f"Clipped: scores that were moved off 0 or 1.{left}",
             )
         )

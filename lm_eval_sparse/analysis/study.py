@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import UserError
 from ..labels import label
 from ..results.schema import Record, Shape
+from .variants import chain_labels, is_dense, variant
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -198,7 +199,7 @@ def build(
             f"runs that cannot be compared: {'; '.join(lines[:_NAMED])}{more}; give the runs of one kind, or "
             "--allow-mixed to see them side by side, marked"
         )
-    chains = _chain_labels(rows)
+    chains = chain_labels(rows)
     cells, kept = [], []
     for (model, task, metric_name, setting), members in settings.items():
         cell = _cell(model, task, metric_name, marks.get((model, task, setting), ""), members, chains, levels, said)
@@ -213,7 +214,7 @@ def _once(records: Iterable[Record]) -> list[Record]:
     found: dict[tuple[Any, ...], Record] = {}
     for row in records:
         key = (row.date, row.command, row.task, row.metric, row.score, row.n, row.measured, row.device)
-        found.setdefault((*key, row.method, row.requested, _identity(row), _setting(row), _variant(row)), row)
+        found.setdefault((*key, row.method, row.requested, _identity(row), _setting(row), variant(row)), row)
     return list(found.values())
 
 
@@ -306,51 +307,6 @@ def _shown(value: Any) -> str:
     return label("none" if value is None else value, 60)
 
 
-# -- chains
-
-
-def _is_dense(row: Record) -> bool:
-    """Every method at sparsity 0 is dense attention."""
-    return row.method == "dense" or (row.measured == 0 and not row.requested)
-
-
-def _variant(row: Record) -> tuple[tuple[str, str], ...]:
-    """What tells chains of one method apart, by name: knobs but those of the budget, preset, backend, code, seeds."""
-    knobs = {
-        f"{method}.{name}": value
-        for method, given in row.knobs.items()
-        if isinstance(given, dict)
-        for name, value in given.items()
-        if name not in row.budget_knobs.get(method, ())
-    }
-    found = {**knobs, "preset": row.preset, "backend": row.backend, "model type": row.runner}
-    if row.code:
-        found["code"] = json.dumps(row.code, sort_keys=True, default=str)
-    if row.requested is None:
-        found["budget"] = "knobs"
-    return tuple(sorted((name, json.dumps(value, default=str)) for name, value in found.items() if value is not None))
-
-
-def _chain_labels(rows: Iterable[Record]) -> dict[tuple[Any, ...], str]:
-    """A label for each method and variant: what all variants of the method share is not said."""
-    variants: dict[str, set[tuple[tuple[str, str], ...]]] = defaultdict(set)
-    for row in rows:
-        if not _is_dense(row):
-            variants[row.method].add(_variant(row))
-    labels = {}
-    for method, found in variants.items():
-        names = sorted({name for one in found for name, _ in one})
-        differing = [name for name in names if len({dict(one).get(name) for one in found}) > 1]
-        for one in found:
-            given = dict(one)
-            parts = [
-                f"{name.removeprefix(f'{method}.')}={json.loads(given[name])}" for name in differing if name in given
-            ]
-            more = f" ({label(', '.join(parts), 120)})" if parts else ""
-            labels[method, one] = f"{label(method, 60)}{more}"
-    return labels
-
-
 # -- cells
 
 
@@ -371,7 +327,7 @@ def _cell(
     by_chain: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Record]]] = defaultdict(lambda: defaultdict(list))
     dense: list[Record] = []
     for row in members:
-        if _is_dense(row):
+        if is_dense(row):
             dense.append(row)
         else:
             key = (
@@ -380,15 +336,15 @@ def _cell(
                 else (None, json.dumps(row.knobs, sort_keys=True, default=str))
             )
             phases = tuple((name, figures.requested) for name, figures in sorted(row.by_phase.items()))
-            by_chain[row.method, row.phases, _variant(row)][(*key, phases)].append(row)
+            by_chain[row.method, row.phases, variant(row)][(*key, phases)].append(row)
     # One baseline: what ran under our own runtime, with the most documents, the newest.
     dense.sort(key=lambda row: (row.method == "dense", row.runner == "sparse-hf", row.n, row.date or ""), reverse=True)
     if not dense and by_chain:
         said.append(f"{where} ({label(metric)}) has no dense run: no loss can be said; run it with method=dense")
     _again(dense, f"{where}: dense", said)
     chains = []
-    for (method, phases, variant), configurations in by_chain.items():
-        name = labels[method, variant]
+    for (method, phases, kind), configurations in by_chain.items():
+        name = labels[method, kind]
         rows = []
         for again in configurations.values():
             again.sort(key=lambda row: (row.n, row.date or ""), reverse=True)
