@@ -427,3 +427,10 @@ def test_hostile_names_stay_text(browser: Browser, tmp_path: Path) -> None:
     assert len(browser.run("[...document.querySelectorAll('h4')].map((head) => head.textContent)")) == panels
     assert browser.run("document.querySelectorAll('.hoverlayer a, .hoverlayer script').length") == 0
     assert browser.errors == [] and browser.requests == [path.as_uri()]
+
+
+def test_a_long_table_says_what_is_left_out() -> None:
+    rows = tuple((f"row{number}", number) for number in range(507))
+    made = page([Section("s", "S", (), (), (Table("long", "Long", ("a", "b"), rows, ""),))], Facts("T"))
+    assert "The first 500 of 507 rows; all of them are in figures/long.csv." in made
+    assert ">row499<" in made.replace(" ", "") and "row500" not in made

@@ -26,6 +26,8 @@ from .tables import numeric
 _LONGEST = 4000
 #: From so many panels on there is a filter, and from so many rows on a table gets one.
 _MANY_PANELS, _MANY_ROWS = 9, 16
+#: Rows of a table that a page holds: nobody scrolls further, and each of ten thousand is drawn by the browser.
+_MOST_ROWS = 500
 #: Texts of a column that stay in one line, and those that get room for several, in characters.
 _SHORT, _LONG = 28, 40
 #: Where the size of the file is written, once it is known. Foreign text cannot hold it: there "<" is escaped.
@@ -91,6 +93,7 @@ def page(sections: Iterable[Section], facts: Facts) -> str:
         many=sum(map(len, prepared.values())) >= _MANY_PANELS,
         facets=_facets(figures),
         many_rows=_MANY_ROWS,
+        most_rows=_MOST_ROWS,
         cells=_cells,
         css=Markup(css),
         plotly=Markup(plotly),
@@ -204,8 +207,9 @@ def _facets(figures: Iterable[Figure]) -> dict[str, list[str]]:
 
 
 def _cells(table: Table) -> dict[str, Any]:
-    """The kind of each column, and rows of (text, number to sort by or None, whether it is known)."""
-    columns = [[row[n] for row in table.rows] for n in range(len(table.header))]
+    """The kind of each column, and the first rows as (text, number to sort by or None, whether it is known)."""
+    first = table.rows[:_MOST_ROWS]
+    columns = [[row[n] for row in first] for n in range(len(table.header))]
     right = [numeric(values) for values in columns]
     shown = [column(values) for values in columns]
     rows = [
@@ -213,7 +217,7 @@ def _cells(table: Table) -> dict[str, Any]:
             (label(cell, _LONGEST), value if isinstance(value, int | float) else None, value is not None)
             for cell, value in zip(cells, row, strict=True)
         ]
-        for cells, row in zip(zip(*shown, strict=True), table.rows, strict=True)
+        for cells, row in zip(zip(*shown, strict=True), first, strict=True)
     ]
     longest = [max((len(str(value)) for value in values), default=0) for values in columns]
     kinds = [

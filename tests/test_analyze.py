@@ -1,0 +1,185 @@
+"""The commands `analyze` and `recommend`, from result files to files and lines, and what they refuse."""
+
+from __future__ import annotations
+
+import builtins
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import made_up
+import pytest
+
+from lm_eval_sparse.analysis import analyze as command
+from lm_eval_sparse.cli import app
+
+MODELS, LENGTHS = tuple(made_up.SHAPES)[:2], ("4k", "16k")
+
+
+def grid(**more: Any) -> Any:
+    given = {
+        "models": MODELS, "lengths": LENGTHS, "tasks": ("niah", "toefl", "story_multihop"),
+        "methods": ("quest", "oracle_topk", "vertical_slash"), "sparsities": (0.5, 0.9), **more,
+    }  # fmt: skip
+    return made_up.runs(**given)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    made_up.write(folder, grid(), documents=60)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def certain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study in which a method loses nothing on a task that the model can do."""
+    folder = tmp_path_factory.mktemp("certain")
+    dense = made_up.Run(MODELS[0], "dense", 0.0, "4k", ("niah",))
+    made_up.write(folder, iter([dense]), documents=100)
+    content, lines = made_up.contents(dense, 100)
+    for sparsity in (0.5, 0.9):
+        run = made_up.Run(MODELS[0], "quest", sparsity, "4k", ("niah",))
+        sparse, _ = made_up.contents(run, 100)
+        sparse["results"] = content["results"]
+        place = folder / f"quest_{sparsity}"
+        place.mkdir()
+        (place / "results_x.json").write_text(json.dumps(sparse))
+        (place / "documents_x.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return app.main([str(argument) for argument in arguments])
+
+
+def test_everything_is_written_and_read_again(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run("analyze", study, "--output", out) == 0
+    said = capsys.readouterr().out
+    names = {path.name for path in out.iterdir()}
+    assert names == {"report.html", "records.jsonl", "table.csv", "table.parquet", "figures", "contents.json"}
+    page = (out / "report.html").read_text()
+    assert all(f'id="section-{name}"' in page for name in command.PARTS), said
+    assert "dense cannot do this task" in page and "lm-eval-sparse analyze" in page
+    with (out / "table.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 2 * 2 * 7 * 3 * 2 == len((out / "records.jsonl").read_text().splitlines())
+    figures = {path.stem for path in (out / "figures").glob("*.svg")}
+    assert figures == {path.stem for path in (out / "figures").glob("*.png")}
+    assert figures <= {path.stem for path in (out / "figures").glob("*.csv")} and len(figures) >= 10
+    # From its own records the same is said, and in the same place.
+    again = tmp_path / "again"
+    assert run("analyze", out / "records.jsonl", "--output", again, "--no-pictures") == 0
+    assert capsys.readouterr().out.replace(str(again), "") == said.replace(str(out), "")
+    assert run("analyze", study, "--output", out, "--no-pictures", "--task", "niah") == 0
+    with (out / "table.csv").open() as stream:
+        assert {row["short"] for row in csv.DictReader(stream)} == {"niah"}
+    assert not list((out / "figures").glob("*.png"))
+
+
+def test_a_configuration_is_recommended_with_a_line_that_parses(
+    certain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("recommend", certain, "--task", "niah", "--length", "4k") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Take quest at sparsity 0.9 of org/small-0.5B: the cheapest of 2 configurations")
+    assert "Runner-up: quest at sparsity 0.5" in said and "run a higher sparsity" in said
+    option, line = shlex.split(said.splitlines()[-1])
+    assert option == "--model_args"
+    assert dict(pair.split("=") for pair in line.split(",")) == {
+        "pretrained": "org/small-0.5B", "method": "quest", "sparsity": "0.9",
+    }  # fmt: skip
+    # By what is held, a method that reads less and keeps all is no better than dense.
+    assert run("recommend", certain, "--task", "niah", "--by", "memory") == 1
+    assert "take dense" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "story_multihop"], r"dense cannot do this task: 0\.\d+ ± 0\.\d+ against chance 0"),
+        (["--group", "high_dispersion"], "dense cannot do this task"),
+        (["--task", "toefl", "--tolerance", ".01"], r"\d+ documents"),
+    ],
+)
+def test_a_refusal_has_its_reason(
+    study: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert run("recommend", study, *arguments) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("Nothing is recommended: ") and re.search(said, out) and "--model_args" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["analyze", "{study}", "--output", "{out}", "--tolerance", "2"], "tolerance"),
+        (["analyze", "{study}", "--output", "{out}", "--level", "0"], "level"),
+        (["analyze", "{study}", "--output", "{out}", "--level", "x"], "--level x: a number is expected"),
+        (["analyze", "{study}", "--output", "{out}", "--batch", "0"], "--batch 0"),
+        (["analyze", "{study}", "--output", "{out}", "--chance", "toefl"], "--chance toefl: TASK=LEVEL is expected"),
+        (["analyze", "{study}", "--output", "{out}", "--chance", "toefl=2"], "--chance toefl=2: TASK=LEVEL"),
+        (["analyze", "{study}", "--output", "{out}", "--chance", "tofl=.2"], "--chance tofl: no such task"),
+        (["analyze", "{study}", "--output", "{out}", "--task", "tofl"], "--task tofl: .* did you mean 'toefl'"),
+        (["analyze", "{study}", "--output", "{out}", "--metric", "f1"], "--metric f1: no run here has it"),
+        (["analyze", "{study}", "--output", "{study}"], "which no analysis has written"),
+        (["analyze", "{empty}", "--output", "{out}"], "no results_"),
+        (["analyze", "{empty}/none", "--output", "{out}"], "no such file or folder"),
+        (["analyze", "{torn}", "--output", "{out}"], "not JSON"),
+        (["analyze", "{foreign}", "--output", "{out}"], "not a result file of lm-eval"),
+        (["analyze", "{newer}", "--output", "{out}"], "a record of schema 99"),
+        (["analyze", "{mixed}", "--output", "{out}"], "runs that cannot be compared: .* seed 0 and 7"),
+        (["recommend", "{study}"], "give --task NAME or --group NAME"),
+        (["recommend", "{study}", "--task", "niah", "--group", "single_qa"], "one of them"),
+        (["recommend", "{study}", "--group", "qa"], "--group qa: choose single_qa"),
+        (["recommend", "{study}", "--task", "niah", "--length", "5k"], "--length 5k: a number of tokens"),
+        (["recommend", "{study}", "--task", "niah", "--length", "99"], "99"),
+        (["recommend", "{study}", "--task", "niah", "--method", "ques"], "--method ques: .* did you mean 'quest'"),
+        (["recommend", "{study}", "--task", "niah", "--answer_tokens", "-1"], "--answer_tokens -1"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_writes_nothing(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    places = {"study": study, "out": tmp_path / "out", "empty": tmp_path / "empty"}
+    places["empty"].mkdir()
+    for name, text in (("torn", '{"results": {'), ("foreign", '{"a": 1}')):
+        places[name] = tmp_path / f"results_{name}.json"
+        places[name].write_text(text)
+    places["newer"] = tmp_path / "records.jsonl"
+    places["newer"].write_text('{"schema_version": 99, "model": "m"}\n')
+    places["mixed"] = tmp_path / "mixed"
+    if "{mixed}" in arguments:
+        for seed in (0, 7):
+            few = made_up.Run(MODELS[0], "dense", 0.0, "4k", ("niah",))
+            made_up.write(places["mixed"] / str(seed), iter([few]), documents=3, task_seed=seed)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*(argument.format(**places) for argument in arguments)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lm-eval-sparse: error: ") and re.search(said, error)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_the_extra_it_says_what_to_type(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = command.importlib.util.find_spec
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "mapie" else found(name))
+    assert run("analyze", study, "--output", tmp_path / "out") == 1
+    assert "analyze needs mapie; type pip install 'lm-eval-sparse[analysis]'" in capsys.readouterr().err
+
+
+def test_plot_needs_nothing_of_the_extra(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refusing(name: str, *more: Any, **named: Any) -> Any:
+        if name.partition(".")[0] in command._EXTRA:
+            raise ImportError(name)
+        return real(name, *more, **named)
+
+    monkeypatch.setattr(builtins, "__import__", refusing)
+    assert run("plot", study, "--output", tmp_path / "a.png", "--task", "forced_frontier_niah_4k") == 0
