@@ -183,3 +183,36 @@ def test_plot_needs_nothing_of_the_extra(study: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(builtins, "__import__", refusing)
     assert run("plot", study, "--output", tmp_path / "a.png", "--task", "forced_frontier_niah_4k") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("no dense", "no dense baseline: run the task with method=dense"),
+        ("no documents", "no bands, no certificate"),
+        ("other documents", "dense and sparse runs have no document in common"),
+        ("no chance", "what chance scores is unknown: give --chance niah=.25"),
+        ("few", "3 documents are too few: a tolerance of 0.05 at level 0.1 needs 45"),
+    ],
+)
+def test_what_cannot_be_certified_is_said_and_nothing_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, said: str
+) -> None:
+    few = grid(models=MODELS[:1], lengths=("4k",), tasks=("niah",), methods=("quest",))
+    runs = tmp_path / "runs"
+    made_up.write(runs, few, documents=3 if change == "few" else 60)
+    for path in list(runs.rglob("*.json*")):
+        dense, text = "dense" in str(path), path.read_text()
+        if (change == "no dense" and dense) or (change == "no documents" and path.suffix == ".jsonl"):
+            path.unlink()
+        elif change == "other documents" and not dense:
+            path.write_text(text.replace('"doc_hash": "', '"doc_hash": "x'))
+        elif change == "no chance":
+            path.write_text(text.replace('"chance"', '"luck"'))
+    assert run("recommend", runs, "--task", "niah") == 1
+    assert said in capsys.readouterr().out
+    assert run("analyze", runs, "--output", tmp_path / "out", "--no-pictures") == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert said in page and "within 0.05 of dense up to" not in page
+    printed = capsys.readouterr().out
+    assert "?" not in printed and "is a tie" not in page and " tie with " not in page

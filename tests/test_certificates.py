@@ -137,7 +137,7 @@ def test_the_section():
     ]
     section = certificates.section(built(*lengths))
     wide, long = section.tables
-    assert wide.header == ("model", "method", "length", "setting", "niah", "vt", "worst task")
+    assert wide.header == ("model", "method", "length", "niah", "vt", "worst task")
     assert ("org/model", "quest", 4096, "", 0.9, 0.5, 0.5) in wide.rows
     assert len(long.rows) == 12 and "Holm over their sequences" in wide.caption
     assert (

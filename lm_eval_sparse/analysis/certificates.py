@@ -67,6 +67,8 @@ def _wide(rows: Sequence[Row], options: Options) -> Table:
         found = {(c.kind, c.name): c.sparsity for c in row.certificates}
         body.append((row.model, row.label, row.length, row.mark, *(found.get(column) for column in columns)))
     header = ("model", "method", "length", "setting", *(name for _, name in columns))
+    if not any(row.mark for row in rows):  # nothing is mixed
+        header, body = header[:3] + header[4:], [line[:3] + line[4:] for line in body]
     return Table("certificates", "Largest certified sparsity", header, tuple(body), _caption(options))
 
 

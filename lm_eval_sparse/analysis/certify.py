@@ -116,6 +116,8 @@ def lines(cells: Iterable[Cell], options: Options) -> list[Line]:
             why = refused
             if why is None and all(point.scores is None for point in chain.points):
                 why = "no per-document scores (--log_samples): no bands, no certificate"
+            if why is None and not own.n.any():
+                why = "dense and sparse runs have no document in common: run both on the same documents"
             # What depends on numbers of documents only may leave the family: no score is looked at.
             why = why or guarantee.too_few(int(own.n.max()), options.tolerance, options.level)
             found.append(Line(cell, chain, tuple(map(key, chain.points)), lost[part], own, why, gate))

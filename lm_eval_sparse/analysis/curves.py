@@ -282,9 +282,15 @@ def _sentences(group: Suite) -> list[str]:
         if not reached:
             continue
         losses = over_tasks(methods, reached[-1:], losses=True)
+        # Runs that have no document in common with dense: nothing is paired, nothing can be said.
+        losses = {name: found for name, found in losses.items() if not np.isnan(found.value[0])}
+        if not losses:
+            continue
         parts = listed((_loss(name, found) for name, found in losses.items()), 20)
         said.append(f"{at}, {phases} at sparsity {reached[-1]:g}, {over}: {parts}.")
-        said += _compared(methods, losses, reached[-1], f"{at}, {phases} at sparsity {reached[-1]:g}")
+        said += _compared(
+            {name: methods[name] for name in losses}, losses, reached[-1], f"{at}, {phases} at sparsity {reached[-1]:g}"
+        )
     return said
 
 
