@@ -138,7 +138,7 @@ def test_the_section():
     section = certificates.section(built(*lengths))
     wide, long = section.tables
     assert wide.header == ("model", "method", "length", "niah", "vt", "worst task")
-    assert ("org/model", "quest", 4096, "", 0.9, 0.5, 0.5) in wide.rows
+    assert ("org/model", "quest", 4096, 0.9, 0.5, 0.5) in wide.rows
     assert len(long.rows) == 12 and "Holm over their sequences" in wide.caption
     assert (
         "quest (org/model, 4096 tokens) keeps within 0.05 of dense niah up to sparsity 0.9, vt up to sparsity 0.5 "

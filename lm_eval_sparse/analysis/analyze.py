@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import PROGRAM, UserError, nearest
 from ..labels import label
 from ..paths import cut
-from ..results.load import read
+from ..results.load import read, without_collecting
 from ..results.schema import Record
 from . import folder
 from .study import Study, build, short_name
@@ -131,10 +131,30 @@ def analyze(
     Raises:
         UserError: what was typed cannot work, or a file cannot be written; then nothing is.
     """
-    from . import page, static, tables, tidy
-
     option = f"--output {cut(output)}"
     place = folder.checked(option, output)
+    with without_collecting():
+        return _analyzed(
+            results, option, place, options, tasks=tasks, metric=metric, chance=chance, allow_mixed=allow_mixed,
+            pictures=pictures, command=command,
+        )  # fmt: skip
+
+
+def _analyzed(
+    results: Sequence[str],
+    option: str,
+    place: Path,
+    options: Options,
+    *,
+    tasks: Sequence[str] | None,
+    metric: str | None,
+    chance: Mapping[str, float] | None,
+    allow_mixed: bool,
+    pictures: bool,
+    command: str,
+) -> str:
+    from . import page, static, tables, tidy
+
     study = study_of(results, tasks=tasks, metric=metric, chance=chance, allow_mixed=allow_mixed, without=place)
     parts = sections(study, options)
     facts = page.Facts(

@@ -118,7 +118,7 @@ def read(
     rows: list[Record] = []
     refused: list[UserError] = []
     unusable: list[str] = []
-    with _without_collecting():
+    with without_collecting():
         for path, named in files:
             try:
                 if path.suffix == ".jsonl":
@@ -147,7 +147,7 @@ def read(
 
 
 @contextlib.contextmanager
-def _without_collecting() -> Iterator[None]:
+def without_collecting() -> Iterator[None]:
     """Millions of small values are made and kept; looking among them for cycles takes a quarter of the time."""
     was = gc.isenabled()
     gc.disable()
