@@ -9,6 +9,7 @@ is seen, and the first that is not rejected ends it. Knows nothing of records, t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -267,6 +268,7 @@ def holm(p: ArrayLike) -> Floats:
 # -- what n documents can say
 
 
+@functools.lru_cache(maxsize=4096)  # a study asks the same a thousand times
 def least_documents(tolerance: float, level: float, chains: int = 1, mean_loss: float = 0.0) -> int | None:
     """The fewest documents with which a mean loss of `mean_loss` is certified, in a family of `chains`.
 
