@@ -209,3 +209,16 @@ def test_the_schema_in_the_docs_is_that_of_the_code() -> None:
     assert text == schema.json_schema(), (
         "write it anew: python -m lm_eval_sparse.results.schema > docs/record.schema.json"
     )
+
+
+def test_a_document_that_scores_more_than_there_is_leaves_no_record(tmp_path: Path) -> None:
+    path = one(tmp_path, documents=4)
+    lines = [json.loads(line) for line in documents(path).read_text().splitlines()]
+    scores = [line["metrics"]["exact"] for line in lines if "exact" in line["metrics"]]
+    for line, score in zip(lines, [scores[0] + 2, scores[1] - 2, *scores[2:]], strict=False):
+        line["metrics"]["exact"] = score  # the mean is what it was
+    documents(path).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    said: list[str] = []
+    rows = read([path], said)
+    assert "exact" not in {row.metric for row in rows}
+    assert any("a number from 0 to 1 is expected" in line for line in said)

@@ -195,8 +195,11 @@ class Record(_Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> Record:
-        if is_share(self.task, self.metric) and not 0 <= self.score <= 1:
-            raise ValueError(f"{self.metric} is {self.score:g}, a number from 0 to 1 is expected")
+        if is_share(self.task, self.metric):
+            scores = self.documents.scores if self.documents else ()
+            for score in (self.score, min(scores, default=0.0), max(scores, default=0.0)):
+                if not 0 <= score <= 1:
+                    raise ValueError(f"{self.metric} is {score:g}, a number from 0 to 1 is expected")
         return self
 
     @property
