@@ -110,8 +110,35 @@ def test_any_task_of_any_model_type_loads(tmp_path: Path) -> None:
     assert (
         len(set(strict.documents.ids)) == 4 and strict.documents.ids == flexible.documents.ids
     )  # one doc stands twice
-    assert (strict.chance, arc.chance, strict.task_version, arc.stderr, arc.documents) == (0.0, 0.25, "3.0", None, None)
+    # What guessing scores where an answer is written is for nobody to guess: bbh and mmlu_pro score exact_match too.
+    assert (strict.chance, flexible.chance) == (None, None)
+    assert (arc.chance, strict.task_version, arc.stderr, arc.documents) == (0.25, "3.0", None, None)
     assert (strict.method, strict.measured, strict.runner, strict.model_hash) == ("dense", 0.0, "hf", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"metadata": {"version": 1.0, "question_first": True}}, True),
+        ({"metadata": {"version": 1.0, "note": "x"}}, False),
+        ({"training_split": "dev"}, False),  # nothing is taken of it
+        ({"num_fewshot": 2, "training_split": "dev"}, True),
+        ({"num_fewshot": 2, "fewshot_config": {"sampler": "first_n"}}, True),
+        ({"doc_to_text": "<function f at 0x7f00aa>"}, False),  # as that of the base but for the address
+        ({"doc_to_text": "<function g at 0x7f00bb>"}, True),
+        ({"test_split": "validation"}, True),
+    ],
+)
+def test_what_decides_what_is_asked_is_in_the_hash_of_a_task(change: dict[str, Any], differs: bool) -> None:
+    shots = {"num_fewshot": 2, "training_split": "train"} if "num_fewshot" in change else {}
+    base = {"task": "gsm8k", "doc_to_text": "<function f at 0x7f00bb>", "metadata": {"version": 1.0}} | shots
+
+    def hashed(config: dict[str, Any]) -> str | None:
+        content = lm_eval_content()
+        content["configs"]["gsm8k"] |= config
+        return next(row.task_hash for row in records(content, "x") if row.task == "gsm8k")
+
+    assert (hashed(base) != hashed(base | change)) == differs
 
 
 def test_documents_that_are_not_those_of_the_score_are_left_out(tmp_path: Path) -> None:
@@ -130,6 +157,12 @@ def test_documents_that_are_not_those_of_the_score_are_left_out(tmp_path: Path) 
     changed["metrics"]["exact"] += 0.5
     rows = reread("\n".join([json.dumps(changed), *lines[1:]]))
     assert rows[0].documents is None and rows[1].documents is not None  # of the other metric they are
+    assert any("and not the mean of the documents beside it" in line for line in said)
+    for doc_id in (float("inf"), float("nan"), 10**400):
+        rows = reread("\n".join([json.dumps(json.loads(lines[0]) | {"doc_id": doc_id}), *lines[1:]]))
+        assert all(row.documents is None or doc_id == 10**400 for row in rows)
+    changed["metrics"]["exact"] = 10**400
+    assert all(row.documents is None for row in reread("\n".join([json.dumps(changed), *lines[1:]]))[:1])
     rows = reread("\n".join(lines)[:-9])
     assert all(row.documents is None for row in rows) and "line 16 is none of a file of documents" in said[0]
     documents(path).unlink()
@@ -145,7 +178,14 @@ def test_documents_that_are_not_those_of_the_score_are_left_out(tmp_path: Path) 
         ({"measured": 1.5}, "measured: Input should be less than or equal to 1 (1.5)"),
         ({"measured": -0.1}, "measured: Input should be greater than or equal to 0"),
         ({"n": 0}, "n: Input should be greater than or equal to 1"),
-        ({"score": 1.5}, "exact is 1.5, a number from 0 to 1 is expected"),
+        ({"score": 1.5, "documents": None}, "exact is 1.5, a number from 0 to 1 is expected"),
+        ({"score": 0.123}, "documents are not those of the score: their number or mean differs"),
+        ({"n": 2}, "documents are not those of the score: their number or mean differs"),
+        ({"task": "wiki", "metric": "perplexity", "score": 1e300, "documents": None}, "score is 1e+300"),
+        ({"schema_version": 0}, "schema_version: Input should be greater than or equal to 1"),
+        ({"chance": -0.1}, "chance: Input should be greater than or equal to 0"),
+        ({"chance": 5}, "chance: Input should be less than or equal to 1"),
+        ({"documents": {"ids": [], "scores": []}}, "documents.ids: Tuple should have at least 1 item"),
         ({"score": None}, "score: Input should be a valid number"),
         ({"stderr": -1}, "stderr: Input should be greater than or equal to 0"),
         ({"model": ""}, "model: String should have at least 1 character"),
@@ -202,6 +242,12 @@ def test_secrets_are_in_no_record(tmp_path: Path) -> None:
     content["config"]["model_args"] |= {"token": "hf_abcdefghijklmnopqrstuvwx", "hf_token": "other"}
     for row in records(content):
         assert "hf_abc" not in row.model_dump_json() and "other" not in row.model_dump_json()
+
+
+def test_model_arguments_given_as_text_are_read_and_masked() -> None:
+    content = lm_eval_content()
+    content["config"]["model_args"] = "pretrained=org/m, max_length=4096,token=hf_abcdefghijklmnopqrstuvwxyz"
+    assert next(iter(records(content, "x"))).model_args == {"pretrained": "org/m", "max_length": "4096"}
 
 
 def test_the_schema_in_the_docs_is_that_of_the_code() -> None:

@@ -5,7 +5,6 @@ Knows names of files and JSON lines.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -15,15 +14,13 @@ from pydantic_core import from_json
 
 from ..errors import UserError
 from .files import read_bytes
+from .parts import is_finite
 from .sample_files import sample_file_name
 from .schema import Documents
 
 _RESULTS = re.compile(r"results_(?P<date>.+)\.json")
 #: Characters of a document's hash that are kept: of a billion documents hardly two would share them.
 _HASH = 16
-#: By how much the mean of the documents' scores may miss the score, relative to it: lm-eval sums in another order.
-_ROUNDING = 1e-6
-
 #: Of each task, metric and filter of answers: the scores by document.
 Scores = dict[tuple[str, str, str], Documents]
 
@@ -65,12 +62,14 @@ def read(path: Path, task: str | None = None) -> Scores:
                 raise TypeError
             key = task if task is not None else row["task"], row.get("filter", "none")
             rows[key].append((int(row["doc_id"]), str(row["doc_hash"]), metrics))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise UserError(f"{path}: line {number} {_NONE_OF_SUCH}") from None
     return {key: documents for (name, rule), lines in rows.items() for key, documents in _columns(name, rule, lines)}
 
 
-_NONE_OF_SUCH = "is none of a file of documents, or is cut off; delete the file"
+_NONE_OF_SUCH = (
+    "is none of a file of documents, or is cut off: its run stands without scores by document; run it again for them"
+)
 
 
 def _lines(path: Path) -> list[Any]:
@@ -113,15 +112,5 @@ def _columns(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def are_of(documents: Documents, score: float, n: int) -> bool:
-    """Whether a score is the mean of these documents' scores, and all of them are here.
-
-    It is not for scores over a whole corpus, such as F1 or perplexity, nor where a file has lost lines.
-    """
-    if len(documents.scores) != n:
-        return False
-    mean = math.fsum(documents.scores) / n
-    return abs(mean - score) <= _ROUNDING * max(1.0, abs(score))
+    """True and false are: some metrics of lm-eval score so."""
+    return isinstance(value, bool) or is_finite(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,11 @@ from pydantic import ValidationError
 
 from .. import masking
 from ..errors import UserError
-from .documents import Scores, are_of, of_samples
+from .documents import Scores, of_samples
 from .figures import PHASES
 from .parts import MISSING, Part, is_finite
 from .reproduce import reproduce_command
-from .schema import Documents, PhaseFigures, Range, Record, Shape, said
+from .schema import Documents, PhaseFigures, Range, Record, Shape, are_of, is_share, said
 
 #: Measurements among lm-eval's metrics, and what it writes where nothing is scored.
 MEASURED = ("sparsity", "prefill_sparsity", "kv_sparsity", "decode_sparsity", "bypass")
@@ -30,6 +31,11 @@ _DECIDES = (
     "target_delimiter", "fewshot_delimiter", "gen_prefix", "output_type", "generation_kwargs", "repeats", "filter_list",
     "metric_list",
 )  # fmt: skip
+#: The same of few-shot examples, and of what users may set of our tasks. Seed and length are fields of their own.
+_FEWSHOT = ("training_split", "fewshot_config")
+_METADATA = ("question_first",)
+#: Where a function lay in the memory of one process.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _SEEDS = {"random": "random_seed", "numpy": "numpy_seed", "torch": "torch_seed", "fewshot": "fewshot_seed"}
 _FIGURES = {
     "requested": "requested_sparsity",
@@ -127,7 +133,9 @@ def _records(whole: Part, left_out: list[str], documents: Scores, path: Path | N
                         n=n,
                         higher_is_better=_higher_is_better(whole["higher_is_better"], task, metric),
                         chance=_chance(whole, task, metric),
-                        documents=_documents(by_document.get((task, metric, rule)), score, n, where, task, left_out),
+                        documents=_documents(
+                            by_document.get((task, metric, rule)), score, n, where, task, metric, left_out
+                        ),
                     )
                 )
             except ValidationError as error:
@@ -136,12 +144,16 @@ def _records(whole: Part, left_out: list[str], documents: Scores, path: Path | N
 
 
 def _documents(
-    found: Documents | None, score: float, n: int, where: str, task: str, left_out: list[str]
+    found: Documents | None, score: float, n: int, where: str, task: str, metric: str, left_out: list[str]
 ) -> Documents | None:
     if found is None or are_of(found, score, n):
         return found
     if len(found.scores) != n:
         left_out.append(f"{where}: of {task} {len(found.scores)} documents are beside it and {n} were scored")
+    elif is_share(task, metric):  # of others a score may be none of a mean
+        left_out.append(
+            f"{where}: {metric} of {task} is {score:.4g} and not the mean of the documents beside it: they are not used"
+        )
     return None
 
 
@@ -246,7 +258,12 @@ def _task_hash(given: Part | None) -> str | None:
     if given is None:
         return None
     decides = {name: given[name].value for name in _DECIDES if given[name].value is not MISSING}
-    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    if given["num_fewshot"].value not in (None, 0, MISSING):
+        decides |= {name: given[name].value for name in _FEWSHOT if given[name].value is not MISSING}
+    if isinstance(metadata := given["metadata"].value, dict):
+        decides |= {name: metadata[name] for name in _METADATA if name in metadata}
+    text = _ADDRESS.sub("", json.dumps(decides, sort_keys=True, default=str))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _chance(whole: Part, task: str, metric: str) -> float | None:
@@ -262,8 +279,8 @@ def _chance(whole: Part, task: str, metric: str) -> float | None:
     choices = given["doc_to_choice"].value
     if given["output_type"].value == "multiple_choice" and metric in ("acc", "acc_norm", "acc_mutual_info"):
         return 1 / len(choices) if isinstance(choices, list) and choices else None
-    # What a model has to write itself is not written by chance.
-    return 0.0 if given["output_type"].value == "generate_until" and metric.startswith("exact") else None
+    # An answer that is written may be one of four letters all the same: what guessing scores has to be said.
+    return None
 
 
 def _measured(sparse: Part, task: str) -> _Measured | None:
@@ -384,5 +401,9 @@ def _date(part: Part) -> str | None:
 
 
 def _masked(part: Part) -> dict[str, Any]:
-    given = _object(part)
+    given = part.value
+    if isinstance(given, str):  # as `simple_evaluate` may be given them
+        given = dict(pair.strip().partition("=")[::2] for pair in given.split(",") if "=" in pair)
+    if not isinstance(given, dict):
+        return {}
     return {name: masking.masked(value) for name, value in given.items() if not masking.is_secret(name)}

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import UserError
 from .files import brief
+from .parts import LARGEST
 
 #: Raised when a field changes its meaning or goes; a field that comes, with a default, does not raise it.
 SCHEMA_VERSION = 1
@@ -22,6 +23,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
+
+#: By how much the mean of the documents' scores may miss the score, relative to it: lm-eval sums in another order.
+_ROUNDING = 1e-6
 
 #: Metrics that are shares of something, in whatever task they stand.
 SHARES = ("acc", "acc_norm", "acc_mutual_info", "exact", "exact_match", "average_precision", "iou")
@@ -102,7 +106,7 @@ class Documents(_Strict):
         scores: of each document the metric.
     """
 
-    ids: tuple[Name, ...]
+    ids: Annotated[tuple[Name, ...], Field(min_length=1)]
     scores: tuple[float, ...]
 
     @model_validator(mode="after")
@@ -144,7 +148,7 @@ class Record(_Strict):
         source: the file; it is not written.
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
     model: Name
     model_revision: str | None = None
     model_hash: str | None = None
@@ -179,7 +183,7 @@ class Record(_Strict):
     stderr: Positive | None = None
     n: Annotated[int, Field(ge=1)]
     higher_is_better: bool
-    chance: float | None = None
+    chance: Share | None = None
     documents: Documents | None = None
     seconds: Positive | None = None
     seconds_by_phase: dict[str, Positive] = {}
@@ -195,6 +199,10 @@ class Record(_Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> Record:
+        if self.documents is not None and not are_of(self.documents, self.score, self.n):
+            raise ValueError("documents are not those of the score: their number or mean differs")
+        if abs(self.score) > LARGEST:
+            raise ValueError(f"score is {self.score:g}, which nobody measures")
         if is_share(self.task, self.metric):
             scores = self.documents.scores if self.documents else ()
             for score in (self.score, min(scores, default=0.0), max(scores, default=0.0)):
@@ -206,6 +214,17 @@ class Record(_Strict):
     def bounded(self) -> bool:
         """Whether the metric is a share, and the higher the better: what losses may be certified of."""
         return self.higher_is_better and is_share(self.task, self.metric)
+
+
+def are_of(documents: Documents, score: float, n: int) -> bool:
+    """Whether a score is the mean of these documents' scores, and all of them are here.
+
+    It is not for scores over a whole corpus, such as F1 or perplexity, nor where a file has lost lines.
+    """
+    if len(documents.scores) != n:
+        return False
+    mean = math.fsum(documents.scores) / n
+    return abs(mean - score) <= _ROUNDING * max(1.0, abs(score))
 
 
 def is_share(task: str, metric: str) -> bool:
