@@ -89,6 +89,24 @@ def test_a_model_that_fails_the_task_has_no_certificate():
     assert "dense cannot do this task: 0.03 ± 0.02 against chance 0" in said
 
 
+@pytest.mark.parametrize(("dense", "chance", "tolerance"), [(12, 0.0, 0.06), (14, 0.05, 0.05), (35, 0.25, 0.05)])
+def test_a_tolerance_of_half_of_what_dense_can_do_certifies_nothing(dense, chance, tolerance):
+    """Dense is far above chance by its errors; within the tolerance a run may have lost half of that, or all."""
+    scores = right(1000, 1000 - dense * 10)
+    study = built([record("niah", name, s, scores, chance=chance) for name, s in (("dense", None), ("quest", 0.9))])
+    said = only(study, certify.Options(tolerance=tolerance))["niah"].reason
+    assert f"dense is too near to chance for a loss of {tolerance:g}" in said and "give a smaller one" in said
+    finer = certify.Options(tolerance=tolerance * 0.8, margin=0.05)
+    assert only(study, finer)["niah"].certified == 1
+
+
+def test_a_worst_task_needs_all_its_tasks_done_by_dense():
+    floor = [record("vt", method, sparsity, right(100, 90)) for method, sparsity in (("dense", None), ("quest", 0.5))]
+    found = only(built(of({"quest": {0.5: 0}}), floor, of({"quest": {0.5: 0}}, task="cwe")))
+    assert found["worst task"].certified == 0 and found["worst task"].refused
+    assert only(built(of({"quest": {0.5: 0}}), of({"quest": {0.5: 0}}, task="cwe")))["worst task"].certified == 1
+
+
 def test_refusals_say_why():
     short = of({"quest": {0.5: 0}}, 30)
     assert "30 documents are too few" in refusal(built(short)) and "could certify 0.074" in refusal(built(short))
@@ -107,7 +125,8 @@ def test_a_task_that_dense_cannot_do_stays_in_the_family_and_hands_on():
     found = only(built(of({"quest": {0.5: 0}}), floor))
     assert found["niah"].family == 2 and found["niah"].certified == 1
     assert found["vt"].refused and found["vt"].sparsity is None
-    assert found["worst task"].certified == 1 and not found["worst task"].refused
+    # Every task is kept, and one there was nothing to keep of.
+    assert found["worst task"].refused and found["worst task"].reason.startswith("vt: dense cannot do this task")
 
 
 def test_native_knobs_are_ordered_by_measured_sparsity():

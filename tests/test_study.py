@@ -91,6 +91,9 @@ def test_the_order_is_that_of_what_was_asked() -> None:
         ({"seeds": {"random": 3}}, "seeds"),
         ({"gen_kwargs": {"temperature": 1}}, "gen_kwargs"),
         ({"system_instruction": "abc"}, "system instruction abc and none"),
+        ({"model_args": {"max_length": 2048}}, "model arguments max_length=2048 and none"),
+        ({"model_args": {"add_bos_token": True, "device": "cpu"}}, "model arguments add_bos_token=true and none"),
+        ({"model_args": {"something": "new"}}, "model arguments none and something=new"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_and_listed(change: dict[str, Any], told: str) -> None:
@@ -104,6 +107,67 @@ def test_what_cannot_be_compared_is_refused_and_listed(change: dict[str, Any], t
     # Dense and sparse are paired inside one kind only.
     for cell in made.cells:
         assert cell.dense is not None and len(cell.chains) == 1 and len(cell.chains[0].points) == 1
+
+
+def test_what_a_run_computed_with_in_what_place_is_no_other_question() -> None:
+    idle = {
+        "model_args": {
+            "device": "cpu", "batch_size": 4, "stats": "full", "resume": False, "dtype": "float32", "cache_dir": "x",
+            "quest.page_size": "16", "page_size": 16, "sparsity": 0.9, "max_length": None,
+        },
+        "knobs": {"quest": {"page_size": 16}},
+    }  # fmt: skip
+    (made,) = {len(study.build([*DENSE, *rows(**idle)]).cells)}
+    assert made == 2 * len(TASKS)
+    typed = [*rows("dense", 0.0, model_args={"max_length": 4096}), *rows(model_args={"max_length": "4096"})]
+    assert len(study.build(typed).cells) == made  # as a number, and as it was typed
+
+
+@pytest.mark.parametrize("argument", ["load_in_4bit", "peft", "gguf_file", "quantization_config", "delta"])
+def test_other_weights_are_another_model(argument: str) -> None:
+    given = {"model_args": {argument: "x.bin"}}
+    made = study.build([*DENSE, *rows(sparsity=0.5), *rows("dense", 0.0, **given), *rows(**given)])
+    assert made.models == ("org/small-0.5B", f"org/small-0.5B ({argument}=x.bin)")
+    for cell in made.cells:
+        assert cell.dense is not None and len(cell.chains) == 1 and len(cell.chains[0].points) == 1
+        assert all(
+            (argument in point.record.model_args) == ("(" in cell.model)
+            for point in (cell.dense, *cell.chains[0].points)
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"seed": 7}, "models of forced_frontier_niah_4k differ: seed 0 (org/small-0.5B) and 7 (org/large-3B)"),
+        ({"task_hash": "other"}, "models of forced_frontier_niah_4k differ: definition"),
+        ({"shots": 5}, "differ: few-shot examples 0 (org/small-0.5B) and 5 (org/large-3B)"),
+        ({"task_version": "1"}, "of forced_frontier_niah differ: version"),
+    ],
+)
+def test_what_is_mixed_between_models_is_refused_as_well(change: dict[str, Any], told: str) -> None:
+    other = {"model": "org/large-3B"}
+    same = [*DENSE, *rows(), *rows("dense", 0.0, **other), *rows(**other, chat_template="another")]
+    # A chat template is a model's own: between models it may differ, and here dense and sparse do within one.
+    with pytest.raises(UserError, match="of org/large-3B has chat template"):
+        study.build(same)
+    mixed = [*DENSE, *rows(), *rows("dense", 0.0, **other, **change), *rows(**other, **change)]
+    if "task_version" in change:  # lengths are compared as well
+        mixed = [*DENSE, *rows("dense", 0.0, length="16k", **change)]
+    with pytest.raises(UserError) as error:
+        study.build(mixed)
+    assert told in str(error.value)
+    made = study.build(mixed, allow_mixed=True)
+    assert made.marks and all(cell.mark for cell in made.cells)
+    templates = rows("dense", 0.0, **other, chat_template="another")
+    assert study.build([*DENSE, *rows(), *templates]).marks == ()
+
+
+def test_a_score_that_is_better_the_lower_and_the_higher_is_mixed() -> None:
+    with pytest.raises(UserError, match="has direction higher is better and lower is better"):
+        study.build([*DENSE, *rows(higher_is_better=False)])
+    with pytest.raises(UserError, match="has length 4096 and 8192"):
+        study.build([*DENSE, *(row.model_copy(update={"length": 8192}) for row in rows())])
 
 
 def test_documents_are_paired_whatever_their_order_and_number() -> None:
@@ -133,6 +197,55 @@ def test_the_same_run_twice_is_one_and_another_one_is_said() -> None:
     assert points(made) == 2 * len(TASKS) and len(made.left_out) == 2 * len(TASKS)
     assert "was run 2 times; the one with most documents, the newest, is used" in made.left_out[0]
     assert made.cells[0].chains[0].points[0].record.score == 0.25
+
+
+def test_of_two_runs_the_one_on_the_documents_of_the_dense_one_is_used() -> None:
+    longer = rows(documents=9, date="2027-01-01T00:00:00+00:00")
+    away = [
+        row.model_copy(
+            update={
+                "documents": Documents(
+                    ids=tuple(f"else{name}" for name in row.documents.ids), scores=row.documents.scores
+                )
+            }
+        )
+        for row in longer
+        if row.documents
+    ]
+    made = study.build([*DENSE, *rows(), *away])
+    assert {point.record.n for cell in made.cells for chain in cell.chains for point in chain.points} == {6}
+
+
+def test_a_second_baseline_is_said_with_its_backend() -> None:
+    again = rows("dense", 0.0, backend="gather", date="2020-01-01T00:00:00+00:00", score=0.25)
+    here = rows("dense", 0.0, backend="triton")
+    made = study.build([*here, *again, *rows()])
+    assert any("dense was run 2 times" in line and "backend gather" in line for line in made.left_out)
+
+
+def test_no_two_curves_or_models_look_alike() -> None:
+    values = (1, "1", f"{'x' * 300}1{'x' * 300}", f"{'x' * 300}2{'x' * 300}")
+    alike = [
+        *(rows(knobs={"quest": {"x": value}}) for value in values),
+        *(rows("snapkv", phases=phase) for phase in ("decode", "kv")),
+    ]
+    made = study.build([*DENSE, *(row for several in alike for row in several)])
+    for cell in made.cells:
+        assert len(cell.chains) == len({chain.label for chain in cell.chains}) == len(alike)
+        assert all(len(chain.points) == 1 for chain in cell.chains)
+    hashes = [row for digest in ("abcdefgh1", "abcdefgh2") for row in rows("dense", 0.0, model_hash=digest)]
+    assert len(study.build(hashes).models) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "oracle"),
+    [("oracle_blocks", True), ("oracle_blocks+quest", True), ("quest+a.py:oracle_x", True), ("quest+snapkv", False)],
+)
+def test_a_method_with_an_oracle_in_it_is_one(method: str, oracle: bool) -> None:
+    made = study.build([*DENSE, *rows(method="quest", phases="x")])
+    assert not made.cells[0].chains[0].oracle
+    made = study.build([*DENSE, *(row.model_copy(update={"method": method}) for row in rows())])
+    assert {chain.oracle for cell in made.cells for chain in cell.chains} == {oracle}
 
 
 def test_without_a_dense_run_it_is_said() -> None:
@@ -175,6 +288,13 @@ def test_chance_is_said_or_given() -> None:
         made = study.build(DENSE, chance={name: 0.125})
         assert {cell.chance for cell in made.cells if cell.short == "niah"} == {0.125}
         assert 0.125 not in {cell.chance for cell in made.cells if cell.short != "niah"}
+    hardly = [*DENSE, *(row.model_copy(update={"chance": 0.02}) for row in rows() if row.chance == 0)]
+    assert {cell.chance for cell in study.build(hardly).cells if cell.metric == "exact"} == {0.02}
+    apart = [*DENSE, *(row.model_copy(update={"chance": 0.2}) for row in rows() if row.chance == 0)]
+    made = study.build(apart)
+    assert {cell.chance for cell in made.cells if cell.metric == "exact"} == {None}
+    assert any("its runs say that chance is 0 and 0.2" in line and "--chance niah=" in line for line in made.left_out)
+    assert {c.chance for c in study.build(apart, chance={"niah": 0.2}).cells if c.metric == "exact"} == {0.2}
     with pytest.raises(UserError, match="--chance nia: no such task"):
         study.build(DENSE, chance={"nia": 0.1})
 

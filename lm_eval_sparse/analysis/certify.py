@@ -99,7 +99,7 @@ def lines(cells: Iterable[Cell], options: Options) -> list[Line]:
         elif dense is None:
             refused = "no per-document scores of the dense run (--log_samples): no bands, no certificate"
         else:
-            gate = guarantee.beats_chance(dense, cell.chance, options.margin, cell.short)
+            gate = guarantee.beats_chance(dense, cell.chance, options.margin, cell.short, options.tolerance)
         sparse = np.full((len(points), len(cell.ids)), np.nan)
         for row, point in enumerate(points):
             if point.scores is not None:
@@ -236,14 +236,14 @@ def _groups(members: Sequence[Line], names: dict[str, str], options: Options) ->
 
 
 def _worst(members: Sequence[Line], names: dict[str, str], options: Options) -> list[Certificate]:
-    """Every task at most the tolerance. Tasks that dense cannot do count as well: leaving them out would be a choice by
-    what was scored."""
+    """Every task at most the tolerance. Where dense cannot do one of them nothing is said: there is nothing to lose on
+    it, and leaving it out would be a choice by what was scored."""
     inside = [line for line in members if line.refused is None]
     if len(inside) < 2:
         return []
     points, tested = together(inside)
     result = guarantee.sequences([tested.p], options.level)
-    gate = _first_gate(inside, names) if all(line.gate for line in inside) else None
+    gate = _first_gate(inside, names)
     count, level = int(result.certified[0]), float(result.level)
     return [_certificate("worst", "worst task", inside, points, tested, count, level, 1, gate, options)]
 

@@ -313,7 +313,7 @@ def _up(value: float) -> str:
 
 
 def beats_chance(
-    scores: ArrayLike | None, chance: float | None, margin: float = 0.05, task: str = "TASK"
+    scores: ArrayLike | None, chance: float | None, margin: float = 0.05, task: str = "TASK", tolerance: float = 0.0
 ) -> str | None:
     """Why dense attention does not do better than chance at a task, as far as its documents show; None where it does.
 
@@ -328,6 +328,8 @@ def beats_chance(
         chance: what guessing scores, in [0, 1]; None where unknown.
         margin: in [0, 1).
         task: its name, for the line that says what to type.
+        tolerance: loss that is to be tolerated. Chance must be exceeded by more than twice of it: where it is half of
+            what dense has above chance, a model that keeps within it may have lost as much as it has kept.
     """
     if scores is None:
         return "no per-document scores of the dense run: no bands, no certificate"
@@ -346,6 +348,11 @@ def beats_chance(
     above = mean - chance
     if above <= margin:
         return f"dense cannot do this task: {said}, which it must exceed by more than {margin:g}"
+    if above <= 2 * tolerance:
+        return (
+            f"dense is too near to chance for a loss of {tolerance:g}: {said}, which it must exceed by more than twice "
+            "of that; give a smaller one"
+        )
     if n > 1 and above <= STANDARD_ERRORS * error:
         short = f"not {STANDARD_ERRORS:g} standard errors above"
         return f"dense cannot do this task as far as {n} documents show: {said}, {short}"

@@ -34,7 +34,9 @@ def gates(study: Study, options: Options) -> dict[int, str | None]:
         elif cell.dense is None:
             found[id(cell)] = "no dense baseline"
         else:
-            found[id(cell)] = guarantee.beats_chance(cell.dense.scores, cell.chance, options.margin, cell.short)
+            found[id(cell)] = guarantee.beats_chance(
+                cell.dense.scores, cell.chance, options.margin, cell.short, options.margin
+            )
     return found
 
 

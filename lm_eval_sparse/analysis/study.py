@@ -18,7 +18,8 @@ import numpy as np
 from ..errors import UserError
 from ..labels import label
 from ..results.schema import Record, Shape
-from .variants import chain_labels, is_dense, variant
+from .settings import mixed, setting, weights
+from .variants import chain_labels, is_dense, is_oracle, kind, unlike
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +34,8 @@ GROUPS = {
 _LEAF = re.compile(r"(?P<family>(?:forced_)?frontier_(?P<short>\w+?))_(?P<length>\d+k)")
 #: At most so many mixtures are named.
 _NAMED = 5
+#: Levels of chance that differ by less are of tasks whose documents differ in their choices.
+_HARDLY = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +67,7 @@ class Chain:
     Attributes:
         method, phases: as recorded.
         label: short name of the method with what tells it from other chains of the study, such as a knob.
-        oracle: whether the method knows what no method can know; its loss is that of the sparsity alone.
+        oracle: whether the method, or a part of it, knows what no method can know.
         points: sparsity ascending, as it was requested; as it was measured where native knobs ruled. Not by outcome.
     """
 
@@ -191,8 +194,8 @@ def build(
     names = _model_names(rows)
     settings: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for row in rows:
-        settings[names[_identity(row)], row.task, row.metric, _setting(row)].append(row)
-    marks, lines = _mixed(settings)
+        settings[names[_identity(row)], row.task, row.metric, setting(row)].append(row)
+    marks, lines = mixed((model, task, short_name(task)[0], name, shared) for model, task, name, shared in settings)
     if lines and not allow_mixed:
         more = f"; and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
         raise UserError(
@@ -201,8 +204,8 @@ def build(
         )
     chains = chain_labels(rows)
     cells, kept = [], []
-    for (model, task, metric_name, setting), members in settings.items():
-        cell = _cell(model, task, metric_name, marks.get((model, task, setting), ""), members, chains, levels, said)
+    for (model, task, metric_name, shared), members in settings.items():
+        cell = _cell(model, task, metric_name, marks.get((model, task, shared), ""), members, chains, levels, said)
         cells.append(cell)
         kept += members
     cells.sort(key=lambda cell: (cell.model, cell.family, cell.length or 0, cell.task, cell.metric, cell.mark))
@@ -214,15 +217,19 @@ def _once(records: Iterable[Record]) -> list[Record]:
     found: dict[tuple[Any, ...], Record] = {}
     for row in records:
         key = (row.date, row.command, row.task, row.metric, row.score, row.n, row.measured, row.device)
-        found.setdefault((*key, row.method, row.requested, _identity(row), _setting(row), variant(row)), row)
+        found.setdefault((*key, row.method, row.requested, _identity(row), setting(row), kind(row)), row)
     return list(found.values())
 
 
 # -- models
 
 
+#: Where the hash stands in an identity.
+_HASH = 4
+
+
 def _identity(row: Record) -> tuple[Any, ...]:
-    return row.model, row.model_revision, row.model_dtype, row.model_hash
+    return row.model, row.model_revision, row.model_dtype, weights(row), row.model_hash
 
 
 def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
@@ -248,63 +255,14 @@ def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
     def shown(found: tuple[Any, ...]) -> str:
         others = by_name[found[0]]
         parts = [
-            str(part if place < 3 else (part or "?")[:8])
+            label(part if place < _HASH else (part or "?")[:8], 60)
             for place, part in enumerate(found)
-            if place and len({other[place] for other in others}) > 1
+            if place and part != "" and len({other[place] for other in others}) > 1
         ]
         return f"{found[0]} ({', '.join(parts)})" if parts else found[0]
 
-    return {identity: shown(found) for identity, found in resolved.items()}
-
-
-# -- what runs must share
-
-
-def _setting(row: Record) -> tuple[Any, ...]:
-    """What makes prompts and scores of a task, beside its name."""
-    asked = json.dumps(row.gen_kwargs, sort_keys=True, default=str)
-    return (
-        row.task_version, row.task_hash, row.seed, row.shots, row.chat_template, row.system_instruction, asked,
-        tuple(sorted(row.seeds.items())),
-    )  # fmt: skip
-
-
-_SETTING = (
-    "version",
-    "definition",
-    "seed",
-    "few-shot examples",
-    "chat template",
-    "system instruction",
-    "gen_kwargs",
-    "seeds",
-)
-
-
-def _mixed(settings: Iterable[tuple[Any, ...]]) -> tuple[dict[tuple[Any, ...], str], list[str]]:
-    """Marks of cells of which there are several, and a line on each task that is mixed."""
-    found: dict[tuple[str, str], list[tuple[Any, ...]]] = defaultdict(list)
-    for model, task, _, setting in settings:
-        if setting not in found[model, task]:
-            found[model, task].append(setting)
-    marks, lines = {}, []
-    for (model, task), several in sorted(found.items()):
-        if len(several) == 1:
-            continue
-        places = [place for place in range(len(_SETTING)) if len({one[place] for one in several}) > 1]
-        for setting in several:
-            marks[model, task, setting] = ", ".join(f"{_SETTING[at]} {_shown(setting[at])}" for at in places)
-        parts = ", ".join(
-            f"{_SETTING[at]} {' and '.join(sorted({_shown(one[at]) for one in several}))}" for at in places
-        )
-        lines.append(f"{label(task)} of {label(model)} has {label(parts, 300)}")
-    return marks, lines
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "/".join(str(part) for _, part in value) or "none"
-    return label("none" if value is None else value, 60)
+    names = unlike({found: shown(found) for found in set(resolved.values())})
+    return {identity: names[found] for identity, found in resolved.items()}
 
 
 # -- cells
@@ -336,26 +294,28 @@ def _cell(
                 else (None, json.dumps(row.knobs, sort_keys=True, default=str))
             )
             phases = tuple((name, figures.requested) for name, figures in sorted(row.by_phase.items()))
-            by_chain[row.method, row.phases, variant(row)][(*key, phases)].append(row)
+            by_chain[kind(row)][(*key, phases)].append(row)
     # One baseline: what ran under our own runtime, with the most documents, the newest.
     dense.sort(key=lambda row: (row.method == "dense", row.runner == "sparse-hf", row.n, row.date or ""), reverse=True)
     if not dense and by_chain:
         said.append(f"{where} ({label(metric)}) has no dense run: no loss can be said; run it with method=dense")
     _again(dense, f"{where}: dense", said)
     chains = []
-    for (method, phases, kind), configurations in by_chain.items():
-        name = labels[method, kind]
+    kept = set(dense[0].documents.ids) if dense and dense[0].documents else set()
+    for chain, configurations in by_chain.items():
+        method, phases, _ = chain
+        name = labels[chain]
         rows = []
         for again in configurations.values():
-            again.sort(key=lambda row: (row.n, row.date or ""), reverse=True)
+            # A loss is one on documents that dense has as well.
+            again.sort(key=lambda row: (_shared(row, kept), row.n, row.date or ""), reverse=True)
             _again(again, f"{where}: {name} at {_asked(again[0])}", said)
             rows.append(again[0])
         rows.sort(key=lambda row: (row.measured if row.requested is None else row.requested, row.measured))
-        oracle = all(part.rpartition(":")[2].startswith("oracle") for part in method.split("+"))
-        chains.append(Chain(method, phases, name, oracle, tuple(_point(row, place) for row in rows)))
+        chains.append(Chain(method, phases, name, is_oracle(method), tuple(_point(row, place) for row in rows)))
     chains.sort(key=lambda chain: chain.label)
     first = members[0]
-    own = next((levels[name] for name in (task, family, short) if name in levels), None)
+    given = next((levels[name] for name in (task, family, short) if name in levels), None)
     return Cell(
         model=model,
         parameters=next((row.model_parameters for row in members if row.model_parameters), None),
@@ -366,7 +326,7 @@ def _cell(
         length=next((row.length for row in members if row.length), None),
         metric=metric,
         higher_is_better=first.higher_is_better,
-        chance=own if own is not None else next((row.chance for row in members if row.chance is not None), None),
+        chance=given if given is not None else _chance(members, f"{where} ({label(metric)})", short, said),
         bounded=first.bounded,
         mark=mark,
         ids=ids,
@@ -375,17 +335,38 @@ def _cell(
     )
 
 
+def _chance(members: Sequence[Record], where: str, short: str, said: list[str]) -> float | None:
+    """What guessing scores, of runs that state it: the largest of levels that hardly differ."""
+    known = sorted({row.chance for row in members if row.chance is not None})
+    if not known or known[-1] - known[0] <= _HARDLY:
+        return known[-1] if known else None
+    said.append(
+        f"{where}: its runs say that chance is {known[0]:g} and {known[-1]:g}, so it is not known; give --chance "
+        f"{label(short)}={known[-1]:g}, or what it is"
+    )
+    return None
+
+
+def _shared(row: Record, kept: set[str]) -> int:
+    """Documents that a run has in common with the dense one."""
+    return len(kept.intersection(row.documents.ids)) if row.documents else 0
+
+
 def _again(rows: Sequence[Record], what: str, said: list[str]) -> None:
     """Say which runs of one configuration are not used; the same run, read twice, is no word worth."""
     used = [(row.score, row.n, row.date) for row in rows[:1]]
     others = [row for row in rows if (row.score, row.n, row.date) not in used]
     if others:
-        told = (f"{row.score:.4g} (n={row.n}{f', {row.device}' if row.device else ''})" for row in others[:3])
+        told = (f"{row.score:.4g} (n={row.n}{_ran_on(row)})" for row in others[:3])
         scores = ", ".join(told)
         said.append(
-            f"{what} was run {len(others) + 1} times; the one with most documents, the newest, is used; left out: "
-            f"{label(scores, 200)}"
+            f"{what} was run {len(others) + 1} times; the one with most documents, the newest, is used"
+            f"{label(_ran_on(rows[0]), 100)}; left out: {label(scores, 200)}"
         )
+
+
+def _ran_on(row: Record) -> str:
+    return "".join(f", {part}" for part in (row.backend and f"backend {row.backend}", row.device) if part)
 
 
 def _asked(row: Record) -> str:
