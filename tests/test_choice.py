@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("mapie")
 from few_studies import built, of, record, right
 
-from lm_eval_sparse.analysis import guarantee
+from lm_eval_sparse.analysis import guarantee, recommend, study
 from lm_eval_sparse.analysis.certify import Options
 from lm_eval_sparse.analysis.choice import choose
 from lm_eval_sparse.errors import UserError
@@ -126,3 +126,53 @@ def test_the_chosen_configuration_is_rarely_false():
         ]  # fmt: skip
         false += choose(built(rows), Options(), density, task="niah").best is not None
     assert false <= 16, "level .1 of 60 draws is 6; more than 16 come once in some 10,000"
+
+
+def test_scores_side_by_side_are_of_the_same_documents():
+    """100 easy documents more in the dense run are no loss of the sparse one."""
+    scores = np.concatenate([right(100, 50), np.ones(100)])
+    part = np.concatenate([right(100, 50), np.full(100, np.nan)])
+    rows = [record("niah", "dense", None, scores), record("niah", "quest", 0.9, part)]
+    best = choose(built(rows), Options(), density, task="niah").best
+    assert (best.score, best.dense_score) == (0.5, 0.5)
+
+
+def test_a_group_says_which_of_its_tasks_were_not_run():
+    one = choose(built(of({"quest": {0.5: 0}})), Options(), density, group="multiple_qa")
+    assert (
+        one.best is not None and "multiple_qa holds story_retrieval as well, of which there are no runs" in one.notes[0]
+    )
+    both = built(of({"quest": {0.5: 0}}), of({"quest": {0.5: 0}}, task="story_retrieval"))
+    assert not any("as well" in note for note in choose(both, Options(), density, group="multiple_qa").notes)
+
+
+def timed(*devices):
+    """Dense at 1 s a prompt and quest at half of it, on the devices."""
+    found = []
+    for row, device in zip(of({"quest": {0.5: 0}}), devices, strict=True):
+        seconds = 1.0 if row.method == "dense" else 0.5
+        spent = {"speed": {"prefill": 4000 / seconds}, "seconds_by_phase": {"prefill": 100 * seconds, "decode": 1.0}}
+        found.append(row.model_copy(update={"device": device, "prompt_tokens": 4000.0, **spent}))
+    return found
+
+
+def test_times_of_two_devices_are_not_compared():
+    same, found = recommend.recommend(built(timed("H200", "H200")), Options(), task="niah", by="time")
+    assert found and same.startswith("Take quest") and "the only configuration that is certified" in same
+    for devices in (("H200", "A100"), ("H200", None)):
+        said, found = recommend.recommend(built(timed(*devices)), Options(), task="niah", by="time")
+        assert not found and "times of different devices cannot be compared" in said and "--model_args" not in said
+
+
+def test_marks_of_what_is_mixed_are_printed_with_a_recommendation():
+    rows = [*of({"quest": {0.5: 0}}), *of({"quest": {0.5: 0}}, seed=7)]
+    mixed = study.build(rows, allow_mixed=True)
+    said, _ = recommend.recommend(mixed, Options(), task="niah")
+    assert said.startswith(
+        "Note: frontier_niah_4k of org/model has seed 7 and none: what differs is never put together."
+    )
+    # A method that was not run on one of the two is no candidate, and it is said on which.
+    some = study.build([*rows, *of({"snapkv": {0.5: 0}})[1:]], allow_mixed=True)
+    choice = choose(some, Options(), density, task="niah")
+    assert {one.label for one in choice.certified} == {"quest"}
+    assert any(note.startswith("snapkv of org/model was not run on frontier_niah_4k") for note in choice.notes)

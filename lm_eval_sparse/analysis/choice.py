@@ -7,8 +7,10 @@ certificate losing what it promises. What it costs is asked of the caller.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from ..errors import UserError, nearest
 from ..labels import label as shown
@@ -31,7 +33,7 @@ class Candidate:
         sparsity, measured: as asked for, and the mean that was measured.
         cost, dense_cost: means over the runs, in the unit of the caller; None where one is not known.
         loss, p, documents: the largest mean loss and p-value and the fewest documents of its tasks.
-        score, dense_score: means over its tasks.
+        score, dense_score: means over its runs, of documents that the run and the dense one both have.
     """
 
     model: str
@@ -50,11 +52,21 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        return sum(point.record.score for point in self.points) / len(self.points)
+        return self._mean(self.points, self.dense)
 
     @property
     def dense_score(self) -> float:
-        return sum(point.record.score for point in self.dense) / len(self.dense)
+        return self._mean(self.dense, self.points)
+
+    @staticmethod
+    def _mean(points: Sequence[Point], others: Sequence[Point]) -> float:
+        """Mean of the points' scores on documents that the others have as well; one without scores has no certificate,
+        so all have them."""
+        found = []
+        for point, other in zip(points, others, strict=True):
+            if point.scores is not None and other.scores is not None:
+                found.append(float(np.nanmean(np.where(np.isnan(other.scores), np.nan, point.scores))))
+        return sum(found) / len(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +135,7 @@ def choose(
     for model, own in by_model.items():
         missing = needed - {(cell.task, cell.mark) for cell in own}
         if missing:
-            refused[f"{model} was not run on {', '.join(sorted(shown(name) for name, _ in missing))}"] = None
+            refused[f"{model} was not run on {_listed(missing)}"] = None
             continue
         labels = list(dict.fromkeys(line.chain.label for cell in own for line in by_cell[id(cell)]))
         if not labels:
@@ -133,8 +145,10 @@ def choose(
             if found[0].chain.oracle:
                 continue
             if len(found) < len(own):
-                lacking = {cell.task for cell in own} - {line.cell.task for line in found}
-                refused[f"{label} of {model} was not run on {', '.join(sorted(lacking))}"] = None
+                lacking = {(cell.task, cell.mark) for cell in own} - {
+                    (line.cell.task, line.cell.mark) for line in found
+                }
+                refused[f"{label} of {model} was not run on {_listed(lacking)}"] = None
             elif why := next((line for line in found if line.refused), None):
                 refused[f"{label} of {model} on {why.cell.task}: {why.refused}"] = None
             else:
@@ -150,7 +164,9 @@ def choose(
             continue
         certified += [_candidate(model, label, found, key(points[at]), at, tested, cost) for at in range(int(count))]
         measure.append(_more(model, label, points, tested, int(count), float(result.level), options))
-    return _choice(tasks, certified, len(candidates), list(refused), measure, options)
+    found = _choice(tasks, certified, len(candidates), list(refused), measure, options)
+    lacking = _lacking(cells, group)
+    return replace(found, notes=(lacking, *found.notes)) if lacking else found
 
 
 def _cells(study: Study, task: str | None, group: str | None, length: int | None) -> list[Cell]:
@@ -178,6 +194,22 @@ def _cells(study: Study, task: str | None, group: str | None, length: int | None
             there = f"these results have {', '.join(map(str, lengths))}" if lengths else "these tasks state no length"
             raise UserError(f"--length {length}: {there}")
     return cells
+
+
+def _listed(cells: Iterable[tuple[str, str]]) -> str:
+    """Tasks with their marks."""
+    return ", ".join(sorted(f"{shown(name)}{f' ({mark})' if mark else ''}" for name, mark in cells))
+
+
+def _lacking(cells: Sequence[Cell], group: str | None) -> str | None:
+    """Tasks of a group that nobody has run: nothing is promised of them."""
+    if group is None:
+        return None
+    there = {cell.short for cell in cells}
+    lacking = [name for name in GROUPS[group] if name not in there]
+    if not lacking:
+        return None
+    return f"{group} holds {' and '.join(lacking)} as well, of which there are no runs here: nothing is promised there"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -231,7 +263,12 @@ def _choice(
     what = f"within {options.tolerance:g} of dense on {', '.join(map(shown, tasks))} (level {options.level:g})"
     if not certified:
         reasons = [*refused, *measure] or ["no method was run"]
-        shared = f"; {family} candidates share the level: give the results of fewer to ask less" if family > 1 else ""
+        shared = (
+            f"; {family} candidates share the level: choose some with --model or --method before their scores are "
+            "looked at, or run new documents"
+            if family > 1
+            else ""
+        )
         refusal = f"nothing is certified {what}: {'; '.join(reasons[:5])}{shared}"
     elif not known:
         some = ", ".join(f"{one.label} at {one.sparsity:.3g} of {one.model}" for one in unknown[:5])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..errors import UserError
 from ..labels import label
@@ -27,6 +28,8 @@ BY = {
 OPERATIONS, BYTES = 989e12, 3.35e12
 #: Bytes of a weight or of an element of a cache there.
 _ELEMENT = 2
+#: Marks of what is mixed that are printed.
+_MOST_MARKS = 5
 #: Model arguments that change nothing of what is computed.
 _IDLE = ("resume", "diagnose", "stats")
 
@@ -80,7 +83,22 @@ def recommend(
     if not 0 <= answer <= 1e9:
         raise UserError(f"--answer_tokens {answer:g}: a number of tokens is expected")
     found = choose(study, options, cost_of(by, options.batch, answer), task=task, group=group, length=length)
-    return text(found, options, by, answer), found.best is not None
+    if by == "time" and found.best is not None and (apart := _several_devices(found)):
+        found = replace(found, best=None, runner_up=None, refusal=apart)
+    marks = [f"Note: {mark}: what differs is never put together." for mark in study.marks[:_MOST_MARKS]]
+    return "\n".join([*marks, text(found, options, by, answer)]), found.best is not None
+
+
+def _several_devices(found: Choice) -> str | None:
+    """Times of several devices say nothing of configurations."""
+    runs = (point for one in found.certified for point in (*one.points, *one.dense))
+    devices = sorted({point.record.device or "a device that is not recorded" for point in runs})
+    if len(devices) < 2:
+        return None
+    return (
+        f"certified configurations and their dense runs were timed on {' and '.join(map(label, devices))}, and "
+        "times of different devices cannot be compared: give the results of one, or --by cost"
+    )
 
 
 def text(found: Choice, options: Options, by: str, answer: float) -> str:
@@ -91,9 +109,8 @@ def text(found: Choice, options: Options, by: str, answer: float) -> str:
     else:
         how = "" if options.test == "hoeffding-bentkus" else f"; {options.test}: an approximation, no guarantee"
         lines = [
-            f"Take {_named(found.best)}: the cheapest of {len(found.certified)} configurations that are certified to "
-            f"lose at most {options.tolerance:g} against dense on {kept} (level {options.level:g} for all "
-            f"{found.family} candidates together{how}).",
+            f"Take {_named(found.best)}: {_among(len(found.certified))} certified to lose at most "
+            f"{options.tolerance:g} against dense on {kept} (level {options.level:g}{_together(found.family)}{how}).",
             f"  {_figures(found.best, by)}",
         ]
         if found.runner_up is not None:
@@ -114,6 +131,16 @@ def text(found: Choice, options: Options, by: str, answer: float) -> str:
     return "\n".join(lines)
 
 
+def _among(certified: int) -> str:
+    if certified == 1:
+        return "the only configuration that is"
+    return f"the cheapest of {certified} configurations that are"
+
+
+def _together(family: int) -> str:
+    return f" for all {family} candidates together" if family > 1 else ""
+
+
 def _named(one: Candidate) -> str:
     return f"{label(one.label)} at sparsity {one.sparsity:.3g} of {label(one.model)}"
 
@@ -122,9 +149,14 @@ def _figures(one: Candidate, by: str) -> str:
     unknown = "unknown"
     told = unknown if one.cost is None else f"{one.cost:.3g}"
     dense = unknown if one.dense_cost is None else f"{one.dense_cost:.3g}"
+    many = len(one.points)
+    means = f", means of {many} runs" if many > 1 else ""
+    largest = f", the largest of {many} runs" if many > 1 else ""
+    fewest = "at least " if many > 1 else ""
     return (
         f"{by}: {told} {BY[by]} (dense {dense}); score {one.score:.3f} (dense {one.dense_score:.3f}); measured "
-        f"sparsity {one.measured:.3f}; mean loss at most {one.loss:.3f}, p = {one.p:.2g}, {one.documents} documents"
+        f"sparsity {one.measured:.3f}{means}; observed mean loss {one.loss:.3f}{largest}, p = {one.p:.2g}, "
+        f"{fewest}{one.documents} documents"
     )
 
 
