@@ -104,6 +104,8 @@ def test_two_tasks_of_a_run_have_their_own_windows(table, tmp_path, monkeypatch,
 
     first = run()
     assert first["window_from"] == {by_task: "task"}
+    budget = {"vertical_slash": ["verticals", "slashes"], "flexprefill_vs": ["alpha", "min_budget"]}[by_task]
+    assert first["budget_knobs"] == {by_task: budget, "snapkv": ["capacity"]}
     monkeypatch.setattr(Decoding, "_prefill", None)
     monkeypatch.setattr(Scorer, "score_context", None)
     for found in (first, run()):  # the second is answered by the cache

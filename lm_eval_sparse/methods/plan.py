@@ -257,6 +257,12 @@ class SparseConfig:
             "backend": self.backend,
         }
 
+    @property
+    def budget_knobs(self) -> dict[str, list[str]]:
+        """Of each method the knobs that a requested sparsity decides: runs that differ in them only are one curve."""
+        used = (method for outer in self.methods.values() for method in layers(outer))
+        return {type(method).name: list(method.budget_knobs) for method in used}
+
     def _code(self) -> dict[str, Any]:
         """Where methods come from that are none of this package's, and a hash of their code, by name."""
         used = {type(method) for outer in self.methods.values() for method in layers(outer)}

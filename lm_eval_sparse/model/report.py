@@ -220,6 +220,7 @@ class Reporter:
 
         return {
             **lm.sparse.describe(),
+            "budget_knobs": lm.sparse.budget_knobs,
             "phases": phases(total, layers=True),
             "prompts": total.rows,
             # Ranks have runs of their own, which the first one knows by name only; so have response caches.
