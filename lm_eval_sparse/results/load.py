@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import paths as typed
 from ..errors import UserError, one_line
-from . import documents
+from . import cells, documents
 from .files import read_bytes, read_json
 from .records import records
 from .schema import Record, parse
@@ -63,17 +63,26 @@ def candidates(paths: Iterable[str | Path], *, with_records: bool = False) -> li
 
 
 def below(folder: Path, *, with_records: bool = False) -> list[Path]:
-    """Files called `results_*.json` below a folder, with files of records on request, sorted by path."""
+    """Files called `results_*.json` below a folder, on request with files of records and cells of sweeps, by path.
+
+    Of a ledger's folder its cells are taken then, and not what they were made of.
+    """
 
     def unreadable(error: OSError) -> None:
         logger.warning("%s", one_line(f"a folder is left out: {error.filename} cannot be read ({error.strerror})"))
 
-    return sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=unreadable)
-        for name in names
-        if (name.startswith("results_") and name.endswith(".json")) or (with_records and name == RECORDS)
-    )
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        if with_records and cells.LEDGER in names:
+            folders[:] = [name for name in folders if name not in cells.MADE_OF]
+        found += [Path(parent, name) for name in names if _is_read(name, with_records)]
+    return sorted(found)
+
+
+def _is_read(name: str, with_records: bool) -> bool:
+    if name.startswith("results_") and name.endswith(".json"):
+        return True
+    return with_records and (name == RECORDS or cells.address_of(name) is not None)
 
 
 def _identity(path: Path) -> Any:
@@ -123,6 +132,8 @@ def read(
             try:
                 if path.suffix == ".jsonl":
                     rows += _of_lines(path)
+                elif cells.address_of(path.name) is not None:
+                    rows += cells.read(path)[1]
                 else:
                     rows += records(load(path), str(path), unusable, _documents(path, unusable), path)
             except UserError as error:
