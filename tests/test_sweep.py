@@ -11,63 +11,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sweeping import HERE, TEXT, cells, driven, surroundings, table, tries
 
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.results import cells as files
 from lm_eval_sparse.results.load import read
 from lm_eval_sparse.sweep import grid
 from lm_eval_sparse.sweep.cell import Cell
-from lm_eval_sparse.sweep.drive import Driver, Outcome, Slot
+from lm_eval_sparse.sweep.drive import Outcome
 from lm_eval_sparse.sweep.ledger import Ledger
 from lm_eval_sparse.sweep.status import status
 
-HERE = Path(__file__).parent
-STUB = (sys.executable, str(HERE / "stub_worker.py"))
-TEXT = """\
-name: small
-models: [org/small-0.5B, org/medium-1.5B]
-tasks: [forced_frontier_niah, forced_frontier_toefl]
-lengths: [4k]
-sparsities: [.5, .9]
-limit: 20
-methods: [quest, vertical_slash]
-"""
-
-
-@pytest.fixture
-def cells(tmp_path: Path) -> list[Cell]:
-    path = tmp_path / "g.yaml"
-    path.write_text(TEXT)
-    return list(grid.read(path).cells)
-
-
-@pytest.fixture(autouse=True)
-def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STUB_TRIES", str(tmp_path / "tries"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
-    (tmp_path / "tries").touch()
-
-
-def driven(folder: Path, cells: Sequence[Cell], stub: Mapping[str, Any] | None = None, slots: int = 2) -> Outcome:
-    ledger = Ledger.make(folder, "small")
-    ledger.add(cells)
-    places = [Slot(f"cpu{at}", {"STUB": json.dumps(stub or {})}) for at in range(slots)]
-    return Driver(ledger, places, command=STUB).run(cells)
-
-
-def tries(tmp_path: Path) -> list[str]:
-    return (tmp_path / "tries").read_text().split()
-
-
-def table(folder: Path) -> set[tuple[Any, ...]]:
-    """All that the records of a ledger say, but for times."""
-    idle = {"date", "source", "seconds", "seconds_by_phase", "speed"}
-    return {json.dumps(row.model_dump(mode="json", exclude=idle), sort_keys=True) for row in read([folder])}
+__all__ = ["cells", "surroundings"]  # fixtures
 
 
 def test_every_cell_is_run_once_and_read_by_analyses(tmp_path: Path, cells: list[Cell]) -> None:
@@ -229,10 +189,10 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 sys.path[:0] = {paths}
-import test_sweep
+import sweeping
 from lm_eval_sparse.sweep import grid
 cells = list(grid.read(Path({folder!r}, "g.yaml")).cells)
-test_sweep.driven(Path({folder!r}, "l"), cells, {{"slow": ["*"]}})
+sweeping.driven(Path({folder!r}, "l"), cells, {{"slow": ["*"]}})
 """
 
 

@@ -135,7 +135,7 @@ def test_blocks_have_what_stands_beside_them_as_defaults(tmp_path: Path) -> None
         ("[org/a,", "[3,", "line 2: models[0]: 3: a folder or Hub name"),
         ("name: b", "name: org/a", "line 2: models[1]: a second model is called org/a"),
         ("dtype: bfloat16", "sparsity: .5", "line 2: models[1].sparsity: this belongs to methods:"),
-        ("dtype: bfloat16", "trust_remote_code: true", "line 2: models[1].trust_remote_code: it may run code of others"),
+        ("dtype: bfloat16", "trust_remote_code: true", "models[1].trust_remote_code: it may run code of others"),
         ("batch_size: 4", "include_path: x", "line 8: run.include_path: it may run code of others; type --allow-code"),
         ("batch_size: 4", "batchsize: 4", "line 8: run.batchsize: no such key; accepted are"),
         ("apply_chat_template", "chat_template", "line 7: options.chat_template: no such key"),

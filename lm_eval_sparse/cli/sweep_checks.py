@@ -211,9 +211,9 @@ def check_fits(cells: Sequence[Cell], facts: dict[str, predict.Facts], places: S
         if needed > free:
             shared = f", which {sharing} processes share" if sharing > 1 else ""
             raise UserError(
-                f"{label(cell.model)} with prompts of {cell.length or 'unknown length'} needs some {needed / 2**30:.1f} "
-                f"GiB, and {what} has {free * sharing / 2**30:.1f} GiB free{shared}; take it out of the grid, give it a "
-                "smaller dtype, or fewer processes"
+                f"{label(cell.model)} with prompts of {cell.length or 'unknown length'} needs some "
+                f"{needed / 2**30:.1f} GiB, and {what} has {free * sharing / 2**30:.1f} GiB free{shared}; take it out "
+                "of the grid, give it a smaller dtype, or fewer processes"
             )
 
 
