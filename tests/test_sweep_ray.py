@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from sweeping import HERE, STUB, TEXT, driven, surroundings, table, tries
 
 from lm_eval_sparse.errors import UserError

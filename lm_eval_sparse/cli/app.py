@@ -12,12 +12,26 @@ from collections.abc import Sequence
 from lm_eval_sparse import __version__, endings
 from lm_eval_sparse.errors import PROGRAM, UserError
 
-from . import analyze, check_method, check_task, harness, heat, methods, new_method, new_task, plot, recommend, show
+from . import (
+    analyze,
+    check_method,
+    check_task,
+    harness,
+    heat,
+    methods,
+    new_method,
+    new_task,
+    plot,
+    recommend,
+    show,
+    sweep,
+)
 from .parser import Command
 
 #: Our sub-commands, in the order of the help text. A new one is a file and one line here.
 COMMANDS: dict[str, Command] = {
     "methods": methods.COMMAND,
+    "sweep": sweep.COMMAND,
     "analyze": analyze.COMMAND,
     "recommend": recommend.COMMAND,
     "plot": plot.COMMAND,
