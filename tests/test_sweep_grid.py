@@ -181,3 +181,14 @@ def test_nobody_is_drowned_in_cells(tmp_path: Path) -> None:
 def test_code_runs_where_it_was_allowed(tmp_path: Path) -> None:
     text = BASE.replace("- vertical_slash", "- x.py:Mine").replace("dtype: bfloat16", "trust_remote_code: true")
     assert {cell.method for cell in read(tmp_path, text, allow_code=True).cells} >= {"x.py:Mine", "dense"}
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7, 8, 9, 50])
+def test_shards_are_all_cells_once(tmp_path: Path, of: int) -> None:
+    cells = read(tmp_path, BASE).cells
+    parts = [grid.shard(cells, number, of) for number in range(1, of + 1)]
+    assert sorted(cell.address for part in parts for cell in part) == sorted(cell.address for cell in cells)
+    if of <= 8:  # models times tasks times lengths
+        assert all(parts)
+        groups = [{(cell.model, cell.task) for cell in part} for part in parts]
+        assert sum(map(len, groups)) == 8, "cells on the same documents are together"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import argparse
 
     from lm_eval_sparse.sweep.cell import Cell
+    from lm_eval_sparse.sweep.drive import Slot
     from lm_eval_sparse.sweep.ledger import Ledger
 
 
@@ -47,22 +48,26 @@ def run(argv: list[str]) -> int:
     number, of = shard_of(given.shard)
     grid = grids.read(paths.expand(f"GRID {given.grid}", given.grid), allow_code=given.allow_code)
     folder = paths.expand("--ledger", given.ledger) if given.ledger is not None else Path(grid.name)
-    slots = sweep_checks.slots(given.gpus, given.processes, given.per_gpu)
+    share = sweep_checks.whole("--per-gpu", given.per_gpu)
+    if given.ray is not None and (given.gpus, given.processes) != (None, None):
+        raise UserError("--ray asks the cluster where to run; leave out --gpus and --processes")
+    slots = [] if given.ray is not None else sweep_checks.slots(given.gpus, given.processes, share)
     facts = sweep_checks.check(grid, allow_code=given.allow_code)
     there = Ledger.of(folder) if (folder / "ledger.json").is_file() else None
     sweep_checks.same_grid(grid, there)
-    mine = [cell for at, cell in enumerate(grid.cells) if at % of == number - 1]
+    mine = grids.shard(grid.cells, number, of)
     if given.dry_run:
         say(sweep_checks.told(grid, mine, facts, there, slots, given.tolerance, given.level))
         return 0
-    sweep_checks.check_fits(mine, facts, slots)
+    if slots:
+        sweep_checks.check_fits(mine, facts, slots)
     ledger = Ledger.make(folder, grid.name)
     with ledger.shard(number, of):
         ledger.add(grid.cells)
-        return _run(ledger, mine, given, slots)
+        return _run(ledger, mine, given, slots, share)
 
 
-def _run(ledger: Ledger, mine: list[Cell], given: argparse.Namespace, slots: list) -> int:
+def _run(ledger: Ledger, mine: list[Cell], given: argparse.Namespace, slots: list[Slot], share: int) -> int:
     from tqdm import tqdm
 
     from lm_eval_sparse.output import say
@@ -80,7 +85,7 @@ def _run(ledger: Ledger, mine: list[Cell], given: argparse.Namespace, slots: lis
         if given.ray is not None:
             from lm_eval_sparse.sweep import on_ray
 
-            failed = on_ray.run(ledger, left, given.ray, keep_raw=not given.no_raw, told=told)
+            failed = on_ray.run(ledger, left, given.ray, keep_raw=not given.no_raw, share=share, told=told)
         else:
             failed = Driver(ledger, slots, keep_raw=not given.no_raw, told=told).run(left).failed
     say(status(ledger))

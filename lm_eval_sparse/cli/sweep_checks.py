@@ -33,14 +33,13 @@ _NAMED = 40
 # -- where
 
 
-def slots(gpus: str | None, processes: str | None, per_gpu: str) -> list[Slot]:
+def slots(gpus: str | None, processes: str | None, shared: int) -> list[Slot]:
     """Places for processes: those of the GPUs, or of the CPU. Raises `UserError`."""
-    shared = _whole("--per-gpu", per_gpu)
     wanted = _gpus(gpus)
     if wanted and processes is not None:
         raise UserError("--processes is for the CPU; type --gpus none beside it, or --per-gpu K")
     if not wanted:
-        many = _whole("--processes", processes or "1")
+        many = whole("--processes", processes or "1")
         threads = str(max(1, (os.cpu_count() or 1) // many))
         return [Slot(f"cpu{at}", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}) for at in range(many)]
     return [
@@ -88,7 +87,8 @@ def devices() -> dict[str, int]:
     return dict(zip(names, found.values(), strict=False))
 
 
-def _whole(option: str, text: str) -> int:
+def whole(option: str, text: str) -> int:
+    """A number of processes. Raises `UserError`."""
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise UserError(f"{option} {text:.20}: a whole number is expected, at least 1")
     return int(text)
@@ -263,7 +263,7 @@ def told(
     addresses = {cell.address for cell in mine}
     done_there = ledger.addresses() if ledger is not None else set()
     left = [cell for cell in mine if cell.address not in done_there]
-    device = "cuda" if places[0].environment.get("CUDA_VISIBLE_DEVICES") else "cpu"
+    device = "cuda" if not places or places[0].environment.get("CUDA_VISIBLE_DEVICES") else "cpu"
     known = {}
     if ledger is not None:
         plan, seconds = ledger.plan(), ledger.seconds()
@@ -281,11 +281,9 @@ def told(
         how += (
             f", {len(left) - expected.measured} by operations at {predict.RATES[device]:.0e} a second or as done so far"
         )
-    lines.append(
-        f"time: {hours(expected.total)} of one process ({how}); {hours(expected.total / len(places))} with "
-        f"{len(places)} processes"
-    )
-    free, what, _ = _free(places)
+    many = f"; {hours(expected.total / len(places))} with {len(places)} processes" if len(places) > 1 else ""
+    lines.append(f"time: {hours(expected.total)} of one process ({how}){many}")
+    free, what, _ = _free(places) if places else (float("inf"), "a node", 1)
     for name, fact in facts.items():
         most = max((predict.memory(cell, fact) for cell in mine if cell.model == name), default=0)
         fits = "" if most <= free else f": MORE than a process has on {what} ({free / 2**30:.1f} GiB)"

@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,23 @@ class Grid:
     def models(self) -> dict[str, Cell]:
         """A cell of each model, by name."""
         return {cell.model: cell for cell in reversed(self.cells)}
+
+
+def shard(cells: Sequence[Cell], number: int, of: int) -> list[Cell]:
+    """The part of `cells` that shard `number` (from 1) of `of` runs; all shards together run each cell once.
+
+    Cells on the same documents stay together, since what one has prefilled the next may use, unless there are fewer
+    such groups than shards.
+    """
+    groups: dict[tuple[object, ...], int] = {}
+    for cell in cells:
+        groups.setdefault(_documents_of(cell), len(groups))
+    whole = len(groups) >= of
+    return [cell for at, cell in enumerate(cells) if (groups[_documents_of(cell)] if whole else at) % of == number - 1]
+
+
+def _documents_of(cell: Cell) -> tuple[object, ...]:
+    return cell.model, cell.task, cell.limit, cell.seed
 
 
 def read(path: Path, *, allow_code: bool = False) -> Grid:
@@ -339,4 +356,4 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-__all__ = ["LENGTHS", "Grid", "read"]
+__all__ = ["LENGTHS", "Grid", "read", "shard"]
