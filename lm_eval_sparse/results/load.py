@@ -110,8 +110,9 @@ def read(
     """
     files = candidates(paths, with_records=True)
     if without is not None:
+        there = os.path.realpath(without)  # which may be given as a link
         files = [
-            (path, named) for path, named in files if named or not path.absolute().is_relative_to(without.absolute())
+            (path, named) for path, named in files if named or not Path(os.path.realpath(path)).is_relative_to(there)
         ]
         if not files:
             raise UserError(f"there is nothing to read but what lies in {without}; give result files of lm-eval")
