@@ -9,7 +9,7 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import pytest
 from browser import Browser, found
 from report_cases import sections
 
-from lm_eval_sparse.analysis import look, static
+from lm_eval_sparse.analysis import look, static, tidy
 from lm_eval_sparse.analysis.figure import Figure, Panel, Section, Series, Table
 from lm_eval_sparse.analysis.page import Facts, page
 from lm_eval_sparse.analysis.tables import figure_csv, show, table_csv
@@ -137,14 +137,41 @@ def test_csv_holds_all_points_and_no_formulas() -> None:
     ]
     read = [(row[0], row[4], float(row[5]), float(row[6]) if row[6] else None) for row in rows[1:]]
     assert read == points
-    for begin in ("=1", "+1", "-1", "@a", "\t=1", "\r=1", " =1", "＝1"):
-        table = Table("t", "", (begin, "b"), ((begin, -1.5), ("a", None), ("b", 2)))
-        (name, _), (cell, number), (_, nothing), (_, whole) = csv.reader(io.StringIO(table_csv(table)))
-        assert name[0] == cell[0] == "'" and (number, nothing, whole) == ("-1.5", "", "2")
+    table = Table("t", "", ("a", "b"), (("a", -1.5), ("b", None), ("c", 2)))
+    rows = list(csv.reader(io.StringIO(table_csv(table))))
+    assert [number for _, number in rows] == ["b", "-1.5", "", "2"]
     for section in _hostile():
         for content in (table_csv(section.tables[0]), figure_csv(section.figures[0])):
             assert "\x1b" not in content and "\u202e" not in content and content.encode()
             assert not any(cell[:1] in "=+@\t\r" for row in csv.reader(io.StringIO(content)) for cell in row if cell)
+
+
+def _of_table(text: str) -> str:
+    return list(csv.reader(io.StringIO(table_csv(Table("t", "", ("a",), ((text,),))))))[1][0]
+
+
+def _of_frame(text: str) -> str:
+    import pandas
+
+    said = tidy.csv(pandas.DataFrame({"a": [text], "b": [1]})).decode()
+    return list(csv.DictReader(io.StringIO(said, newline="")))[0]["a"]
+
+
+FORMULAS = ("=1+1", "+1", "-1", "@a", "＝1", "＋1", "－1", "＠a", "﹦1", "﹣1")
+BEFORE = ("", " ", "  ", "\t", "\n", "\r", "\r\n", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u2060", " \u200d\t")
+
+
+@pytest.mark.parametrize("written", [_of_table, _of_frame])
+def test_no_cell_is_computed(written: Callable[[str], str]) -> None:
+    for text in (before + formula for before in BEFORE for formula in FORMULAS):
+        cell = written(text)
+        # Either a spreadsheet is told that it is a text, or what stands in front is written out.
+        assert cell.startswith(("'", "\\")), (text, cell)
+    for text in ("\ta", "\na", "\ra"):
+        assert written(text)[0] == "'"
+    for text in ("a=1", "quest", "1-2", "漢字", "<=1", "", "'=1"):
+        assert written(text) == " ".join(text.split())
+    assert "\x1b" not in written("a\x1b[2J")
 
 
 def test_text_tables_fit_and_stand_in_columns() -> None:
