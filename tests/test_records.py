@@ -50,7 +50,9 @@ def test_a_record_holds_all_that_was_measured(tmp_path: Path) -> None:
     assert (row.chance, row.higher_is_better, row.n) == (0.25, True, 30) and row.bounded and not rows[3].bounded
     assert row.seeds == {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
     assert (row.device, row.commit, row.versions["torch"]) == ("NVIDIA H200", "abcdef0", "2.13.0")
-    assert row.speed == {"prefill": 10000.0, "decode": 100.0} and row.peak_memory_bytes == 10**9
+    ran = content["config"]["sparse"]["run"]
+    assert row.speed == ran["tokens_per_second"] and row.peak_memory_bytes == 10**9
+    assert row.seconds_by_phase == ran["seconds"] and row.seconds > row.seconds_by_phase["total"]
     assert row.command is not None and "method=quest" in row.command and "sparsity=0.8" in row.command
     scores = [line["metrics"]["acc"] for line in lines if line["task"] == row.task]
     assert row.documents is not None and list(row.documents.scores) == scores and len(set(row.documents.ids)) == 30
