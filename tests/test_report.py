@@ -423,6 +423,53 @@ def test_page_answers(browser: Browser, study: Path) -> None:
     assert browser.errors == []
 
 
+REASON = "at 0.8: loss 0.003 ± 0.003 on 100 documents, p=0.016 > 0.014; 104 documents would do if the loss stays"
+
+
+@pytest.mark.parametrize("width", (1280, 375))
+def test_reasons_of_a_wide_table_can_be_read(browser: Browser, tmp_path: Path, width: int) -> None:
+    header = (*(f"a column {n}" for n in range(13)), "why no more")
+    rows = tuple((*("some words" for _ in range(13)), f"{REASON} {n}") for n in range(30))
+    path = tmp_path / "wide.html"
+    path.write_text(page([Section("s", "S", (), (), (Table("wide", "Wide", header, rows),))], Facts("T")))
+    browser.open(path, width=width, touch=width < 400)
+    sides = """(() => {
+      const scroll = document.querySelector(".table .scroll"), frame = scroll.getBoundingClientRect();
+      const cells = [scroll.querySelector("th:last-child"), scroll.querySelector("td:last-child")];
+      return [scroll.scrollWidth > scroll.clientWidth, ...cells.flatMap((cell) => {
+        const box = cell.getBoundingClientRect();
+        return [box.left >= frame.left - 1, box.right <= Math.min(frame.right, innerWidth) + 1];
+      })];
+    })()"""
+    if width < 400:  # there is room for a column or two: that there are more is seen, and each can be reached
+        assert browser.run(sides)[:3] == [True, True, False]
+        assert "gradient" in browser.run("getComputedStyle(document.querySelector('.table .scroll')).backgroundImage")
+        browser.run("document.querySelector('.table .scroll').scrollLeft = 1e6")
+    assert browser.run(sides) == [True] * 5
+    assert browser.run("document.documentElement.scrollWidth") <= width
+
+
+def test_numbers_of_a_column_are_written_by_one_rule() -> None:
+    for values, said in (
+        ((0.3, 0.25, 0.0), ["0.30", "0.25", "0.00"]),
+        ((0.5, 0.00003, -0.00003, None), ["0.5", "<0.001", ">-0.001", ""]),
+        ((0.12345, 12345.6), ["0.123", "12,345.600"]),
+        ((0.00003, 0.0, 0.0004), ["3.00e-5", "0", "4.00e-4"]),
+        ((5e17, 1234.5, -2e6), ["5.00e17", "1.23e3", "-2.00e6"]),
+        ((4096, 16384, 1000000), ["4,096", "16,384", "1,000,000"]),
+        (("a", None, 1.0), ["a", "", "1"]),
+    ):
+        assert look.column(values) == said
+
+
+def test_a_column_of_nothing_is_left_to_the_file() -> None:
+    table = Table("t", "T", ("model", "setting", "score"), (("m", "", None), ("n", "", None)))
+    made = page([Section("s", "S", (), (), (table,))], Facts("T"))
+    assert ">model<" in made.replace("\n", "") and ">setting<" not in made and ">score<" in made
+    assert table_csv(table).splitlines()[0] == "model,setting,score"
+    assert ">setting<" in page([Section("s", "S", (), (), (Table("t", "T", ("setting",), ()),))], Facts("T"))
+
+
 def test_hostile_names_stay_text(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "hostile.html"
     path.write_text(page(_hostile(), _facts()), encoding="utf-8")
