@@ -81,6 +81,21 @@ def test_everything_is_written_and_read_again(study: Path, tmp_path: Path, capsy
     assert not list((out / "figures").glob("*.png"))
 
 
+def test_a_link_as_output_stays_and_what_it_leads_to_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up.write(tmp_path / "runs", grid(models=MODELS[:1], lengths=("4k",), methods=("quest",)), documents=30)
+    target, link = tmp_path / "runs" / "earlier", tmp_path / "out"
+    target.mkdir()
+    link.symlink_to(target)
+    for _ in range(2):  # the second time the first one's records lie among the runs
+        assert run("analyze", tmp_path / "runs", "--output", link, "--no-pictures") == 0
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert said == f"18 records; look at {link / 'report.html'}" and link.is_symlink()
+        lines = [json.loads(line) for line in (target / "records.jsonl").read_text().splitlines()]
+        assert len(lines) == 18 == len((link / "records.jsonl").read_text().splitlines())
+
+
 def test_a_configuration_is_recommended_with_a_line_that_parses(
     certain: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
