@@ -231,6 +231,8 @@ class Section:
         title: one line.
         sentences: plain sentences, each generated from a tested condition.
         figures, tables: in the order of reading.
+        first: sentences for the top of the report, where the part knows which say most; they need not be among its
+            sentences.
     """
 
     name: str
@@ -238,6 +240,7 @@ class Section:
     sentences: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
+    first: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"section {self.name!r}"
@@ -245,5 +248,6 @@ class Section:
         _texts(where, title=self.title)
         # A text alone would be taken for a row of characters.
         object.__setattr__(self, "sentences", _of(where, "sentences", self.sentences, str))
+        object.__setattr__(self, "first", _of(where, "first", self.first, str))
         object.__setattr__(self, "figures", _of(where, "figures", self.figures, Figure))
         object.__setattr__(self, "tables", _of(where, "tables", self.tables, Table))

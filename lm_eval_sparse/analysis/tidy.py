@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..results.figures import PHASES
 from ..results.schema import PhaseFigures, Record
 from .study import Cell, Point, Study
+from .tables import guarded
 
 if TYPE_CHECKING:
     import pandas
@@ -25,8 +26,6 @@ _FIGURES = (
     "method", "requested", "selected", "executed", "bytes_read_fraction", "kv_memory_fraction",
     "estimator_flops_fraction", "mass_kept", "output_error", "auxiliary_bits",
 )  # fmt: skip
-#: What a spreadsheet takes for a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def frame(study: Study) -> pandas.DataFrame:
@@ -103,10 +102,7 @@ def csv(table: pandas.DataFrame) -> bytes:
     safe = table.copy()
     for column in safe.columns:
         if safe[column].dtype.kind in "OUST" or str(safe[column].dtype) in ("str", "string"):
-            safe[column] = [
-                f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
-                for value in safe[column]
-            ]
+            safe[column] = [guarded(value) if isinstance(value, str) else value for value in safe[column]]
     return safe.to_csv(index=False, lineterminator="\n").encode()
 
 
