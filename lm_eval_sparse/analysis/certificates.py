@@ -195,9 +195,9 @@ def _figures(rows: Sequence[Row], options: Options) -> tuple[Figure, ...]:
         )
         if drawn:
             caption = (
-                f"A dot is the largest {_word(options)} sparsity of one task, 0 where none is; those of tasks with the "
-                "same one lie on each other. The line is their mean, the band one standard deviation between tasks. "
-                "Tasks of which nothing can be said are left out. "
+                f"A dot is the largest {_word(options)} sparsity of one task, 0 where none is; dots of one {what} "
+                "stand side by side. The line is their mean, the band one standard deviation between tasks. Tasks of "
+                "which nothing can be said are left out. "
                 f"{promise(options)}Level {options.level:g} for the tasks of one model, method and length (Holm)."
             )
             title = _title(
@@ -210,6 +210,7 @@ def _figures(rows: Sequence[Row], options: Options) -> tuple[Figure, ...]:
 
 
 def _panel(group: tuple[Any, ...], members: Sequence[Row], x: Any, unit: str, y_label: str) -> Panel:
+    # Places are categories: dots of tasks with the same sparsity stand side by side there.
     values: dict[str, dict[float, float]] = defaultdict(dict)
     for row in members:
         for c in row.certificates:
@@ -222,7 +223,11 @@ def _panel(group: tuple[Any, ...], members: Sequence[Row], x: Any, unit: str, y_
     low = [None if m is None else max(0.0, m - s) for m, s in zip(mean, spread, strict=True)]
     high = [None if m is None else min(1.0, m + s) for m, s in zip(mean, spread, strict=True)]
     # The mean first: of more names than there are colours it has one to itself.
-    series = [Series("mean", tuple(places), tuple(mean), tuple(low), tuple(high))]
-    series += [Series(name, tuple(found), tuple(found.values()), kind="dots") for name, found in values.items()]
+    named = {place: f"{place / 1e9:.3g}B" if unit == "parameters" else f"{place}" for place in places}
+    series = [Series("mean", tuple(named.values()), tuple(mean), tuple(low), tuple(high))]
+    series += [
+        Series(name, tuple(named[place] for place in found), tuple(found.values()), kind="dots")
+        for name, found in values.items()
+    ]
     title = ", ".join(str(part) for part in group if part not in (None, ""))
-    return Panel(title, tuple(series), unit, y_label, log_x=True)
+    return Panel(title, tuple(series), unit, y_label)

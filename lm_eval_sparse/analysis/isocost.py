@@ -28,6 +28,8 @@ _AXES = {
 }
 #: Of so many configurations on a front, and reasons, each is named.
 _NAMED = 8
+#: Characters of a note that can be read in a picture.
+_NOTE = 90
 _HEADER = ("length", "phase", "tasks", "model", "method", "sparsity", "cost", "score", "on the front")
 _EQUAL = (
     "length", "phase", "smaller, dense", "larger", "method", "equal cost", "sparsity", "smaller's score",
@@ -68,7 +70,7 @@ def section(study: Any, options: Any = None, floor: Floor | None = None) -> Sect
             if not any(not one.dense for one in chosen) and len(chosen) < 2:
                 continue
             panels, means, said, absent = _panels(group, phase, chosen, batch, floor, marks)
-            missing |= dict.fromkeys(f"{_where(group)}: {note}" for note in absent)
+            missing |= dict.fromkeys(f"{_where(group)}. {note}" for note in absent)
             if not panels:
                 continue
             at = _where(group)
@@ -159,7 +161,9 @@ def _panels(
         if len(tasks) > 1:
             more = _lacking(lacking, len(able_to) - len(whole))
             title = f"mean of {len(tasks)} tasks"
-            panels.append(_panel(title, whole, phase, tasks, on, batch, " ".join([*notes, *more]), "mean", marks))
+            short = _notes(asked, models, kept, _heads(why))
+            note = " ".join([*(_fitting(*both) for both in zip(notes, short, strict=True)), *more])
+            panels.append(_panel(title, whole, phase, tasks, on, batch, note, "mean", marks))
         rows = [
             (
                 group.length, phase, named, label(one.model), label(one.label), one.measured(tasks),
@@ -172,20 +176,24 @@ def _panels(
         own = [one for one in chosen if task in one.runs]
         if len(own) > 1:
             # Drawn all the same, but what a model does that cannot do the task beats nobody.
-            fine = [(task, one.model) not in why for one in own]
-            on = _front([one for one, good in zip(own, fine, strict=True) if good], phase, (task,), group.higher[task])
-            found = iter(on)
-            on = [good and next(found) for good in fine]
-            failed = [(label(model), why[task, model]) for model in asked if (task, model) in why]
-            note = f"Not on the front: {because(failed)}." if failed else ""
+            failed = {one.model: why[task, one.model] for one in own if (task, one.model) in why}
+            on = _front(own, phase, (task,), group.higher[task], failed)
+            many = len({one.model for one in own})
+            note = _fitting(_refused(failed, many), _refused(_heads(failed), many))
             panels.append(_panel(label(task, 60), own, phase, (task,), on, batch, note, task, marks))
     return panels, rows, sentences, notes
 
 
-def _front(chosen: Sequence[Configuration], phase: str, tasks: Sequence[str], higher: bool = True) -> list[bool]:
-    """Which configurations no other one beats. Oracles beat nobody."""
+def _front(
+    chosen: Sequence[Configuration],
+    phase: str,
+    tasks: Sequence[str],
+    higher: bool = True,
+    failed: Collection[str] = (),
+) -> list[bool]:
+    """Which configurations no other one beats. Oracles beat nobody, nor does a model that failed."""
     sign = 1 if higher else -1
-    costs = [float("nan") if one.oracle else one.cost(phase, tasks) for one in chosen]
+    costs = [float("nan") if one.oracle or one.model in failed else one.cost(phase, tasks) for one in chosen]
     return front(costs, [sign * one.score(tasks) for one in chosen]).tolist()
 
 
@@ -263,26 +271,41 @@ def _notes(
     kept: Collection[str],
     why: Mapping[tuple[str, str], str],
 ) -> list[str]:
-    """Which tasks are not in the mean, then which models are not, and why."""
-    notes = []
+    """Which tasks are not in the mean, then which models are not, each with its reason."""
     out: list[tuple[str, str]] = []
     for task in sorted({task for own in asked.values() for task in own} - set(kept)):
-        failing = [model for model in asked if task in asked[model] and (task, model) in why]
+        having = [model for model in asked if task in asked[model]]
+        failing = [model for model in having if (task, model) in why]
+        alike = failing == having and len({why[task, model] for model in failing}) == 1
         # A task leaves for those that stay, unless none of them was asked it.
         for model in [model for model in failing if model in models] or failing:
-            out.append((f"{label(task)} of {label(model)}", why[task, model]))
+            out.append((label(task) if alike else f"{label(task)} of {label(model)}", why[task, model]))
         if not failing:
             out.append((label(task), "no model of the mean was asked it"))
-    if out:
-        notes.append(f"Tasks that are not in the mean: {because(out)}.")
     left = [
         (f"{label(model)} for {label(task)}", why[task, model])
         for model in asked if model not in models
         for task in sorted(kept) if (task, model) in why
     ]  # fmt: skip
-    if left:
-        notes.append(f"Models that are neither in the mean nor on its front: {because(left)}.")
-    return notes
+    named = ("Tasks that are not in the mean", out), ("Models that are neither in the mean nor on its front", left)
+    return [f"{what}: {because(found)}." for what, found in named if found]
+
+
+def _heads(why: Mapping[Any, str]) -> dict[Any, str]:
+    """Reasons without their figures, for notes: in a picture there is room for few words."""
+    return {what: reason.partition(": ")[0] for what, reason in why.items()}
+
+
+def _fitting(whole: str, short: str) -> str:
+    return whole if len(whole) <= _NOTE else short
+
+
+def _refused(failed: Mapping[str, str], models: int) -> str:
+    """Which of so many models are not on the front of a task, and why."""
+    if len(failed) == models and len(set(failed.values())) == 1:
+        return f"No front: {next(iter(failed.values()))}."
+    found = [(label(model), reason) for model, reason in failed.items()]
+    return f"Not on the front: {because(found)}." if found else ""
 
 
 def _lacking(lacking: Sequence[str], out: int) -> list[str]:

@@ -34,6 +34,8 @@ _DOTS, _MOST_DOTS = 150, 30e6
 #: Longest name of a category that stands aslant.
 _SLANTED = 24
 _GREY, _GRID, _BAND = "#555555", "#e4e4e4", 0.15
+#: Area of a mark in square points; those with arms or corners look smaller.
+_MARK, _THIN = 20, 36
 #: Of a legend: name, key of its style, kind, and number of a mark of its own.
 _Entry = tuple[str, str, str, int | None]
 #: Dashes of broken lines, in widths of the line.
@@ -343,7 +345,8 @@ class _Sheet:
             axes.add_collection(PolyCollection(points, facecolors=colours, linewidths=0, zorder=2), autolim=False)
         for shape, found in self.marks.items():
             xs, ys, colours = zip(*found, strict=True)
-            axes.scatter(xs, ys, s=20, c=colours, marker=MARKS[shape], linewidths=0.5, edgecolors="white", zorder=4)
+            area = _MARK if MARKS[shape] in "osD" else _THIN
+            axes.scatter(xs, ys, s=area, c=colours, marker=MARKS[shape], linewidths=0.5, edgecolors="white", zorder=4)
         for x, y, words, room, style in self.texts:
             written = axes.text(x, y, words, zorder=5, **style)
             if room and len(words) * style["fontsize"] * _WIDEST > room:  # to measure takes as long as to draw
