@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from curve_cases import build, runs
+from curve_cases import build, record, runs
 from scipy import stats
 
-from lm_eval_sparse.analysis import ladder, tolerance
+from lm_eval_sparse.analysis import ladder, study, tolerance
 
 RNG = np.random.default_rng()
 
@@ -67,4 +67,38 @@ def test_lengths_are_compared_as_bands_allow(short: float, long: float, verdict:
 
 def test_floors_have_no_tolerance() -> None:
     section = tolerance.section(build(runs({"quest": falls(0.5)}, RNG)), floor=lambda cell: "dense cannot do this task")
-    assert not section.tables and not section.figures and section.sentences[0].startswith("No task here")
+    assert not section.tables and not section.figures
+    assert section.sentences == (
+        "No relative error is said of any task here: frontier_niah_4k: dense cannot do this task.",
+    )
+
+
+def test_why_nothing_is_said_is_why() -> None:
+    """Not that dense attention cannot do a task of which runs are mixed, or lack something."""
+    one, two = (runs({"quest": falls(0.5)}, RNG, seed=seed) for seed in (7, 8))
+    mixed = tolerance.section(study.build([*one, *two], allow_mixed=True))
+    assert mixed.sentences == (
+        "No relative error is said of any task here: frontier_niah_4k: runs of it differ (seed 7); frontier_niah_4k: "
+        "runs of it differ (seed 8).",
+    )
+    (line,) = tolerance.section(build([row for row in one if row.method != "dense"])).sentences
+    assert line.endswith("frontier_niah_4k: no dense run.")
+    (line,) = tolerance.section(build([row.model_copy(update={"chance": None}) for row in one])).sentences
+    assert "frontier_niah_4k: what chance scores is unknown" in line
+    bits = [row.model_copy(update={"metric": "bits_per_char", "higher_is_better": False}) for row in one]
+    (line,) = tolerance.section(build(bits)).sentences
+    assert "bits_per_char is no share of right answers" in line
+    bare = tolerance.section(build([one[0], record("quest", 0.9, None, score=0.5, n=100, seed=7)]))
+    (line,) = bare.sentences
+    assert line.endswith("frontier_niah_4k: no sparse run with scores by document.") and not bare.figures
+    # What can be said is said, and the others' reasons stand below the table.
+    both = tolerance.section(build([*one, *runs({"quest": falls(0.5)}, RNG, task="frontier_vt_4k", chance=None)]))
+    assert not any("No relative error" in line for line in both.sentences) and both.figures
+    assert "frontier_vt_4k: what chance scores is unknown" in both.tables[0].caption
+
+
+def test_reasons_are_listed_once_and_shortly() -> None:
+    out = [("a", "x"), ("b", "y"), ("c", "x"), ("a", "x")]
+    assert ladder.because(out) == "a, c: x; b: y"
+    assert ladder.because(out, 1) == "a and 1 more: x; and 1 more for other reasons"
+    assert ladder.because([]) == ""
