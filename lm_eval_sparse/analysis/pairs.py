@@ -82,16 +82,15 @@ def levels(chains: Sequence[Chain]) -> list[tuple[float, list[tuple[Chain, Point
     cores = [(value, alike) for value, same in sorted(by_request.items()) for alike in _alike(same)]
     ruled = [run for run in runs if run[1].requested is None]
     cores += [(point.measured, [(chain, point)]) for chain, point in sorted(ruled, key=lambda run: run[1].measured)]
-    found: list[tuple[float, list[tuple[Chain, Point]]]] = []
-    known: list[set[int]] = []
-    for value, core in cores:
-        members = _joined(core, chains)
-        points = {id(point) for _, point in members}
-        # What another level compares already is not said twice.
-        if len(members) > 1 and not any(points <= other for other in known):
-            found.append((value, members))
-            known.append(points)
-    return sorted(found, key=lambda level: level[0])
+    found = [(value, members) for value, core in cores if len(members := _joined(core, chains)) > 1]
+    points = [{id(point) for _, point in members} for _, members in found]
+    # What another level compares as well is not said twice.
+    again = [
+        any(own < other or (own == other and before < place) for before, other in enumerate(points))
+        for place, own in enumerate(points)
+    ]
+    kept = [level for level, same in zip(found, again, strict=True) if not same]
+    return sorted(kept, key=lambda level: (level[0], min(point.measured for _, point in level[1])))
 
 
 def _alike(runs: Sequence[tuple[Chain, Point]]) -> list[list[tuple[Chain, Point]]]:
@@ -277,7 +276,7 @@ def _standing_said(ranked: Sequence[Standing], names: dict[str, str], options: O
         for one in several:
             at = f"at {one.sparsity:.3g}"
             low, high = one.measured
-            if max(abs(low - one.sparsity), abs(high - one.sparsity)) > PROMISED:
+            if round(max(abs(low - one.sparsity), abs(high - one.sparsity)), 9) > PROMISED:
                 at += f" (measured {low:.3f} to {high:.3f})"
             if one.ahead and not one.tied and not one.open:
                 parts.append(f"{at} {one.leader} is ahead of {_and(one.ahead)}")
