@@ -97,6 +97,28 @@ def test_why_nothing_is_said_is_why() -> None:
     assert "frontier_vt_4k: what chance scores is unknown" in both.tables[0].caption
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_was_not_measured_is_not_within_anything(shared: bool) -> None:
+    """Dense and sparse runs of one task share no document: it may be the one that tolerates least."""
+    rows = runs({"quest": falls(0.5)}, RNG, task="frontier_niah_4k") + runs(
+        {"quest": falls(0.3)}, RNG, task="frontier_vt_4k"
+    )
+    if not shared:
+        for place, row in enumerate(rows):
+            if row.method != "dense" and "vt" in row.task:
+                ids = tuple(f"other {name}" for name in row.documents.ids)
+                documents = row.documents.model_copy(update={"ids": ids})
+                rows[place] = row.model_copy(update={"documents": documents})
+    section = tolerance.section(build(rows), floor=lambda cell: None)
+    assert any("the task that tolerates least" in line for line in section.sentences) == shared
+    (figure,) = [one for one in section.figures if one.name.startswith("least_density")]
+    if not shared:
+        assert {panel.note for panel in figure.panels} == {""}
+    flat = tolerance.section(build(runs({"quest": falls(0.0)}, RNG)), floor=lambda cell: None)
+    (figure,) = [one for one in flat.figures if one.name.startswith("least_density")]
+    assert all("as far as measured" in panel.note for panel in figure.panels)
+
+
 def test_reasons_are_listed_once_and_shortly() -> None:
     out = [("a", "x"), ("b", "y"), ("c", "x"), ("a", "x")]
     assert ladder.because(out) == "a, c: x; b: y"

@@ -260,8 +260,8 @@ def _standing_table(ranked: Sequence[Standing], names: dict[str, str], options: 
         f"Tie: two one-sided paired t-tests show that means differ by less than {options.margin:g}; ahead: "
         "a paired t-test shows a difference that is no tie; else they are not told apart. Holm over all pairs of "
         f"methods of a row, for ties and for differences each, level {options.level:g}. t-tests are approximations; "
-        "from fewer documents than could show it without any difference no tie is concluded. Tasks that dense cannot "
-        "do and oracles are left out."
+        "from fewer documents than could show it without any difference no tie is concluded. Oracles are left "
+        "out, and tasks of which it cannot be said that dense does them (the table of flips has the reasons)."
     )
     return Table("standings", "Ahead, tied, not told apart", header, rows, caption)
 
