@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Browser, found
 
 from lm_eval_sparse.analysis import look, static
 from lm_eval_sparse.analysis.figure import Figure, Panel, Section, Series
@@ -43,3 +45,28 @@ def test_a_series_may_have_a_mark_of_its_own_and_a_band_that_is_not_drawn() -> N
     for wrong in (-1, "o", 0.5):
         with pytest.raises(ValueError, match="a mark is a number"):
             Series("a", (1,), (1,), mark=wrong)
+
+
+@pytest.mark.skipif(found() is None, reason="no Chromium on this system")
+def test_the_page_draws_them_alike(tmp_path: Path) -> None:
+    x, low, high = (1.0, 2.0, 3.0), (0.1, 0.1, 0.1), (0.9, 0.9, 0.9)
+    drawn = {}
+    with Browser() as browser:
+        for name, more in (("plain", {}), ("marked", {"mark": 3}), ("unbanded", {"mark": 3, "band": False})):
+            series = Series("a", x, (0.5, 0.5, 0.5), low, high, kind="dashed", **more)
+            figure = Figure("f", "t", "", (Panel("p", (series,), "x", "y"),))
+            place = tmp_path / f"{name}.html"
+            place.write_text(page([Section("s", "s", figures=(figure,))], Facts("t")), encoding="utf-8")
+            browser.open(place)
+            drawn[name] = browser.run(
+                """new Promise((done) => {
+                  const look = () => {
+                    const plot = document.querySelector(".plot .scatterlayer");
+                    if (!plot || !plot.querySelector(".js-line")) return setTimeout(look, 20);
+                    done([plot.querySelectorAll("path.point").length, plot.querySelectorAll(".js-fill").length]);
+                  };
+                  look();
+                })"""
+            )
+            assert not browser.errors
+    assert drawn == {"plain": [0, 1], "marked": [3, 1], "unbanded": [3, 0]}

@@ -21,7 +21,7 @@ from .study import Study
 MOST_SENTENCES = 60
 #: What stands beside all that a t-test accepts, and what such tests are called.
 APPROXIMATE = "approximation, no guarantee"
-_T_TESTS = {"paired-t": "paired t-test", "welch": "Welch's t-test"}
+_T_TESTS = {"paired-t": "the paired t-test", "welch": "Welch's t-test"}
 
 
 def section(study: Study, options: Options | None = None) -> Section:
@@ -118,7 +118,7 @@ def _long(rows: Sequence[Row], options: Options) -> Table:
                  error, p, None if c.refused else c.level, c.family, c.reason or "")
             )  # fmt: skip
     approximate = (
-        f" p of tasks and of the worst task is that of the {_T_TESTS[options.test]} ({APPROXIMATE}), which looks at "
+        f" p of tasks and of the worst task is that of {_T_TESTS[options.test]} ({APPROXIMATE}), which looks at "
         "the fall of the mean, not at the loss that stands beside it; p of groups is that of the bound."
         if options.test in _T_TESTS
         else ""
@@ -138,7 +138,7 @@ def _sentences(rows: Sequence[Row], options: Options) -> tuple[str, ...]:
     none_of = "nothing is certified for"
     test = ""
     if options.test in _T_TESTS:
-        none_of = f"the {_T_TESTS[options.test]} ({APPROXIMATE}) accepts nothing for"
+        none_of = f"{_T_TESTS[options.test]} ({APPROXIMATE}) accepts nothing for"
         test = f"{_T_TESTS[options.test]}: {APPROXIMATE}, "
     for row in rows:
         tasks = [c for c in row.certificates if c.kind == "task"]

@@ -254,8 +254,8 @@ def without_bands(panels: Iterable[Panel]) -> str:
     if all(one.band for panel in panels for one in panel.series):
         return ""
     return (
-        f" In panels with bands of more than {MOST_BANDS} lines, which would cover each other, they are left out; the "
-        "CSV file of the figure has all of them."
+        f" Where more than {MOST_BANDS} lines of a panel have bands, which would cover each other, only dense "
+        "attention's, if it is there, is drawn; the CSV file of the figure has all of them."
     )
 
 

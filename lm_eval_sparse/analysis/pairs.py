@@ -335,6 +335,6 @@ def _worst_table(rows: list[tuple[Any, ...]]) -> Table:
     caption = (
         "Fall: mean of dense - sparse over the documents of the task that falls most, gains included; mean fall: over "
         "all tasks of the row that dense can do. The largest of several falls is larger than it would be in a new "
-        "run; what is guaranteed of the worst task stands with the certificates."
+        "run; what a test says of the worst task stands with the certificates."
     )
     return Table("worst_task", "The task that loses most", header, tuple(rows), caption)

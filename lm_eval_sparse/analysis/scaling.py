@@ -223,15 +223,17 @@ def _sentences(head: tuple[str, str], law: Law, runs: Runs) -> list[str]:
             continue
         at = law.names.index(axis)
         shown = with_band(law.value[at], law.low[at], law.high[at])
+        rests = f"{many[axis]} {_PLURAL[axis]}"
         if np.isnan(law.low[at]):
-            verdict = f"without a band ({law.clusters} cells)"
+            verdict = "without a band"
+            rests += f", {law.clusters} cells"
         elif law.low[at] > 0:
             verdict = f"scores rise with {name}"
         elif law.high[at] < 0:
             verdict = f"scores fall with {name}"
         else:
             verdict = f"no effect of {name} is shown"
-        said.append(f"{phases}, {method}: {axis} = {shown}: {verdict} ({many[axis]} {_PLURAL[axis]}).")
+        said.append(f"{phases}, {method}: {axis} = {shown}: {verdict} ({rests}).")
     if law.clipped > 0.1 * len(runs):
         said.append(
             f"{phases}, {method}: {law.clipped} of {len(runs)} scores are 0 or 1 and were clipped; the coefficients "
