@@ -212,4 +212,4 @@ def test_what_an_effect_rests_on_is_said() -> None:
         assert line.strip().endswith(f"{many}.")
     section = scaling.section(build(made_up(sizes=(7_000_000_000,))), floor=lambda cell: None)
     assert not any("with model size" in line or "sizes)" in line for line in section.sentences)
-    assert any("(3 lengths)." in line for line in section.sentences)
+    assert any("without a band (3 lengths, 9 cells)." in line for line in section.sentences)
