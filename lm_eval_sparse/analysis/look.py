@@ -139,6 +139,8 @@ class Placed:
         low, high: ends of the band, empty where there is none.
         at: each x in words.
         width: of a bar, in units of x; else 0.
+        mark: number of its own mark, None for that of its style.
+        band: whether the band is drawn.
     """
 
     name: str
@@ -151,6 +153,8 @@ class Placed:
     at: tuple[str, ...]
     hover: tuple[str, ...]
     width: float = 0.0
+    mark: int | None = None
+    band: bool = True
 
     @property
     def points(self) -> list[int]:
@@ -190,7 +194,8 @@ def prepare(figure: Figure) -> list[Prepared]:
             span = spans[panel.x_label, panel.log_x]
             x_range = _range(span, panel.log_x)
             ticks = (_ticks(span, x_range) if panel.log_x else ()) or round_ticks(x_range, panel.log_x)
-        heights = [v for one in series for values in (one.y, one.low, one.high) for v in values if v is not None]
+        drawn = [values for one in series for values in ((one.y, one.low, one.high) if one.band else (one.y,))]
+        heights = [v for values in drawn for v in values if v is not None]
         if any(one.kind == "bars" for one in series) and not panel.log_y:
             heights.append(0.0)
         y_range = _range(heights, panel.log_y)
@@ -231,6 +236,8 @@ def _placed(panel: Panel, names: Sequence[str]) -> Iterator[Placed]:
             tuple(label(x, LONGEST) if names else text(x) for x in series.x),
             tuple(label(words, 400) for words in series.hover),
             width if series.kind == "bars" else 0.0,
+            None if series.mark is None else series.mark % MARKS,
+            series.band,
         )
 
 

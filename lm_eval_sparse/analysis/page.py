@@ -188,6 +188,8 @@ def _series(one: Placed, style: int) -> dict[str, Any]:
         "at": one.at,
         "about": one.hover,
         "width": one.width,
+        "mark": one.mark,
+        "band": one.band,
     }
 
 
