@@ -326,7 +326,7 @@ def test_secrets_are_in_no_record(tmp_path: Path) -> None:
 def test_model_arguments_given_as_text_are_read_and_masked() -> None:
     content = lm_eval_content()
     content["config"]["model_args"] = "pretrained=org/m, max_length=4096,token=hf_abcdefghijklmnopqrstuvwxyz"
-    assert next(iter(records(content, "x"))).model_args == {"pretrained": "org/m", "max_length": "4096"}
+    assert next(iter(records(content, "x"))).model_args == {"pretrained": "org/m", "max_length": 4096}
 
 
 def test_the_schema_in_the_docs_is_that_of_the_code() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -424,10 +425,21 @@ def _date(part: Part) -> str | None:
         return None
 
 
+def _typed(text: str) -> Any:
+    """A value as lm-eval reads it in `name=value`."""
+    if text in ("True", "true", "False", "false"):
+        return text in ("True", "true")
+    for read in (int, float):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    return text
+
+
 def _masked(part: Part) -> dict[str, Any]:
     given = part.value
     if isinstance(given, str):  # as `simple_evaluate` may be given them
-        given = dict(pair.strip().partition("=")[::2] for pair in given.split(",") if "=" in pair)
+        pairs = (pair.strip().partition("=")[::2] for pair in given.split(",") if "=" in pair)
+        given = {name: _typed(text) for name, text in pairs}
     if not isinstance(given, dict):
         return {}
     return {name: masking.masked(value) for name, value in given.items() if not masking.is_secret(name)}

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .. import masking, spelling
@@ -49,6 +49,18 @@ def reproduce_command(results: Mapping[str, Any]) -> str:
         if isinstance(turns := results.get("fewshot_as_multiturn"), bool):
             parts += _option("--fewshot_as_multiturn", str(turns).lower())
     return " ".join(_quoted(masking.mask(part, secrets)) for part in parts)
+
+
+def model_args_option(given: Mapping[str, Any]) -> str:
+    """`--model_args` with these arguments, in their order, as words of a shell that lm-eval reads as they are.
+
+    Folders stay as they are, since the line is for the machine that they lie on; only a method in a file of somebody's
+    own loses its folder: whose code runs is for whoever pastes the line to say. Without secrets.
+    """
+    shown = {name: masking.masked(value) for name, value in given.items() if not masking.is_secret(name)}
+    if isinstance(method := shown.get("method"), str):
+        shown["method"] = _shown("method", method)
+    return " ".join(map(_quoted, _option("--model_args", _written(shown))))
 
 
 def _option(name: str, value: Any) -> list[str]:
@@ -143,6 +155,11 @@ def _pairs(given: Any) -> str:
     typed = {name for name, value in arguments.items() if isinstance(value, _Text)}
     shown = {name: value for name, value in arguments.items() if not masking.is_secret(name)}
     shown = {name: _shown(name, masking.masked(value)) for name, value in shown.items()}
+    return _written(shown, typed)
+
+
+def _written(shown: Mapping[str, Any], typed: Collection[str] = ()) -> str:
+    """Arguments as lm-eval reads them; those that were `typed` are written as they were."""
     if all(name in typed or _reads_back(name, value) for name, value in shown.items()):
         return ",".join(f"{name}={value}" for name, value in shown.items())
     return json.dumps(shown, default=str)
