@@ -1,6 +1,6 @@
 """Made-up results of a whole study, as runs of lm-eval under sparse-hf leave them: files with planted losses.
 
-python tests/made_up.py FOLDER   # a study of some 700 records, to look at its report
+python tests/made_up.py FOLDER   # a study of 132 files and 1848 records, to look at its report
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ METHODS = {
     "quest": ("decode", 0.3), "oracle_topk": ("decode", 0.05),
 }  # fmt: skip
 PHASES = ("prefill", "eviction", "decode")
+#: Bounds of a page of 16 tokens beside its keys and values.
+BOUNDS = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,53 @@ def true_loss(run: Run, task: str) -> float:
     return min(1.0, 0.02 * steep * eased * (run.sparsity / (1 - run.sparsity)) ** 0.9)
 
 
-def figures(phase: str, run: Run, rng: np.random.Generator) -> dict[str, Any]:
-    method = run.method if run.method != "dense" and METHODS[run.method][0] == phase else "dense"
-    sparsity = float(np.clip(run.sparsity + rng.normal(0, 0.002), 0, 1)) if method != "dense" else 0.0
-    # What decoding reads of a cache that was evicted, though it has no method itself.
-    evicted = run.sparsity if run.method != "dense" and METHODS[run.method][0] == "eviction" else 0.0
+def figures(phase: str, run: Run, measured: float) -> dict[str, Any]:
+    """What a report says of a phase of a task; `measured` is the sparsity that the method reached."""
+    filled = "" if run.method == "dense" else METHODS[run.method][0]
+    method = run.method if filled == phase else "dense"
+    sparsity = measured if filled == phase else 0.0
+    # Decoding reads what an eviction left, though it has no method itself.
+    read = 1 - measured if phase == "decode" and filled == "eviction" else 1 - sparsity
     return {
         "method": method,
         "requested_sparsity": run.sparsity if method != "dense" else None,
         "selected_sparsity": sparsity,
         "executed_sparsity": sparsity,
-        "bytes_read_fraction": 1
-        - sparsity
-        + (0.0625 if method == "quest" else 0.0)
-        - (evicted if phase == "decode" else 0),
+        "bytes_read_fraction": read + (BOUNDS if method == "quest" else 0.0),
         "estimator_flops_fraction": 0.01 if method != "dense" else 0.0,
-        "kv_memory_fraction": 1 - sparsity if phase == "eviction" else 1.0,
+        "kv_memory_fraction": held(run, measured),
         "calls": {"sparse": 100 if method != "dense" else 0, "dense": 0 if method != "dense" else 100, "fallback": 0},
         "backends": {"triton": 100},
         **({"knobs_solved": {"budget": {"mean": 400.0, "min": 390.0, "max": 410.0}}} if method != "dense" else {}),
+    }
+
+
+def held(run: Run, measured: float) -> float:
+    """Keys and values held after the prompt, a figure of the prompt and so the same in every phase: what evicts keeps
+    less, what chooses in decoding keeps all and what it chooses by."""
+    filled = "" if run.method == "dense" else METHODS[run.method][0]
+    return 1 - measured if filled == "eviction" else 1.0 + (BOUNDS if run.method == "quest" else 0.0)
+
+
+def times(run: Run, documents: int) -> dict[str, Any]:
+    """Seconds, tokens and their quotients of a run: what a method leaves out of a phase takes no time in it."""
+    parameters, _ = SHAPES[run.model]
+    length, filled = LENGTHS[run.length], "" if run.method == "dense" else METHODS[run.method][0]
+    left = 1 - run.sparsity
+    pairs = left if filled == "prefill" else 1.0
+    read = left if filled in ("eviction", "decode") else 1.0
+    tokens = {"prefill": round(documents * (length - 10.5)), "decode": 100 * documents}
+    # A prefill is bound by operations, decoding by what it reads.
+    each = {
+        "prefill": parameters / 1e14 * (1.0 + length / 16384 * pairs) * (1.01 if filled == "prefill" else 1.0),
+        "decode": parameters / 1e12 * (1.0 + length / 16384 * read),
+    }
+    seconds = {phase: tokens[phase] * each[phase] for phase in tokens}
+    return {
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "tokens": tokens,
+        "tokens_per_second": {phase: tokens[phase] / seconds[phase] for phase in tokens},
+        "samples": documents,
     }
 
 
@@ -140,7 +170,8 @@ def contents(
                 "chance": {metric: chance},
             },
         }  # fmt: skip
-        by_task[task] = {phase: figures(phase, run, rng) for phase in PHASES}
+        measured = float(np.clip(run.sparsity + rng.normal(0, 0.002), 0, 1)) if run.method != "dense" else 0.0
+        by_task[task] = {phase: figures(phase, run, measured) for phase in PHASES}
         by_task[task]["prompts"] = {
             "number": documents,
             "tokens": {"mean": LENGTHS[run.length] - 10.5, "min": 1, "max": 2},
@@ -156,6 +187,7 @@ def contents(
     model_args = {"method": run.method, "pretrained": run.model}
     if run.method != "dense":
         model_args["sparsity"] = run.sparsity
+    took = times(run, documents * len(run.tasks))
     content = {
         "results": results,
         "configs": configs,
@@ -182,12 +214,7 @@ def contents(
                 "model": shape,
                 "versions": {"lm_eval_sparse": "0.1.0", "torch": "2.13.0"},
                 "device": "NVIDIA H200",
-                "run": {
-                    "seconds": {"prefill": 10.0 * (1 - 0.5 * run.sparsity), "decode": 5.0, "total": 16.0},
-                    "tokens_per_second": {"prefill": 10000.0, "decode": 100.0},
-                    "samples": documents * len(run.tasks),
-                    "peak_memory_bytes": {"predicted": 10**9, "seen": 10**9},
-                },
+                "run": {**took, "peak_memory_bytes": {"predicted": 10**9, "seen": 10**9}},
             },
         },
         "git_hash": "abcdef0",
@@ -196,7 +223,7 @@ def contents(
         "transformers_version": "5.24.0",
         "model_name": run.model,
         "chat_template_sha": "c" * 64,
-        "total_evaluation_time_seconds": "20.5",
+        "total_evaluation_time_seconds": str(took["seconds"]["total"] + 4.5),
     }  # fmt: skip
     return content, lines
 

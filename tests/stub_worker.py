@@ -78,7 +78,8 @@ def one(address: str, argv: list[str]) -> dict[str, Any]:
 def write(output: Path, model_args: dict[str, Any], task: str, documents: int) -> None:
     short, length = task.removeprefix("forced_frontier_").rsplit("_", 1)
     model = str(model_args["pretrained"])
-    run = made_up.Run(model, model_args["method"], float(model_args.get("sparsity", 0.0)), length, (short,))
+    known = model if model in made_up.SHAPES else next(iter(made_up.SHAPES))
+    run = made_up.Run(known, model_args["method"], float(model_args.get("sparsity", 0.0)), length, (short,))
     content, lines = made_up.contents(run, documents)
     content["config"]["model_args"] = model_args
     folder = output / model.replace("/", "__")

@@ -81,6 +81,21 @@ def test_everything_is_written_and_read_again(study: Path, tmp_path: Path, capsy
     assert not list((out / "figures").glob("*.png"))
 
 
+def test_a_link_as_output_stays_and_what_it_leads_to_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up.write(tmp_path / "runs", grid(models=MODELS[:1], lengths=("4k",), methods=("quest",)), documents=30)
+    target, link = tmp_path / "runs" / "earlier", tmp_path / "out"
+    target.mkdir()
+    link.symlink_to(target)
+    for _ in range(2):  # the second time the first one's records lie among the runs
+        assert run("analyze", tmp_path / "runs", "--output", link, "--no-pictures") == 0
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert said == f"18 records; look at {link / 'report.html'}" and link.is_symlink()
+        lines = [json.loads(line) for line in (target / "records.jsonl").read_text().splitlines()]
+        assert len(lines) == 18 == len((link / "records.jsonl").read_text().splitlines())
+
+
 def test_a_configuration_is_recommended_with_a_line_that_parses(
     certain: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +111,58 @@ def test_a_configuration_is_recommended_with_a_line_that_parses(
     # By what is held, a method that reads less and keeps all is no better than dense.
     assert run("recommend", certain, "--task", "niah", "--by", "memory") == 1
     assert "take dense" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def lossless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study in which a method of each phase loses nothing: what it costs is all that it differs by."""
+    folder = tmp_path_factory.mktemp("lossless")
+    dense = made_up.Run(MODELS[0], "dense", 0.0, "16k", ("niah",))
+    made_up.write(folder, iter([dense]), documents=100)
+    content, lines = made_up.contents(dense, 100)
+    for method in ("vertical_slash", "snapkv", "quest"):
+        for sparsity in (0.5, 0.9):
+            sparse, _ = made_up.contents(made_up.Run(MODELS[0], method, sparsity, "16k", ("niah",)), 100)
+            place = folder / f"{method}_{sparsity}"
+            place.mkdir()
+            (place / "results_x.json").write_text(json.dumps(sparse | {"results": content["results"]}))
+            (place / "documents_x.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+def test_what_is_recommended_follows_what_is_asked_to_be_least(
+    lossless: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first: dict[str, str] = {}
+    for by in ("memory", "time", "cost"):
+        assert run("recommend", lossless, "--task", "niah", "--by", by) == 0
+        first[by] = capsys.readouterr().out.splitlines()[0]
+    # Only an eviction keeps less; what chooses in decoding keeps all, and its bounds.
+    assert first["memory"].startswith("Take snapkv at sparsity 0.9")
+    assert re.match("Take (vertical_slash|snapkv|quest) at sparsity 0.9", first["time"])
+    for by, method in (("memory", "quest"), ("memory", "vertical_slash")):
+        assert run("recommend", lossless, "--task", "niah", "--by", by, "--method", method) == 1
+        assert "take dense" in capsys.readouterr().out
+    for method in ("vertical_slash", "snapkv", "quest"):
+        assert run("recommend", lossless, "--task", "niah", "--by", "time", "--method", method) == 0
+        assert f"Take {method} at sparsity 0.9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["dense", *made_up.METHODS])
+def test_made_up_figures_are_those_that_a_report_can_have(method: str) -> None:
+    made = made_up.Run(MODELS[0], method, 0.0 if method == "dense" else 0.8, "16k", ("niah", "vt"))
+    sparse = made_up.contents(made, 50)[0]["config"]["sparse"]
+    ran = sparse["run"]
+    for phase, speed in ran["tokens_per_second"].items():
+        assert speed == pytest.approx(ran["tokens"][phase] / ran["seconds"][phase])
+    assert ran["samples"] == 100 and ran["seconds"]["total"] == pytest.approx(
+        ran["seconds"]["prefill"] + ran["seconds"]["decode"]
+    )
+    for task in sparse["tasks"].values():
+        (share,) = {task[phase]["kv_memory_fraction"] for phase in made_up.PHASES}  # a figure of the prompt
+        kept = 1 - task["eviction"]["executed_sparsity"]
+        assert share == pytest.approx(kept + (1 / 16 if method == "quest" else 0))
+        assert task["decode"]["bytes_read_fraction"] <= kept + 1 / 16
 
 
 @pytest.mark.parametrize(

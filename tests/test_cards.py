@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from markdown_it import MarkdownIt
+from read_back import parsed
 
 from lm_eval_sparse import markdown
 from lm_eval_sparse.errors import UserError, plain
@@ -162,18 +163,14 @@ def test_the_command_means_what_was_typed(what: str) -> None:
         ["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}
     ).stdout.decode()
     said = words.split("\0")[:-1]
-    pair = f"{name}={name}"
-    assert said[:3] == ["lm_eval", "--model", name]
-    assert said[said.index("--system_instruction") + 1] == name
-    assert said[said.index("--tasks") + 1] == name
-    if "," not in pair and not name.startswith("~"):  # a home folder is left out
-        assert said[said.index("--model_args") + 1] == pair
-
-
-@pytest.mark.parametrize("limit, said", [(2, "2"), (2.0, "2"), (1234567, "1234567"), (0.1, "0.1"), (None, None)])
-def test_the_limit_is_written_in_full(limit: Any, said: str | None) -> None:
-    words = reproduce.reproduce_command({"config": {"limit": limit}}).split()
-    assert (words[words.index("--limit") + 1] if "--limit" in words else None) == said
+    given = parsed(said[1:])
+    assert (given.model, given.system_instruction, given.tasks) == (
+        name,
+        name,
+        [name] if "," not in name else name.split(","),
+    )
+    if not name.startswith("~"):  # a home folder is left out
+        assert given.model_args == given.gen_kwargs == {name: name}
 
 
 # -- secrets

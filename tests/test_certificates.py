@@ -165,10 +165,53 @@ def test_the_section():
     ) in section.sentences
     (figure,) = section.figures
     assert figure.name == "certificates_length" and len(figure.panels) == 1, "oracles are not drawn"
-    mean = figure.panels[0].series[-1]
+    mean, *dots = figure.panels[0].series
+    assert mean.name == "mean" and [one.name for one in dots] == ["niah", "vt"]
+    assert {one.colour for one in dots} == {""}, "each task has the colour and mark of its own name"
     assert mean.y == pytest.approx((0.7, 0.7)) and mean.low == pytest.approx((0.7 - np.std([0.9, 0.5], ddof=1),) * 2)
 
 
 def test_an_empty_study_has_an_empty_section():
     section = certificates.section(built([record("niah", "dense", None, right(50))]))
     assert section.sentences == () and section.tables == ()
+
+
+def test_a_t_test_is_called_an_approximation_wherever_it_speaks():
+    """And the bound is not; nor is a fall of the mean called a loss that gains do not pay for."""
+    runs = [of({"quest": {0.5: 0, 0.9: wrong}}, task=task, length=length)
+            for task, wrong in (("niah", 1), ("vt", 40)) for length in (4096, 16384)]  # fmt: skip
+    runs.append(of({"quest": {0.5: 60}}, task="cwe"))
+    said = {}
+    for test in guarantee.TESTS:
+        section = certificates.section(built(*runs), certify.Options(test=test))
+        captions = [one.caption for one in (*section.tables, *section.figures)]
+        titles = [section.title, section.tables[0].title, *(figure.title for figure in section.figures)]
+        said[test] = titles, captions, section.sentences
+        heads = [*section.tables[1].header, *(panel.y_label for figure in section.figures for panel in figure.panels)]
+        assert any("certified" in head for head in heads) == (test == "hoeffding-bentkus")
+    words = certificates.APPROXIMATE
+    for test in ("paired-t", "welch"):
+        titles, captions, sentences = said[test]
+        assert len(titles) == 3 and len(captions) == 3
+        for text in (*titles, *captions, *sentences):
+            assert words in text, text
+            assert "with a guarantee" not in text and "certified" not in text.lower()
+        assert all("fall of the mean" in text for text in captions)
+        assert not any("gains do not pay" in text for text in captions)
+        assert any(" keeps within" in text for text in sentences) and any(
+            "accepts nothing for" in text for text in sentences
+        )
+    titles, captions, sentences = said["hoeffding-bentkus"]
+    assert not any(words in text or "t-test" in text for text in (*titles, *captions, *sentences))
+    assert titles[0] == "Largest sparsity with a guarantee" and "gains do not pay for losses" in captions[0]
+    assert any("nothing is certified for cwe" in text for text in sentences)
+
+
+def test_captions_say_why_a_worst_task_may_pass_where_tasks_do_not():
+    three = [of({"quest": {0.5: 0}}, 60, task) for task in ("niah", "vt", "cwe")]
+    wide, long = certificates.section(built(*three)).tables
+    (row,) = wide.rows
+    assert row[3:] == (None, None, None, 0.5), "the case that the caption explains"
+    assert "A worst task can pass where single tasks are empty" in wide.caption
+    assert "It is refused where dense cannot do one of its tasks" in wide.caption
+    assert "refused where dense cannot do one of its tasks" in long.caption and "as well" not in long.caption

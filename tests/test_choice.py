@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import numpy as np
 import pytest
 
 pytest.importorskip("mapie")
 from few_studies import built, of, record, right
+from read_back import parsed
 
 from lm_eval_sparse.analysis import guarantee, recommend, study
 from lm_eval_sparse.analysis.certify import Options
 from lm_eval_sparse.analysis.choice import choose
 from lm_eval_sparse.errors import UserError
+from lm_eval_sparse.results.schema import Shape
 
 
 def density(point):
@@ -176,3 +180,57 @@ def test_marks_of_what_is_mixed_are_printed_with_a_recommendation():
     choice = choose(some, Options(), density, task="niah")
     assert {one.label for one in choice.certified} == {"quest"}
     assert any(note.startswith("snapkv of org/model was not run on frontier_niah_4k") for note in choice.notes)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "quest", "sparsity": 0.9, "max_length": 4096},
+        {"method": "quest", "sparsity": 0.9, "dtype": "a'b\"c $(touch x) `y`"},
+        {"method": "quest", "sparsity": 0.9, "dtype": "two\nlines\x1b[31m", "revision": "0123"},
+        {"method": "quest", "sparsity": 0.9, "chat_template_args": {"a": [1, 2], "b": "x,y=z"}},
+        {"method": "quest", "sparsity": 0.9, "revision": "a,method=other"},
+    ],
+)
+def test_the_line_to_paste_is_read_by_a_shell_and_by_lm_eval_as_the_runs_were_made(given):
+    rows = of({"quest": {0.9: 0}}, model_args={"pretrained": "org/model", **given})
+    said, found = recommend.recommend(built(rows), Options(), task="niah")
+    rows = [row.model_copy(update={"seconds_by_phase": {}}) for row in rows]
+    assert not found and "not known" in said  # what these cost is not recorded
+    said, found = by_memory(rows)
+    line = said.splitlines()[-1]
+    assert found and line.startswith("--model_args ") and line.isprintable()
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True).stdout.decode()
+    assert parsed([*words.split("\0")[:-1], "--tasks", "x"]).model_args == {"pretrained": "org/model", **given}
+
+
+def by_memory(rows):
+    """A recommendation by what is held, of rows that say it."""
+    held = []
+    for row in rows:
+        share = 1.0 if row.method == "dense" else 0.5
+        figures = row.by_phase["decode"].model_copy(update={"kv_memory_fraction": share})
+        held.append(
+            row.model_copy(
+                update={
+                    "by_phase": {"decode": figures}, "model_dtype": "bfloat16", "prompt_tokens": 4000.0,
+                    "model_shape": Shape(layers=2, attention_layers=2, hidden=8, query_heads=2, kv_heads=1, head_dim=4,
+                                         value_dim=4, mlp=16, vocab=99),
+                }
+            )
+        )  # fmt: skip
+    return recommend.recommend(built(held), Options(), task="niah", by="memory")
+
+
+@pytest.mark.parametrize("given", [{}, {"sparsity": 0.9}, {"method": "quest"}])
+def test_a_line_that_the_runs_do_not_say_is_not_made_up(given):
+    said, found = by_memory(of({"quest": {0.9: 0}}, model_args={"pretrained": "org/model", **given}))
+    assert found and "There is no line to paste" in said and not said.splitlines()[-1].startswith("--model_args")
+
+
+def test_code_of_others_is_not_in_the_line():
+    given = {"method": "/home/me/x.py:Mine", "sparsity": 0.9, "trust_remote_code": True, "pretrained": "org/model"}
+    said, found = by_memory(of({"mine": {0.9: 0}}, model_args=given, code={"mine": {"sha256": "ab"}}))
+    assert found and "trust_remote_code=True; add it if you trust" in said and "/home/me" not in said
+    assert said.splitlines()[-1] == "--model_args pretrained=org/model,method=path/to/x.py:Mine,sparsity=0.9"
+    assert "give its path, and --allow-code" in said

@@ -133,7 +133,10 @@ def test_every_command_has_a_file_and_a_help_text(name: str, capsys: pytest.Capt
     [
         ("plot results --output a.png --tsk niah", "--task"),
         ("show frontier_niah_4k --index 0 --apply_chat_tmplate", "--apply_chat_template"),
-        ("check-task niah --sample=3", None),  # argparse takes beginnings of options
+        ("check-task niah --sample=3", "--samples"),  # a beginning of an option is none
+        ("analyze results --output out --tol .1", "--tolerance"),
+        ("analyze results --outpu out", "--output"),  # though --output is missing, too
+        ("recommend results --leng 4k", "--length"),
         ("check-task niah --smples=3", "--samples"),
         ("methods --markdwn", "--markdown"),
         ("new-task words --fodler here", "--folder"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from curve_cases import SPARSITIES, build, record, runs
@@ -159,6 +161,55 @@ def test_runs_without_documents_have_points_and_no_bands() -> None:
     assert {row[11] for row in table.rows} == {"no bands, no certificate"} and {row[7] for row in table.rows} == {None}
 
 
+def test_a_run_without_documents_is_named_and_others_keep_their_bands() -> None:
+    rows = tasks(names=("niah",), sparsities=(0.5, 0.9))
+    bare = [
+        row.model_copy(update={"documents": None}) if (row.method, row.requested) == ("quest", 0.9) else row
+        for row in rows
+    ]
+    section = curves.section(build(bare), floor=able)
+    found = panel(section, "niah")
+    said = "no scores by document of quest at 0.9: no bands along quest"
+    assert found.note == said and f"niah (org/model at 4096 tokens): {said}." in section.sentences
+    assert series(found, "quest").kind == "dots" and series(found, "snapkv").low is not None
+    (table,) = section.tables
+    assert {row[11] for row in table.rows if row[4] == "quest"} == {said}
+    assert {row[11] for row in table.rows if row[4] == "snapkv"} == {""}
+    # All runs of a method, the dense run, and every run.
+    whole = [row.model_copy(update={"documents": None}) if row.method == "quest" else row for row in rows]
+    assert panel(curves.section(build(whole), floor=able), "niah").note == (
+        "no scores by document of quest: no bands, no certificate"
+    )
+    dense = [row.model_copy(update={"documents": None}) if row.method == "dense" else row for row in rows]
+    assert panel(curves.section(build(dense), floor=able), "niah").note == (
+        "no scores by document of the dense run: no losses, no certificate"
+    )
+    none = [row.model_copy(update={"documents": None}) for row in rows]
+    assert panel(curves.section(build(none), floor=able), "niah").note == curves.NO_BANDS
+    assert panel(curves.section(build(rows), floor=able), "niah").note == ""
+
+
+@pytest.mark.parametrize("many", [4, 5])
+def test_bands_of_many_methods_are_in_the_csv_and_not_drawn(many: int) -> None:
+    section = curves.section(build(tasks({f"m{i}": good for i in range(many)})), floor=able)
+    for name in ("curves_", "means_"):
+        (figure,) = [one for one in section.figures if one.name.startswith(name)]
+        assert ("CSV file of the figure has all of them" in figure.caption) == (many > 4)
+        for found in figure.panels:
+            methods = [one for one in found.series if one.name != "dense"]
+            assert len(methods) == many and all(one.low is not None for one in methods)
+            assert {one.band for one in methods} == {many <= 4} and series(found, "dense").band
+
+
+def test_oracles_have_marks_of_their_own() -> None:
+    section = curves.section(build(tasks({"oracle_topk": good, "oracle_blocks": good, "quest": bad})), floor=able)
+    for name in ("curves_", "means_"):
+        (figure,) = [one for one in section.figures if one.name.startswith(name)]
+        for found in figure.panels:
+            one, two = (series(found, method).mark for method in ("oracle_topk", "oracle_blocks"))
+            assert None not in (one, two) and one != two and series(found, "quest").mark is None
+
+
 def test_few_documents_and_missing_ones_are_said() -> None:
     section = curves.section(build(tasks(names=("niah",), n=b.LEAST - 1)), floor=able)
     assert "no bands below" in panel(section, "niah").note and series(panel(section, "niah"), "quest").low is None
@@ -220,6 +271,31 @@ def test_without_an_oracle_of_the_phase_nothing_is_split() -> None:
     high = tasks({"quest": bad}, names=("niah",))
     text = " ".join(split.section(build(high + low), floor=able).sentences)
     assert "no oracle of the phase decode was measured at the same sparsities" in text
+
+
+def test_what_is_an_oracle_in_one_phase_only_splits_nothing() -> None:
+    """Chains with any oracle are oracles; what another method loses in them is no loss of the sparsity."""
+    both, half = "oracle_blocks+oracle_topk", "oracle_blocks+quest"
+    rows = tasks({half: bad, both: good, "flexprefill+quest": bad}, phases="prefill+decode")
+    made = build(rows)
+    cells = tuple(
+        replace(cell, chains=tuple(replace(chain, oracle="oracle" in chain.method) for chain in cell.chains))
+        for cell in made.cells
+    )
+    section = split.section(replace(made, cells=cells), floor=able)
+    assert {row[3:5] for row in section.tables[0].rows} == {("flexprefill+quest", both)}
+    assert f"an oracle fills a part of its phases: the loss of {half} is not split." in section.sentences
+    chain = cells[0].chains[0]
+    for method, whole in ((both, True), (half, False), ("prefill:oracle_blocks", True), ("quest", False)):
+        assert split.pure(replace(chain, method=method, oracle="oracle" in method)) is whole
+
+
+def test_two_oracles_of_a_split_look_different() -> None:
+    rows = tasks({"oracle_topk": good, "oracle_pages": good, "quest": bad})
+    (figure,) = split.section(build(rows), floor=able).figures
+    found = {one.name: one.mark for found in figure.panels for one in found.series}
+    marks = {mark for name, mark in found.items() if name.startswith("sparsity")}
+    assert len(marks) == 2 and None not in marks and found["method (quest)"] is None
 
 
 def test_attention_itself_is_tabled_where_a_run_looked() -> None:

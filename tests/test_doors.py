@@ -466,7 +466,7 @@ def test_a_command_that_repeats_a_run_shows_no_folder() -> None:
         ("own.py:Own", "own.py:Own"),
         ("flexprefill+quest", "flexprefill+quest"),
     ):
-        results = {"config": {"model": "sparse-hf", "model_args": {"method": typed}}}
+        results = {"config": {"model": "sparse-hf", "model_args": {"method": typed}}, "results": {"t": {}}}
         assert f"--model_args method={shown} " in reproduce_command(results)
 
 

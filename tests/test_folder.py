@@ -70,3 +70,38 @@ def test_an_output_that_is_a_file(tmp_path: Path) -> None:
         folder.checked("--output x", str(tmp_path / "x"))
     with pytest.raises(UserError, match="is a file"):
         folder.checked("--output x/y", str(tmp_path / "x" / "y"))
+
+
+def test_a_link_to_a_folder_stays_and_its_target_is_filled(tmp_path: Path) -> None:
+    target, link = tmp_path / "disk" / "real", tmp_path / "link"
+    target.mkdir(parents=True)
+    link.symlink_to(target)
+    fill(link, a="1", b="2")
+    fill(link, b="3")
+    assert link.is_symlink() and os.readlink(link) == str(target)
+    assert not target.is_symlink() and holds(target) == {"b/file": "3"} == holds(link)
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"] and os.listdir(target.parent) == ["real"]
+    # What others have there is as safe as without a link, and what fails leaves what was there.
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.txt, which no analysis has written"):
+        fill(link, a="4")
+    (target / "notes.txt").unlink()
+    with pytest.raises(UserError), folder.filled("--output out", link) as fresh:
+        (fresh / "half").write_text("2")
+        raise OSError(28, "No space left on device")
+    assert link.is_symlink() and holds(target) == {"b/file": "3"} and os.listdir(target.parent) == ["real"]
+
+
+def test_a_link_on_the_way_is_followed_to_where_nothing_is_yet(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    fill(tmp_path / "link" / "out", a="1")
+    assert holds(tmp_path / "disk" / "out") == {"a/file": "1"} and (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("leads", ["nowhere", "link"])
+def test_a_link_that_leads_nowhere_is_one_line(tmp_path: Path, leads: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / leads)
+    with pytest.raises(UserError, match=r"^--output link: .*link is a link that leads nowhere; give another folder$"):
+        folder.checked("--output link", str(tmp_path / "link"))
+    assert os.listdir(tmp_path) == ["link"]

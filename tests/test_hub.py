@@ -450,7 +450,7 @@ def test_card_contents() -> None:
         "- long: 128000 tokens are more than the model's 8192",
         f'"org__m/results_{DATE}.json"',
         'load_dataset("a/b", "org__m__tiny", split="latest")',
-        "lm_eval --model sparse-hf --model_args pretrained=path/to/m --tasks tiny,long --limit 2 "
+        "lm_eval --model sparse-hf --model_args pretrained=path/to/m --tasks tiny,long --num_fewshot 0 --limit 2 "
         "--system_instruction 'it'\"'\"'s you' --apply_chat_template",
     ):
         assert line in card, line

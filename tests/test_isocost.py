@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain, combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from scipy import stats
 
 from lm_eval_sparse.analysis import cost, isocost
-from lm_eval_sparse.analysis.costed import groups, shared
+from lm_eval_sparse.analysis.costed import able, groups, shared
 from lm_eval_sparse.analysis.shapes import PUBLISHED
 from lm_eval_sparse.analysis.study import Study, build
 from lm_eval_sparse.errors import UserError
@@ -33,6 +34,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     grid = made_up.runs((SMALL, MEDIUM), ("16k", "32k"), TASKS, METHODS)
     made_up.write(folder, grid, documents=60, seed=int(np.random.default_rng().integers(10**6)))
     return read([folder])
+
+
+FLOOR = "dense cannot do this task"
 
 
 def can(cell: Any) -> str | None:
@@ -217,16 +221,115 @@ def test_a_task_that_a_model_cannot_do_is_in_no_comparison(records: list[Record]
 
     section = isocost.section(build(records), options(64), floor=floor)
     assert {row["tasks"] for row in rows(section, "isocost_equal")} == {"niah, toefl"}
-    assert any("nothing is said of vt" in line for line in section.sentences)
-    # The mean keeps it: the smaller model can do it. One that no model can do is not in it.
-    assert {row["tasks"] for row in rows(section, "isocost_means")} == {"niah, toefl, vt"}
-    section = isocost.section(build(records), options(), floor=lambda cell: "no" if cell.short == "vt" else None)
+    reason = f"nothing is said of vt: vt of {MEDIUM}: dense cannot do this task."
+    assert any(line.endswith(reason) for line in section.sentences)
+    # Nor in the mean: four pairs of a model and a task stay without it, three would without the model.
+    assert {row["tasks"] for row in rows(section, "isocost_means")} == {"niah, toefl"}
+    assert {row["model"] for row in rows(section, "isocost_means")} == {SMALL, MEDIUM}
+    reason = f"Tasks that are not in the mean: vt of {MEDIUM}: dense cannot do this task."
+    assert any(line.endswith(reason) for line in section.sentences)
+    section = isocost.section(build(records), options(), floor=lambda cell: FLOOR if cell.short == "vt" else None)
     assert {row["tasks"] for row in rows(section, "isocost_means")} == {"niah, toefl"}
     notes = {panel.title: panel.note for figure in section.figures for panel in figure.panels}
-    assert notes["vt"] == "dense cannot do this task" and "vt" in notes["mean of 2 tasks"]
+    assert notes["vt"] == f"No front: {FLOOR}." and notes["niah"] == notes["toefl"] == ""
+    assert notes["mean of 2 tasks"] == f"Tasks that are not in the mean: vt: {FLOOR}."
     section = isocost.section(build(records), options(64), floor=lambda cell: "no")
     assert not rows(section, "isocost_equal") and not rows(section, "isocost_means")
     assert not any("score" in line for line in section.sentences)
+
+
+def test_a_model_that_fails_most_tasks_is_in_no_mean(records: list[Record]) -> None:
+    def floor(cell: Any) -> str | None:
+        return FLOOR if cell.model == MEDIUM and cell.short != "toefl" else None
+
+    section = isocost.section(build(records), options(), floor=floor)
+    table = rows(section, "isocost_means")
+    assert {(row["model"], row["tasks"]) for row in table} == {(SMALL, "niah, toefl, vt")}
+    said = f"Models that are neither in the mean nor on its front: {MEDIUM} for niah, {MEDIUM} for vt: {FLOOR}."
+    assert any(line.endswith(said) for line in section.sentences)
+    for figure in section.figures:
+        mean = figure.panels[0]
+        assert mean.title == "mean of 3 tasks" and MEDIUM in mean.note and FLOOR in mean.note
+        assert not any(MEDIUM in series.name for series in mean.series)
+
+
+@pytest.mark.parametrize("reason", [FLOOR, "what chance scores is unknown: give --chance vt=.25", "no dense run"])
+def test_a_model_that_cannot_do_a_task_is_drawn_and_not_on_its_front(records: list[Record], reason: str) -> None:
+    """The larger model scores more here, and would be on every front."""
+
+    def best(one: Record) -> bool:
+        return one.model == MEDIUM and "_vt_" in one.task and one.method == "dense"
+
+    good = changed(records, best, score=0.99)
+
+    def floor(cell: Any) -> str | None:
+        return reason if (cell.model, cell.short) == (MEDIUM, "vt") else None
+
+    for floored in (floor, can):
+        section = isocost.section(build(good), options(), floor=floored)
+        for figure in section.figures:
+            (panel,) = [panel for panel in figure.panels if panel.title == "vt"]
+            front = next(series for series in panel.series if series.name == isocost.FRONT)
+            points = {
+                point for series in panel.series if MEDIUM in series.name
+                for point in zip(series.x, series.y, strict=True)
+            }  # fmt: skip
+            beats = points & set(zip(front.x, front.y, strict=True))
+            assert points and bool(beats) == (floored is can)
+            assert panel.note == ("" if floored is can else f"Not on the front: {MEDIUM}: {reason}.")
+        told = [line for line in section.sentences if reason in line]
+        assert bool(told) == (floored is floor)
+        assert reason == FLOOR or not any("cannot do" in line for line in section.sentences)
+
+
+def test_a_level_of_chance_that_is_not_known_is_no_failure(records: list[Record]) -> None:
+    unknown = [one.model_copy(update={"chance": None}) if "vt" in one.task else one for one in records]
+    section = isocost.section(build(unknown), options(64))
+    said = [line for line in section.sentences if "vt" in line and "not in the mean" in line]
+    assert said and all("what chance scores is unknown: give --chance vt=.25" in line for line in said)
+    assert any("at equal cost nothing is said of vt" in line and "is unknown" in line for line in section.sentences)
+    notes = {panel.note for figure in section.figures for panel in figure.panels if panel.title == "vt"}
+    assert notes == {"No front: what chance scores is unknown."}
+    everything = [*section.sentences, *(panel.note for figure in section.figures for panel in figure.panels)]
+    assert not any("cannot" in line and "vt" in line for line in everything)
+
+
+def test_models_and_tasks_of_a_mean_keep_most_pairs() -> None:
+    """Against every choice of models and tasks."""
+    rng = np.random.default_rng()
+    for _ in range(200):
+        models, tasks = [f"m{i}" for i in range(rng.integers(1, 5))], [f"t{i}" for i in range(rng.integers(1, 6))]
+        asked = {model: {task for task in tasks if rng.random() < 0.8} for model in models}
+        failed = {model: {task for task in own if rng.random() < 0.35} for model, own in asked.items()}
+
+        def some(names: list[str]) -> Iterable[tuple[str, ...]]:
+            return chain.from_iterable(combinations(names, size) for size in range(1, len(names) + 1))
+
+        best = max(
+            (
+                sum(task in asked[model] for model in chosen for task in kept)
+                for chosen in some(models) for kept in some(tasks)
+                if not any(task in failed[model] for model in chosen for task in kept)
+            ),
+            default=0,
+        )  # fmt: skip
+        found, kept = able(asked, failed)
+        assert sum(len(asked[model] & kept) for model in found) == best, (asked, failed)
+        assert not any(failed[model] & kept for model in found)
+    assert able({"a": {"x", "y"}, "b": {"x", "y"}}, {"b": {"y"}}) == ({"a", "b"}, {"x"}), "of two choices more models"
+
+
+def test_models_have_marks_of_their_own_and_dense_points_are_not_joined(records: list[Record]) -> None:
+    section = isocost.section(build(records), options(), floor=can)
+    for figure in section.figures:
+        for panel in figure.panels:
+            drawn = [series for series in panel.series if series.name != isocost.FRONT]
+            dense = [series for series in drawn if series.colour == "dense"]
+            assert sorted(series.name for series in dense) == [f"dense, {MEDIUM}", f"dense, {SMALL}"]
+            assert [len(series.x) for series in dense] == [1, 1]
+            marks = {model: {one.mark for one in drawn if one.name.endswith(model)} for model in (SMALL, MEDIUM)}
+            assert sorted(map(len, marks.values())) == [1, 1] and marks[SMALL] != marks[MEDIUM]
+            assert {one.colour for one in drawn} == {one.name.split(",")[0] for one in drawn}, "a colour is a method"
 
 
 def test_a_mean_has_tasks_that_all_have(records: list[Record]) -> None:

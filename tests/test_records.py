@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def test_a_record_holds_all_that_was_measured(tmp_path: Path) -> None:
     assert (row.chance, row.higher_is_better, row.n) == (0.25, True, 30) and row.bounded and not rows[3].bounded
     assert row.seeds == {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
     assert (row.device, row.commit, row.versions["torch"]) == ("NVIDIA H200", "abcdef0", "2.13.0")
-    assert row.speed == {"prefill": 10000.0, "decode": 100.0} and row.peak_memory_bytes == 10**9
+    ran = content["config"]["sparse"]["run"]
+    assert row.speed == ran["tokens_per_second"] and row.peak_memory_bytes == 10**9
+    assert row.seconds_by_phase == ran["seconds"] and row.seconds > row.seconds_by_phase["total"]
     assert row.command is not None and "method=quest" in row.command and "sparsity=0.8" in row.command
     scores = [line["metrics"]["acc"] for line in lines if line["task"] == row.task]
     assert row.documents is not None and list(row.documents.scores) == scores and len(set(row.documents.ids)) == 30
@@ -233,8 +236,84 @@ def test_a_figure_that_cannot_be_is_a_line_and_no_traceback() -> None:
     for name in rng.permutation(["bytes_read_fraction", "kv_memory_fraction", "executed_sparsity"]):
         broken = copy.deepcopy(content)
         broken["config"]["sparse"]["tasks"]["forced_frontier_niah_4k"]["decode"][name] = -abs(task[name]) - 1
+        said: list[str] = []
+        # The other task stands; with no other there is nothing to read.
+        assert {row.task for row in records(broken, "r", said)} == {"forced_frontier_toefl_4k"}
+        (line,) = said
+        assert re.fullmatch(
+            rf"r: config\.sparse\.tasks\.forced_frontier_niah_4k\.decode\.{name} is -.* is expected", line
+        )
+        del broken["results"]["forced_frontier_toefl_4k"]
         with pytest.raises(UserError, match=rf"^r: config.*{name} is -.* is expected$"):
             list(records(broken, "r"))
+
+
+def test_a_task_of_which_a_figure_cannot_be_does_not_hide_the_others(tmp_path: Path) -> None:
+    path = one(tmp_path, documents=30)
+    content = json.loads(path.read_text())
+    whole = {(row.task, row.metric): row.score for row in read([path])}
+    for way, value in (
+        (("config", "sparse", "tasks", "forced_frontier_niah_4k", "prefill", "executed_sparsity"), 1.5),
+        (("config", "sparse", "tasks", "forced_frontier_niah_4k", "decode", "calls"), {"sparse": -1}),
+        (("results", "forced_frontier_niah_4k", "sample_len"), -30),
+        (("results", "forced_frontier_niah_4k"), 7),
+        (("n-shot", "forced_frontier_niah_4k"), "a"),
+    ):
+        broken = copy.deepcopy(content)
+        part = broken
+        for key in way[:-1]:
+            part = part[key]
+        part[way[-1]] = value
+        path.write_text(json.dumps(broken))
+        said: list[str] = []
+        rows = read([path], said)
+        kept = {key: score for key, score in whole.items() if "toefl" in key[0] or way[0] == "n-shot"}
+        assert {(row.task, row.metric): row.score for row in rows} == kept
+        if way[0] != "n-shot":  # what nobody needs is not known, and no word
+            assert any("forced_frontier_niah_4k" in line and "expected" in line for line in said), said
+
+
+def _lines_of(folder: Path) -> list[str]:
+    return tidy.lines(read([one(folder, documents=5)])).decode().splitlines()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_bad_lines_do_not_hide_the_good_ones(tmp_path: Path, named: bool, caplog: pytest.LogCaptureFixture) -> None:
+    good = _lines_of(tmp_path / "runs")
+    newer = json.dumps(json.loads(good[1]) | {"schema_version": 99})
+    place = tmp_path / "records"
+    place.mkdir()
+    file = place / "records.jsonl"
+    torn = [good[0], "{", good[2][:-9], newer, good[3], *["[]"] * 4]
+    file.write_text("\n".join(torn))
+    said: list[str] = []
+    rows = read([file if named else place], said)
+    assert [row.source for row in rows] == [f"{file}, line {number}" for number in (1, 5)]
+    assert said[0].startswith(f"{file}, line 2: ") and "is no record" in said[0]
+    assert said[1].startswith(f"{file}, line 3: ") and "is no record" in said[1]
+    assert said[2].startswith(f"{file}, line 4: a record of schema 99") and said[3:] == [
+        f"{file}: and 4 more of its lines"
+    ]
+    assert sum("a line is left out" in line for line in caplog.messages) == 4
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_file_without_a_good_line(tmp_path: Path, named: bool) -> None:
+    good = _lines_of(tmp_path / "runs")
+    place = tmp_path / "records"
+    place.mkdir()
+    (place / "records.jsonl").write_text("{\n[]\n")
+    with pytest.raises(UserError, match="line 1: { is no record"):
+        read([place / "records.jsonl" if named else place])
+    # Beside files that are good one that was named is still a mistake, and one below a folder is not.
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "records.jsonl").write_text("\n".join(good))
+    said: list[str] = []
+    if named:
+        with pytest.raises(UserError, match="line 1: { is no record"):
+            read([place / "records.jsonl", tmp_path / "more"], said)
+    else:
+        assert len(read([place, tmp_path / "more"], said)) == len(good) and len(said) == 1
 
 
 def test_secrets_are_in_no_record(tmp_path: Path) -> None:
@@ -247,7 +326,7 @@ def test_secrets_are_in_no_record(tmp_path: Path) -> None:
 def test_model_arguments_given_as_text_are_read_and_masked() -> None:
     content = lm_eval_content()
     content["config"]["model_args"] = "pretrained=org/m, max_length=4096,token=hf_abcdefghijklmnopqrstuvwxyz"
-    assert next(iter(records(content, "x"))).model_args == {"pretrained": "org/m", "max_length": "4096"}
+    assert next(iter(records(content, "x"))).model_args == {"pretrained": "org/m", "max_length": 4096}
 
 
 def test_the_schema_in_the_docs_is_that_of_the_code() -> None:

@@ -20,7 +20,7 @@ from report_cases import sections
 from lm_eval_sparse.analysis import look, static
 from lm_eval_sparse.analysis.figure import Figure, Panel, Section, Series, Table
 from lm_eval_sparse.analysis.page import Facts, page
-from lm_eval_sparse.analysis.tables import figure_csv, show, table_csv
+from lm_eval_sparse.analysis.tables import figure_csv, table_csv
 
 HOSTILE = (
     "</script><script>window.hit=1</script>",
@@ -137,29 +137,13 @@ def test_csv_holds_all_points_and_no_formulas() -> None:
     ]
     read = [(row[0], row[4], float(row[5]), float(row[6]) if row[6] else None) for row in rows[1:]]
     assert read == points
-    for begin in ("=1", "+1", "-1", "@a", "\t=1", "\r=1", " =1", "＝1"):
-        table = Table("t", "", (begin, "b"), ((begin, -1.5), ("a", None), ("b", 2)))
-        (name, _), (cell, number), (_, nothing), (_, whole) = csv.reader(io.StringIO(table_csv(table)))
-        assert name[0] == cell[0] == "'" and (number, nothing, whole) == ("-1.5", "", "2")
+    table = Table("t", "", ("a", "b"), (("a", -1.5), ("b", None), ("c", 2)))
+    rows = list(csv.reader(io.StringIO(table_csv(table))))
+    assert [number for _, number in rows] == ["b", "-1.5", "", "2"]
     for section in _hostile():
         for content in (table_csv(section.tables[0]), figure_csv(section.figures[0])):
             assert "\x1b" not in content and "\u202e" not in content and content.encode()
             assert not any(cell[:1] in "=+@\t\r" for row in csv.reader(io.StringIO(content)) for cell in row if cell)
-
-
-def test_text_tables_fit_and_stand_in_columns() -> None:
-    made = sections()[2].tables[0]
-    for width in (60, 80, 100):
-        said = show(made, width)
-        assert max(map(len, said.splitlines())) <= width
-        assert said.count("flexprefill") == 12 or width > 60
-    table = Table("t", "Title", ("name", "score"), (("a", 0.5), ("漢字", 12.25), ("c\x1b[2J", None)), "words")
-    lines = show(table).splitlines()
-    assert lines[0] == "Title" and lines[-1] == "words"
-    assert [line.split()[-1] for line in lines[3:5]] == ["0.50", "12.25"]
-    assert len(lines[3]) == len(lines[4]) + 2  # two characters of two columns each
-    assert "\x1b" not in show(table) and "\\x1b[2J" in lines[5]
-    assert "(no rows)" in show(Table("t", "", ("a",), ()))
 
 
 def _marks(svg: bytes) -> list[tuple[float, float]]:
@@ -396,6 +380,32 @@ def test_page_answers(browser: Browser, study: Path) -> None:
     assert browser.errors == []
 
 
+REASON = "at 0.8: loss 0.003 ± 0.003 on 100 documents, p=0.016 > 0.014; 104 documents would do if the loss stays"
+
+
+@pytest.mark.parametrize("width", (1280, 375))
+def test_reasons_of_a_wide_table_can_be_read(browser: Browser, tmp_path: Path, width: int) -> None:
+    header = (*(f"a column {n}" for n in range(13)), "why no more")
+    rows = tuple((*("some words" for _ in range(13)), f"{REASON} {n}") for n in range(30))
+    path = tmp_path / "wide.html"
+    path.write_text(page([Section("s", "S", (), (), (Table("wide", "Wide", header, rows),))], Facts("T")))
+    browser.open(path, width=width, touch=width < 400)
+    sides = """(() => {
+      const scroll = document.querySelector(".table .scroll"), frame = scroll.getBoundingClientRect();
+      const cells = [scroll.querySelector("th:last-child"), scroll.querySelector("td:last-child")];
+      return [scroll.scrollWidth > scroll.clientWidth, ...cells.flatMap((cell) => {
+        const box = cell.getBoundingClientRect();
+        return [box.left >= frame.left - 1, box.right <= Math.min(frame.right, innerWidth) + 1];
+      })];
+    })()"""
+    if width < 400:  # there is room for a column or two: that there are more is seen, and each can be reached
+        assert browser.run(sides)[:3] == [True, True, False]
+        assert "gradient" in browser.run("getComputedStyle(document.querySelector('.table .scroll')).backgroundImage")
+        browser.run("document.querySelector('.table .scroll').scrollLeft = 1e6")
+    assert browser.run(sides) == [True] * 5
+    assert browser.run("document.documentElement.scrollWidth") <= width
+
+
 def test_hostile_names_stay_text(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "hostile.html"
     path.write_text(page(_hostile(), _facts()), encoding="utf-8")
@@ -427,10 +437,3 @@ def test_hostile_names_stay_text(browser: Browser, tmp_path: Path) -> None:
     assert len(browser.run("[...document.querySelectorAll('h4')].map((head) => head.textContent)")) == panels
     assert browser.run("document.querySelectorAll('.hoverlayer a, .hoverlayer script').length") == 0
     assert browser.errors == [] and browser.requests == [path.as_uri()]
-
-
-def test_a_long_table_says_what_is_left_out() -> None:
-    rows = tuple((f"row{number}", number) for number in range(507))
-    made = page([Section("s", "S", (), (), (Table("long", "Long", ("a", "b"), rows, ""),))], Facts("T"))
-    assert "The first 500 of 507 rows; all of them are in figures/long.csv." in made
-    assert ">row499<" in made.replace(" ", "") and "row500" not in made

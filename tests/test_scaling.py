@@ -13,7 +13,7 @@ from curve_cases import build, record, runs
 from scipy import stats
 
 from lm_eval_sparse.analysis import law as laws
-from lm_eval_sparse.analysis import scaling
+from lm_eval_sparse.analysis import scaling, study
 
 RNG = np.random.default_rng()
 DELTA = {"cwe": 0.4, "niah": 1.3, "quality": 0.0, "vt": -0.6}
@@ -185,14 +185,31 @@ def test_a_section_says_what_is_not_known() -> None:
     section = scaling.section(build(made_up(sizes=(7_000_000_000,))), floor=lambda cell: None)
     assert any("one model size only (7e+09); its effect is part of eps" in line for line in section.sentences)
     floors = scaling.section(build(made_up()), floor=lambda cell: "dense cannot do this task")
-    assert floors.sentences == (
-        "No scaling law: no sparse run of a task that dense attention can do, with known size and length.",
-    )
+    (line,) = floors.sentences
+    assert line.startswith("No scaling law is fitted, for want of runs: niah (org/500000000, 4096 tokens), ")
+    assert line.endswith(" and 13 more: dense cannot do this task.")
     unknown = [
         record("dense", 0.0, [1, 0] * 20, model_parameters=None),
         record("quest", 0.9, [1, 0] * 20, model_parameters=None),
     ]
-    assert not scaling.section(build(unknown), floor=lambda cell: None).tables
+    section = scaling.section(build(unknown), floor=lambda cell: None)
+    assert not section.tables and "parameters not known" in section.sentences[0]
+    mixed = [row for seed in (7, 8) for row in runs({"quest": lambda s: 0.9}, RNG, seed=seed)]
+    (line,) = scaling.section(study.build(mixed, allow_mixed=True)).sentences
+    assert "runs of it differ (seed 7)" in line and "(seed 8)" in line and "can do" not in line
+    (line,) = scaling.section(build(mixed[:1]), floor=lambda cell: None).sentences
+    assert line.endswith("niah (org/model, 4096 tokens): no sparse run.")
     tied = made_up(sizes=(5_000_000,), lengths=((4096, "4k"),)) + made_up(sizes=(7_000_000,), lengths=((16384, "16k"),))
     (line,) = [line for line in scaling.section(build(tied), floor=lambda c: None).sentences if "quest" in line]
     assert "cannot be told apart" in line
+
+
+def test_what_an_effect_rests_on_is_said() -> None:
+    """A slope from two models is said as such, and none from one."""
+    text = " ".join(scaling.section(build(made_up()), floor=lambda cell: None).sentences)
+    for axis, many in (("alpha", "(2 sizes)"), ("beta", "(3 lengths)"), ("gamma", "(5 compressions)")):
+        (line,) = [line for line in text.split("decode, ") if line.startswith(f"quest: {axis} = ")]
+        assert line.strip().endswith(f"{many}.")
+    section = scaling.section(build(made_up(sizes=(7_000_000_000,))), floor=lambda cell: None)
+    assert not any("with model size" in line or "sizes)" in line for line in section.sentences)
+    assert any("without a band (3 lengths, 9 cells)." in line for line in section.sentences)

@@ -323,3 +323,45 @@ def test_the_table_has_every_record_and_no_formula() -> None:
     assert loss["loss"] == pytest.approx(loss["dense_score"] - loss["score"])
     bits = table[(table["method"] == "quest") & (table["metric"] == "bits_per_char")].iloc[0]
     assert bits["loss"] == pytest.approx(bits["score"] - bits["dense_score"])
+    assert set(table["shared_documents"]) == {len(DENSE[0].documents.ids)}  # type: ignore[union-attr]
+
+
+def losses(*records: Record) -> dict[str, tuple[float | None, int | None]]:
+    """Loss and shared documents by method, of one metric, as the table has them."""
+    table = tidy.frame(study.build(records))
+    text = csv.DictReader(io.StringIO(tidy.csv(table).decode()))
+    found = {}
+    for row in text:
+        loss, shared = row["loss"], row["shared_documents"]
+        found[row["method"]] = float(loss) if loss else None, int(shared) if shared else None
+    return found
+
+
+def test_a_loss_is_one_over_documents_that_both_runs_have() -> None:
+    whole = next(row for row in DENSE if row.metric == "exact")
+    sparse = next(row for row in rows() if row.metric == "exact")
+    ids = whole.documents.ids  # type: ignore[union-attr]
+    n = len(ids)
+
+    def scored(row: Record, names: tuple[str, ...], scores: list[float], **more: object) -> Record:
+        documents = Documents(ids=names, scores=tuple(scores))
+        return row.model_copy(
+            update={"documents": documents, "score": sum(scores) / len(scores), "n": len(scores), **more}
+        )
+
+    # Dense is right in the second half only, and the run has the second half only, in another order.
+    dense = scored(whole, ids, [0.0] * (n // 2) + [1.0] * (n - n // 2))
+    half = tuple(reversed(ids[n // 2 :]))
+    partly = scored(sparse, half, [0.75] * len(half))
+    assert losses(dense, partly) == {"dense": (0.0, n), sparse.method: (0.25, len(half))}
+    assert partly.score > dense.score, "over all that each has the run would seem to gain"
+    # Less is better: signs turn.
+    lower = [row.model_copy(update={"metric": "bits_per_char", "higher_is_better": False}) for row in (dense, partly)]
+    assert losses(*lower)[sparse.method] == (-0.25, len(half))
+    # No document in common, and documents that are not known: no loss, though scores are.
+    others = scored(sparse, tuple(f"x{name}" for name in half), [0.75] * len(half))
+    assert losses(dense, others)[sparse.method] == (None, 0)
+    bare = partly.model_copy(update={"documents": None})
+    assert losses(dense, bare)[sparse.method] == (None, None)
+    assert losses(dense.model_copy(update={"documents": None}), partly)[sparse.method] == (None, None)
+    assert losses(partly)[sparse.method] == (None, None), "no dense run"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from curve_cases import build, runs
+from curve_cases import build, record, runs
 from scipy import stats
 
-from lm_eval_sparse.analysis import ladder, tolerance
+from lm_eval_sparse.analysis import ladder, study, tolerance
 
 RNG = np.random.default_rng()
 
@@ -67,4 +67,60 @@ def test_lengths_are_compared_as_bands_allow(short: float, long: float, verdict:
 
 def test_floors_have_no_tolerance() -> None:
     section = tolerance.section(build(runs({"quest": falls(0.5)}, RNG)), floor=lambda cell: "dense cannot do this task")
-    assert not section.tables and not section.figures and section.sentences[0].startswith("No task here")
+    assert not section.tables and not section.figures
+    assert section.sentences == (
+        "No relative error is said of any task here: frontier_niah_4k: dense cannot do this task.",
+    )
+
+
+def test_why_nothing_is_said_is_why() -> None:
+    """Not that dense attention cannot do a task of which runs are mixed, or lack something."""
+    one, two = (runs({"quest": falls(0.5)}, RNG, seed=seed) for seed in (7, 8))
+    mixed = tolerance.section(study.build([*one, *two], allow_mixed=True))
+    assert mixed.sentences == (
+        "No relative error is said of any task here: frontier_niah_4k: runs of it differ (seed 7); frontier_niah_4k: "
+        "runs of it differ (seed 8).",
+    )
+    (line,) = tolerance.section(build([row for row in one if row.method != "dense"])).sentences
+    assert line.endswith("frontier_niah_4k: no dense run.")
+    (line,) = tolerance.section(build([row.model_copy(update={"chance": None}) for row in one])).sentences
+    assert "frontier_niah_4k: what chance scores is unknown" in line
+    bits = [row.model_copy(update={"metric": "bits_per_char", "higher_is_better": False}) for row in one]
+    (line,) = tolerance.section(build(bits)).sentences
+    assert "bits_per_char is no share of right answers" in line
+    bare = tolerance.section(build([one[0], record("quest", 0.9, None, score=0.5, n=100, seed=7)]))
+    (line,) = bare.sentences
+    assert line.endswith("frontier_niah_4k: no sparse run with scores by document.") and not bare.figures
+    # What can be said is said, and the others' reasons stand below the table.
+    both = tolerance.section(build([*one, *runs({"quest": falls(0.5)}, RNG, task="frontier_vt_4k", chance=None)]))
+    assert not any("No relative error" in line for line in both.sentences) and both.figures
+    assert "frontier_vt_4k: what chance scores is unknown" in both.tables[0].caption
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_was_not_measured_is_not_within_anything(shared: bool) -> None:
+    """Dense and sparse runs of one task share no document: it may be the one that tolerates least."""
+    rows = runs({"quest": falls(0.5)}, RNG, task="frontier_niah_4k") + runs(
+        {"quest": falls(0.3)}, RNG, task="frontier_vt_4k"
+    )
+    if not shared:
+        for place, row in enumerate(rows):
+            if row.method != "dense" and "vt" in row.task:
+                ids = tuple(f"other {name}" for name in row.documents.ids)
+                documents = row.documents.model_copy(update={"ids": ids})
+                rows[place] = row.model_copy(update={"documents": documents})
+    section = tolerance.section(build(rows), floor=lambda cell: None)
+    assert any("the task that tolerates least" in line for line in section.sentences) == shared
+    (figure,) = [one for one in section.figures if one.name.startswith("least_density")]
+    if not shared:
+        assert {panel.note for panel in figure.panels} == {""}
+    flat = tolerance.section(build(runs({"quest": falls(0.0)}, RNG)), floor=lambda cell: None)
+    (figure,) = [one for one in flat.figures if one.name.startswith("least_density")]
+    assert all("as far as measured" in panel.note for panel in figure.panels)
+
+
+def test_reasons_are_listed_once_and_shortly() -> None:
+    out = [("a", "x"), ("b", "y"), ("c", "x"), ("a", "x")]
+    assert ladder.because(out) == "a, c: x; b: y"
+    assert ladder.because(out, 1) == "a and 1 more: x; and 1 more for other reasons"
+    assert ladder.because([]) == ""

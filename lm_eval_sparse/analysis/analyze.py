@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 #: Parts of the report, in its order.
 PARTS = ("curves", "certificates", "isocost", "tolerance", "split", "pairs", "scaling")
-#: Sentences of each part that stand at the top of the report.
-_FIRST = 2
 #: Rows of the table of certificates that is printed; a longer one is read in the report.
 _MOST_ROWS = 8
 #: What the extra `analysis` installs, by the names it is imported under.
@@ -153,22 +151,22 @@ def _analyzed(
     pictures: bool,
     command: str,
 ) -> str:
-    from . import page, static, tables, tidy
+    from . import overview, page, static, tables, tidy
 
     study = study_of(results, tasks=tasks, metric=metric, chance=chance, allow_mixed=allow_mixed, without=place)
     parts = sections(study, options)
     facts = page.Facts(
         title="Sparse attention: what was measured, and what may be said of it",
-        summary=summary(parts),
+        summary=overview.summary(study, options, parts),
         made_by=f"{PROGRAM} {__version__}",
         made_with=command,
-        runs=len({(record.source.partition(", line ")[0], record.date, record.command) for record in study.records}),
+        runs=overview.run_count(study.records),
         commands=tuple(dict.fromkeys(record.command for record in study.records if record.command)),
         versions=_versions(study.records),
         devices=_devices(study.records),
         dates=_ends(record.date for record in study.records),
         left_out=study.left_out,
-        marks=study.marks,
+        marks=tuple(filter(None, (overview.lacks(study), *study.marks))),
     )
     with folder.filled(option, place) as fresh:
         (fresh / "report.html").write_text(page.page(parts, facts), encoding="utf-8")
@@ -187,11 +185,6 @@ def _analyzed(
         )
     said.append(f"{len(study.records)} records; look at {place / 'report.html'}")
     return "\n".join(said)
-
-
-def summary(parts: Iterable[Section]) -> tuple[str, ...]:
-    """The first sentences of each part."""
-    return tuple(sentence for part in parts for sentence in part.sentences[:_FIRST])
 
 
 def _versions(records: Iterable[Record]) -> tuple[tuple[str, str], ...]:

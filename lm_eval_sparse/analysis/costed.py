@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,8 @@ from .study import Cell, Chain, Point, Study
 
 #: Phases that costs are told of, and the phases of methods that change them.
 PHASES = {"prefill": ("prefill",), "decode": ("decode", "eviction")}
+#: Sets of tasks that are looked at at a time.
+_MOST_CHOICES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +94,9 @@ class Group:
     higher: dict[str, bool]
     configurations: tuple[Configuration, ...]
 
-    def cells(self, task: str) -> Iterable[Cell]:
-        """One for each model that was asked the task."""
-        found = {id(one.runs[task].cell): one.runs[task].cell for one in self.configurations if task in one.runs}
-        return found.values()
+    def cells(self, task: str) -> dict[str, Cell]:
+        """Of each model that was asked the task."""
+        return {one.model: one.runs[task].cell for one in self.configurations if task in one.runs}
 
     @cached_property
     def models(self) -> tuple[str, ...]:
@@ -120,6 +121,36 @@ def groups(study: Study, batch: float = 1, pairs: Pairs = "square") -> list[Grou
         higher = {_task(cell): cell.higher_is_better for cell in cells}
         found.append(Group(length, kind, tuple(sorted(higher)), higher, tuple(made)))
     return found
+
+
+def able(asked: Mapping[str, Collection[str]], failed: Mapping[str, Collection[str]]) -> tuple[set[str], set[str]]:
+    """Models and tasks that a mean may be taken of: each of the models can do each of the tasks that it was asked.
+
+    Of all such choices the one with most pairs of a model and a task it was asked, and of several the one with more
+    models: a model that fails a task leaves, or the task does.
+
+    Args:
+        asked: model -> tasks that it was asked.
+        failed: model -> those of them that nothing may be said of.
+    """
+    tasks = frozenset().union(*asked.values())
+    fine = {model: tasks - frozenset(failed.get(model, ())) for model in asked}
+    # The best choice has all tasks that its models do not fail.
+    choices: set[frozenset[str]] = set()
+    for own in sorted(set(fine.values()), key=lambda own: (-len(own), sorted(own))):
+        choices |= {own, *(own & other for other in choices)}
+        if len(choices) > _MOST_CHOICES:
+            choices = set(sorted(choices, key=lambda own: (-len(own), sorted(own)))[:_MOST_CHOICES])
+
+    def members(chosen: frozenset[str]) -> set[str]:
+        return {model for model in asked if chosen <= fine[model] and not chosen.isdisjoint(asked[model])}
+
+    def worth(chosen: frozenset[str]) -> tuple[int, int, list[str]]:
+        models = members(chosen)
+        return sum(len(chosen & frozenset(asked[model])) for model in models), len(models), sorted(chosen)
+
+    best = max(choices, key=worth, default=frozenset())
+    return members(best), set(best)
 
 
 def shared(configurations: Sequence[Configuration], tasks: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -21,6 +21,7 @@ from .ladder import (
     Ladder,
     Names,
     Suite,
+    because,
     bounds,
     figure,
     floor_of,
@@ -29,8 +30,10 @@ from .ladder import (
     over_tasks,
     paired,
     suites,
+    thinned,
     where,
     with_band,
+    without_bands,
 )
 from .study import Cell, Chain, Point, Study
 
@@ -40,7 +43,8 @@ _X = "measured sparsity"
 _CAPTION = (
     f"Bands cover {LEVEL:.0%}: bootstrap over documents, {DRAWS} draws, the same documents for all runs of a task, "
     f"each point by itself; none below {LEAST} documents. Sparsity is measured, in the phase that the method fills. "
-    f"Where runs have no scores by document, whiskers are one standard error as lm-eval gave it ({NO_BANDS})."
+    "Where a run has no scores by document its method has no bands: points, with whiskers of one standard error as "
+    "lm-eval gave it."
 )
 _BETWEEN = (
     "Values are interpolated linearly between runs at the sparsities that the paper reports, dense attention at 0; "
@@ -68,7 +72,7 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
             Figure(
                 names("curves", group.model, group.length, group.kind),
                 f"Score against measured sparsity: {at}",
-                _CAPTION,
+                _CAPTION + without_bands(panels),
                 tuple(panels),
             )
         )
@@ -81,7 +85,8 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
                 Figure(
                     names("means", group.model, group.length, group.kind),
                     f"Mean score over tasks: {at}",
-                    f"{_BETWEEN} Documents are drawn within their task, and tasks weigh the same. {_left_out(group)}",
+                    f"{_BETWEEN} Documents are drawn within their task, and tasks weigh the same."
+                    f"{without_bands(averaged)}{_left_out(group)}",
                     averaged,
                 )
             )
@@ -128,18 +133,19 @@ def _panel(cell: Cell, floor: str | None) -> Panel:
         limits = {} if np.isnan(low) else {"low": (low, low), "high": (high, high)}
         series.append(Series("dense", (0.0, last), (value, value), kind="dashed", **limits))
     # Oracles first: what is drawn later lies on top.
-    for chain in sorted(cell.chains, key=lambda chain: not chain.oracle):
-        series.append(_series(cell, chain, found))
+    for place, chain in enumerate(sorted(cell.chains, key=lambda chain: not chain.oracle)):
+        # Broken grey lines all: marks tell oracles apart.
+        series.append(_series(cell, chain, found, place if chain.oracle else None))
     notes = [floor] if floor else []
-    if any(point.scores is None for point in points):
-        notes.append(NO_BANDS)
-    elif len(cell.ids) < LEAST:
+    if bare := _bare(cell):
+        notes.append(bare)
+    if points and not all(point.scores is None for point in points) and len(cell.ids) < LEAST:
         notes.append(f"{len(cell.ids)} documents: no bands below {LEAST}")
     better = "" if cell.higher_is_better else " (lower is better)"
     title = label(cell.short, 60) + (f" ({label(cell.mark, 60)})" if cell.mark else "")
     return Panel(
         title,
-        tuple(series),
+        thinned(series),
         _X,
         f"{label(cell.metric, 40)}{better}",
         note="; ".join(notes),
@@ -158,7 +164,31 @@ def _point_bands(cell: Cell, points: Sequence[Point]) -> dict[int, tuple[float, 
     return found
 
 
-def _series(cell: Cell, chain: Chain, found: dict[int, tuple[float, float, float]]) -> Series:
+def _bare(cell: Cell) -> str:
+    """Which runs have no scores by document, and what there is none of therefore; empty where all have them."""
+    whole, part = [], []
+    for chain in cell.chains:
+        lacking = [point for point in chain.points if point.scores is None]
+        if len(lacking) == len(chain.points):
+            whole.append(chain.label)
+        elif lacking:
+            runs = listed(map(_asked, lacking))
+            part.append(f"no scores by document of {chain.label} at {runs}: no bands along {chain.label}")
+    dense = cell.dense is not None and cell.dense.scores is None
+    if (dense or cell.dense is None) and len(whole) == len(cell.chains):
+        return NO_BANDS
+    said = [f"no scores by document of {listed(whole)}: {NO_BANDS}"] if whole else []
+    said += part
+    # Without those of dense attention no loss is paired.
+    said += ["no scores by document of the dense run: no losses, no certificate"] if dense else []
+    return "; ".join(said)
+
+
+def _asked(point: Point) -> str:
+    return f"{point.measured:.3f} (knobs)" if point.requested is None else f"{point.requested:g}"
+
+
+def _series(cell: Cell, chain: Chain, found: dict[int, tuple[float, float, float]], mark: int | None = None) -> Series:
     points = sorted(chain.points, key=lambda point: point.measured)
     by_document = all(point.scores is not None for point in points)
     if by_document:
@@ -174,7 +204,7 @@ def _series(cell: Cell, chain: Chain, found: dict[int, tuple[float, float, float
     value, low, high = map(list, zip(*values, strict=True))
     limits = {} if np.isnan(low).all() else {"low": low, "high": high}
     kind = "dots" if not by_document else ("dashed" if chain.oracle else "line")
-    return Series(chain.label, x, value, kind=kind, hover=hover, **limits)
+    return Series(chain.label, x, value, kind=kind, hover=hover, mark=mark, **limits)
 
 
 def _hover(point: Point) -> str:
@@ -206,7 +236,7 @@ def _rows(cell: Cell, ladders: Sequence[Ladder]) -> list[tuple[Any, ...]]:
             row = (*head, found.chain.label, PAPER[place], values[place])
             if own is None:
                 least = min(point.record.n for point in found.chain.points)
-                rows.append((*row, None, None, None, least, NO_BANDS if found.scores is None else "no dense run"))
+                rows.append((*row, None, None, None, least, _bare(cell) if found.scores is None else "no dense run"))
             elif PAPER[place] > 0 or not found.dense:
                 figures = own.value[place], own.low[place], own.high[place]
                 rows.append((*row, *figures, int(counted[id(found)][place]), own.why[place]))
@@ -234,7 +264,8 @@ def _means(group: Suite) -> tuple[tuple[Panel, ...], list[tuple[Any, ...]]]:
             x = [PAPER[place] for place in here]
             whiskers = {} if np.isnan(scores.low[here]).all() else {"low": scores.low[here], "high": scores.high[here]}
             kind = "dashed" if ladders[0].chain.oracle else "line"
-            series.append(Series(method, x, list(scores.value[here]), kind=kind, **whiskers))
+            mark = len(series) if ladders[0].chain.oracle else None
+            series.append(Series(method, x, list(scores.value[here]), kind=kind, mark=mark, **whiskers))
             head = label(group.model), group.length, _group(name, cells), method
             rows += [
                 (
@@ -249,7 +280,7 @@ def _means(group: Suite) -> tuple[tuple[Panel, ...], list[tuple[Any, ...]]]:
             last = max(max(one.x) for one in series)
             line = Series("dense", (0.0, last), (value, value), kind="dashed", **limits)
             facets = (("model", group.model), ("length", str(group.length or "")))
-            panels.append(Panel(_group(name, cells), (line, *series), _X, "mean score", facets=facets))
+            panels.append(Panel(_group(name, cells), thinned((line, *series)), _X, "mean score", facets=facets))
     return tuple(panels), rows
 
 
@@ -259,7 +290,7 @@ def _group(name: str, cells: Sequence[Cell]) -> str:
 
 
 def _left_out(group: Suite) -> str:
-    return f"Not in the means: {listed(group.out, 20)}." if group.out else ""
+    return f" Not in the means: {because(group.out, 20)}." if group.out else ""
 
 
 # -- sentences
@@ -331,14 +362,11 @@ def _compared(methods: dict[str, list[Ladder]], losses: dict[str, Bands], sparsi
 def _floors(cells: Iterable[Cell], floors: dict[int, str | None]) -> list[str]:
     """What cannot be said of cells: dense attention at its floor, and no scores by document."""
     why: dict[str, list[str]] = defaultdict(list)
-    bare = []
+    bare: dict[str, list[str]] = defaultdict(list)
     for cell in cells:
         name = f"{label(cell.short)} ({where(cell.model, cell.length)})"
         if cell.dense is not None and paired(cell) and floors[id(cell)] and cell.bounded:
             why[floors[id(cell)]].append(name)
-        if any(point.scores is None for chain in cell.chains for point in chain.points):
-            bare.append(name)
-    said = [f"{listed(names, 5)}: {reason}." for reason, names in why.items()]
-    if bare:
-        said.append(f"{listed(bare)}: no scores by document, so {NO_BANDS}.")
-    return said
+        if lacking := _bare(cell):
+            bare[f"no scores by document, so {NO_BANDS}" if lacking == NO_BANDS else lacking].append(name)
+    return [f"{listed(names, 5)}: {reason}." for reason, names in (*why.items(), *bare.items())]

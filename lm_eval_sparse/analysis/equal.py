@@ -65,26 +65,28 @@ class Comparison:
 
 def comparisons(
     group: Group, phase: str, floor: Floor, batch: float, pairs: Pairs
-) -> tuple[list[Comparison], set[str]]:
-    """Each pair of models of neighbouring cost, with each method of the larger one; and tasks that one cannot do.
+) -> tuple[list[Comparison], dict[tuple[str, str], str]]:
+    """Each pair of models of neighbouring cost, with each method of the larger one; and (task, model) of which nothing
+    is said, with the reason that `floor` gives.
 
     Oracles are no methods and stand in no comparison.
     """
     dense = {one.model: one for one in group.configurations if one.dense}
     floors: dict[int, str | None] = {}
 
-    def can(run: Run) -> bool:
+    def why(run: Run) -> str | None:
         place = id(run.cell)
         if place not in floors:
             floors[place] = floor(run.cell)
-        return floors[place] is None
+        return floors[place]
 
-    cannot: set[str] = set()
+    cannot: dict[tuple[str, str], str] = {}
     found: list[Comparison] = []
     for small, large in _pairs(dense, phase):
         both = [task for task in group.tasks if task in dense[small].runs and task in dense[large].runs]
-        able = [task for task in both if can(dense[small].runs[task]) and can(dense[large].runs[task])]
-        cannot |= set(both) - set(able)
+        told = {(task, model): why(dense[model].runs[task]) for task in both for model in (small, large)}
+        cannot |= {pair: reason for pair, reason in told.items() if reason is not None}
+        able = [task for task in both if told[task, small] is None and told[task, large] is None]
         methods: dict[str, list[Configuration]] = {}
         for one in group.configurations:
             if one.model == large and not one.dense and not one.oracle and one.changes(phase):
@@ -92,9 +94,9 @@ def comparisons(
         for label, runs in methods.items():
             tasks = tuple(task for task in able if all(task in one.runs for one in runs) and group.higher[task])
             if tasks:
-                told = _compare(phase, dense[small], dense[large], label, runs, tasks, batch, pairs)
-                if told is not None:
-                    found.append(told)
+                compared = _compare(phase, dense[small], dense[large], label, runs, tasks, batch, pairs)
+                if compared is not None:
+                    found.append(compared)
     return found, cannot
 
 

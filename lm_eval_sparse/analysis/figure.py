@@ -67,9 +67,11 @@ class Series:
         kind: one of `KINDS`.
         colour: the name whose colour it takes, by default its own. "dense" is black, names with "oracle" are grey.
         hover: a text for each point, shown beside its figures; or none.
+        mark: number of the mark of its points, which broken lines have none of otherwise; None for that of its colour.
+        band: whether the band is drawn; its ends are written down either way.
 
     Raises:
-        ValueError: lengths that differ, an unknown kind, numbers mixed with texts.
+        ValueError: lengths that differ, an unknown kind, numbers mixed with texts, a mark below 0.
     """
 
     name: str
@@ -80,12 +82,16 @@ class Series:
     kind: str = "line"
     colour: str = ""
     hover: Sequence[str] = ()
+    mark: int | None = None
+    band: bool = True
 
     def __post_init__(self) -> None:
         where = f"series {self.name!r}"
         _texts(where, name=self.name, kind=self.kind, colour=self.colour)
         if self.kind not in KINDS:
             _fail(where, f"kind {self.kind!r} is unknown; there are {', '.join(KINDS)}")
+        if self.mark is not None and (not isinstance(self.mark, int) or self.mark < 0):
+            _fail(where, f"a mark is a number from 0 on, not {self.mark!r}")
         x = tuple(self.x)
         texts = sum(isinstance(value, str) for value in x)
         if texts not in (0, len(x)):
@@ -231,6 +237,8 @@ class Section:
         title: one line.
         sentences: plain sentences, each generated from a tested condition.
         figures, tables: in the order of reading.
+        first: sentences for the top of the report, where the part knows which say most; they need not be among its
+            sentences.
     """
 
     name: str
@@ -238,6 +246,7 @@ class Section:
     sentences: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
+    first: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"section {self.name!r}"
@@ -245,5 +254,6 @@ class Section:
         _texts(where, title=self.title)
         # A text alone would be taken for a row of characters.
         object.__setattr__(self, "sentences", _of(where, "sentences", self.sentences, str))
+        object.__setattr__(self, "first", _of(where, "first", self.first, str))
         object.__setattr__(self, "figures", _of(where, "figures", self.figures, Figure))
         object.__setattr__(self, "tables", _of(where, "tables", self.tables, Table))

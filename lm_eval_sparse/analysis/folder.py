@@ -1,4 +1,7 @@
-"""A folder that an analysis fills: all of it is there or nothing is, and nothing of anybody else is ever lost."""
+"""A folder that an analysis fills: all of it is there or nothing is, and nothing of anybody else is ever lost.
+
+Where a link to a folder is given, the folder it leads to is filled, and the link stays.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,13 @@ CONTENTS = "contents.json"
 
 
 def checked(option: str, given: str) -> Path:
-    """The folder to fill: none yet, an empty one, or one that an earlier analysis has filled. Raises `UserError`."""
+    """The folder to fill, as it is typed: none yet, an empty one, one that an earlier analysis has filled, or a link to
+    one of them. Raises `UserError`, also for a link that leads nowhere.
+    """
     folder = expand(option, given)
     check_writable(option, folder.absolute().parent, [])
     check_writable(option, folder, [CONTENTS])
+    check_writable(option, resolved(folder).parent, [])  # where the new folder is made, and takes the old one's place
     if is_dir(folder) and (others := _others(folder)):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UserError(
@@ -30,6 +36,11 @@ def checked(option: str, given: str) -> Path:
             f"as {folder / 'analysis'}"
         )
     return folder
+
+
+def resolved(folder: Path) -> Path:
+    """Where a folder lies once all links on the way are followed; it need not exist."""
+    return Path(os.path.realpath(folder))
 
 
 def _others(folder: Path) -> list[str]:
@@ -51,7 +62,7 @@ def filled(option: str, folder: Path) -> Iterator[Path]:
     Raises:
         UserError: a file cannot be written, as on a full disk. What stood in `folder` stays.
     """
-    target = folder.absolute()
+    target = resolved(folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=".lm-eval-sparse-"))

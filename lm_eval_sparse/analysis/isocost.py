@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
 from ..labels import label
 from .cost import Pairs
-from .costed import Configuration, Group, groups, shared
+from .costed import Configuration, Group, able, groups, shared
 from .equal import Comparison, Floor, comparisons
 from .figure import Figure, Panel, Section, Series, Table
+from .ladder import because, floor_of
 from .pareto import front
 
 FRONT = "Pareto front"
@@ -27,6 +28,8 @@ _AXES = {
 }
 #: Of so many configurations on a front, and reasons, each is named.
 _NAMED = 8
+#: Characters of a note that can be read in a picture.
+_NOTE = 90
 _HEADER = ("length", "phase", "tasks", "model", "method", "sparsity", "cost", "score", "on the front")
 _EQUAL = (
     "length", "phase", "smaller, dense", "larger", "method", "equal cost", "sparsity", "smaller's score",
@@ -53,18 +56,21 @@ def section(study: Any, options: Any = None, floor: Floor | None = None) -> Sect
     if not 1 <= batch < float("inf"):
         raise UserError(f"--batch {batch:g}: sequences decoded side by side are at least 1; type --batch 1")
     pairs: Pairs = getattr(options, "pairs", None) or "square"
-    floor = floor or _floor(getattr(options, "margin", 0.05))
+    floor = floor or floor_of(getattr(options, "margin", 0.05))
+    marks = {model: place for place, model in enumerate(study.models)}
     figures, rows, equal, sentences = [], [], [], []
     used: set[str] = set()
     reasons: dict[str, set[str]] = defaultdict(set)
-    remarks: dict[str, set[str]] = defaultdict(set)
+    remarks: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
+    missing: dict[str, None] = {}
     # The longest prompts first: there attention costs most.
     for group in sorted(groups(study, batch, pairs), key=lambda group: -(group.length or 0)):
         for phase in _AXES:
             chosen = _told(group, phase, reasons)
             if not any(not one.dense for one in chosen) and len(chosen) < 2:
                 continue
-            panels, means, said = _panels(group, phase, chosen, batch, floor)
+            panels, means, said, absent = _panels(group, phase, chosen, batch, floor, marks)
+            missing |= dict.fromkeys(f"{_where(group)}. {note}" for note in absent)
             if not panels:
                 continue
             at = _where(group)
@@ -83,16 +89,18 @@ def section(study: Any, options: Any = None, floor: Floor | None = None) -> Sect
             sentences += _equal_sentences(group, found, batch)
             if cannot:
                 remarks[_where(group)] |= cannot
+    sentences += missing
     sentences += [
-        f"{at}: at equal cost nothing is said of {', '.join(map(label, sorted(tasks)))}, which dense attention of one "
-        "of the models cannot do."
-        for at, tasks in remarks.items()
+        f"{at}: at equal cost nothing is said of {', '.join(sorted({label(task) for task, _ in cannot}))}: "
+        f"{because((f'{label(task)} of {label(model)}', why) for (task, model), why in sorted(cannot.items()))}."
+        for at, cannot in remarks.items()
     ]
     sentences += _unknown(reasons)
     tables = []
     if rows:
         caption = (
-            f"{_caption_of_costs(batch, pairs)} Means are over the tasks named, which all configurations here have."
+            f"{_caption_of_costs(batch, pairs)} Means are over the tasks named, which all configurations here have and "
+            "dense attention of every model here can do."
         )
         tables.append(Table(_stem(used, "isocost_means"), "Scores and costs", _HEADER, tuple(rows), caption))
     if equal:
@@ -127,21 +135,35 @@ def _told(group: Group, phase: str, reasons: dict[str, set[str]]) -> list[Config
 
 
 def _panels(
-    group: Group, phase: str, chosen: Sequence[Configuration], batch: float, floor: Floor
-) -> tuple[list[Panel], list[tuple[Any, ...]], list[str]]:
-    """The mean over tasks and each task; lines of the table of means; sentences on the front of the mean."""
-    floors = {task: [floor(cell) for cell in group.cells(task)] for task in group.tasks}
-    failed = tuple(task for task in group.tasks if None not in floors[task])
-    asked = tuple(task for task in group.tasks if group.higher[task] and task not in failed)
-    tasks, lacking = shared(chosen, asked)
+    group: Group, phase: str, chosen: Sequence[Configuration], batch: float, floor: Floor, marks: Mapping[str, int]
+) -> tuple[list[Panel], list[tuple[Any, ...]], list[str], list[str]]:
+    """The mean over tasks and each task; lines of the table of means; sentences on the front of the mean; and on what
+    is not in it."""
+    why = {
+        (task, model): reason
+        for task in group.tasks
+        for model, cell in group.cells(task).items()
+        if (reason := floor(cell)) is not None
+    }
+    asked = {
+        model: {task for one in chosen if one.model == model for task in one.runs if group.higher[task]}
+        for model in dict.fromkeys(one.model for one in chosen)
+    }
+    models, kept = able(asked, {model: {task for task in own if (task, model) in why} for model, own in asked.items()})
+    able_to = [one for one in chosen if one.model in models]
+    tasks, lacking = shared(able_to, [task for task in group.tasks if task in kept])
+    notes = _notes(asked, models, kept, why)
     panels, rows, sentences = [], [], []
-    whole = [one for one in chosen if all(task in one.runs for task in tasks)] if tasks else []
+    whole = [one for one in able_to if all(task in one.runs for task in tasks)] if tasks else []
     if len(whole) > 1:
         on = _front(whole, phase, tasks)
         named = ", ".join(map(label, tasks))
-        notes = _notes(failed, lacking, len(chosen) - len(whole))
-        title = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else named
-        panels.append(_panel(title, whole, phase, tasks, on, batch, " ".join(notes), "mean"))
+        if len(tasks) > 1:
+            more = _lacking(lacking, len(able_to) - len(whole))
+            title = f"mean of {len(tasks)} tasks"
+            short = _notes(asked, models, kept, _heads(why))
+            note = " ".join([*(_fitting(*both) for both in zip(notes, short, strict=True)), *more])
+            panels.append(_panel(title, whole, phase, tasks, on, batch, note, "mean", marks))
         rows = [
             (
                 group.length, phase, named, label(one.model), label(one.label), one.measured(tasks),
@@ -150,19 +172,28 @@ def _panels(
             for one, beats in zip(whole, on, strict=True)
         ]  # fmt: skip
         sentences = [_front_sentence(group, phase, whole, on, tasks)]
-    for task in group.tasks if len(tasks) > 1 or not panels else ():
+    for task in group.tasks:
         own = [one for one in chosen if task in one.runs]
         if len(own) > 1:
-            note = "dense cannot do this task" if task in failed else ""
-            on = _front(own, phase, (task,), group.higher[task])
-            panels.append(_panel(label(task, 60), own, phase, (task,), on, batch, note, task))
-    return panels, rows, sentences
+            # Drawn all the same, but what a model does that cannot do the task beats nobody.
+            failed = {one.model: why[task, one.model] for one in own if (task, one.model) in why}
+            on = _front(own, phase, (task,), group.higher[task], failed)
+            many = len({one.model for one in own})
+            note = _fitting(_refused(failed, many), _refused(_heads(failed), many))
+            panels.append(_panel(label(task, 60), own, phase, (task,), on, batch, note, task, marks))
+    return panels, rows, sentences, notes
 
 
-def _front(chosen: Sequence[Configuration], phase: str, tasks: Sequence[str], higher: bool = True) -> list[bool]:
-    """Which configurations no other one beats. Oracles beat nobody."""
+def _front(
+    chosen: Sequence[Configuration],
+    phase: str,
+    tasks: Sequence[str],
+    higher: bool = True,
+    failed: Collection[str] = (),
+) -> list[bool]:
+    """Which configurations no other one beats. Oracles beat nobody, nor does a model that failed."""
     sign = 1 if higher else -1
-    costs = [float("nan") if one.oracle else one.cost(phase, tasks) for one in chosen]
+    costs = [float("nan") if one.oracle or one.model in failed else one.cost(phase, tasks) for one in chosen]
     return front(costs, [sign * one.score(tasks) for one in chosen]).tolist()
 
 
@@ -175,10 +206,11 @@ def _panel(
     batch: float,
     note: str,
     task: str,
+    marks: Mapping[str, int],
 ) -> Panel:
     by_name: dict[tuple[str, str], list[Configuration]] = defaultdict(list)
     for one in chosen:
-        by_name["" if one.dense else one.model, one.label].append(one)
+        by_name[one.model, one.label].append(one)
     series = []
     best = sorted((one.cost(phase, tasks), one.score(tasks)) for one, beats in zip(chosen, on, strict=True) if beats)
     if best:
@@ -188,11 +220,12 @@ def _panel(
         own = sorted(own, key=lambda one: one.cost(phase, tasks))
         series.append(
             Series(
-                f"{label(name)}, {label(model)}" if model else "dense",
+                f"{label(name)}, {label(model)}",
                 [one.cost(phase, tasks) for one in own],
                 [one.score(tasks) for one in own],
                 kind="line",
                 colour=label(name),
+                mark=marks[model],
                 hover=[_hover(one, phase, tasks) for one in own],
             )
         )
@@ -232,10 +265,51 @@ def _front_sentence(
     )
 
 
-def _notes(failed: Sequence[str], lacking: Sequence[str], out: int) -> list[str]:
+def _notes(
+    asked: Mapping[str, Collection[str]],
+    models: Collection[str],
+    kept: Collection[str],
+    why: Mapping[tuple[str, str], str],
+) -> list[str]:
+    """Which tasks are not in the mean, then which models are not, each with its reason."""
+    out: list[tuple[str, str]] = []
+    for task in sorted({task for own in asked.values() for task in own} - set(kept)):
+        having = [model for model in asked if task in asked[model]]
+        failing = [model for model in having if (task, model) in why]
+        alike = failing == having and len({why[task, model] for model in failing}) == 1
+        # A task leaves for those that stay, unless none of them was asked it.
+        for model in [model for model in failing if model in models] or failing:
+            out.append((label(task) if alike else f"{label(task)} of {label(model)}", why[task, model]))
+        if not failing:
+            out.append((label(task), "no model of the mean was asked it"))
+    left = [
+        (f"{label(model)} for {label(task)}", why[task, model])
+        for model in asked if model not in models
+        for task in sorted(kept) if (task, model) in why
+    ]  # fmt: skip
+    named = ("Tasks that are not in the mean", out), ("Models that are neither in the mean nor on its front", left)
+    return [f"{what}: {because(found)}." for what, found in named if found]
+
+
+def _heads(why: Mapping[Any, str]) -> dict[Any, str]:
+    """Reasons without their figures, for notes: in a picture there is room for few words."""
+    return {what: reason.partition(": ")[0] for what, reason in why.items()}
+
+
+def _fitting(whole: str, short: str) -> str:
+    return whole if len(whole) <= _NOTE else short
+
+
+def _refused(failed: Mapping[str, str], models: int) -> str:
+    """Which of so many models are not on the front of a task, and why."""
+    if len(failed) == models and len(set(failed.values())) == 1:
+        return f"No front: {next(iter(failed.values()))}."
+    found = [(label(model), reason) for model, reason in failed.items()]
+    return f"Not on the front: {because(found)}." if found else ""
+
+
+def _lacking(lacking: Sequence[str], out: int) -> list[str]:
     notes = []
-    if failed:
-        notes.append(f"Dense attention of no model can do {', '.join(map(label, failed))}: not in the mean.")
     if lacking:
         notes.append(f"Not all configurations have {', '.join(map(label, lacking))}: not in the mean.")
     if out:
@@ -328,8 +402,10 @@ def _caption(phase: str, batch: float, pairs: Pairs) -> str:
     told = "Methods of the prefill" if phase == "prefill" else "Methods of decoding and eviction"
     return (
         f"{told}, and dense attention. A point is a model with a method at a sparsity; points of one model and method "
-        f"are joined. {FRONT}: no other configuration costs no more and scores no less; points on it may differ by "
-        f"less than their standard errors. Oracles are left out of it. {_caption_of_costs(batch, pairs)}"
+        "are joined. A colour is a method, a mark a model; dense attention is one point of each model. "
+        f"{FRONT}: no other configuration costs no more and scores no less; points on it may differ by less than their "
+        "standard errors. Not on it: oracles, and models of which it cannot be said that their dense attention does "
+        f"the task. {_caption_of_costs(batch, pairs)}"
     )
 
 
@@ -349,19 +425,6 @@ def _stem(used: set[str], *parts: Any) -> str:
         name = f"{name}_{zlib.crc32(wanted.encode('utf-8', 'surrogatepass')):08x}_{len(used)}"
     used.add(name)
     return name
-
-
-def _floor(margin: float) -> Floor:
-    from .guarantee import beats_chance
-
-    def why(cell: Any) -> str | None:
-        if cell.dense is None:
-            return "no dense run"
-        if not cell.bounded:
-            return f"{label(cell.metric)} is no share"
-        return beats_chance(cell.dense.scores, cell.chance, margin, cell.short)
-
-    return why
 
 
 __all__ = ["section"]

@@ -10,19 +10,22 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from ..labels import label
 from .bands import LEVEL, Bands, Bounds, Stratum, between, interpolated, stratified
+from .figure import Panel, Series
 from .study import GROUPS, Cell, Chain, Study
 
 #: Says why dense attention does not beat chance at a cell, or nothing where it does.
 Floor = Callable[[Cell], str | None]
 #: A sparsity is promised to .01 (docs/accounting.md): so far beyond the last run that run's value stands for it.
 SLACK = 0.01
+#: Bands of more lines than these cover each other in a panel.
+MOST_BANDS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +150,7 @@ class Suite:
         kind: `frontier`, `forced_frontier`, or empty for other tasks.
         members: all of them, by task.
         cells: those that means are taken of; none at its floor, all with scores by document, dense ones included.
-        out: what is left out of means, and why.
+        out: what is left out of means: task and reason.
     """
 
     model: str
@@ -155,7 +158,7 @@ class Suite:
     kind: str
     members: tuple[Cell, ...]
     cells: tuple[Cell, ...]
-    out: tuple[str, ...]
+    out: tuple[tuple[str, str], ...]
 
     @cached_property
     def ladders(self) -> dict[int, list[Ladder]]:
@@ -202,7 +205,7 @@ def suites(study: Study, floor: Floor) -> list[Suite]:
             else:
                 why = floor(cell)
             if why:
-                out.append(f"{label(cell.task)}: {why}")
+                out.append((label(cell.task), why))
             else:
                 kept.append(cell)
         found.append(Suite(model, length, kind, tuple(cells), tuple(kept), tuple(out)))
@@ -232,6 +235,28 @@ def over_tasks(
         found.append(Stratum(rows, task[0].key, limits))
     whole = stratified(found, level)
     return {name: whole.part(place * len(wanted), len(wanted)) for place, name in enumerate(methods)}
+
+
+# -- bands
+
+
+def thinned(series: Iterable[Series]) -> tuple[Series, ...]:
+    """Series of a panel; where more than `MOST_BANDS` lines have a band none is drawn but dense attention's."""
+    found = tuple(series)
+    lines = [one.low is not None and one.kind != "dots" and one.name != "dense" for one in found]
+    if sum(lines) <= MOST_BANDS:
+        return found
+    return tuple(replace(one, band=False) if own else one for one, own in zip(found, lines, strict=True))
+
+
+def without_bands(panels: Iterable[Panel]) -> str:
+    """What a caption says where `thinned` left bands out."""
+    if all(one.band for panel in panels for one in panel.series):
+        return ""
+    return (
+        f" Where more than {MOST_BANDS} lines of a panel have bands, which would cover each other, only dense "
+        "attention's, if it is there, is drawn; the CSV file of the figure has all of them."
+    )
 
 
 # -- words
@@ -264,6 +289,16 @@ def figure(value: float | None, digits: int = 2) -> str:
 def with_band(value: float, low: float, high: float) -> str:
     """`0.03 [0.01, 0.05]`; without a band the value alone."""
     return f"{figure(value)} [{figure(low)}, {figure(high)}]" if np.isfinite(low) else figure(value)
+
+
+def because(out: Iterable[tuple[str, str]], most: int = 5) -> str:
+    """What is left out, by reason: `niah, vt: no dense run; cwe: ...`; `most` reasons, and of each `most` names."""
+    names: dict[str, dict[str, None]] = defaultdict(dict)
+    for name, why in out:
+        names[why][name] = None
+    said = [f"{listed(found, most)}: {why}" for why, found in list(names.items())[:most]]
+    more = sum(map(len, list(names.values())[most:]))
+    return "; ".join(said) + (f"; and {more} more for other reasons" if more else "")
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:

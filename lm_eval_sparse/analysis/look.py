@@ -20,6 +20,8 @@ DARK = ("#56A8E8", "#FF8B4D", "#33C494", "#E5A0C8", "#F2B632", "#8FD0F5", "#D97A
 MARKS = 8
 #: Longest name of a line or a category, in characters, and of a title or of an axis.
 LONGEST, LONGEST_TITLE = 40, 120
+#: The smallest float that a column of a table shows: three decimals.
+_LEAST = 0.001
 #: Most values of x that get a tick each on a logarithmic axis.
 _MOST_TICKS = 8
 
@@ -85,27 +87,42 @@ def text(value: float | None, digits: int = 4) -> str:
 
 
 def column(values: Sequence[object]) -> list[str]:
-    """The cells of one column as text, with as many decimals in each of its floats; "" for None."""
-    floats = [value for value in values if isinstance(value, float)]
-    usual = [value for value in floats if value == 0 or 1e-3 <= abs(value) < 1e6]
-    decimals = max((_decimals(value) for value in usual), default=0)
+    """The cells of one column as text, by one rule; "" for None.
+
+    Floats have as many decimals as the column needs, at most three, and what would be none of them is `<0.001`. Where
+    one is a million or more, or none but zeros is 0.001, all of them have three digits and a power of ten. Thousands
+    stand apart.
+    """
+    sizes = [abs(value) for value in values if isinstance(value, float) and value]
+    powers = bool(sizes) and (max(sizes) >= 1e6 or max(sizes) < _LEAST)
+    decimals = max((_decimals(size) for size in sizes if size >= _LEAST), default=0)
     cells = []
     for value in values:
         if value is None:
             cells.append("")
         elif isinstance(value, float):
-            inside = value == 0 or 1e-3 <= abs(value) < 1e6
-            cells.append(f"{value:,.{decimals}f}" if inside else text(value, 3))
+            cells.append(_power(value) if powers else _fixed(value, decimals))
         elif isinstance(value, int):
-            cells.append(f"{value:,}" if abs(value) >= 10_000 else str(value))
+            cells.append(f"{value:,}")
         else:
             cells.append(str(value))
     return cells
 
 
-def _decimals(value: float, most: int = 3) -> int:
-    """Decimals that a figure needs, at most `most`."""
-    return len(f"{value:.{most}f}".rstrip("0").partition(".")[2])
+def _fixed(value: float, decimals: int) -> str:
+    if 0 < abs(value) < _LEAST:
+        return f"<{_LEAST:g}" if value > 0 else f">-{_LEAST:g}"
+    return f"{value:,.{decimals}f}"
+
+
+def _power(value: float) -> str:
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if value else "0"
+
+
+def _decimals(value: float) -> int:
+    """Decimals that a figure needs, at most three."""
+    return len(f"{value:.3f}".rstrip("0").partition(".")[2])
 
 
 # -- panels, ready to be drawn
@@ -122,6 +139,8 @@ class Placed:
         low, high: ends of the band, empty where there is none.
         at: each x in words.
         width: of a bar, in units of x; else 0.
+        mark: number of its own mark, None for that of its style.
+        band: whether the band is drawn.
     """
 
     name: str
@@ -134,6 +153,8 @@ class Placed:
     at: tuple[str, ...]
     hover: tuple[str, ...]
     width: float = 0.0
+    mark: int | None = None
+    band: bool = True
 
     @property
     def points(self) -> list[int]:
@@ -173,7 +194,8 @@ def prepare(figure: Figure) -> list[Prepared]:
             span = spans[panel.x_label, panel.log_x]
             x_range = _range(span, panel.log_x)
             ticks = (_ticks(span, x_range) if panel.log_x else ()) or round_ticks(x_range, panel.log_x)
-        heights = [v for one in series for values in (one.y, one.low, one.high) for v in values if v is not None]
+        drawn = [values for one in series for values in ((one.y, one.low, one.high) if one.band else (one.y,))]
+        heights = [v for values in drawn for v in values if v is not None]
         if any(one.kind == "bars" for one in series) and not panel.log_y:
             heights.append(0.0)
         y_range = _range(heights, panel.log_y)
@@ -214,6 +236,8 @@ def _placed(panel: Panel, names: Sequence[str]) -> Iterator[Placed]:
             tuple(label(x, LONGEST) if names else text(x) for x in series.x),
             tuple(label(words, 400) for words in series.hover),
             width if series.kind == "bars" else 0.0,
+            None if series.mark is None else series.mark % MARKS,
+            series.band,
         )
 
 

@@ -188,6 +188,8 @@ def _series(one: Placed, style: int) -> dict[str, Any]:
         "at": one.at,
         "about": one.hover,
         "width": one.width,
+        "mark": one.mark,
+        "band": one.band,
     }
 
 
@@ -207,9 +209,13 @@ def _facets(figures: Iterable[Figure]) -> dict[str, list[str]]:
 
 
 def _cells(table: Table) -> dict[str, Any]:
-    """The kind of each column, and the first rows as (text, number to sort by or None, whether it is known)."""
+    """Names and kinds of columns, and the first rows as (text, number to sort by or None, whether it is known).
+
+    A column of nothing but empty texts, such as settings where none are mixed, is left to the CSV file.
+    """
     first = table.rows[:_MOST_ROWS]
-    columns = [[row[n] for row in first] for n in range(len(table.header))]
+    shown_columns = [n for n in range(len(table.header)) if not first or any(row[n] != "" for row in first)]
+    columns = [[row[n] for row in first] for n in shown_columns]
     right = [numeric(values) for values in columns]
     shown = [column(values) for values in columns]
     rows = [
@@ -217,11 +223,11 @@ def _cells(table: Table) -> dict[str, Any]:
             (label(cell, _LONGEST), value if isinstance(value, int | float) else None, value is not None)
             for cell, value in zip(cells, row, strict=True)
         ]
-        for cells, row in zip(zip(*shown, strict=True), first, strict=True)
+        for cells, row in zip(zip(*shown, strict=True), zip(*columns, strict=True), strict=True)
     ]
     longest = [max((len(str(value)) for value in values), default=0) for values in columns]
     kinds = [
         "number" if number else "wide" if long > _LONG else "short" if long <= _SHORT else ""
         for number, long in zip(right, longest, strict=True)
     ]
-    return {"kinds": kinds, "rows": rows}
+    return {"names": [table.header[n] for n in shown_columns], "kinds": kinds, "rows": rows}

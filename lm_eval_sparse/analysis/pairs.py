@@ -1,7 +1,7 @@
 """The section of a report on pairs of runs: documents that flip, ties called ties, the task that loses most.
 
-Methods are compared at one sparsity, in one phase, on one task; sparse runs with the dense one of their task. Nothing
-is said in words where dense cannot do a task.
+Methods are compared at one measured sparsity, in one phase, on one task; sparse runs with the dense one of their task.
+Nothing is said in words where dense cannot do a task.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from .study import Cell, Chain, Point, Study
 
 #: How far measured sparsities may lie apart where they count as the same.
 NEAR = 0.02
+#: What was measured is said beside what was requested where it is further off than is promised.
+PROMISED = 0.01
 #: Sentences of each kind at most.
 MOST_SENTENCES = 30
 
@@ -48,7 +50,7 @@ class Standing:
     """How methods of one phase compare on a cell at one sparsity.
 
     Attributes:
-        sparsity: as requested. `measured`: the smallest and largest of them.
+        sparsity: as requested, see `levels`. `measured`: the smallest and largest of those compared.
         leader: label of the method with the highest mean score. `score`: that score.
         ahead, tied, open: labels of the others: the leader is ahead of them, ties with them, or neither is shown.
         comparisons: pairs of methods that Holm corrects for.
@@ -67,23 +69,62 @@ class Standing:
 
 
 def levels(chains: Sequence[Chain]) -> list[tuple[float, list[tuple[Chain, Point]]]]:
-    """Sparsities at which at least two chains have a run: the same requested one, or measured within `NEAR` of it."""
-    points = [point for chain in chains for point in chain.points]
-    values = sorted({point.requested for point in points if point.requested is not None})
-    for value in sorted(point.measured for point in points if point.requested is None):
-        if not values or min(abs(value - other) for other in values) > NEAR:
-            values.append(value)
-    found = []
-    for value in sorted(values):
-        members = []
-        for chain in chains:
-            same = [point for point in chain.points if point.requested == value]
-            near = [point for point in chain.points if abs(point.measured - value) <= NEAR]
-            if same or near:
-                members.append((chain, same[0] if same else min(near, key=lambda p: abs(p.measured - value))))
-        if len(members) > 1:
-            found.append((value, members))
+    """Sparsities at which at least two chains have a run, and of each chain that run: all measured within `NEAR` of
+    each other, whatever was requested.
+
+    Runs of one requested sparsity stand together as far as they were measured alike. Where another chain's run of it
+    was not, the one that was measured nearest stands in for it, if it is near enough. A level is called what was
+    requested, and what was measured where native knobs ruled.
+    """
+    runs = [(chain, point) for chain in chains for point in chain.points]
+    by_request: dict[float, list[tuple[Chain, Point]]] = defaultdict(list)
+    for chain, point in runs:
+        if point.requested is not None:
+            by_request[point.requested].append((chain, point))
+    cores = [(value, alike) for value, same in sorted(by_request.items()) for alike in _alike(same)]
+    ruled = [run for run in runs if run[1].requested is None]
+    cores += [(point.measured, [(chain, point)]) for chain, point in sorted(ruled, key=lambda run: run[1].measured)]
+    found = [(value, members) for value, core in cores if len(members := _joined(core, chains)) > 1]
+    points = [{id(point) for _, point in members} for _, members in found]
+    # What another level compares as well is not said twice.
+    again = [
+        any(own < other or (own == other and before < place) for before, other in enumerate(points))
+        for place, own in enumerate(points)
+    ]
+    kept = [level for level, same in zip(found, again, strict=True) if not same]
+    return sorted(kept, key=lambda level: (level[0], min(point.measured for _, point in level[1])))
+
+
+def _alike(runs: Sequence[tuple[Chain, Point]]) -> list[list[tuple[Chain, Point]]]:
+    """Runs of one requested sparsity, those together that were measured within `NEAR` of the first."""
+    found: list[list[tuple[Chain, Point]]] = []
+    for run in sorted(runs, key=lambda run: run[1].measured):
+        taken = {id(chain) for chain, _ in found[-1]} if found else set()
+        if found and id(run[0]) not in taken and _spread([*found[-1], run]) <= NEAR:
+            found[-1].append(run)
+        else:
+            found.append([run])
     return found
+
+
+def _joined(core: Sequence[tuple[Chain, Point]], chains: Sequence[Chain]) -> list[tuple[Chain, Point]]:
+    """A level's runs, with those of other chains that were measured nearest to their middle and near to all of them; in
+    the order of the chains."""
+    members = list(core)
+    middle = (min(point.measured for _, point in core) + max(point.measured for _, point in core)) / 2
+    others = [chain for chain in chains if not any(chain is own for own, _ in core)]
+    nearest = [(chain, min(chain.points, key=lambda point: abs(point.measured - middle))) for chain in others]
+    for run in sorted(nearest, key=lambda run: abs(run[1].measured - middle)):
+        if _spread([*members, run]) <= NEAR:
+            members.append(run)
+    order = {id(chain): place for place, chain in enumerate(chains)}
+    return sorted(members, key=lambda run: order[id(run[0])])
+
+
+def _spread(runs: Sequence[tuple[Chain, Point]]) -> float:
+    """How far apart runs were measured; float64 rounds .92 - .9 up."""
+    measured = [point.measured for _, point in runs]
+    return round(max(measured) - min(measured), 9)
 
 
 def standings(cell: Cell, options: Options) -> list[Standing]:
@@ -215,12 +256,14 @@ def _standing_table(ranked: Sequence[Standing], names: dict[str, str], options: 
         for one in ranked
     )  # fmt: skip
     caption = (
-        f"Methods of one phase at the same requested sparsity, or measured within {NEAR:g} of it, document by "
-        f"document. Tie: two one-sided paired t-tests show that means differ by less than {options.margin:g}; ahead: "
+        f"Methods of one phase whose sparsities were measured within {NEAR:g} of each other, document by document. "
+        "Sparsity: what was requested, or measured where native knobs ruled; a method whose run of it was measured "
+        "elsewhere stands here with its run that was measured nearest, or not at all. "
+        f"Tie: two one-sided paired t-tests show that means differ by less than {options.margin:g}; ahead: "
         "a paired t-test shows a difference that is no tie; else they are not told apart. Holm over all pairs of "
         f"methods of a row, for ties and for differences each, level {options.level:g}. t-tests are approximations; "
-        "from fewer documents than could show it without any difference no tie is concluded. Tasks that dense cannot "
-        "do and oracles are left out."
+        "from fewer documents than could show it without any difference no tie is concluded. Oracles are left "
+        "out, and tasks of which it cannot be said that dense does them (the table of flips has the reasons)."
     )
     return Table("standings", "Ahead, tied, not told apart", header, rows, caption)
 
@@ -234,6 +277,9 @@ def _standing_said(ranked: Sequence[Standing], names: dict[str, str], options: O
         parts = []
         for one in several:
             at = f"at {one.sparsity:.3g}"
+            low, high = one.measured
+            if round(max(abs(low - one.sparsity), abs(high - one.sparsity)), 9) > PROMISED:
+                at += f" (measured {low:.3f} to {high:.3f})"
             if one.ahead and not one.tied and not one.open:
                 parts.append(f"{at} {one.leader} is ahead of {_and(one.ahead)}")
             elif one.tied and not one.open:
@@ -291,6 +337,6 @@ def _worst_table(rows: list[tuple[Any, ...]]) -> Table:
     caption = (
         "Fall: mean of dense - sparse over the documents of the task that falls most, gains included; mean fall: over "
         "all tasks of the row that dense can do. The largest of several falls is larger than it would be in a new "
-        "run; what is guaranteed of the worst task stands with the certificates."
+        "run; what a test says of the worst task stands with the certificates."
     )
     return Table("worst_task", "The task that loses most", header, tuple(rows), caption)

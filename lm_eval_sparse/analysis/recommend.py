@@ -6,12 +6,12 @@ What is certified is decided in `choice`; here costs get one unit, and a choice 
 from __future__ import annotations
 
 import functools
-import shlex
 from collections.abc import Callable
 from dataclasses import replace
 
 from ..errors import UserError
 from ..labels import label
+from ..results.reproduce import model_args_option
 from ..results.schema import Record
 from . import cost
 from .certify import Options
@@ -127,7 +127,7 @@ def text(found: Choice, options: Options, by: str, answer: float) -> str:
         lines.append("To certify more:")
         lines += [f"  {line}" for line in found.measure]
     if found.best is not None:
-        lines.append(f"--model_args {shlex.quote(model_args(found.best.points[0].record))}")
+        lines += _line(found.best.points[0].record)
     return "\n".join(lines)
 
 
@@ -160,9 +160,19 @@ def _figures(one: Candidate, by: str) -> str:
     )
 
 
-def model_args(record: Record) -> str:
-    """The model arguments of a run, as lm-eval takes them; those that change nothing of its answers are left out."""
+def _line(record: Record) -> list[str]:
+    """What runs a configuration: its model arguments, as lm-eval takes them, without those that change no answer.
+
+    Results may come from anybody. What they do not say is not made up, and code is not trusted on their word.
+    """
     given = {name: value for name, value in record.model_args.items() if name not in _IDLE and value is not None}
+    asked = record.requested is None or any(str(name).endswith("sparsity") for name in given)
+    if not isinstance(given.get("method"), str) or not asked:
+        return ["There is no line to paste: the runs do not say with which --model_args they were made."]
     given.setdefault("pretrained", record.model)
+    code = given.pop("trust_remote_code", None)
     order = sorted(given, key=lambda name: (name != "pretrained", name != "method", not name.endswith("sparsity")))
-    return ",".join(f"{name}={given[name]}" for name in order)
+    notes = ["Note: the runs had trust_remote_code=True; add it if you trust the model's code."] if code else []
+    if record.code:
+        notes.append("Note: the method is a file of somebody's own; give its path, and --allow-code if you trust it.")
+    return [*notes, model_args_option({name: given[name] for name in order})]

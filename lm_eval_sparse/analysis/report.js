@@ -28,6 +28,7 @@
   const dark = () => chosenTheme() === "dark" || (chosenTheme() === "automatic" && system.matches);
   const colour = (style) => data.styles[style][dark() ? 1 : 0];
   const variable = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const mark = (one) => one.mark ?? data.styles[one.style][2];
   const faint = (hex, alpha) =>
     `rgba(${[1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)).join(",")},${alpha})`;
 
@@ -53,6 +54,7 @@
     points.flatMap(([x, y], n) => (n ? [[x, points[n - 1][1]], [x, y]] : [[x, y]]));
 
   const band = (one, tint) => {
+    if (!one.band) return [];
     const x = [], y = [];
     for (const run of runs(one)) {
       if (!one.low.length || one.low[run[0]] === null) continue;
@@ -86,7 +88,7 @@
         connectgaps: false, cliponaxis: false,
       };
       const points = one.kind === "dots" || one.kind === "bars";
-      if (points && one.low.length) {
+      if (points && one.band && one.low.length) {
         const far = (ends, sign) => one.y.map((y, n) => (y === null || ends[n] === null ? 0 : Math.max(sign * (ends[n] - y), 0)));
         const ink = one.kind === "bars" ? variable("--text") : tint;
         trace.error_y = { type: "data", symmetric: false, array: far(one.high, 1), arrayminus: far(one.low, -1), thickness: 1.1, width: 0, color: ink };
@@ -99,9 +101,9 @@
       const many = one.x.length > 60;
       (points ? top : above).push({
         ...trace, type: "scatter",
-        mode: points ? "markers" : one.kind === "line" && !many ? "lines+markers" : "lines",
+        mode: points ? "markers" : (one.kind === "line" || one.mark !== null) && !many ? "lines+markers" : "lines",
         line: { color: tint, width: 1.8, dash: one.kind === "dashed" ? "5px,3px" : "solid", shape: one.kind === "step" ? "hv" : "linear" },
-        marker: { color: tint, size: 7, symbol: SYMBOLS[data.styles[one.style][2]], line: { color: variable("--ground"), width: 0.8 } },
+        marker: { color: tint, size: 7, symbol: SYMBOLS[mark(one)], line: { color: variable("--ground"), width: 0.8 } },
       });
     }
     return [...below, ...above, ...top];
@@ -208,7 +210,7 @@
       "M8.5 6a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0", "M9 2h8v8h-8z", "M13 0.5L18.5 6L13 11.5L7.5 6z", "M13 1L18 10H8z", "M13 11L18 2H8z",
       "M11.4 1h3.2v3.4H18v3.2h-3.4V11h-3.2V7.6H8V4.4h3.4z", "M10 1l3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3-3-3z", "M13 0l1.6 4H19l-3.5 2.6L16.8 11 13 8.4 9.2 11l1.3-4.4L7 4h4.4z",
     ];
-    if (one.kind === "line" || one.kind === "dots") part("path", { d: shapes[data.styles[one.style][2]], fill: tint });
+    if (one.kind === "line" || one.kind === "dots" || one.mark !== null) part("path", { d: shapes[mark(one)], fill: tint });
     return box;
   };
 

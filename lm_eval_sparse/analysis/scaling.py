@@ -13,34 +13,39 @@ import numpy as np
 from ..labels import label
 from .bands import LEVEL
 from .figure import Figure, Panel, Section, Series, Table
-from .ladder import Floor, Names, figure, floor_of, listed, with_band
+from .ladder import Floor, Names, because, figure, floor_of, listed, with_band
 from .law import AXES, CLUSTERS, HeldOut, Law, Runs, fit, hold_out
 from .study import Chain, Study
 
+#: How sentences call several values of an axis; those of compression are dense attention's and one a sparsity.
+_PLURAL = {"alpha": "sizes", "beta": "lengths", "gamma": "compressions"}
 #: What methods of a phase are called when they stand together.
 _ALL = "all methods"
 
 
-def gather(study: Study, floor: Floor) -> tuple[dict[tuple[str, str], Runs], list[str]]:
-    """Runs by phases and method, with dense attention among them, and lines on what is left out.
+def gather(study: Study, floor: Floor) -> tuple[dict[tuple[str, str], Runs], list[tuple[str, str]]]:
+    """Runs by phases and method, with dense attention among them, and what is left out: task and reason.
 
     Several methods of a phase also stand together as `all methods`, oracles apart.
     """
     rows: dict[tuple[str, str], list[tuple[Any, ...]]] = defaultdict(list)
-    out: list[str] = []
+    out: list[tuple[str, str]] = []
     several = Counter((cell.model, cell.task) for cell in study.primary)
     twins = len({cell.family.removesuffix(cell.short) for cell in study.primary}) > 1
     for cell in study.primary:
         at = f", {cell.length} tokens" if cell.length else ""
         name = f"{label(cell.short)} ({label(cell.model, 60)}{at})"
         if several[cell.model, cell.task] > 1:
-            out.append(f"{name}: runs of it differ ({label(cell.mark)})")
+            out.append((name, f"runs of it differ ({label(cell.mark)})"))
             continue
         if cell.parameters is None or cell.length is None:
-            out.append(f"{name}: {'parameters' if cell.parameters is None else 'length'} not known")
+            out.append((name, f"{'parameters' if cell.parameters is None else 'length'} not known"))
             continue
         if (why := floor(cell)) or cell.dense is None:
-            out.append(f"{name}: {why or 'no dense run'}")
+            out.append((name, why or "no dense run"))
+            continue
+        if not cell.chains:
+            out.append((name, "no sparse run"))
             continue
         where = cell.parameters, cell.length
         names = cell.family if twins else cell.short, f"{cell.model}\n{cell.task}"
@@ -132,10 +137,9 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
     for why, methods in refused.items():
         sentences.append(f"No scaling law of {listed(methods)}: {why}.")
     if not gathered:
-        sentences.append(
-            "No scaling law: no sparse run of a task that dense attention can do, with known size and length."
-        )
-    left = f" Left out: {listed(out, 20)}." if out else ""
+        why = because(out)
+        sentences.append(f"No scaling law is fitted, for want of runs{f': {why}' if why else ''}.")
+    left = f" Left out: {because(out, 20)}." if out else ""
     tables = []
     if coefficients:
         header = ("phases", "method", "held out", "coefficient", "value", "standard error", "low", "high")
@@ -205,8 +209,9 @@ def _panel(axis: str, at: str, found: HeldOut) -> Panel:
 
 
 def _sentences(head: tuple[str, str], law: Law, runs: Runs) -> list[str]:
-    """What the fit to all runs says of each axis, and what it cannot say."""
+    """What the fit to all runs says of each axis, on how many values of it, and what it cannot say."""
     phases, method = head
+    many = {axis: len(np.unique(runs.step if axis == "gamma" else getattr(runs, AXES[axis][0]))) for axis in AXES}
     said = []
     for axis, words in AXES.items():
         name = words[1]
@@ -218,15 +223,17 @@ def _sentences(head: tuple[str, str], law: Law, runs: Runs) -> list[str]:
             continue
         at = law.names.index(axis)
         shown = with_band(law.value[at], law.low[at], law.high[at])
+        rests = f"{many[axis]} {_PLURAL[axis]}"
         if np.isnan(law.low[at]):
-            verdict = f"without a band ({law.clusters} cells)"
+            verdict = "without a band"
+            rests += f", {law.clusters} cells"
         elif law.low[at] > 0:
             verdict = f"scores rise with {name}"
         elif law.high[at] < 0:
             verdict = f"scores fall with {name}"
         else:
             verdict = f"no effect of {name} is shown"
-        said.append(f"{phases}, {method}: {axis} = {shown}: {verdict}.")
+        said.append(f"{phases}, {method}: {axis} = {shown}: {verdict} ({rests}).")
     if law.clipped > 0.1 * len(runs):
         said.append(
             f"{phases}, {method}: {law.clipped} of {len(runs)} scores are 0 or 1 and were clipped; the coefficients "

@@ -19,7 +19,7 @@ from ..results.schema import PhaseFigures
 from .bands import LEVEL, PAPER, Bands, Stratum, stratified
 from .figure import Figure, Panel, Section, Series, Table
 from .ladder import Floor, Ladder, Names, Suite, floor_of, listed, suites, where, with_band
-from .study import Cell, Study
+from .study import Cell, Chain, Study
 
 _MEASURED = ("output_error", "mass_kept", "oracle_overlap", "auxiliary_bits", "kv_memory_fraction")
 
@@ -70,6 +70,7 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
     rows: list[tuple[Any, ...]] = []
     figures, sentences = [], []
     without: dict[str, set[str]] = defaultdict(set)
+    marks: dict[str, int] = {}
     groups = suites(study, floor)
     for group in groups:
         sets = [(cell.short, (cell,)) for cell in group.cells]
@@ -91,7 +92,8 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
                     for at in here
                 ]
                 if shown and len(here):
-                    panels.append(_panel(method[0], oracle[0], found, here))
+                    mark = marks.setdefault(oracle[0].chain.label, len(marks))
+                    panels.append(_panel(method[0], oracle[0], found, here, mark))
                     sentences.append(_sentence(group, name, method[0], oracle[0], found, here[-1]))
         if panels:
             figures.append(
@@ -130,11 +132,14 @@ def _pairs(
 ) -> list[tuple[list[Ladder], list[Ladder], tuple[Bands, Bands]]]:
     """Each method with each oracle of its phases over some tasks. What has none is noted in `without`."""
     everything = group.shared(cells)
-    oracles = [found for found in everything.values() if found[0].chain.oracle]
+    oracles = [found for found in everything.values() if pure(found[0].chain)]
     pairs: list[tuple[list[Ladder], list[Ladder]]] = []
     for name, found in everything.items():
         phases = found[0].chain.phases
+        if pure(found[0].chain):
+            continue
         if found[0].chain.oracle:
+            without["an oracle fills a part of its phases"].add(name)
             continue
         fitting = [one for one in oracles if one[0].chain.phases == phases]
         if not fitting:
@@ -150,13 +155,19 @@ def _pairs(
     return measured
 
 
-def _panel(method: Ladder, oracle: Ladder, found: tuple[Bands, Bands], here: np.ndarray) -> Panel:
+def pure(chain: Chain) -> bool:
+    """Whether an oracle fills each phase of a chain: what is an oracle in one phase only loses what the other loses."""
+    return chain.oracle and all(part.rpartition(":")[2].startswith("oracle") for part in chain.method.split("+"))
+
+
+def _panel(method: Ladder, oracle: Ladder, found: tuple[Bands, Bands], here: np.ndarray, mark: int) -> Panel:
     series = []
     x = [PAPER[1:][at] for at in here]
-    named = (f"sparsity ({oracle.chain.label})", "dashed"), (f"method ({method.chain.label})", "line")
-    for (name, kind), part, own in zip(named, found, (oracle, method), strict=True):
+    # Oracles are grey and broken all: marks tell them apart.
+    named = (f"sparsity ({oracle.chain.label})", "dashed", mark), (f"method ({method.chain.label})", "line", None)
+    for (name, kind, own_mark), part, own in zip(named, found, (oracle, method), strict=True):
         limits = {} if np.isnan(part.low[here]).all() else {"low": part.low[here], "high": part.high[here]}
-        series.append(Series(name, x, part.value[here], kind=kind, colour=own.chain.label, **limits))
+        series.append(Series(name, x, part.value[here], kind=kind, colour=own.chain.label, mark=own_mark, **limits))
     title = f"{method.chain.label} against {oracle.chain.label}"
     return Panel(title, tuple(series), "measured sparsity", "loss of score", note="")
 

@@ -34,6 +34,10 @@ _DOTS, _MOST_DOTS = 150, 30e6
 #: Longest name of a category that stands aslant.
 _SLANTED = 24
 _GREY, _GRID, _BAND = "#555555", "#e4e4e4", 0.15
+#: Area of a mark in square points; those with arms or corners look smaller.
+_MARK, _THIN = 20, 36
+#: Of a legend: name, key of its style, kind, and number of a mark of its own.
+_Entry = tuple[str, str, str, int | None]
 #: Dashes of broken lines, in widths of the line.
 _DASHES = {"dashed": (0, (4, 2.2)), "plain": "solid"}
 
@@ -90,7 +94,7 @@ def _arranged(figure: Figure, panels: Sequence[Prepared], looks: Mapping[str, St
     """All panels in their places, with title and legend."""
     names = {}  # the first kind of a name stands for all
     for one in (one for panel in panels for one in panel.series):
-        names.setdefault((one.name, one.key), one.kind)
+        names.setdefault((one.name, one.key), (one.kind, one.mark))
     alone = {one.kind for panel in panels for one in panel.series} & {"dots", "bars"}
     direct = len(names) <= len(COLOURS) and not alone  # clouds have no end to write a name at
     across, below = _PANEL[0] + (_NAMES if direct else 0.0), _PANEL[1]
@@ -98,7 +102,7 @@ def _arranged(figure: Figure, panels: Sequence[Prepared], looks: Mapping[str, St
     columns = max(min(len(panels), 4), math.ceil(math.sqrt(len(panels) * 0.7)), 1)
     rows = max(-(-len(panels) // columns), 1)
     width = max(across * columns, 5.0)
-    legend = [] if direct else _legend([(*name, kind) for name, kind in names.items()], width)
+    legend = [] if direct else _legend([(*name, *look) for name, look in names.items()], width)
     height = _TITLE + below * rows + _LINE * len(legend) + (0.1 if legend else 0)
     sheet = _Sheet(width, height)
     sheet.text(0.12, height - 0.12, label(figure.title, LONGEST_TITLE), 11, va="top", weight="bold", room=width - 0.2)
@@ -108,9 +112,9 @@ def _arranged(figure: Figure, panels: Sequence[Prepared], looks: Mapping[str, St
         box = left, bottom, _PANEL[0] - _LEFT - _RIGHT, _PANEL[1] - _BELOW - _ABOVE
         _panel(sheet, box, panel, looks, direct)
     for n, line in enumerate(reversed(legend)):
-        for at, (name, key, kind) in line:
+        for at, (name, key, kind, mark) in line:
             style, y = looks[key], 0.12 + n * _LINE
-            _swatch(sheet, at, y, style, kind)
+            _swatch(sheet, at, y, style, kind, mark)
             sheet.text(at + 0.4, y, name, _SMALL + 0.5, va="center_baseline")
     return sheet
 
@@ -131,9 +135,9 @@ def _lying(panels: Sequence[Prepared]) -> bool:
     )
 
 
-def _legend(names: Iterable[tuple[str, str, str]], width: float) -> list[list[tuple[float, tuple[str, str, str]]]]:
+def _legend(names: Iterable[_Entry], width: float) -> list[list[tuple[float, _Entry]]]:
     """Lines of names with the place at which each begins."""
-    lines: list[list[tuple[float, tuple[str, str, str]]]] = [[]]
+    lines: list[list[tuple[float, _Entry]]] = [[]]
     at = 0.15
     for entry in names:
         needs = 0.4 + _LETTER * len(entry[0]) + 0.2
@@ -145,7 +149,7 @@ def _legend(names: Iterable[tuple[str, str, str]], width: float) -> list[list[tu
     return lines
 
 
-def _swatch(sheet: _Sheet, x: float, y: float, style: Style, kind: str) -> None:
+def _swatch(sheet: _Sheet, x: float, y: float, style: Style, kind: str, mark: int | None) -> None:
     if kind == "bars":
         sheet.area(
             [(x + 0.08, y - 0.05), (x + 0.28, y - 0.05), (x + 0.28, y + 0.05), (x + 0.08, y + 0.05)], style.colour, 0.85
@@ -153,8 +157,8 @@ def _swatch(sheet: _Sheet, x: float, y: float, style: Style, kind: str) -> None:
         return
     if kind != "dots":
         sheet.line([(x, y), (x + 0.32, y)], style.colour, 1.5, "dashed" if kind == "dashed" else "plain")
-    if kind in ("dots", "line"):
-        sheet.mark(x + 0.16, y, style.mark, style.colour)
+    if kind in ("dots", "line") or mark is not None:
+        sheet.mark(x + 0.16, y, style.mark if mark is None else mark, style.colour)
 
 
 def _panel(
@@ -221,7 +225,8 @@ def _series(sheet: _Sheet, one: Placed, style: Style, across: Any, up: Any, grou
     for run in runs(one):
         xs = [across(one.x[n]) for n in run]
         ys = [up(one.y[n]) for n in run]
-        ends = [(up(one.low[n]), up(one.high[n])) for n in run] if one.low and one.low[run[0]] is not None else []
+        banded = one.band and one.low and one.low[run[0]] is not None
+        ends = [(up(one.low[n]), up(one.high[n])) for n in run] if banded else []
         if one.kind == "bars":
             half = (across(one.x[run[0]] + one.width) - across(one.x[run[0]])) / 2
             for x, y in zip(xs, ys, strict=True):
@@ -238,9 +243,9 @@ def _series(sheet: _Sheet, one: Placed, style: Style, across: Any, up: Any, grou
             if ends:
                 sheet.area([*zip(xs, lows, strict=True), *reversed([*zip(xs, highs, strict=True)])], colour, _BAND)
             sheet.line([*zip(xs, ys, strict=True)], colour, 1.5, "dashed" if one.kind == "dashed" else "plain")
-        if one.kind in ("line", "dots"):
+        if one.kind in ("line", "dots") or one.mark is not None:
             for x, y in zip(xs, ys, strict=True):
-                sheet.mark(x, y, style.mark, colour)
+                sheet.mark(x, y, style.mark if one.mark is None else one.mark, colour)
 
 
 def runs(one: Placed) -> list[list[int]]:
@@ -340,7 +345,8 @@ class _Sheet:
             axes.add_collection(PolyCollection(points, facecolors=colours, linewidths=0, zorder=2), autolim=False)
         for shape, found in self.marks.items():
             xs, ys, colours = zip(*found, strict=True)
-            axes.scatter(xs, ys, s=20, c=colours, marker=MARKS[shape], linewidths=0.5, edgecolors="white", zorder=4)
+            area = _MARK if MARKS[shape] in "osD" else _THIN
+            axes.scatter(xs, ys, s=area, c=colours, marker=MARKS[shape], linewidths=0.5, edgecolors="white", zorder=4)
         for x, y, words, room, style in self.texts:
             written = axes.text(x, y, words, zorder=5, **style)
             if room and len(words) * style["fontsize"] * _WIDEST > room:  # to measure takes as long as to draw

@@ -19,8 +19,10 @@ from ..output import WIDEST
 from .figure import Cell, Figure, Table
 from .look import column
 
-#: What a text begins with that a spreadsheet may take for a formula, with the wide forms that some read alike.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+#: What a formula begins with. Some spreadsheets read wide and small forms of it alike.
+_FORMULA = "=+-@"
+#: With these in front a cell may lose its quotes, or be split, and what follows be computed.
+_BREAKS = ("\t", "\r", "\n")
 #: Longest text of a cell in a CSV file: what spreadsheets take.
 _LONGEST = 32_000
 
@@ -49,11 +51,26 @@ def _csv(rows: Iterable[Sequence[Cell]]) -> str:
     return buffer.getvalue()
 
 
+def is_formula(text: str) -> bool:
+    """Whether a spreadsheet may compute a cell with this text: what cannot be seen in front of it may be dropped."""
+    for character in text:
+        if unicodedata.normalize("NFKC", character) in _FORMULA:
+            return True
+        if not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf"):
+            break
+    return text.startswith(_BREAKS)
+
+
+def guarded(text: str) -> str:
+    """`text` as a cell in full, without control characters; an apostrophe before what may be taken for a formula."""
+    said = plain(text)
+    return f"'{said}" if is_formula(text) or is_formula(said) else said
+
+
 def _safe(cell: Cell) -> Cell:
     if isinstance(cell, str):
         said = label(cell, _LONGEST)
-        # What began with a blank that `label` drops may still be a formula now, and the other way round.
-        return f"'{said}" if said.startswith(_FORMULA) or cell.startswith(_FORMULA) else said
+        return f"'{said}" if is_formula(cell) or is_formula(said) else said
     if isinstance(cell, float) and cell.is_integer() and abs(cell) < 2**53:
         return int(cell)  # lengths are whole numbers, which the axes of figures hold as floats
     return "" if cell is None else cell

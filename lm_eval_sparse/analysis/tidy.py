@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..results.figures import PHASES
 from ..results.schema import PhaseFigures, Record
 from .study import Cell, Point, Study
+from .tables import guarded
 
 if TYPE_CHECKING:
     import pandas
@@ -25,18 +26,20 @@ _FIGURES = (
     "method", "requested", "selected", "executed", "bytes_read_fraction", "kv_memory_fraction",
     "estimator_flops_fraction", "mass_kept", "output_error", "auxiliary_bits",
 )  # fmt: skip
-#: What a spreadsheet takes for a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def frame(study: Study) -> pandas.DataFrame:
     """A row for each record of a study.
 
     Beside what was recorded: `label` (the method with what tells it from others), `family` and `short` of the task,
-    `mark` of mixed runs, `dense_score`, `loss` (dense − score where higher is better, else score − dense) and `used`:
-    whether the figures take this run, or another of the same configuration.
+    `mark` of mixed runs, `dense_score` (of all documents of the dense run), `loss` (mean of dense − score where higher
+    is better, else of score − dense, over the documents that both runs have), `shared_documents` (their number) and
+    `used`: whether the figures take this run, or another of the same configuration. Where a run or its dense one has no
+    scores by document it is not known which both have: no loss.
     """
     import pandas
+
+    scores: dict[int, dict[str, float]] = {}
 
     placed: dict[int, tuple[Cell, str]] = {}
     cells: dict[tuple[Any, ...], Cell] = {}
@@ -51,7 +54,7 @@ def frame(study: Study) -> pandas.DataFrame:
         found = placed.get(id(record))
         cell, name = found or (cells.get(_key(record)), record.method)
         dense = cell.dense.record.score if cell is not None and cell.dense is not None else None
-        sign = 1 if record.higher_is_better else -1
+        loss, shared = _loss(record, cell, scores)
         rows.append(
             {
                 **{column: getattr(record, column) for column in _PLAIN},
@@ -61,7 +64,8 @@ def frame(study: Study) -> pandas.DataFrame:
                 "mark": cell.mark if cell else None,
                 "has_documents": record.documents is not None,
                 "dense_score": dense,
-                "loss": None if dense is None else sign * (dense - record.score),
+                "loss": loss,
+                "shared_documents": shared,
                 "used": found is not None,
                 **_phases(record),
                 **{f"{phase}_tokens_per_second": record.speed.get(phase) for phase in ("prefill", "decode")},
@@ -71,7 +75,28 @@ def frame(study: Study) -> pandas.DataFrame:
                 "versions": json.dumps(record.versions, sort_keys=True),
             }
         )  # fmt: skip
-    return pandas.DataFrame(rows)
+    table = pandas.DataFrame(rows)
+    return table.astype({"shared_documents": "Int64"}) if rows else table  # whole numbers, where some are not known too
+
+
+def _loss(record: Record, cell: Cell | None, known: dict[int, dict[str, float]]) -> tuple[float | None, int | None]:
+    """Mean loss over the documents that a run shares with its dense one, and their number; no loss where none is.
+
+    Args:
+        known: scores of dense runs by document, by the id of their cell; filled as they are asked for.
+    """
+    dense = cell.dense.record.documents if cell is not None and cell.dense is not None else None
+    if dense is None or record.documents is None:
+        return None, None
+    if id(cell) not in known:
+        known[id(cell)] = dict(zip(dense.ids, dense.scores, strict=True))
+    theirs = known[id(cell)]
+    pairs = zip(record.documents.ids, record.documents.scores, strict=True)
+    losses = [theirs[name] - score for name, score in pairs if name in theirs]
+    if not losses:
+        return None, 0
+    mean = sum(losses) / len(losses)
+    return (mean if record.higher_is_better else -mean), len(losses)
 
 
 def _means(figures: PhaseFigures) -> dict[str, float]:
@@ -87,6 +112,12 @@ def _key(record: Record) -> tuple[Any, ...]:
         record.metric,
         record.seed,
         record.task_hash,
+        record.task_version,
+        record.shots,
+        record.chat_template,
+        record.system_instruction,
+        json.dumps(record.gen_kwargs, sort_keys=True, default=str),
+        tuple(sorted(record.seeds.items())),
     )
 
 
@@ -103,10 +134,7 @@ def csv(table: pandas.DataFrame) -> bytes:
     safe = table.copy()
     for column in safe.columns:
         if safe[column].dtype.kind in "OUST" or str(safe[column].dtype) in ("str", "string"):
-            safe[column] = [
-                f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
-                for value in safe[column]
-            ]
+            safe[column] = [guarded(value) if isinstance(value, str) else value for value in safe[column]]
     return safe.to_csv(index=False, lineterminator="\n").encode()
 
 

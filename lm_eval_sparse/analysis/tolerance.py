@@ -17,11 +17,28 @@ import numpy as np
 from ..labels import label
 from .bands import LEAST, LEVEL, PAPER, Stratum, exact, interpolated, quantiles, resampled
 from .figure import Figure, Panel, Section, Series, Table
-from .ladder import Floor, Ladder, Names, Suite, figure, floor_of, listed, mean, suites, where, with_band
+from .ladder import (
+    Floor,
+    Ladder,
+    Names,
+    Suite,
+    because,
+    figure,
+    floor_of,
+    listed,
+    mean,
+    suites,
+    thinned,
+    where,
+    with_band,
+    without_bands,
+)
 from .study import Study
 
 #: Relative errors that are allowed.
 ERRORS = (0.05, 0.1, 0.2)
+#: Why a sparsity is not known where dense and sparse runs share no documents.
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -144,7 +161,7 @@ def crossing(x: np.ndarray, y: np.ndarray, allowed: float) -> float | None:
 def tolerated(found: Errors, allowed: float) -> Tolerated:
     """The sparsity up to which the error stays within `allowed`. Its band is where the band of the error crosses."""
     if np.isnan(found.value).any() or not len(found.x):
-        return Tolerated(None, np.nan, np.nan, "not measured")
+        return Tolerated(None, np.nan, np.nan, NOT_MEASURED)
     at = crossing(found.x, found.value, allowed)
     if np.isnan(found.low).any():
         low = high = None
@@ -160,8 +177,9 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
     """Tolerance against length. Arguments as of `curves.section`."""
     floor = floor or floor_of(getattr(options, "margin", 0.05))
     names = Names()
-    groups = [group for group in suites(study, floor) if group.cells]
-    found = {id(group): _of_suite(group) for group in groups}
+    everything = suites(study, floor)
+    found = {id(group): _of_suite(group) for group in everything}
+    groups = [group for group in everything if found[id(group)]]
     rows = [row for group in groups for row in _rows(group, found[id(group)])]
     figures: list[Figure] = []
     sentences: list[str] = []
@@ -180,9 +198,16 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
             sentences += _longer(members, tasks, at)
         elif len(members) > 1:
             sentences.append(f"{at}: no task was measured at all lengths, so lengths are not compared.")
-    out = sorted({line for group in suites(study, floor) for line in group.out})
+    out = [line for group in everything for line in group.out]
+    bare = [
+        (label(cell.task), "no sparse run with scores by document")
+        for group in everything
+        for cell in group.cells
+        if not any(one.scores is not None for one in group.ladders[id(cell)])
+    ]
     if not groups:
-        sentences.append("No task here has scores by document that dense attention does better at than chance.")
+        why = because([*out, *bare])
+        sentences.append(f"No relative error is said of any task here{f': {why}' if why else ''}.")
     header = ("model", "length", "tasks", "method", "allowed error", "sparsity", "low", "high", "least density", "note")
     table = Table(
         names("tolerated_sparsity"),
@@ -191,7 +216,7 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
         tuple(rows),
         f"The error is (dense - sparse) / dense of means; bands of {LEVEL:.0%} are where the band of the error crosses "
         "what is allowed, and an end that is missing lies beyond what was measured. "
-        + (f"Left out: {listed(out, 20)}." if out else ""),
+        + (f"Left out: {because([*out, *bare], 20)}." if out or bare else ""),
     )
     return Section("tolerance", "Tolerance against length", tuple(sentences), tuple(figures), (table,) if rows else ())
 
@@ -249,11 +274,11 @@ def _figures(
             if one is not None:
                 limits = {} if np.isnan(one.low).any() else {"low": one.low, "high": one.high}
                 series.append(Series(f"{group.length} tokens", one.x, one.value, **limits))
-        panels.append(Panel(method, tuple(series), "measured sparsity", "(dense - sparse) / dense"))
+        panels.append(Panel(method, thinned(series), "measured sparsity", "(dense - sparse) / dense"))
     error = Figure(
         names("relative_error", model, kind),
         f"Relative error by length: {at}",
-        f"Of the mean over tasks that dense attention can do; bands cover {LEVEL:.0%}.",
+        f"Of the mean over tasks that dense attention can do; bands cover {LEVEL:.0%}.{without_bands(panels)}",
         tuple(panels),
     )
     by_error = []
@@ -274,16 +299,16 @@ def _figures(
                 ]
                 low, high = zip(*ends, strict=True)
                 series.append(Series(method, list(limits), y, low=low, high=high))
-            if any(limit.why for limit in limits.values()):
+            if any(limit.why and limit.why != NOT_MEASURED for limit in limits.values()):
                 beyond.append(method)
         note = f"within {allowed:g} as far as measured at some length: {listed(beyond)}" if beyond else ""
         title = f"error within {allowed:g}"
-        by_error.append(Panel(title, tuple(series), "tokens", "least density", log_x=True, log_y=True, note=note))
+        by_error.append(Panel(title, thinned(series), "tokens", "least density", log_x=True, log_y=True, note=note))
     density = Figure(
         names("least_density", model, kind),
         f"Density that a relative error needs: {at}",
         "The smallest share of keys with which the relative error of the mean over tasks stays within what is allowed; "
-        f"lower is better. Bands of {LEVEL:.0%} where both ends lie within what was measured.",
+        f"lower is better. Bands of {LEVEL:.0%} where both ends lie within what was measured.{without_bands(by_error)}",
         tuple(by_error),
     )
     return [error, density]
@@ -308,7 +333,8 @@ def _worst(members: Sequence[Suite], found: Mapping[int, _Found]) -> list[str]:
         for method, (_, tasks) in found[id(group)].items():
             limits = {name: tolerated(one, 0.1) for name, one in tasks.items()}
             known = {name: limit for name, limit in limits.items() if limit.sparsity is not None}
-            if len(tasks) > 1 and known:
+            # What is not reached allows more; what was not measured may allow less.
+            if len(tasks) > 1 and known and not any(limit.why == NOT_MEASURED for limit in limits.values()):
                 name = min(known, key=lambda task: known[task].sparsity)
                 parts.append(f"{method} {figure(known[name].sparsity)} ({label(name)})")
         if parts:

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 # -- files
 
-#: At most so many files that cannot be read are named.
-_NAMED = 5
+#: At most so many files that cannot be read are named, and lines of a file.
+_NAMED, _NAMED_LINES = 5, 3
 #: The file in which `analyze` leaves its records.
 RECORDS = "records.jsonl"
 
@@ -108,30 +108,34 @@ def read(
     """The scores of all result files and files of records among the given files and below the given folders.
 
     A file below a folder that is torn or none of lm-eval is left out with a warning: a run that was stopped must not
-    hide the others. So is a score that is no finite number, or that cannot be.
+    hide the others. So is a score that is no finite number, or that cannot be, and a line that is no record of a schema
+    that is known here, in whatever file of records it stands.
 
     Args:
         left_out: is given a line for each that is left out.
         without: a folder below them that is not read: where the next analysis goes, an earlier one may lie.
 
     Raises:
-        UserError: a file that was named itself is not good, none below the folders is, or no score is left.
+        UserError: a file that was named itself is not good (of records: has no good line), none below the folders is,
+            or no score is left.
     """
     files = candidates(paths, with_records=True)
     if without is not None:
+        there = os.path.realpath(without)  # which may be given as a link
         files = [
-            (path, named) for path, named in files if named or not path.absolute().is_relative_to(without.absolute())
+            (path, named) for path, named in files if named or not Path(os.path.realpath(path)).is_relative_to(there)
         ]
         if not files:
             raise UserError(f"there is nothing to read but what lies in {without}; give result files of lm-eval")
     rows: list[Record] = []
     refused: list[UserError] = []
     unusable: list[str] = []
+    torn: list[str] = []
     with without_collecting():
         for path, named in files:
             try:
                 if path.suffix == ".jsonl":
-                    rows += _of_lines(path)
+                    rows += _of_lines(path, torn)
                 elif cells.address_of(path.name) is not None:
                     rows += cells.read(path)[1]
                 else:
@@ -146,7 +150,7 @@ def read(
     if not rows:
         names = f"{files[0][0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
         raise UserError(f"these result files hold no scores: {names}" + "".join(f"; {said}" for said in unusable[:1]))
-    for what, said in (("file", refused), ("figure", unusable)):
+    for what, said in (("file", refused), ("line", torn), ("figure", unusable)):
         lines = [one_line(str(line)) for line in said]
         if left_out is not None:
             left_out += lines
@@ -169,12 +173,22 @@ def without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _of_lines(path: Path) -> list[Record]:
-    """The records in a file of lines. Raises `UserError`."""
-    lines = read_bytes(path).splitlines()
-    found = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+def _of_lines(path: Path, torn: list[str]) -> list[Record]:
+    """The records in a file of lines; `torn` is given what says of each line that is none why. Raises `UserError`."""
+    found: list[Record] = []
+    refused: list[str] = []
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        if line.strip():
+            try:
+                found.append(parse(line, f"{path}, line {number}"))
+            except UserError as error:
+                refused.append(str(error))
     if not found:
-        raise UserError(f"{path}: no record in it; give result files of lm-eval, or {RECORDS} as `analyze` writes it")
+        expected = f"give result files of lm-eval, or {RECORDS} as `analyze` writes it"
+        raise UserError(refused[0] if refused else f"{path}: no record in it; {expected}")
+    torn += refused[:_NAMED_LINES]
+    if len(refused) > _NAMED_LINES:
+        torn.append(f"{path}: and {len(refused) - _NAMED_LINES} more of its lines")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -76,12 +77,13 @@ def records(
         content: a JSON object of any shape.
         where: the file, as messages begin.
         unusable: is given what says of each score and standard error that is no finite number, or cannot be, that it is
-            none; such a score has no record. Likewise of documents whose mean the score is not.
+            none; such a score has no record. Likewise of a task with a figure that cannot be, and of documents whose
+            mean the score is not.
         documents: scores by document, where there are any.
         path: the file itself, beside which lm-eval's samples may lie.
 
     Raises:
-        UserError: a part has another shape than lm-eval gives it.
+        UserError: a part that all tasks share, or the only one that there is, has another shape than lm-eval gives it.
     """
     left_out = unusable if unusable is not None else []
     try:
@@ -103,43 +105,66 @@ def _records(whole: Part, left_out: list[str], documents: Scores, path: Path | N
     run = _run(whole)
     groups = set(whole["groups"].object()) if whole["groups"] else set()
     found: list[Record] = []
+    refused: list[UserError] = []
     for task, row in whole["results"].items():
-        # In a run of ours, groups and skipped tasks have no measurement of their own.
-        if (measured := _measured(whole["config"]["sparse"], task)) is None or task in groups:
-            row.object()
-            continue
-        n = row["sample_len"].count() if row["sample_len"] else 0
-        scores = list(_scores(row, left_out))
-        if scores and not n:
-            left_out.append(f"{where}: results.{task} has no documents (sample_len is missing or 0)")
-            continue
-        about = _about(whole, task) if scores else {}
-        by_document = documents
-        if scores and path is not None and not any(key[0] == task for key in by_document):
-            by_document = of_samples(path, task)
-        for metric, rule, score, stderr in scores:
-            try:
-                found.append(
-                    Record(
-                        **run,
-                        **about,
-                        method=measured.method,
-                        phases=measured.phases,
-                        requested=measured.requested,
-                        measured=measured.measured,
-                        metric=metric if rule == "none" else f"{metric},{rule}",
-                        score=score,
-                        stderr=stderr,
-                        n=n,
-                        higher_is_better=_higher_is_better(whole["higher_is_better"], task, metric),
-                        chance=_chance(whole, task, metric),
-                        documents=_documents(
-                            by_document.get((task, metric, rule)), score, n, where, task, metric, left_out
-                        ),
-                    )
+        try:
+            found += _of_task(whole, task, row, run, task in groups, left_out, documents, path)
+        except UserError as error:  # what is wrong with one task says nothing of the others
+            refused.append(error)
+        except ValidationError as error:
+            refused.append(UserError(f"{where}: results.{task}: {said(error)}"))
+    if refused and not found:
+        raise refused[0]
+    left_out += dict.fromkeys(map(str, refused))
+    return found
+
+
+def _of_task(
+    whole: Part,
+    task: str,
+    row: Part,
+    run: dict[str, Any],
+    group: bool,
+    left_out: list[str],
+    documents: Scores,
+    path: Path | None,
+) -> list[Record]:
+    """The scores of one task. Raises `UserError` and `ValidationError`."""
+    where = whole.where
+    # In a run of ours, groups and skipped tasks have no measurement of their own.
+    if (measured := _measured(whole["config"]["sparse"], task)) is None or group:
+        row.object()
+        return []
+    n = row["sample_len"].count() if row["sample_len"] else 0
+    scores = list(_scores(row, left_out))
+    if scores and not n:
+        left_out.append(f"{where}: results.{task} has no documents (sample_len is missing or 0)")
+        return []
+    about = _about(whole, task) if scores else {}
+    if scores and path is not None and not any(key[0] == task for key in documents):
+        documents = of_samples(path, task)
+    found: list[Record] = []
+    for metric, rule, score, stderr in scores:
+        try:
+            found.append(
+                Record(
+                    **run,
+                    **about,
+                    method=measured.method,
+                    phases=measured.phases,
+                    requested=measured.requested,
+                    measured=measured.measured,
+                    metric=metric if rule == "none" else f"{metric},{rule}",
+                    score=score,
+                    stderr=stderr,
+                    n=n,
+                    higher_is_better=_higher_is_better(whole["higher_is_better"], task, metric),
+                    chance=_chance(whole, task, metric),
+                    documents=_documents(documents.get((task, metric, rule)), score, n, where, task, metric, left_out),
                 )
-            except ValidationError as error:
-                left_out.append(f"{where}: results.{task}.{metric}: {said(error)}")
+            )
+        except ValidationError as error:
+            left_out.append(f"{where}: results.{task}.{metric}: {said(error)}")
     return found
 
 
@@ -400,10 +425,21 @@ def _date(part: Part) -> str | None:
         return None
 
 
+def _typed(text: str) -> Any:
+    """A value as lm-eval reads it in `name=value`."""
+    if text in ("True", "true", "False", "false"):
+        return text in ("True", "true")
+    for read in (int, float):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    return text
+
+
 def _masked(part: Part) -> dict[str, Any]:
     given = part.value
     if isinstance(given, str):  # as `simple_evaluate` may be given them
-        given = dict(pair.strip().partition("=")[::2] for pair in given.split(",") if "=" in pair)
+        pairs = (pair.strip().partition("=")[::2] for pair in given.split(",") if "=" in pair)
+        given = {name: _typed(text) for name, text in pairs}
     if not isinstance(given, dict):
         return {}
     return {name: masking.masked(value) for name, value in given.items() if not masking.is_secret(name)}

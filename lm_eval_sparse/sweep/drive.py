@@ -17,9 +17,10 @@ from ..errors import UserError
 from ..results.files import why
 from ..results.load import read
 from ..results.schema import Record
+from . import worker
 from .cell import Cell
 from .ledger import Ledger
-from .worker import COMMAND, Answer, Worker
+from .worker import Answer, Worker
 
 #: How often a cell is tried whose process died or whose device failed: that may have been another's fault.
 TRIES = 2
@@ -80,7 +81,7 @@ class Driver:
     Args:
         ledger: where they are recorded.
         slots: one process each.
-        command: what runs a cell, see `worker`.
+        command: what runs a cell, by default `worker.COMMAND`.
         keep_raw: whether lm-eval's own results are kept.
         told: is called with each cell that came to an end, and how.
     """
@@ -90,11 +91,12 @@ class Driver:
         ledger: Ledger,
         slots: Sequence[Slot],
         *,
-        command: Sequence[str] = COMMAND,
+        command: Sequence[str] | None = None,
         keep_raw: bool = True,
         told: Callable[[Cell, Answer | None], None] = lambda cell, answer: None,
     ):
-        self.ledger, self.slots, self.command, self.keep_raw, self.told = ledger, slots, command, keep_raw, told
+        self.ledger, self.slots, self.keep_raw, self.told = ledger, slots, keep_raw, told
+        self.command = worker.COMMAND if command is None else command
         self._workers: dict[str, Worker] = {}
         self._ending = threading.Event()
         self._lock = threading.Lock()
@@ -126,12 +128,12 @@ class Driver:
     def _end(self) -> None:
         self._ending.set()
         with self._lock:
-            for worker in self._workers.values():
-                worker.kill()
+            for process in self._workers.values():
+                process.kill()
 
     def _serve(self, slot: Slot, queue: Queue) -> None:
         """One slot, from the first cell to the last."""
-        worker: Worker | None = None
+        process: Worker | None = None
         model: str | None = None
         tries: dict[str, int] = defaultdict(int)
         try:
@@ -145,13 +147,13 @@ class Driver:
                         self._count(cell, "done", None)
                         model = cell.model
                         continue
-                    if worker is not None and (cell.model != model or not worker.is_alive):
-                        worker.stop()
-                        worker = None
+                    if process is not None and (cell.model != model or not process.is_alive):
+                        process.stop()
+                        process = None
                     model = cell.model
-                    if worker is None:
-                        worker = self._start(slot)
-                    answer = self._one(worker, cell)
+                    if process is None:
+                        process = self._start(slot)
+                    answer = self._one(process, cell)
                     if self._ending.is_set():
                         return
                     tries[cell.address] += 1
@@ -159,8 +161,8 @@ class Driver:
                     if answer.kind != "ok" and not again:
                         self.ledger.fail(cell, answer.kind, answer.why, answer.trace, tries[cell.address])
                 if answer.kind in _SPENT:
-                    worker.stop()
-                    worker = None
+                    process.stop()
+                    process = None
                 if again:
                     queue.give_back(cell)
                 else:
@@ -168,24 +170,24 @@ class Driver:
         except BaseException as error:  # noqa: B036 - of a thread, and raised in the one that waits
             self._stop(error)
         finally:
-            if worker is not None:
-                worker.kill() if self._ending.is_set() else worker.stop()
+            if process is not None:
+                process.kill() if self._ending.is_set() else process.stop()
                 with self._lock:
                     self._workers.pop(slot.name, None)
 
     def _start(self, slot: Slot) -> Worker:
-        worker = Worker(self.command, slot.environment, self.ledger.folder / "logs" / f"{slot.name}.log")
+        process = Worker(self.command, slot.environment, self.ledger.folder / "logs" / f"{slot.name}.log")
         with self._lock:
-            self._workers[slot.name] = worker
+            self._workers[slot.name] = process
             if self._ending.is_set():
-                worker.kill()
-        return worker
+                process.kill()
+        return process
 
-    def _one(self, worker: Worker, cell: Cell) -> Answer:
+    def _one(self, process: Worker, cell: Cell) -> Answer:
         """Run a cell and record what came of it."""
         place = self.ledger.work(cell)
         before = set(place.rglob("results_*.json"))
-        answer = worker.run(cell.address, cell.argv(str(place)))
+        answer = process.run(cell.address, cell.argv(str(place)))
         if answer.kind != "ok":
             return answer
         found = sorted(set(place.rglob("results_*.json")) - before, key=lambda path: path.name)

@@ -19,10 +19,11 @@ from ..errors import UserError
 from ..labels import label
 from ..results.cells import LEDGER
 from ..results.files import read_json, why
+from . import worker
 from .cell import Cell
 from .drive import Driver, Slot
 from .ledger import Ledger
-from .worker import COMMAND, Answer
+from .worker import Answer
 
 #: Seconds in which an address has to answer, and between two looks at the ledger.
 _ANSWERS, _LOOK = 5.0, 0.5
@@ -47,7 +48,7 @@ def run(
     *,
     keep_raw: bool = True,
     share: int = 1,
-    command: Sequence[str] = COMMAND,
+    command: Sequence[str] | None = None,
     environment: Mapping[str, str] | None = None,
     told: Callable[[Cell, Answer | None], None] = lambda cell, answer: None,
 ) -> int:
@@ -65,7 +66,9 @@ def run(
     """
     ray = _connected(address)
     try:
-        return _run(ray, ledger, list(cells), keep_raw, share, tuple(command), dict(environment or {}), told)
+        return _run(
+            ray, ledger, list(cells), keep_raw, share, tuple(command or worker.COMMAND), dict(environment or {}), told
+        )
     finally:
         ray.shutdown()
 

@@ -1,0 +1,229 @@
+"""The summary of a report: what was compared, whether dense attention can do it, and of each part what says most.
+
+A part may name its own key sentences (`Section.first`). Of certificates and of the scaling law they are read from their
+tables; of any other part those about the longest prompts and the largest model stand for the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..labels import label
+from ..results.schema import Record
+from .certify import asked
+from .figure import Section, Table
+from .ladder import floor_of, listed
+from .study import Cell, Study
+
+#: Sentences of a part, and names of a list; what is more stands in the part.
+MOST, _NAMES = 2, 6
+#: How a length stands in a sentence.
+_LENGTH = re.compile(r"([0-9][0-9,]*) tokens")
+#: What `ladder.floor_of` says of a task that dense attention is shown not to do.
+_CANNOT = "dense cannot do this task"
+#: What `scaling` calls all methods of a phase.
+_ALL = "all methods"
+
+
+def summary(study: Study, options: Any, parts: Iterable[Section]) -> tuple[str, ...]:
+    """Sentences for the top of a report, each once."""
+    sized = {cell.model: cell.parameters for cell in study.cells if cell.parameters}
+    largest = max(sized, key=sized.__getitem__) if len(sized) > 1 else ""
+    found = list(head(study, options))
+    for part in parts:
+        found += key_sentences(part, label(largest))
+    return tuple(dict.fromkeys(found))
+
+
+def lacks(study: Study) -> str:
+    """What keeps the study from being a comparison, and what to type; empty where nothing does."""
+    cells = study.primary
+    if all(cell.dense is None for cell in cells):
+        missing, why, what = "dense", "nothing can be compared", "method=dense"
+    elif not any(cell.chains for cell in cells):
+        missing, why, what = "sparse", "there is nothing to compare dense attention with", "method=NAME,sparsity=S"
+    else:
+        return ""
+    models = {record.model for record in study.records}
+    model = label(models.pop(), 80) if len(models) == 1 else "MODEL"
+    return (
+        f"There is no {missing} run here, so {why}: run the same tasks with --model sparse-hf --model_args "
+        f"pretrained={model},{what}, and give the results of both."
+    )
+
+
+def head(study: Study, options: Any = None) -> tuple[str, ...]:
+    """What was compared, and whether dense attention can do the tasks."""
+    cells = study.primary
+    dense = [cell for cell in cells if cell.dense is not None]
+    sparse = [cell for cell in cells if cell.chains]
+    found = [_compared(study, cells)]
+    without = [cell for cell in sparse if cell.dense is None]
+    if dense and without:
+        found.append(
+            f"{_of(len(without), len(sparse))}, have sparse runs and no dense run to compare them with: "
+            f"{listed(map(_place, without), _NAMES)}."
+        )
+    if dense:
+        found += _able(dense, getattr(options, "margin", 0.05))
+    return tuple(found)
+
+
+def key_sentences(part: Section, largest: str = "") -> tuple[str, ...]:
+    """The sentences of a part that say most, at most `MOST` unless it names them itself; `largest` is a model."""
+    if part.first:
+        return part.first
+    tables = {table.name: table for table in part.tables}
+    if found := _certified(tables.get("certificate_reasons")):
+        return found
+    sentences, law = list(part.sentences), _law(tables.get("scaling_coefficients"))
+    if law:
+        sentences.sort(key=lambda sentence: _ALL not in sentence)
+        return law, *sentences[: MOST - 1]
+    ranks = [(_length(sentence), bool(largest) and largest in sentence) for sentence in sentences]
+    best = max(ranks, default=None)
+    return tuple(sentence for rank, sentence in zip(ranks, sentences, strict=True) if rank == best)[:MOST]
+
+
+# -- what was compared
+
+
+def _compared(study: Study, cells: Sequence[Cell]) -> str:
+    chains = [chain for cell in cells for chain in cell.chains]
+    methods = sorted({label(chain.label) for chain in chains})
+    sparsities = sorted({asked(point) for chain in chains for point in chain.points})
+    lengths = sorted({cell.length for cell in cells if cell.length})
+    documents = sorted({record.n for record in study.records})
+    tasks = sorted({label(cell.short) for cell in cells})
+    parts = [
+        _named(len(study.models), "model", map(label, study.models)),
+        _named(len(tasks), "task", tasks),
+    ]
+    if methods:
+        steps = f" at sparsities from {sparsities[0]:.3g} to {sparsities[-1]:.3g}" if len(sparsities) > 1 else ""
+        parts.insert(1, f"{_named(len(methods), 'method', methods)}{steps}")
+    at = f" at {', '.join(f'{length:,}' for length in lengths)} tokens" if lengths else ""
+    runs = run_count(study.records)
+    many = f"{documents[0]:,}" if len(documents) == 1 else f"{documents[0]:,} to {documents[-1]:,}"
+    return (
+        f"{'; '.join(parts)}{at}: {runs:,} run{'' if runs == 1 else 's'}, {many} document"
+        f"{'' if documents[-1] == 1 else 's'} a task."
+    )
+
+
+def run_count(records: Iterable[Record]) -> int:
+    """How many runs of lm-eval left these records."""
+    return len({(record.source.partition(", line ")[0], record.date, record.command) for record in records})
+
+
+def _named(number: int, what: str, names: Iterable[str]) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'} ({listed(names, _NAMES)})"
+
+
+def _place(cell: Cell) -> str:
+    at = f", {cell.length:,} tokens" if cell.length else ""
+    return f"{label(cell.short)} ({label(cell.model, 60)}{at})"
+
+
+def _of(some: int, all_of_them: int) -> str:
+    return f"{some} of {all_of_them} tasks, counted once for each model and length"
+
+
+# -- dense attention
+
+
+def _able(cells: Sequence[Cell], margin: float) -> list[str]:
+    floor = floor_of(margin)
+    why = {id(cell): floor(cell) for cell in cells}
+    able = [cell for cell in cells if why[id(cell)] is None]
+    unable = [cell for cell in cells if (why[id(cell)] or "").startswith(_CANNOT)]
+    unknown = [cell for cell in cells if why[id(cell)] is not None and cell not in unable]
+    found = []
+    if able or unable:
+        rest = f"; it cannot do {listed(_counted(unable), _NAMES)}" if unable else ""
+        found.append(f"Dense attention can do {_of(len(able), len(cells))}{rest}.")
+    reasons: dict[str, list[Cell]] = defaultdict(list)
+    for cell in unknown:
+        reasons[re.sub(r"--chance [^\s=]+=", "--chance TASK=", why[id(cell)] or "")].append(cell)
+    for reason, members in list(reasons.items())[:MOST]:
+        found.append(f"Whether it can do {listed(_counted(members), _NAMES)} is not known: {label(reason, 300)}.")
+    return found
+
+
+def _counted(cells: Sequence[Cell]) -> list[str]:
+    """Short names of tasks, with how often where there are several models or lengths of one."""
+    times: dict[str, int] = defaultdict(int)
+    for cell in cells:
+        times[label(cell.short)] += 1
+    return [f"{name} ({number} times)" if number > 1 else name for name, number in times.items()]
+
+
+# -- parts
+
+
+def _length(sentence: str) -> int:
+    """The largest length that a sentence is about; 0 where it names none."""
+    return max((int(found.replace(",", "")) for found in _LENGTH.findall(sentence)), default=0)
+
+
+def _certified(table: Table | None) -> tuple[str, ...]:
+    """How far certificates go, and where they end first; nothing of a table of other columns."""
+    if table is None:
+        return ()
+    places = {name.partition(" ")[0]: place for place, name in enumerate(table.header)}
+    wanted = ("model", "method", "length", "what", "name", "largest", "at")
+    if not all(name in places for name in wanted):
+        return ()
+    rows = [tuple(row[places[name]] for name in wanted) for row in table.rows]
+    word = str(table.header[places["largest"]]).removeprefix("largest ") or "certified"
+    # Of what was tested: nothing has to be at most anything where nothing can be said.
+    tested = [row for row in rows if row[3] == "task" and row[6] is not None and "oracle" not in str(row[1])]
+    if not tested:
+        return (f"Nothing can be {word}: why stands with each task in the part on it.",)
+    kept = [row for row in tested if row[5] is not None]
+    found = [f"{len(kept)} of {len(tested)} sequences of a method on a task are {word} at some sparsity."]
+    if kept:
+        most = max(row[5] for row in kept)
+        furthest = [f"{_method(row)} on {label(row[4])}" for row in kept if row[5] == most]
+        worst = [row for row in rows if row[3] == "worst" and row[5] is not None and "oracle" not in str(row[1])]
+        end = ""
+        if worst:
+            best = max(row[5] for row in worst)
+            end = f"; on all tasks at once {best:.3g}, by {listed((_method(r) for r in worst if r[5] == best), 3)}"
+        found = [f"{found[0][:-1]}, the furthest up to {most:.3g}: {listed(furthest, 3)}{end}."]
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for row in tested:
+        by_task[label(row[4])].append(row[5] or 0.0)
+    if len(by_task) > 1:
+        mean = {task: math.fsum(values) / len(values) for task, values in by_task.items()}
+        least, most_kept = min(mean, key=mean.__getitem__), max(mean, key=mean.__getitem__)
+        if mean[least] < mean[most_kept]:
+            found.append(
+                f"{least} ends first ({word} up to {mean[least]:.2f} on average over methods, models and lengths, 0 "
+                f"where nothing is), {most_kept} last ({mean[most_kept]:.2f})."
+            )
+    return tuple(found)
+
+
+def _method(row: Sequence[Any]) -> str:
+    at = f", {row[2]:,} tokens" if isinstance(row[2], int) else ""
+    return f"{label(row[1])} ({label(row[0], 60)}{at})"
+
+
+def _law(table: Table | None) -> str:
+    """How well the scaling law fits, for all methods of each phase, or its first where it has one."""
+    wanted = ("phases", "method", "held out", "R² of logits")
+    if table is None or not all(name in table.header for name in wanted):
+        return ""
+    places = [table.header.index(name) for name in wanted]
+    found: dict[str, tuple[str, float]] = {}
+    for phases, method, held_out, fit in ([row[place] for place in places] for row in table.rows):
+        fitted = held_out == "nothing" and isinstance(fit, float) and "oracle" not in str(method)
+        if fitted and (str(phases) not in found or method == _ALL):
+            found[str(phases)] = str(method), fit
+    said = [f"{fit:.2f} ({label(phases)}, {label(method)})" for phases, (method, fit) in found.items()]
+    return f"Of the variance of logits the scaling law explains (R²) {listed(said, _NAMES)}." if said else ""

@@ -1,0 +1,178 @@
+"""The summary of a report: what was compared, what dense attention can do, what is missing, and key sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import made_up
+import pytest
+
+from lm_eval_sparse.analysis import overview
+from lm_eval_sparse.analysis.analyze import sections, study_of
+from lm_eval_sparse.analysis.certify import Options
+from lm_eval_sparse.analysis.figure import Section, Table
+from lm_eval_sparse.analysis.study import Study, build
+from lm_eval_sparse.cli import app
+
+MODELS, TASKS = tuple(made_up.SHAPES)[:2], ("niah", "story_multihop", "toefl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("study")
+    grid = made_up.runs(MODELS, ("4k", "16k"), TASKS, ("quest", "snapkv", "oracle_topk"), (0.5, 0.9))
+    made_up.write(place, grid, documents=60)
+    return place
+
+
+@pytest.fixture(scope="module")
+def study(folder: Path) -> Study:
+    return study_of([str(folder)])
+
+
+def test_the_head_says_what_was_compared(study: Study) -> None:
+    first, second, *more = overview.head(study, Options())
+    assert first == (
+        "2 models (org/small-0.5B, org/medium-1.5B); 3 methods (oracle_topk, quest, snapkv) at sparsities from 0.5 to "
+        "0.9; 3 tasks (niah, story_multihop, toefl) at 4,096, 16,384 tokens: 28 runs, 60 documents a task."
+    )
+    # The gate, counted from the records: by .05 and three standard errors above what guessing scores.
+    dense = [row for row in study.records if row.method == "dense" and not row.metric.startswith("bits")]
+    able, unable = 0, 0
+    for row in dense:
+        scores = row.documents.scores
+        mean = math.fsum(scores) / len(scores)
+        error = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / (len(scores) - 1) / len(scores))
+        above = mean - row.chance
+        able += above > 0.05 and above > 3 * error
+        unable += not (above > 0.05 and above > 3 * error)
+    assert 0 < able < len(dense) == 12
+    assert second == (
+        f"Dense attention can do {able} of 12 tasks, counted once for each model and length; it cannot do "
+        f"story_multihop ({unable} times)."
+    )
+    assert not more and overview.lacks(study) == ""
+
+
+def test_what_is_missing_is_said_with_what_to_type(study: Study) -> None:
+    alone = build(row for row in study.records if row.method == "dense")
+    said = overview.lacks(alone)
+    assert "no sparse run" in said and "method=NAME,sparsity=S" in said and "dense run to compare" not in said
+    head = overview.head(alone, Options())
+    assert "method" not in head[0] and "4 runs" in head[0] and head[1].startswith("Dense attention can do ")
+    without = build(row for row in study.records if row.method != "dense" and row.model == MODELS[0])
+    said = overview.lacks(without)
+    assert said.startswith("There is no dense run here, so nothing can be compared: run the same tasks with ")
+    assert f"--model_args pretrained={MODELS[0]},method=dense," in said
+    assert "Dense attention" not in " ".join(overview.head(without, Options()))
+    some = build(row for row in study.records if row.method != "dense" or row.task.endswith("niah_4k"))
+    assert overview.lacks(some) == ""
+    assert "10 of 12 tasks, counted once for each model and length, have sparse runs and no dense run" in " ".join(
+        overview.head(some, Options())
+    )
+
+
+def test_what_chance_scores_unknown_is_not_what_dense_cannot_do(study: Study) -> None:
+    unknown = build(row.model_copy(update={"chance": None}) for row in study.records)
+    said = " ".join(overview.head(unknown, Options()))
+    assert "Dense attention can" not in said and "is not known: what chance scores is unknown" in said
+    assert "--chance TASK=.25" in said and said.count("what chance scores is unknown") == 1
+
+
+def _reasons(*rows: tuple[str, str, int, str, str, float | None, float | None]) -> Section:
+    header = ("model", "method", "length", "what", "name", "largest certified", "at most", "why no more")
+    table = Table("certificate_reasons", "t", header, tuple((*row, "") for row in rows))
+    return Section("certificates", "C", ("one", "two", "three"), (), (table,))
+
+
+def test_certificates_say_how_far_they_go_and_what_ends_first() -> None:
+    part = _reasons(
+        ("m", "quest", 4096, "task", "niah", 0.5, 0.1), ("m", "quest", 4096, "task", "vt", None, 0.05),
+        ("m", "snapkv", 4096, "task", "niah", 0.9, 0.1), ("m", "snapkv", 4096, "task", "vt", 0.3, 0.1),
+        ("m", "snapkv", 4096, "worst", "worst task", 0.3, 0.1), ("m", "oracle_topk", 4096, "task", "vt", 0.99, 0.1),
+        ("m", "snapkv", 4096, "task", "cwe", None, None),
+    )  # fmt: skip
+    assert overview.key_sentences(part) == (
+        "3 of 4 sequences of a method on a task are certified at some sparsity, the furthest up to 0.9: snapkv (m, "
+        "4,096 tokens) on niah; on all tasks at once 0.3, by snapkv (m, 4,096 tokens).",
+        "vt ends first (certified up to 0.15 on average over methods, models and lengths, 0 where nothing is), niah "
+        "last (0.70).",
+    )
+    none = _reasons(("m", "quest", 4096, "task", "niah", None, 0.1))
+    assert overview.key_sentences(none) == ("0 of 1 sequences of a method on a task are certified at some sparsity.",)
+    refused = _reasons(("m", "quest", 4096, "task", "niah", None, None))
+    assert overview.key_sentences(refused)[0].startswith("Nothing can be certified: ")
+    assert overview.key_sentences(replace(part, first=("mine",))) == ("mine",)
+
+
+def test_sentences_about_the_longest_prompts_and_the_largest_model_stand_for_a_part() -> None:
+    said = ("m at 4096 tokens: a", "m at 16,384 tokens: b", "big at 16384 tokens: c", "big at 16384 tokens: d", "e")
+    part = Section("curves", "C", said)
+    assert overview.key_sentences(part) == said[1:3]
+    assert overview.key_sentences(part, "big") == said[2:4]
+    assert overview.key_sentences(Section("x", "X", ("a", "b", "c"))) == ("a", "b")
+    assert overview.key_sentences(Section("x", "X")) == ()
+
+
+def test_a_summary_says_nothing_twice(study: Study) -> None:
+    parts = [Section("a", "A", ("the same", "one")), Section("b", "B", first=("the same", "two", "the same"))]
+    said = overview.summary(study, Options(), parts)
+    assert said == (*overview.head(study, Options()), "the same", "one", "two")
+
+
+def test_of_a_whole_study_every_part_has_its_say(study: Study) -> None:
+    parts = sections(study, Options())
+    said = overview.summary(study, Options(), parts)
+    assert len(set(said)) == len(said)
+    for part in parts:
+        assert 1 <= len(overview.key_sentences(part)) <= overview.MOST
+    assert any("the scaling law explains (R²) " in line for line in said)
+    curves = overview.key_sentences(parts[0], MODELS[1])
+    assert (
+        curves and all(line.startswith(f"{MODELS[1]} at 16384 tokens") for line in curves) and set(curves) <= set(said)
+    )
+
+
+def analyzed(arguments: list[str], capsys: pytest.CaptureFixture[str], out: Path) -> tuple[str, str]:
+    """What is printed, and what stands above the first part of the page."""
+    assert app.main(["analyze", *arguments, "--output", str(out), "--no-pictures"]) == 0
+    page = (out / "report.html").read_text()
+    return capsys.readouterr().out, page[page.index("<h1>") : page.index('id="section-')]
+
+
+def only(kept: Callable[[str], bool], folder: Path, place: Path) -> Path:
+    """Copies of the runs of a study whose folder has such a name."""
+    place.mkdir()
+    for run in folder.iterdir():
+        if kept(run.name):
+            for file in run.rglob("*.json*"):
+                copy = place / file.relative_to(folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(file.read_bytes())
+    return place
+
+
+def test_without_a_dense_run_the_first_line_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = only(lambda name: not name.startswith("dense"), folder, tmp_path / "sparse")
+    printed, top = analyzed([str(place)], capsys, tmp_path / "out")
+    assert printed.startswith("There is no dense run here, so nothing can be compared: run the same tasks with ")
+    assert "method=dense" in printed.splitlines()[0]
+    assert top.index("Before you read") < top.index("There is no dense run here") < top.index("Summary")
+    place = only(lambda name: name.startswith("dense"), folder, tmp_path / "dense")
+    printed, top = analyzed([str(place)], capsys, tmp_path / "out")
+    assert printed.startswith("There is no sparse run here, ") and "There is no sparse run here" in top
+
+
+def test_a_mark_is_printed_first_and_stands_on_top(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 7):
+        few = made_up.runs(MODELS[:1], ("4k",), ("niah",), ("quest",), (0.5,))
+        made_up.write(tmp_path / "runs" / str(seed), few, documents=30, task_seed=seed)
+    printed, top = analyzed([str(tmp_path / "runs"), "--allow-mixed"], capsys, tmp_path / "out")
+    mark = printed.splitlines()[0]
+    assert "has seed 0 and 7" in mark
+    assert top.index("Before you read") < top.index("has seed 0 and 7") < top.index("Summary")
