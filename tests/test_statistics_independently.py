@@ -297,7 +297,7 @@ def test_equal_cost_by_walking_along_the_runs(rng):
             for task in names
         }
         gaps = [documents[task] - small.runs[task].point.scores for task in names]
-        assert (told.kind, told.tasks, cannot) == ("equal", names, set())
+        assert (told.kind, told.tasks, cannot) == ("equal", names, {})
         assert told.sparsity == pytest.approx(np.interp(steps[at], places, [s for s, _ in rows]), abs=1e-4)
         assert told.difference == pytest.approx(np.mean(gaps), abs=1e-4)
         assert told.large_score - told.small_score == pytest.approx(told.difference)
