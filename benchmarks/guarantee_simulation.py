@@ -18,7 +18,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,56 @@ def tie_rates(draws: int, rng: np.random.Generator) -> list[dict[str, Any]]:
     return rows
 
 
+Sample = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
+
+
+def _three(low: float, often: float, high: float, rarely: float) -> Sample:
+    """Draws (draws, n) of a low value as often, of a high one as rarely, and of 0 else."""
+
+    def sample(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+        u = rng.random(shape)
+        return np.where(u < often, low, np.where(u > 1 - rarely, high, 0.0))
+
+    return sample
+
+
+#: Differences of two methods by document, of a known mean: skewed ones, the hardest first, and even ones.
+DIFFERENCES: dict[str, tuple[float, Sample]] = {
+    "-.1 in 40 %, +1 in 4 %": (0.0, _three(-0.1, 0.4, 1.0, 0.04)),
+    "-1 in 4 %, +.1 in 40 %": (0.0, _three(-1.0, 0.04, 0.1, 0.4)),
+    "+1 in 2 %, a small loss else": (0.0, _three(-0.02 / 0.98, 0.98, 1.0, 0.02)),
+    "+1 in 10 %, a small loss else": (0.0, _three(-0.1 / 0.9, 0.9, 1.0, 0.1)),
+    "+.5 in 4 %, -.05 in 40 %": (0.0, _three(-0.05, 0.4, 0.5, 0.04)),
+    "0/1, 10 % flip to either side": (0.0, _three(-1.0, 0.1, 1.0, 0.1)),
+    "graded, normal, sd .2": (0.0, lambda rng, shape: np.clip(rng.normal(0, 0.2, shape), -1, 1)),
+    "10 % lost": (0.1, _three(-1.0, 0.0, 1.0, 0.1)),
+    "15 % lost, 5 % gained": (0.1, _three(-1.0, 0.05, 1.0, 0.15)),
+    "graded, normal, mean .1, sd .3": (0.1, lambda rng, shape: np.clip(rng.normal(0.1, 0.3, shape), -1, 1)),
+    "graded, normal, mean .05, sd .2": (0.05, lambda rng, shape: np.clip(rng.normal(0.05, 0.2, shape), -1, 1)),
+}
+LEVELS = (0.1, 0.05, 0.01)
+
+
+def differ_rates(draws: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """How often two methods are called different, by `compare.compare` and by the plain paired t-test."""
+    from scipy import stats
+
+    rows = []
+    for name, (mean, sample) in DIFFERENCES.items():
+        for n in (20, 45, 100, 200):
+            change = sample(rng, (draws, n))
+            plain = np.full(draws, np.nan)
+            varies = np.ptp(change, axis=1) > 1e-12  # of one value only, whatever it is, t is infinite
+            plain[varies] = stats.ttest_1samp(change[varies], 0, axis=1).pvalue
+            plain[~varies] = np.where(np.abs(change[~varies, 0]) > 1e-12, 0.0, 1.0)
+            found = compare.compare(change, np.zeros_like(change), TOLERANCE).p_differ
+            rates = {
+                f"{kind} {a:g}": float(np.mean(p <= a)) for kind, p in (("t", plain), ("p", found)) for a in LEVELS
+            }
+            rows.append({"differences": name, "mean": mean, "n": n, **rates})
+    return rows
+
+
 def markdown(content: dict[str, Any]) -> str:
     """The tables, from the content of the JSON file."""
     rows, limit = content["rows"], content["allowed"]
@@ -285,13 +335,31 @@ def markdown(content: dict[str, Any]) -> str:
         "",
         f"Two methods on the same documents, one comparison at level {LEVEL}, margin {TOLERANCE}. False tie: called "
         "tied although they differ by just the margin. False lead: called different although their means are equal. "
-        "Both are t-tests with guards against few documents and no variance: approximations, as the reports say.",
+        "Both are t-tests with guards against few documents and no variance: approximations, as the reports say, whose "
+        "worst rates `lm_eval_sparse/analysis/compare.py` states.",
         "",
         "| pairs | n | false tie | false lead |",
         "|---|---|---|---|",
         *(
             f"| {r['pairs']} | {r['n']} | {_rate(r['tie'], limit)} | {_rate(r['ahead'], limit)} |"
             for r in content["ties"]
+        ),
+        "",
+        "How often two methods are called different at a level, by the plain paired t-test and by what is used: one "
+        "more document against each side, and a Poisson bound on what was not seen. Where means are equal, rates above "
+        "the level and 3 standard errors are **bold**; else it is power.",
+        "",
+        f"| differences | mean | n | {' | '.join(f'{kind}, {a:g}' for kind in ('t', 'used') for a in LEVELS)} |",
+        "|---|---|---|" + "---|" * (2 * len(LEVELS)),
+        *(
+            f"| {r['differences']} | {r['mean']:g} | {r['n']} | "
+            + " | ".join(
+                _rate(r[f"{kind} {a:g}"], 1.0 if r["mean"] else allowed(a, content["draws"], 3.0))
+                for kind in ("t", "p")
+                for a in LEVELS
+            )
+            + " |"
+            for r in content["differ"]
         ),
         "",
     ]
@@ -335,6 +403,7 @@ def main() -> int:
             **{name: importlib.metadata.version(name) for name in ("numpy", "scipy", "mapie")},
         },
         "ties": tie_rates(options.draws, rng),
+        "differ": differ_rates(options.draws, np.random.default_rng([options.seed, 1])),
         "by_outcome": run(order, options.draws, rng, order="by outcome")["false"],
         "rows": rows,
     }

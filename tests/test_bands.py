@@ -165,3 +165,22 @@ def test_large_numbers_keep_their_bands() -> None:
     scores = RNG.random((1, 50))
     plain, shifted = b.bands(scores, "task", None), b.bands(scores + 4096, "task", None)
     assert shifted.high - shifted.low == pytest.approx(plain.high - plain.low, rel=0.02)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0), (0.0, np.inf), (np.array([0, -np.inf, 0, 0]), 1.0)])
+def test_bounds_and_scores_that_are_infinite_or_missing_make_no_warning(bounds) -> None:
+    spread, rare = RNG.random(30), np.r_[1.0, np.zeros(29)]
+    rows = np.stack([np.full(30, np.nan), np.full(30, 2.0), spread, rare])
+    found = b.bands(rows, "task", bounds)
+    assert found.why[0] == "not measured" and np.isnan(found.low[0]) and found.why[2] == ""
+    alone = b.bands(spread, "task", None if bounds is None else (0.0, 1.0))
+    assert (found.low[2], found.high[2]) == pytest.approx((alone.low[0], alone.high[0]))
+    if bounds is None:
+        assert "nothing bounds" in found.why[1]
+    assert b.bands(np.full((4, 30), np.inf), "task", bounds).why == ("not measured",) * 4
+    assert b.bands(np.zeros((4, 0)), "task", bounds).why == ("not measured",) * 4
+    huge = b.bands(RNG.random((4, 30)) * 1e300, "task", None)
+    assert huge.why == ("scores too large to resample",) * 4 and np.isfinite(huge.value).all()
+    low, high = b.quantiles(np.array([[np.nan] * 5, [np.nan, 0, 1, 2, 3]]), 0.5)
+    np.testing.assert_allclose([low, high], [[np.nan, 0.75], [np.nan, 2.25]])

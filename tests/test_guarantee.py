@@ -17,6 +17,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from lm_eval_sparse.analysis import guarantee
+from lm_eval_sparse.analysis.certify import Options
 from lm_eval_sparse.errors import UserError
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -209,7 +210,7 @@ def test_many_families_at_once_and_what_was_not_measured(rng):
 # -- what n documents can say
 
 
-@pytest.mark.parametrize(("mean", "chains", "n"), [(0, 1, 45), (0.01, 1, 94), (0.025, 1, 272), (0, 7, 83)])
+@pytest.mark.parametrize(("mean", "chains", "n"), [(0, 1, 45), (0.01, 1, 94), (0.025, 1, 288), (0, 7, 83)])
 def test_documents_that_are_needed(mean, chains, n):
     """The figures printed in the documentation."""
     assert guarantee.least_documents(0.05, 0.1, chains, mean) == n
@@ -217,6 +218,61 @@ def test_documents_that_are_needed(mean, chains, n):
     assert enough <= 0.1 / chains < short
     if not mean:
         assert guarantee.could_certify(n, 0.1, chains) <= 0.05 < guarantee.could_certify(n - 1, 0.1, chains)
+
+
+def test_more_documents_than_are_needed_certify_as_well(rng):
+    """The last number that fails, by looking at all of them: some loss of .025 passes at 272 and fails at 281."""
+    some = guarantee.hoeffding_bentkus(np.array([272, 281, 287, 288]) * 0.025, [272, 281, 287, 288], 0.05)
+    assert (some <= 0.1).tolist() == [True, False, False, True]
+    for draw in range(150):
+        tolerance, level, chains = rng.uniform(0.01, 0.3), rng.uniform(0.005, 0.95), int(rng.integers(1, 9))
+        mean = tolerance * (rng.uniform(0, 0.85) if draw else 0.97)
+        found = guarantee.least_documents(tolerance, level, chains, mean)
+        n = np.arange(1, 2 * found + 200)
+        failing = n[guarantee.hoeffding_bentkus(n * mean, n, tolerance) > level / chains]
+        assert found == max(failing, default=0) + 1
+
+
+def test_losses_of_0_and_1_are_promised_the_whole_number_below():
+    n = guarantee.least_documents(0.05, 0.1, mean_loss=0.03)
+    for more in range(n, n + 300):
+        assert guarantee.hoeffding_bentkus(math.floor(more * 0.03 + 1e-9), more, 0.05) <= 0.1
+
+
+TINY = (5e-324, 1e-320, 1e-300, 1e-12, 0.05, 0.999, 1 - 1e-12, 1 - 2**-53)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("level", TINY)
+@pytest.mark.parametrize("tolerance", TINY)
+def test_tolerances_and_levels_next_to_0_and_1_are_answered(tolerance, level):
+    options = Options(tolerance=tolerance, level=level, margin=tolerance)
+    for chains in (1, 7):
+        for mean in (0, 1e-17, 1e-9, 0.01, tolerance / 2, tolerance * 0.999, tolerance * (1 - 1e-9), tolerance):
+            least = guarantee.least_documents(options.tolerance, options.level, chains, mean)
+            assert least is None or 1 <= least <= 1_000_000
+    for n in (0, 1, 45, 1_000_000, 10_000_000):
+        assert 0 <= guarantee.could_certify(n, level, 3) <= 1
+        said = guarantee.too_few(n, tolerance, level, 3)
+        assert said is None or said.startswith(f"{n} documents are too few")
+    for test in guarantee.TESTS:
+        for sparse in (np.linspace(0, 1, 40), np.ones(40)):
+            assert 0 <= guarantee.tested(np.ones(40), sparse, tolerance, test).p <= 1
+    for chance in (0.0, 0.5):
+        guarantee.beats_chance(np.ones(10), chance, options.margin)
+
+
+def test_a_tolerance_that_no_number_of_documents_reaches():
+    assert guarantee.least_documents(1e-320, 0.1) is None and guarantee.least_documents(1e-12, 0.1) is None
+    assert "needs more than 1,000,000 even where" in guarantee.too_few(100, 1e-320, 0.1)
+    assert guarantee.could_certify(100, 1e-320) == pytest.approx(1 - 10**-3.2)
+    assert guarantee.least_documents(0.05, 0.1, mean_loss=0.0499) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_margin_and_no_chance_need_one_right_answer():
+    assert guarantee.beats_chance(np.ones(3), 0.0, 0.0) is None
+    assert "must exceed" in guarantee.beats_chance(np.zeros(3), 0.0, 0.0)
 
 
 def test_no_number_of_documents_certifies_a_loss_at_the_tolerance():

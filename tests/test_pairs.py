@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,6 +17,9 @@ from statsmodels.stats.weightstats import ttost_paired
 
 from lm_eval_sparse.analysis import compare, pairs
 from lm_eval_sparse.analysis.certify import Options
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import guarantee_simulation as simulation
 
 
 @pytest.fixture
@@ -41,14 +47,26 @@ def test_graded_scores_fall_and_rise():
     assert compare.graded([0, 1, 0.5]) and not compare.graded([0, 1, np.nan])
 
 
-def test_differences_are_scipys_paired_t(rng):
-    first, second = rng.random((10, 40)), rng.random((10, 40)) + 0.05
-    holes = rng.random((10, 40)) < 0.2
+def test_differences_are_scipys_paired_t_with_one_more_document_against_each_side(rng):
+    first, second = rng.random((20, 40)), rng.random((20, 40)) + rng.normal(0, 0.15, (20, 1))
+    holes = rng.random((20, 40)) < 0.2
     found = compare.compare(first, np.where(holes, np.nan, second), 0.05)
-    for i in range(10):
-        a, b = first[i][~holes[i]], second[i][~holes[i]]
-        assert found.p_differ[i] == pytest.approx(stats.ttest_rel(a, b).pvalue)
-        assert found.difference[i] == pytest.approx((a - b).mean()) and found.n[i] == len(a)
+    for i in range(20):
+        change = (first[i] - second[i])[~holes[i]]
+        above = stats.ttest_1samp([*change, -1.0], 0, alternative="greater").pvalue
+        below = stats.ttest_1samp([*change, 1.0], 0, alternative="less").pvalue
+        against, seen = sorted([change[change > 0].sum(), -change[change < 0].sum()])
+        # A Poisson variable of mean m is at most k as often as a Gamma variable of shape k + 1 is above m.
+        unseen = stats.gamma.sf(seen, against + 1)
+        assert found.p_differ[i] == pytest.approx(max(min(1, 2 * above, 2 * below), unseen))
+        assert found.difference[i] == pytest.approx(change.mean()) and found.n[i] == len(change)
+
+
+def test_with_many_documents_a_difference_is_scipys_paired_t(rng):
+    first = rng.random(20_000)
+    second = first + rng.normal(0.006, 0.5, 20_000)
+    expected = stats.ttest_rel(first, second).pvalue
+    assert compare.compare(first, second, 0.05).p_differ == pytest.approx(expected, abs=0.01)
 
 
 def test_a_tie_is_tost_with_one_more_document_against_it(rng):
@@ -83,9 +101,15 @@ def test_no_tie_from_fewer_documents_than_could_show_it():
 
 
 def test_no_lead_from_fewer_documents_than_could_show_it():
-    assert compare.compare([1.0, 1.0], [0.0, 0.0], 0.05).p_differ == 0.5
+    assert compare.compare([1.0, 1.0], [0.0, 0.0], 0.05).p_differ >= 0.5
     assert compare.compare([1.0, 1.0], [1.0, 1.0], 0.05).p_differ == 1
     assert compare.compare(np.ones(10), np.zeros(10), 0.05).p_differ == pytest.approx(2**-9)
+    for n in (20, 45, 100):
+        # All alike and small: one document in (1 + small) / small that the other method fails would make up for it.
+        for small in (0.001, 0.01, 0.02):
+            missed = (1 - small / (1 + small)) ** n
+            assert compare.compare(np.full(n, small), np.zeros(n), 0.05).p_differ > 0.9 * missed
+    assert compare.compare(np.full(200, 0.1), np.zeros(200), 0.05).p_differ < 1e-6
 
 
 def test_false_ties_stay_below_the_level(rng):
@@ -98,6 +122,52 @@ def test_false_ties_stay_below_the_level(rng):
     with np.errstate(divide="ignore"):
         plain = np.mean(stats.t.cdf((change.mean(1) - 0.05) / sd, 49) <= 0.1)
     assert plain > 0.2
+
+
+@pytest.mark.parametrize("name", [name for name, (mean, _) in simulation.DIFFERENCES.items() if not mean])
+def test_false_differences_stay_below_the_level(name):
+    """Methods of the same mean. The plain t-test, as the control, calls up to half of skewed draws different."""
+    draws, plain = 10_000, {}
+    for n in (20, 45, 100, 200):
+        change = simulation.DIFFERENCES[name][1](np.random.default_rng([20_250_423, n]), (draws, n))
+        found = compare.compare(change, np.zeros_like(change), 0.05)
+        for level in (0.1, 0.05):
+            assert np.mean(found.p_differ <= level) <= simulation.allowed(level, draws), (n, level)
+        assert np.mean(found.p_differ <= 0.01) <= simulation.allowed(0.016, draws), n
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = change.mean(1) / change.std(1, ddof=1) * np.sqrt(n)
+        plain[n] = np.mean(2 * stats.t.sf(np.abs(t), n - 1) <= 0.05)
+    if "else" in name or "in 40" in name:
+        assert max(plain.values()) > 0.1
+
+
+def test_the_worst_false_difference_is_what_is_stated():
+    """One document of 1 among losses that make up for it: the chance of each number of them is known."""
+    worst = dict.fromkeys((0.1, 0.05, 0.01, 0.001), 0.0)
+    for n in (20, 24, 45, 100, 200):
+        many = np.arange(n) < np.arange(n + 1)[:, None]
+        for rare in np.geomspace(1 / n, 0.5, 60):
+            change = np.where(many, 1.0, -rare / (1 - rare))
+            p = compare.compare(change, np.zeros_like(change), 0.05).p_differ
+            for level in worst:
+                worst[level] = max(worst[level], stats.binom.pmf(np.arange(n + 1), n, rare) @ (p <= level))
+    for level, most in ((0.1, 0.099), (0.05, 0.051), (0.01, 0.016), (0.001, 0.0031)):
+        assert worst[level] <= most, level
+    assert worst[0.01] > 0.01, "the limits are not out of reach"
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "power"),
+    [
+        ("10 % lost", 100, 0.85),
+        ("15 % lost, 5 % gained", 200, 0.8),
+        ("graded, normal, mean .1, sd .3", 100, 0.7),
+        ("graded, normal, mean .05, sd .2", 200, 0.7),
+    ],
+)
+def test_honest_differences_are_found(name, n, power):
+    change = simulation.DIFFERENCES[name][1](np.random.default_rng(7), (2000, n))
+    assert np.mean(compare.compare(change, np.zeros_like(change), 0.05).p_differ <= 0.05) > power
 
 
 # -- the section

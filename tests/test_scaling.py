@@ -150,6 +150,24 @@ def test_what_cannot_be_told_apart_is_refused() -> None:
     assert np.isnan(laws.fit(few).stderr).all() and np.isfinite(laws.fit(few).value).all()  # 8 clusters, 6 coefficients
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
+def test_scores_that_are_all_the_same_have_no_r2_and_make_no_warning(score: float) -> None:
+    runs_ = planted()
+    runs_ = replace(runs_, score=np.full(len(runs_), score))
+    law = laws.fit(runs_)
+    assert np.isnan(law.r2) and law["gamma"] == pytest.approx(0, abs=1e-9)
+    for axis in laws.AXES:
+        assert np.isnan(laws.hold_out(runs_, axis).law.r2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_prediction_far_outside_is_0_or_1() -> None:
+    law, runs_ = laws.fit(planted()), planted()
+    far = replace(law, value=law.value * 1e4)
+    assert set(np.round(far.predict(runs_), 9)) <= {0.0, 1.0}
+
+
 # -- the section
 
 

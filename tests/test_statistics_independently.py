@@ -1,21 +1,28 @@
 """Statistics of the analysis against scipy, statsmodels, MAPIE, closed forms and simulations, on fresh random data."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from few_studies import built, of
 from scipy import stats
 
 from lm_eval_sparse.analysis import bands as b
 from lm_eval_sparse.analysis import compare as c
 from lm_eval_sparse.analysis import cost, law, pareto
 from lm_eval_sparse.analysis import guarantee as g
+from lm_eval_sparse.analysis.certify import Options
+from lm_eval_sparse.analysis.choice import choose
+from lm_eval_sparse.analysis.costed import Configuration, Group
+from lm_eval_sparse.analysis.equal import comparisons
 from lm_eval_sparse.analysis.shapes import Sizes
 
 mapie = pytest.importorskip("mapie.risk_control")
 pd = pytest.importorskip("pandas")
 smf = pytest.importorskip("statsmodels.formula.api")
 sms = pytest.importorskip("statsmodels.stats.api")
+SIDES = ("greater", "less")
 PLANTED = np.array([-10.5, 0.5, -0.7, 0.65, -0.4, -0.45])  # eps, delta cwe, delta vt, alpha, beta, gamma
 
 
@@ -74,8 +81,8 @@ def test_hoeffding_bentkus(rng):
 
 def test_least_documents(rng):
     assert (g.least_documents(0.05, 0.1), g.least_documents(0.05, 0.1, chains=7)) == (45, 83)
-    # The first number that does. The p-value is a saw in n: at a mean loss of .025 it is above .1 again at 281 to 287.
-    assert [g.least_documents(0.05, 0.1, mean_loss=m) for m in (0.01, 0.025, 0.05)] == [94, 272, None]
+    # The p-value is a saw in n: at a mean loss of .025 it is below .1 at 272 and above again at 281 to 287.
+    assert [g.least_documents(0.05, 0.1, mean_loss=m) for m in (0.01, 0.025, 0.05)] == [94, 288, None]
     for chains in range(1, 10):
         tolerance, level = rng.uniform([0.02, 0.01], [0.3, 0.2])
         closed = int(np.ceil(np.log(level / chains) / np.log1p(-tolerance)))
@@ -83,8 +90,9 @@ def test_least_documents(rng):
         assert g.could_certify(closed, level, chains) <= tolerance < g.could_certify(closed - 1, level, chains)
         assert g.too_few(closed, tolerance, level, chains) is None and g.too_few(closed - 1, tolerance, level, chains)
         mean = rng.uniform(0, 0.5) * tolerance
-        certified = (n for n in range(1, 10**5) if bound(n * mean, n, tolerance) <= level / chains)
-        assert g.least_documents(tolerance, level, chains, mean) == next(certified)
+        least = g.least_documents(tolerance, level, chains, mean)
+        failing = (n for n in range(2 * least + 200, 0, -1) if bound(n * mean, n, tolerance) > level / chains)
+        assert least == next(failing, 0) + 1
 
 
 def test_sequences_are_the_graph_and_holm_and_fixed_sequence(rng):
@@ -169,7 +177,10 @@ def test_flips_are_mcnemar_and_ties_tost_with_a_document_against_them(rng):
     for n in rng.integers(8, 300, 30):
         first, second, margin = rng.random(n), rng.random(n), rng.uniform(0.05, 0.3)
         ours = c.compare(first, second, margin)
-        assert ours.p_differ == pytest.approx(max(stats.ttest_rel(first, second).pvalue, 2.0 ** (1 - n)))
+        sides = [stats.ttest_rel(np.r_[first, i], np.r_[second, 1 - i], alternative=a) for i, a in enumerate(SIDES)]
+        up, down = np.maximum(first - second, 0).sum(), np.maximum(second - first, 0).sum()
+        unseen = stats.gamma.sf(max(up, down), min(up, down) + 1)
+        assert ours.p_differ == pytest.approx(max(min(1, 2 * min(s.pvalue for s in sides)), unseen, 2.0 ** (1 - n)))
         above = sms.ttost_paired(np.r_[first, 1], np.r_[second, 0], -margin, margin)[2][1]  # difference below margin
         below = sms.ttost_paired(np.r_[first, 0], np.r_[second, 1], -margin, margin)[1][1]  # difference above -margin
         assert ours.p_tie == pytest.approx(max(above, below, (1 - margin) ** n))
@@ -177,6 +188,124 @@ def test_flips_are_mcnemar_and_ties_tost_with_a_document_against_them(rng):
         lost = np.tri(n + 1, n, -1)  # 0, 1, ... n whole documents; the chance of each is known
         tied = c.compare(np.ones(n), 1 - lost, 0.1).p_tie <= 0.05
         assert stats.binom.pmf(np.arange(n + 1), n, 0.1) @ tied < 0.066
+
+
+def test_t_tests_of_the_fall(rng):
+    for n, tolerance in zip(rng.integers(3, 120, 25), rng.uniform(0.01, 0.3, 25), strict=True):
+        dense, sparse = rng.random(n), np.clip(rng.normal(0.5, 0.3, n), 0, 1)
+        there = ~(np.r_[[False] * 3, rng.random(n - 3) < 0.2])
+        given = np.where(there, sparse, np.nan)
+        x, y = dense[there], sparse[there]
+        # "dense falls by more than the tolerance" is rejected where dense - tolerance is below sparse.
+        paired = stats.ttest_rel(x - tolerance, y, alternative="less").pvalue
+        apart = stats.ttest_ind(x - tolerance, y, equal_var=False, alternative="less").pvalue
+        assert g.tested(dense, given, tolerance, "paired-t").p == pytest.approx(paired)
+        assert g.tested(dense, given, tolerance, "welch").p == pytest.approx(apart)
+        turned = stats.ttest_rel(y + tolerance, x, alternative="greater").pvalue
+        assert paired == pytest.approx(turned)
+
+
+def test_bca_by_leaving_one_out(rng):
+    scores = np.stack([rng.exponential(size=50), rng.beta(0.3, 2, 50), rng.normal(size=50)])
+    low, high = b.bca(scores, "task", level=0.9)
+    for row, limits in zip(scores, np.c_[low, high], strict=True):
+        draws = b.resampled(row[None], "task")[0].astype(float)
+        left = np.array([np.delete(row, i).mean() for i in range(50)])
+        down = left.mean() - left
+        a = np.sum(down**3) / (6 * np.sum(down**2) ** 1.5)
+        z0 = stats.norm.ppf(np.mean(draws < row.mean()))
+        z = z0 + stats.norm.ppf([0.05, 0.95])
+        expected = np.quantile(draws, stats.norm.cdf(z0 + z / (1 - a * z)))
+        assert limits == pytest.approx(expected, abs=0.01 * np.ptp(expected))
+    skewed = rng.exponential(size=(1500, 30))
+    low, high = b.bca(skewed, "task")
+    plain = b.bands(skewed, "task", None)
+    held, of_plain = np.mean((low <= 1) & (high >= 1)), np.mean((plain.low <= 1) & (plain.high >= 1))
+    assert held > of_plain and 0.89 < held < 0.97
+
+
+def test_what_is_chosen_is_the_cheapest_that_the_graph_certifies(rng):
+    names, levels, seen = ("quest", "snapkv", "tova", "knorm"), (0.5, 0.7, 0.8, 0.9), set()
+    for _ in range(40):
+        n, level = int(rng.integers(60, 130)), rng.uniform(0.05, 0.2)
+        methods = names[: rng.integers(1, 5)]
+        wrong = {
+            task: {m: dict(zip(levels, np.sort(rng.choice(6, 4)) // rng.integers(1, 3), strict=True)) for m in methods}
+            for task in ("niah", "vt")
+        }
+        study = built(*(of(runs, n, task=task) for task, runs in wrong.items()))
+        price = dict(zip(((m, s) for m in methods for s in levels), rng.random(16), strict=False))
+        found = choose(
+            study,
+            Options(level=level),
+            lambda point, price=price: price.get((point.record.method, point.record.requested), 2.0),
+            task=(task := str(rng.choice(["niah", "vt"]))),
+        )
+        chains = [np.array([bound(wrong[task][m][s], n, 0.05) for s in levels]) for m in methods]
+        passed = graph(chains, level)
+        certified = {(m, s) for m, count in zip(methods, passed, strict=True) for s in levels[:count]}
+        assert {(one.label, one.sparsity) for one in found.certified} == certified
+        assert found.family == len(methods)
+        cheapest = min(certified, key=price.get, default=None)
+        assert (found.best and (found.best.label, found.best.sparsity)) == cheapest
+        seen.add(tuple(passed))
+    assert len(seen) > 10
+
+
+def configuration(label: str, sparsity: float, costs, scores) -> Configuration:
+    """Of as many tasks as there are costs and rows of scores."""
+    cell = SimpleNamespace(ids=tuple(range(len(scores[0]))))
+    runs = {
+        f"t{i}": SimpleNamespace(
+            cell=cell,
+            cost=SimpleNamespace(total=lambda phase, cost=cost: cost),
+            point=SimpleNamespace(measured=sparsity, scores=row, record=SimpleNamespace(score=float(row.mean()))),
+        )
+        for i, (cost, row) in enumerate(zip(costs, scores, strict=True))
+    }
+    dense = label == "dense"
+    return Configuration(
+        "small" if dense and costs[0] < 5 else "large", label, () if dense else ("decode",), False, runs
+    )
+
+
+def test_equal_cost_by_walking_along_the_runs(rng):
+    kinds = set()
+    for _ in range(60):
+        tasks, n, runs = int(rng.integers(1, 4)), int(rng.integers(25, 60)), int(rng.integers(1, 6))
+        small = configuration("dense", 0.0, rng.uniform(2, 4, tasks), rng.random((tasks, n)))
+        large = configuration("dense", 0.0, rng.uniform(7, 9, tasks), rng.random((tasks, n)))
+        sparsities = np.sort(rng.uniform(0.05, 0.95, runs))
+        ladder = [(s, 9 * (1 - s) * rng.uniform(0.6, 1.1, tasks), rng.random((tasks, n))) for s in sparsities]
+        ladder[-1] = (sparsities[-1], rng.uniform(0.1, 1.9, tasks), ladder[-1][2])
+        sparse = [configuration("quest", *one) for one in ladder]
+        names = tuple(f"t{i}" for i in range(tasks))
+        group = Group(None, "", names, dict.fromkeys(names, True), (small, large, *rng.permutation(sparse)))
+        ((told,), cannot) = comparisons(group, "decode", lambda cell: None, 1, None)
+        # A walk in small steps from dense attention to the sparsest run, all in between linear: where it is paid for.
+        rows = [(0.0, large), *zip(sparsities, sparse, strict=True)]
+        steps = np.linspace(0, runs, 400_001)
+        places = np.arange(runs + 1)
+        budget = np.mean([run.cost.total("decode") for run in small.runs.values()])
+        means = [np.mean([run.cost.total("decode") for run in one.runs.values()]) for _, one in rows]
+        costs = np.interp(steps, places, means)
+        at = int(np.argmax(costs <= budget))
+        at_least, part = int(np.ceil(steps[at])) - 1, steps[at] % 1 or 1.0
+        documents = {
+            task: (1 - part) * rows[at_least][1].runs[task].point.scores
+            + part * rows[at_least + 1][1].runs[task].point.scores
+            for task in names
+        }
+        gaps = [documents[task] - small.runs[task].point.scores for task in names]
+        assert (told.kind, told.tasks, cannot) == ("equal", names, {})
+        assert told.sparsity == pytest.approx(np.interp(steps[at], places, [s for s, _ in rows]), abs=1e-4)
+        assert told.difference == pytest.approx(np.mean(gaps), abs=1e-4)
+        assert told.large_score - told.small_score == pytest.approx(told.difference)
+        assert told.error == pytest.approx(np.sqrt(sum(stats.sem(gap) ** 2 for gap in gaps)) / tasks, rel=1e-3)
+        away = abs(told.difference) > stats.norm.ppf(0.975) * told.error
+        assert told.better == (("large" if told.difference > 0 else "small") if away else None)
+        kinds.add(told.better)
+    assert None in kinds
 
 
 def test_interpolation_and_front(rng):

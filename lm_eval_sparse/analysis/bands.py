@@ -95,15 +95,17 @@ def resampled(scores: np.ndarray, key: str = "", draws: int = DRAWS) -> np.ndarr
     here = np.isfinite(scores)
     # Deviations from the mean: float32 rounds 1e6 + small differences away, not small differences.
     middle = _means(scores)[:, None]
-    deviations = np.where(here, scores - middle, 0.0).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):  # of inf, and beyond float32; `stratified` gives those no band
+        deviations = np.where(here, scores - middle, 0.0).astype(np.float32)
     found = np.empty((len(scores), draws), np.float32)
     start = 0
     for drawn in _drawn(scores.shape[1], key, draws):
         block = slice(start, start := start + len(drawn))
-        found[:, block] = deviations @ drawn.T
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            found[:, block] = deviations @ drawn.T
             found[:, block] /= scores.shape[1] if here.all() else here.astype(np.float32) @ drawn.T
-    return found + middle.astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return found + middle.astype(np.float32)
 
 
 def _drawn(n: int, key: str, draws: int) -> Iterable[np.ndarray]:
@@ -178,6 +180,7 @@ def stratified(strata: Sequence[Stratum], level: float = LEVEL) -> Bands:
         low[some], high[some] = quantiles(means, level)
     with np.errstate(invalid="ignore"):
         low, high = value - np.sqrt((value - low) ** 2 + below), value + np.sqrt((high - value) ** 2 + above)
+    why = np.where((why == "") & ~(np.isfinite(low) & np.isfinite(high)), "scores too large to resample", why)
     none = why != ""
     low[none], high[none] = np.nan, np.nan
     return Bands(value, low, high, tuple(str(reason) for reason in why))
@@ -192,14 +195,17 @@ def exact(stratum: Stratum, level: float = LEVEL) -> tuple[np.ndarray, np.ndarra
     scores = stratum.scores
     here = np.isfinite(scores)
     n = here.sum(axis=1)
-    least, most = np.where(here, scores, np.inf).min(axis=1), np.where(here, scores, -np.inf).max(axis=1)
+    least = np.where(here, scores, np.inf).min(axis=1, initial=np.inf)
+    most = np.where(here, scores, -np.inf).max(axis=1, initial=-np.inf)
     with np.errstate(invalid="ignore"):
         same = (n > 0) & (most - least <= _ROUNDING * np.maximum(1, np.abs(most)))
     smallest, largest = (np.broadcast_to(bound, n.shape) for bound in stratum.bounds or (-np.inf, np.inf))
     share = unseen(np.maximum(n, 1), level)
-    low = np.where(same, least * (1 - share) + smallest * share, np.nan)
-    high = np.where(same, least * (1 - share) + largest * share, np.nan)
-    right, wrong = ((np.abs(scores - bound[:, None]) <= _ROUNDING).sum(axis=1) for bound in (largest, smallest))
+    seen = np.where(same, least, 0.0) * (1 - share)  # a row without documents has no least one
+    low = np.where(same, seen + smallest * share, np.nan)
+    high = np.where(same, seen + largest * share, np.nan)
+    known = np.where(here, scores, np.nan)  # inf is missing as nan is
+    right, wrong = ((np.abs(known - bound[:, None]) <= _ROUNDING).sum(axis=1) for bound in (largest, smallest))
     few = ~same & (right + wrong == n) & (np.minimum(right, wrong) < RARE) & (n > 0)
     if few.any():  # right and wrong are both at least 1 here
         tail, least, width = (1 - level) / 2, smallest[few], (largest - smallest)[few]
@@ -212,8 +218,10 @@ def quantiles(draws: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.n
     """The limits between which the middle `level` of each row of `draws` (P, D) lies, by linear interpolation between
     neighbours in order, as numpy does it; draws that are nan are left out."""
     if np.isnan(draws).any():
-        low, high = np.nanpercentile(draws, [50 * (1 - level), 50 * (1 + level)], axis=1)
-        return low, high
+        limits = np.full((2, len(draws)), np.nan)
+        some = ~np.isnan(draws).all(axis=1)
+        limits[:, some] = np.nanpercentile(draws[some], [50 * (1 - level), 50 * (1 + level)], axis=1)
+        return limits[0], limits[1]
     # np.percentile would sort again for each limit and copy rows: this is its rule, at a third of the time.
     places = np.array([(1 - level) / 2, (1 + level) / 2]) * (draws.shape[1] - 1)
     floors = np.floor(places).astype(int)

@@ -24,6 +24,8 @@ AXES = {"alpha": ("parameters", "model size"), "beta": ("length", "length"), "ga
 CLUSTERS = 10
 #: Held-out runs of a task below which no rank correlation is said.
 RANKED = 4
+#: Logits that differ by less are the same.
+_ROUNDING = 1e-9
 #: The task whose effect is 0, as in the paper, where it is there.
 REFERENCE = "quality"
 
@@ -63,7 +65,7 @@ class Law:
     Attributes:
         names: `eps`, a `delta TASK` for every task but the reference, and the axes that vary.
         value, stderr, low, high: (K,); errors and limits are nan below `CLUSTERS` clusters.
-        r2: of the logits.
+        r2: of the logits; nan where they are all the same.
         reference: the task whose effect is 0.
         clusters, clipped: clusters; and runs whose score was clipped.
         fixed: axes with a single value: their effect is part of eps.
@@ -87,11 +89,13 @@ class Law:
 
     def predict(self, runs: Runs) -> np.ndarray:
         """(R,) scores in [0, 1]; nan for a task that the law does not know."""
+        from scipy.special import expit
+
         tasks = list(self.names_of_tasks)
         known = np.isin(runs.task, tasks)
         axes = [name for name in self.names if name in AXES]
         design = _design(runs, [task for task in tasks if task != self.reference], axes)
-        return np.where(known, 1 / (1 + np.exp(-(design @ self.value))), np.nan)
+        return np.where(known, expit(design @ self.value), np.nan)
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,8 @@ def fit(runs: Runs, clip: float | None = None, level: float = LEVEL) -> Law | st
     axes = [name for name in AXES if name not in fixed]
     groups = np.unique(runs.cluster, return_inverse=True)[1]
     clusters = int(groups.max()) + 1
-    model = OLS(logit(runs.score, runs.n, clip), _design(runs, others, axes))
+    logits = logit(runs.score, runs.n, clip)
+    model = OLS(logits, _design(runs, others, axes))
     found = model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
     limits = found.conf_int(1 - level)
     errors = np.stack([found.bse, limits[:, 0], limits[:, 1]])
@@ -186,7 +191,7 @@ def fit(runs: Runs, clip: float | None = None, level: float = LEVEL) -> Law | st
         ("eps", *(f"delta {task}" for task in others), *axes),
         np.asarray(found.params),
         *errors,
-        float(found.rsquared),
+        float(found.rsquared) if np.ptp(logits) > _ROUNDING else np.nan,
         reference,
         clusters,
         int(((runs.score < edge) | (runs.score > 1 - edge)).sum()),

@@ -260,8 +260,9 @@ def _standing_table(ranked: Sequence[Standing], names: dict[str, str], options: 
         "Sparsity: what was requested, or measured where native knobs ruled; a method whose run of it was measured "
         "elsewhere stands here with its run that was measured nearest, or not at all. "
         f"Tie: two one-sided paired t-tests show that means differ by less than {options.margin:g}; ahead: "
-        "a paired t-test shows a difference that is no tie; else they are not told apart. Holm over all pairs of "
-        f"methods of a row, for ties and for differences each, level {options.level:g}. t-tests are approximations; "
+        "a paired t-test shows a difference that is no tie (both with one more document against them); else they are "
+        "not told apart. Holm over all pairs of methods "
+        f"of a row, for ties and for differences each, level {options.level:g}. t-tests are approximations; "
         "from fewer documents than could show it without any difference no tie is concluded. Oracles are left "
         "out, and tasks of which it cannot be said that dense does them (the table of flips has the reasons)."
     )
