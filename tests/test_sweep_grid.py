@@ -68,7 +68,11 @@ def test_the_command_line_of_a_cell(tmp_path: Path) -> None:
     cell = next(c for c in found.cells if c.model == "b" and c.method == "snapkv+quest" and c.length == "16k")
     argv = cell.argv("out")
     given = dict(zip(argv[::2], argv[1::2], strict=False))
-    assert json.loads(given["--model_args"]) == {"pretrained": "there/b", "dtype": "bfloat16", **cell.sparse}
+    assert json.loads(given["--model_args"]) == {
+        "pretrained": str(Path("there/b").absolute()),
+        "dtype": "bfloat16",
+        **cell.sparse,
+    }
     assert argv[-1] == "4" and argv[-2] == "--batch_size" and "--apply_chat_template" in argv
     assert given["--limit"] == "5" and given["--output_path"] == "out" and given["--tasks"] == cell.task
     seeded = read(tmp_path, BASE + "seeds: [7]\n").cells[0].argv("out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,7 @@ def _run(ledger: Ledger, mine: list[Cell], given: argparse.Namespace, slots: lis
         def told(cell: Cell, answer: object) -> None:
             bar.update()
             if answer is not None and answer.kind != "ok":
-                bar.write(f"failed: {cell.told()}: {answer.why}")
+                bar.write(f"failed: {cell.told()}: {answer.why}", file=sys.stderr)
 
         if given.ray is not None:
             from lm_eval_sparse.sweep import on_ray

@@ -5,6 +5,7 @@ The one place of a sweep that knows methods, tasks and models.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -108,14 +109,20 @@ def check(grid: Grid, *, allow_code: bool) -> dict[str, predict.Facts]:
     return {name: facts for name, cell in grid.models.items() if (facts := _facts(grid, cell)) is not None}
 
 
-def _check_tasks(grid: Grid) -> None:
+@functools.cache
+def _task_names(include: tuple[str, ...]) -> frozenset[str]:
+    """Names of all tasks, also of those in other folders. Finding them takes seconds."""
     from lm_eval_sparse import patches
 
     patches.install()
     from lm_eval.tasks import TaskManager
 
+    return frozenset(TaskManager(include_path=list(include) or None).all_tasks)
+
+
+def _check_tasks(grid: Grid) -> None:
     include = {str(path) for cell in grid.cells if (path := cell.run.get("include_path"))}
-    known: set[str] = set(TaskManager(include_path=sorted(include) or None).all_tasks)
+    known = _task_names(tuple(sorted(include)))
     for cell in grid.cells:
         if cell.task not in known:
             raise UserError(
@@ -134,10 +141,14 @@ def _check_methods(grid: Grid, allow_code: bool) -> None:
             text = json.dumps(cell.sparse, sort_keys=True)
             if text not in seen:
                 seen.add(text)
+                where = f"{grid.places[cell.address]}: methods"
                 try:
-                    plan.parse(dict(cell.sparse), quiet=True)
+                    ours, others = plan.split(dict(cell.sparse))
+                    if others:
+                        raise UserError(f"{min(others)}: no such knob{nearest(min(others), plan.argument_names())}")
+                    plan.parse(ours, quiet=True)
                 except UserError as error:
-                    raise UserError(f"{grid.places[cell.address]}: methods: {error}") from None
+                    raise UserError(f"{where}: {error}") from None
 
 
 def _facts(grid: Grid, cell: Cell) -> predict.Facts | None:

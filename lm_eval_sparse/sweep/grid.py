@@ -193,7 +193,7 @@ class _Block:
                     raise UserError(f"{where}: it may run code of others; type --allow-code to let it")
             pretrained = os.path.expandvars(model["pretrained"])
             if paths.looks_local(pretrained):
-                pretrained = str(paths.expand(f"{where}.pretrained", pretrained))
+                pretrained = str(paths.expand(f"{where}.pretrained", pretrained).absolute())
             usual = os.path.basename(os.path.normpath(pretrained)) if paths.looks_local(pretrained) else pretrained
             name = model.get("name", usual)
             if not isinstance(name, str) or not name.strip() or len(name) > 200:
