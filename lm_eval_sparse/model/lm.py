@@ -24,7 +24,7 @@ from ..methods.plan import SparseConfig, parse, split
 from ..protocol import set_active_lm
 from ..runtime.interface import IMPLEMENTATION, register
 from ..runtime.session import Runtime
-from . import adapters, arguments, contents, embedded, kept, parallel, response_cache
+from . import adapters, arguments, contents, embedded, parallel, response_cache
 from .checks import (
     check_backend,
     check_batch_size,
@@ -201,10 +201,6 @@ class SparseHFLM(HFLM):
         kwargs["attn_implementation"] = our_attention(self.config)
         if (quantization := self.model_args.get("quantization_config")) is not None:
             kwargs["quantization_config"] = quantization
-        key = kept.key_of(pretrained, {**kwargs, "device": self.model_args.get("device"), **self._typed})
-        if (model := kept.find(key)) is not None:
-            self._model = model
-            return
         with explained(self._named, self._typed):
             automatic, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Whole(self.AUTO_MODEL_CLASS, self._typed)
             try:
@@ -212,8 +208,6 @@ class SparseHFLM(HFLM):
                     super()._create_model(pretrained, **kwargs)
             finally:
                 self.AUTO_MODEL_CLASS = automatic
-        if not (kwargs.get("peft") or kwargs.get("delta")):
-            kept.keep(key, self._model)
 
     @property
     def kind(self) -> str:
