@@ -24,7 +24,7 @@ from ..methods.plan import SparseConfig, parse, split
 from ..protocol import set_active_lm
 from ..runtime.interface import IMPLEMENTATION, register
 from ..runtime.session import Runtime
-from . import adapters, arguments, contents, embedded, parallel, response_cache
+from . import adapters, arguments, contents, embedded, kept, parallel, response_cache
 from .checks import (
     check_backend,
     check_batch_size,
@@ -201,11 +201,16 @@ class SparseHFLM(HFLM):
         kwargs["attn_implementation"] = our_attention(self.config)
         if (quantization := self.model_args.get("quantization_config")) is not None:
             kwargs["quantization_config"] = quantization
+        with kept.loading(self, pretrained, kwargs) as there:
+            if not there:
+                self._load(pretrained, kwargs)
+
+    def _load(self, pretrained: str, options: dict[str, Any]) -> None:
         with explained(self._named, self._typed):
             automatic, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Whole(self.AUTO_MODEL_CLASS, self._typed)
             try:
-                with interface_known(self.kind), adapters.loading(self, kwargs):
-                    super()._create_model(pretrained, **kwargs)
+                with interface_known(self.kind), adapters.loading(self, options):
+                    super()._create_model(pretrained, **options)
             finally:
                 self.AUTO_MODEL_CLASS = automatic
 

@@ -63,6 +63,7 @@ class Summary:
                 for phase, tokens in clock.tokens.items()
             },
             "samples": clock.samples,
+            **({"prefills_shared": shared} if (shared := self.lm.scorer.beginnings.shared) else {}),
             "peak_memory_bytes": {"predicted": predicted, "seen": peak(self.lm.device)},
         }
 
@@ -89,6 +90,7 @@ def together(mine: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, An
             for phase, number in tokens.items()
         },
         "samples": sum(figures["samples"] for figures in every),
+        **({"prefills_shared": shared} if (shared := sum(f.get("prefills_shared", 0) for f in every)) else {}),
         "peak_memory_bytes": memory,
     }
 
