@@ -123,6 +123,15 @@ ASKING = (
 COMMAND_LINE = ("batch_size", "cache_requests", "device", "include_path", "max_batch_size", "verbosity")
 
 
+#: Model, task, number of documents and seed.
+Documents = tuple[str, str, int | None, int | None]
+
+
+def documents_of(cell: Cell) -> Documents:
+    """What cells on the same prompts have in common."""
+    return cell.model, cell.task, cell.limit, cell.seed
+
+
 def _digest(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..results.files import why
 from ..results.load import read
 from ..results.schema import Record
 from . import worker
-from .cell import Cell
+from .cell import Cell, Documents, documents_of
 from .ledger import Ledger
 from .worker import Answer, Worker
 
@@ -37,33 +37,41 @@ class Slot:
 
 
 class Queue:
-    """Cells that are waiting. A slot is given those of the model it has, then those of one that few slots are at."""
+    """Cells that are waiting. A slot is given what suits what it has: cells on the same documents first, whose prompts
+    its process may have kept, then those of its model; and where others are not at work already."""
 
     def __init__(self, cells: Iterable[Cell]):
-        self._waiting: dict[str, list[Cell]] = defaultdict(list)
-        for cell in reversed(list(cells)):
-            self._waiting[cell.model].append(cell)
-        self._order = list(reversed(list(self._waiting)))
-        self._at: dict[str, int] = defaultdict(int)
+        self._waiting: dict[Documents, list[Cell]] = {}
+        for cell in cells:
+            self._waiting.setdefault(documents_of(cell), []).append(cell)
+        self._order = {group: at for at, group in enumerate(self._waiting)}
+        self._at: Counter[Documents] = Counter()
         self._lock = threading.Lock()
 
-    def take(self, model: str | None) -> Cell | None:
-        """The next cell for a slot that has `model`; None when none is waiting."""
+    def take(self, last: Cell | None) -> Cell | None:
+        """The next cell for a slot whose last one was `last`; None when none is waiting."""
         with self._lock:
-            if model is not None and not self._waiting.get(model):
-                self._at[model] -= 1
-                model = None
-            if model is None:
-                left = [name for name in self._order if self._waiting[name]]
+            group = None if last is None else documents_of(last)
+            if group is not None and not self._waiting[group]:
+                self._at[group] -= 1
+                group = None
+            if group is None:
+                left = [name for name, cells in self._waiting.items() if cells]
                 if not left:
                     return None
-                model = min(left, key=lambda name: (self._at[name], self._order.index(name)))
-                self._at[model] += 1
-            return self._waiting[model].pop()
+                slots = Counter(name[0] for name, many in self._at.items() for _ in range(many))
+                group = min(
+                    left,
+                    key=lambda name: (
+                        last is not None and name[0] != last.model, self._at[name], slots[name[0]], self._order[name],
+                    ),
+                )  # fmt: skip
+                self._at[group] += 1
+            return self._waiting[group].pop(0)
 
     def give_back(self, cell: Cell) -> None:
         with self._lock:
-            self._waiting[cell.model].append(cell)
+            self._waiting[documents_of(cell)].insert(0, cell)
 
 
 @dataclass
@@ -134,23 +142,23 @@ class Driver:
     def _serve(self, slot: Slot, queue: Queue) -> None:
         """One slot, from the first cell to the last."""
         process: Worker | None = None
-        model: str | None = None
+        last: Cell | None = None
         tries: dict[str, int] = defaultdict(int)
         try:
-            while not self._ending.is_set() and (cell := queue.take(model)) is not None:
+            while not self._ending.is_set() and (cell := queue.take(last)) is not None:
                 with self.ledger.claim(cell.address) as ours:
                     if not ours:
                         self._count(cell, "elsewhere", None)
-                        model = cell.model
+                        last = cell
                         continue
                     if self.ledger.is_done(cell.address):  # by another process, meanwhile
                         self._count(cell, "done", None)
-                        model = cell.model
+                        last = cell
                         continue
-                    if process is not None and (cell.model != model or not process.is_alive):
+                    if process is not None and (last is None or cell.model != last.model or not process.is_alive):
                         process.stop()
                         process = None
-                    model = cell.model
+                    last = cell
                     if process is None:
                         process = self._start(slot)
                     answer = self._one(process, cell)

@@ -19,7 +19,7 @@ from .. import paths, spelling
 from ..errors import UserError, nearest
 from ..labels import label
 from ..results.files import brief
-from .cell import ASKING, COMMAND_LINE, IDLE, Cell
+from .cell import ASKING, COMMAND_LINE, IDLE, Cell, documents_of
 from .document import Document
 
 #: More cells than these are a slip of the pen.
@@ -67,13 +67,9 @@ def shard(cells: Sequence[Cell], number: int, of: int) -> list[Cell]:
     """
     groups: dict[tuple[object, ...], int] = {}
     for cell in cells:
-        groups.setdefault(_documents_of(cell), len(groups))
+        groups.setdefault(documents_of(cell), len(groups))
     whole = len(groups) >= of
-    return [cell for at, cell in enumerate(cells) if (groups[_documents_of(cell)] if whole else at) % of == number - 1]
-
-
-def _documents_of(cell: Cell) -> tuple[object, ...]:
-    return cell.model, cell.task, cell.limit, cell.seed
+    return [cell for at, cell in enumerate(cells) if (groups[documents_of(cell)] if whole else at) % of == number - 1]
 
 
 def read(path: Path, *, allow_code: bool = False) -> Grid:
