@@ -112,7 +112,7 @@ def test_what_cannot_be_compared_is_refused_and_listed(change: dict[str, Any], t
 def test_what_a_run_computed_with_in_what_place_is_no_other_question() -> None:
     idle = {
         "model_args": {
-            "device": "cpu", "batch_size": 4, "stats": "full", "resume": False, "dtype": "float32", "cache_dir": "x",
+            "device": "cpu", "batch_size": 4, "stats": "full", "resume": False, "dtype": "bfloat16", "cache_dir": "x",
             "quest.page_size": "16", "page_size": 16, "sparsity": 0.9, "max_length": None,
         },
         "knobs": {"quest": {"page_size": 16}},
@@ -142,7 +142,10 @@ def test_other_weights_are_another_model(argument: str) -> None:
         ({"seed": 7}, "models of forced_frontier_niah_4k differ: seed 0 (org/small-0.5B) and 7 (org/large-3B)"),
         ({"task_hash": "other"}, "models of forced_frontier_niah_4k differ: definition"),
         ({"shots": 5}, "differ: few-shot examples 0 (org/small-0.5B) and 5 (org/large-3B)"),
-        ({"task_version": "1"}, "of forced_frontier_niah differ: version"),
+        ({"task_version": "1"}, "of forced_frontier_niah_4k differ: version 1 (org/large-3B) and 2 (org/small-0.5B)"),
+        ({"seeds": {"fewshot": 7}}, "models of forced_frontier_niah_4k differ: seeds"),
+        ({"gen_kwargs": {"temperature": 1}}, "models of forced_frontier_niah_4k differ: gen_kwargs"),
+        ({"system_instruction": "abc"}, "models of forced_frontier_niah_4k differ: system instruction"),
     ],
 )
 def test_what_is_mixed_between_models_is_refused_as_well(change: dict[str, Any], told: str) -> None:
@@ -152,8 +155,6 @@ def test_what_is_mixed_between_models_is_refused_as_well(change: dict[str, Any],
     with pytest.raises(UserError, match="of org/large-3B has chat template"):
         study.build(same)
     mixed = [*DENSE, *rows(), *rows("dense", 0.0, **other, **change), *rows(**other, **change)]
-    if "task_version" in change:  # lengths are compared as well
-        mixed = [*DENSE, *rows("dense", 0.0, length="16k", **change)]
     with pytest.raises(UserError) as error:
         study.build(mixed)
     assert told in str(error.value)
@@ -161,6 +162,85 @@ def test_what_is_mixed_between_models_is_refused_as_well(change: dict[str, Any],
     assert made.marks and all(cell.mark for cell in made.cells)
     templates = rows("dense", 0.0, **other, chat_template="another")
     assert study.build([*DENSE, *rows(), *templates]).marks == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"task_version": "1"}, "lengths of forced_frontier_niah differ: version"),
+        ({"seed": 7}, "lengths of forced_frontier_niah differ: seed 0 (forced_frontier_niah_4k) and 7"),
+        ({"shots": 3}, "lengths of forced_frontier_niah differ: few-shot examples"),
+    ],
+)
+def test_what_is_mixed_between_lengths_is_refused_as_well(change: dict[str, Any], told: str) -> None:
+    mixed = [*DENSE, *rows("dense", 0.0, length="16k", **change)]
+    with pytest.raises(UserError) as error:
+        study.build(mixed)
+    assert told in str(error.value)
+    assert all(cell.mark for cell in study.build(mixed, allow_mixed=True).cells)
+    assert study.build([*DENSE, *rows("dense", 0.0, length="16k")]).marks == ()
+
+
+def test_documents_of_all_tasks_are_of_one_seed() -> None:
+    other = [row.model_copy(update={"seed": 7}) for row in DENSE if "toefl" in row.task]
+    with pytest.raises(
+        UserError, match=r"tasks differ: seed 0 \(forced_frontier_niah\) and 7 \(forced_frontier_toefl\)"
+    ):
+        study.build([*(row for row in DENSE if "niah" in row.task), *other])
+    stateless = [row.model_copy(update={"seed": None, "task": "arc"}) for row in other]  # of no task of ours
+    assert study.build([*(row for row in DENSE if "niah" in row.task), *stateless]).marks == ()
+
+
+def test_turns_of_examples_are_part_of_the_prompt() -> None:
+    with pytest.raises(UserError, match="turns of examples False and True"):
+        study.build(
+            [*rows("dense", 0.0, shots=5, fewshot_as_multiturn=True), *rows(shots=5, fewshot_as_multiturn=False)]
+        )
+    made = study.build([*rows("dense", 0.0, fewshot_as_multiturn=True), *rows(fewshot_as_multiturn=False)])
+    assert made.marks == ()  # without examples there are none
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "several"),
+    [
+        ({"model_hash": None, "model_parameters": 7 * 10**9}, {"model_hash": None, "model_parameters": 10**9}, True),
+        ({"model_hash": None, "model_parameters": None}, {}, False),
+        (
+            {"model_args": {"pretrained": "/w/a", "peft": "x"}},
+            {"model_args": {"pretrained": "/w/b", "peft": "x"}},
+            True,
+        ),
+        ({"model_args": {"pretrained": "org/b"}}, {}, True),
+        ({"model_args": {"dtype": "float16"}}, {}, True),
+        ({"model_args": {"dtype": "auto"}}, {}, False),
+        ({"model_args": {"revision": "old"}}, {}, True),
+    ],
+)
+def test_what_tells_models_of_one_name_apart(one: dict[str, Any], other: dict[str, Any], several: bool) -> None:
+    made = study.build([*rows("dense", 0.0, **one), *rows(**other)])
+    assert len(made.models) == 1 + several and all(
+        (cell.dense is None) == several for cell in made.cells if cell.chains
+    )
+
+
+@pytest.mark.parametrize("change", [{"code": {"mine": {"sha256": "ab"}}}, {}])
+def test_what_was_measured_at_0_and_not_asked_for_is_no_baseline(change: dict[str, Any]) -> None:
+    change |= {"method": "mine", "requested": None, "measured": 0.0}
+    own = [row.model_copy(update=change) for row in rows()]
+    made = study.build([*own, *rows()])
+    assert all(cell.dense is None for cell in made.cells)
+    made = study.build([*DENSE, *own, *rows()])
+    assert all(len(cell.chains) == 2 for cell in made.cells) and not made.left_out
+
+
+def test_marks_that_look_alike_are_told_apart() -> None:
+    kinds = [
+        row for n in (1, 2)
+        for row in (*rows("dense", 0.0, gen_kwargs={"x": f"{'x' * 200}{n}{'x' * 200}"}),
+                    *rows(gen_kwargs={"x": f"{'x' * 200}{n}{'x' * 200}"}))
+    ]  # fmt: skip
+    made = study.build(kinds, allow_mixed=True)
+    assert len(made.primary) == 4 and len({(cell.task, cell.mark) for cell in made.primary}) == 4
 
 
 def test_a_score_that_is_better_the_lower_and_the_higher_is_mixed() -> None:
@@ -195,7 +275,7 @@ def test_the_same_run_twice_is_one_and_another_one_is_said() -> None:
     newer = rows(date="2027-01-01T00:00:00+00:00", score=0.25)
     made = study.build([*DENSE, *rows(), *newer])
     assert points(made) == 2 * len(TASKS) and len(made.left_out) == 2 * len(TASKS)
-    assert "was run 2 times; the one with most documents, the newest, is used" in made.left_out[0]
+    assert "was run 2 times; the one with most documents that dense has as well" in made.left_out[0]
     assert made.cells[0].chains[0].points[0].record.score == 0.25
 
 
@@ -295,6 +375,11 @@ def test_chance_is_said_or_given() -> None:
     assert {cell.chance for cell in made.cells if cell.metric == "exact"} == {None}
     assert any("its runs say that chance is 0 and 0.2" in line and "--chance niah=" in line for line in made.left_out)
     assert {c.chance for c in study.build(apart, chance={"niah": 0.2}).cells if c.metric == "exact"} == {0.2}
+    said = study.build(DENSE, chance={"niah": 0.125}).left_out
+    assert any("chance is taken to be 0.125, as it was given; its runs say 0" in line for line in said)
+    for level in (-1.0, 1.5, float("nan")):
+        with pytest.raises(UserError, match="a level from 0 to 1 is expected"):
+            study.build(DENSE, chance={"niah": level})
     with pytest.raises(UserError, match="--chance nia: no such task"):
         study.build(DENSE, chance={"nia": 0.1})
 

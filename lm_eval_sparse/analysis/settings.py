@@ -9,6 +9,7 @@ from typing import Any
 
 from ..labels import label
 from ..results.schema import Record
+from .variants import unlike
 
 #: Model arguments that say which weights are computed with, and how they are kept.
 _WEIGHTS = (
@@ -31,20 +32,39 @@ _ELSEWHERE = frozenset(
 )  # fmt: skip
 #: What a setting holds, in its order.
 NAMES = (
-    "version", "definition", "seed", "few-shot examples", "length", "direction", "chat template", "system instruction",
-    "gen_kwargs", "seeds", "model arguments",
+    "version", "definition", "seed", "few-shot examples", "length", "direction", "chat template", "turns of examples",
+    "system instruction", "gen_kwargs", "seeds", "model arguments",
 )  # fmt: skip
 #: What models must share as well, to be compared with each other: their chat templates differ by nature.
-_ACROSS = ("definition", "seed", "few-shot examples", "length", "direction")
-#: What lengths of a task must share as well.
-_LENGTHS = ("version",)
+_ACROSS = (
+    "version", "definition", "seed", "few-shot examples", "length", "direction", "system instruction", "gen_kwargs",
+    "seeds",
+)  # fmt: skip
+#: What lengths of a task must share as well, and what all tasks of a study must: documents of one draw.
+_LENGTHS = ("version", "seed", "few-shot examples", "gen_kwargs", "seeds")
+_TASKS = ("seed", "seeds")
 
 Setting = tuple[Any, ...]
 
 
 def weights(row: Record) -> str:
-    """Model arguments that change the weights, as text; empty without any."""
-    return ", ".join(f"{name}={_text(row.model_args[name])}" for name in _WEIGHTS if row.model_args.get(name))
+    """Model arguments that change the weights, as text; empty without any. Of a model that is called by another name
+    than it was loaded from, such as one with adapters, where that was."""
+    given = row.model_args
+    found = [f"{name}={_text(given[name])}" for name in _WEIGHTS if given.get(name)]
+    loaded = given.get("pretrained")
+    if loaded and _text(loaded) != row.model:
+        found.append(f"pretrained={_text(loaded)}")
+    stated = (("dtype", row.model_dtype), ("torch_dtype", row.model_dtype), ("revision", row.model_revision))
+    for name, recorded in stated:
+        text = _text(given.get(name) or "").removeprefix("torch.")
+        if text not in ("", "auto", _DTYPES.get(text, recorded)) and _DTYPES.get(text, text) != recorded:
+            found.append(f"{name}={text}")
+    return ", ".join(found)
+
+
+#: Other names of dtypes.
+_DTYPES = {"float": "float32", "half": "float16", "double": "float64"}
 
 
 def setting(row: Record) -> Setting:
@@ -52,7 +72,8 @@ def setting(row: Record) -> Setting:
     return (
         row.task_version, row.task_hash, row.seed, row.shots, row.length,
         "higher is better" if row.higher_is_better else "lower is better",
-        row.chat_template, row.system_instruction, json.dumps(row.gen_kwargs, sort_keys=True, default=str),
+        row.chat_template, row.fewshot_as_multiturn if row.shots else None, row.system_instruction,
+        json.dumps(row.gen_kwargs, sort_keys=True, default=str),
         tuple(sorted(row.seeds.items())), _arguments(row),
     )  # fmt: skip
 
@@ -78,6 +99,7 @@ def _text(value: Any) -> str:
 
 #: A setting with the metric it is of, whose direction is a part of it.
 Asked = tuple[str, Setting]
+Scope = defaultdict[str, defaultdict[str, dict[Asked, None]]]
 
 
 def mixed(
@@ -89,37 +111,53 @@ def mixed(
         settings: model, task, family of the task, metric, and setting of the runs.
     """
     found: dict[tuple[str, str], dict[Asked, None]] = defaultdict(dict)
-    tasks: dict[str, dict[str, dict[Asked, None]]] = defaultdict(lambda: defaultdict(dict))
-    families: dict[str, dict[str, dict[Asked, None]]] = defaultdict(lambda: defaultdict(dict))
+    tasks: Scope = defaultdict(lambda: defaultdict(dict))
+    families: Scope = defaultdict(lambda: defaultdict(dict))
+    study: Scope = defaultdict(lambda: defaultdict(dict))
     family_of = {}
     for model, task, family, metric, one in settings:
-        for several in (found[model, task], tasks[task][model], families[family][task]):
+        for several in (found[model, task], tasks[task][model], families[family][task], study[""][family]):
             several[metric, one] = None
         family_of[task] = family
     within = {key: _differing(several, NAMES) for key, several in found.items()}
     across = {task: _differing(_all(members), _ACROSS) for task, members in tasks.items()}
     lengths = {family: _differing(_all(members), _LENGTHS) for family, members in families.items()}
-    marks, lines = {}, []
+    everywhere = _differing(_all(study[""]), _TASKS)
+    marks: dict[tuple[str, str, Setting], str] = {}
+    lines = []
     for (model, task), several in sorted(found.items()):
-        places = sorted({*within[model, task], *across[task], *lengths[family_of[task]]})
+        places = sorted({*within[model, task], *across[task], *lengths[family_of[task]], *everywhere})
         if places:
-            for _, one in several:
-                marks[model, task, one] = ", ".join(f"{NAMES[at]} {_shown(one, at, several)}" for at in places)
+            # Texts that are cut may look alike, and what looks alike would be put together. Metrics have one mark.
+            own = {
+                tuple(one[at] for at in places): ", ".join(f"{NAMES[at]} {_shown(one, at, several)}" for at in places)
+                for _, one in several
+            }
+            told = unlike(own)
+            marks |= {(model, task, one): told[tuple(one[at] for at in places)] for _, one in several}
         if within[model, task]:
             parts = ", ".join(
                 f"{NAMES[at]} {' and '.join(sorted({_shown(one, at, several) for _, one in several}))}"
                 for at in within[model, task]
             )
             lines.append(f"{label(task)} of {label(model)} has {label(parts, 300)}")
-    for what, groups, differing in (("models", tasks, across), ("lengths", families, lengths)):
-        for name, members in sorted(groups.items()):
-            # What is mixed within one model is said there.
-            said = {at for (_, task), places in within.items() if name in (task, family_of[task]) for at in places}
-            for at in differing[name]:
-                if at not in said:
-                    parts = _of_each(members, at)
-                    lines.append(f"{what} of {label(name)} differ: {NAMES[at]} {label(parts, 300)}")
+    # What is mixed within one model is said there, and so is what models or lengths differ in.
+    said: dict[str, set[int]] = defaultdict(set)
+    for (_, task), places in within.items():
+        said[task] |= set(places)
+    for name, members in sorted(tasks.items()):
+        lines += _lines(f"models of {label(name)}", members, set(across[name]) - said[name])
+        said[name] |= set(across[name])
+    for name, members in sorted(families.items()):
+        before = set().union(*(said[task] for task in members))
+        lines += _lines(f"lengths of {label(name)}", members, set(lengths[name]) - before)
+        said[""] |= before | set(lengths[name])
+    lines += _lines("tasks", study[""], set(everywhere) - said[""])
     return marks, lines
+
+
+def _lines(what: str, members: Mapping[str, Iterable[Asked]], places: Iterable[int]) -> list[str]:
+    return [f"{what} differ: {NAMES[at]} {label(_of_each(members, at), 300)}" for at in sorted(places)]
 
 
 def _all(members: Mapping[str, Iterable[Asked]]) -> list[Asked]:
@@ -132,8 +170,9 @@ def _differing(settings: Iterable[Asked], names: Sequence[str]) -> list[int]:
     found = []
     for at, name in enumerate(NAMES):
         values = {(metric if name == "direction" else "", one[at]) for metric, one in several}
-        expected = len({metric for metric, _ in values})
-        if name in names and len(values) > expected:
+        if names is _TASKS:  # those of other tasks state no seed
+            values = {(metric, value) for metric, value in values if value not in (None, ())}
+        if name in names and len(values) > len({metric for metric, _ in values}):
             found.append(at)
     return found
 

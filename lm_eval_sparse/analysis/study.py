@@ -224,12 +224,26 @@ def _once(records: Iterable[Record]) -> list[Record]:
 # -- models
 
 
+def _whole(identity: tuple[Any, ...], others: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """An identity with what it does not say, where all that fit it and say more agree."""
+    fitting = [
+        other
+        for other in others
+        if all(mine is None or mine == theirs for mine, theirs in zip(identity, other, strict=True))
+    ]
+    known = [{other[place] for other in fitting if other[place] is not None} for place in range(len(identity))]
+    return tuple(
+        mine if mine is not None or len(values) != 1 else next(iter(values))
+        for mine, values in zip(identity, known, strict=True)
+    )
+
+
 #: Where the hash stands in an identity.
-_HASH = 4
+_HASH = 5
 
 
 def _identity(row: Record) -> tuple[Any, ...]:
-    return row.model, row.model_revision, row.model_dtype, weights(row), row.model_hash
+    return row.model, row.model_revision, row.model_dtype, weights(row), row.model_parameters, row.model_hash
 
 
 def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
@@ -238,16 +252,8 @@ def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
     A run that does not know the hash of its weights, as of other model types, is of the one model that has its name,
     revision and dtype, where there is but one.
     """
-    known: dict[tuple[Any, ...], set[str]] = defaultdict(set)
     identities = {_identity(row) for row in rows}
-    for *name, digest in identities:
-        if digest:
-            known[tuple(name)].add(digest)
-    resolved = {}
-    for identity in identities:
-        *name, digest = identity
-        hashes = known[tuple(name)]
-        resolved[identity] = (*name, digest or (next(iter(hashes)) if len(hashes) == 1 else None))
+    resolved = {identity: _whole(identity, identities) for identity in identities}
     by_name: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
     for found in resolved.values():
         by_name[found[0]].add(found)
@@ -261,7 +267,7 @@ def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
         ]
         return f"{found[0]} ({', '.join(parts)})" if parts else found[0]
 
-    names = unlike({found: shown(found) for found in set(resolved.values())})
+    names = unlike({found: label(shown(found), 300) for found in set(resolved.values())})
     return {identity: names[found] for identity, found in resolved.items()}
 
 
@@ -299,7 +305,7 @@ def _cell(
     dense.sort(key=lambda row: (row.method == "dense", row.runner == "sparse-hf", row.n, row.date or ""), reverse=True)
     if not dense and by_chain:
         said.append(f"{where} ({label(metric)}) has no dense run: no loss can be said; run it with method=dense")
-    _again(dense, f"{where}: dense", said)
+    _again(dense, f"{where}: dense", said, "the one with most documents, the newest,")
     chains = []
     kept = set(dense[0].documents.ids) if dense and dense[0].documents else set()
     for chain, configurations in by_chain.items():
@@ -309,7 +315,8 @@ def _cell(
         for again in configurations.values():
             # A loss is one on documents that dense has as well.
             again.sort(key=lambda row: (_shared(row, kept), row.n, row.date or ""), reverse=True)
-            _again(again, f"{where}: {name} at {_asked(again[0])}", said)
+            shared = "the one with most documents that dense has as well, then most, then the newest,"
+            _again(again, f"{where}: {name} at {_asked(again[0])}", said, shared)
             rows.append(again[0])
         rows.sort(key=lambda row: (row.measured if row.requested is None else row.requested, row.measured))
         chains.append(Chain(method, phases, name, is_oracle(method), tuple(_point(row, place) for row in rows)))
@@ -326,7 +333,7 @@ def _cell(
         length=next((row.length for row in members if row.length), None),
         metric=metric,
         higher_is_better=first.higher_is_better,
-        chance=given if given is not None else _chance(members, f"{where} ({label(metric)})", short, said),
+        chance=_chance(members, f"{where} ({label(metric)})", short, given, said),
         bounded=first.bounded,
         mark=mark,
         ids=ids,
@@ -335,9 +342,13 @@ def _cell(
     )
 
 
-def _chance(members: Sequence[Record], where: str, short: str, said: list[str]) -> float | None:
-    """What guessing scores, of runs that state it: the largest of levels that hardly differ."""
+def _chance(members: Sequence[Record], where: str, short: str, given: float | None, said: list[str]) -> float | None:
+    """What guessing scores: what was `given`, else what runs state, the largest of levels that hardly differ."""
     known = sorted({row.chance for row in members if row.chance is not None})
+    if given is not None:
+        if known and abs(known[-1] - given) > _HARDLY:
+            said.append(f"{where}: chance is taken to be {given:g}, as it was given; its runs say {known[-1]:g}")
+        return given
     if not known or known[-1] - known[0] <= _HARDLY:
         return known[-1] if known else None
     said.append(
@@ -352,7 +363,7 @@ def _shared(row: Record, kept: set[str]) -> int:
     return len(kept.intersection(row.documents.ids)) if row.documents else 0
 
 
-def _again(rows: Sequence[Record], what: str, said: list[str]) -> None:
+def _again(rows: Sequence[Record], what: str, said: list[str], why: str) -> None:
     """Say which runs of one configuration are not used; the same run, read twice, is no word worth."""
     used = [(row.score, row.n, row.date) for row in rows[:1]]
     others = [row for row in rows if (row.score, row.n, row.date) not in used]
@@ -360,7 +371,7 @@ def _again(rows: Sequence[Record], what: str, said: list[str]) -> None:
         told = (f"{row.score:.4g} (n={row.n}{_ran_on(row)})" for row in others[:3])
         scores = ", ".join(told)
         said.append(
-            f"{what} was run {len(others) + 1} times; the one with most documents, the newest, is used"
+            f"{what} was run {len(others) + 1} times; {why} is used"
             f"{label(_ran_on(rows[0]), 100)}; left out: {label(scores, 200)}"
         )
 
@@ -389,7 +400,9 @@ def _point(row: Record, place: Mapping[str, int]) -> Point:
 
 def _check_chance(levels: Mapping[str, float], rows: Sequence[Record]) -> None:
     names = {name for row in rows for name in (row.task, *short_name(row.task))}
-    for name in levels:
+    for name, level in levels.items():
+        if not 0 <= level <= 1:  # nor is it a number
+            raise UserError(f"--chance {label(name)}={level:g}: a level from 0 to 1 is expected")
         if name not in names:
             known = ", ".join(sorted({label(row.task) for row in rows})[:20])
             raise UserError(f"--chance {label(name)}: no such task in these results, which hold {known}")

@@ -18,7 +18,7 @@ from ..errors import UserError
 from .documents import Scores, of_samples
 from .figures import PHASES
 from .parts import MISSING, Part, is_finite
-from .reproduce import reproduce_command
+from .reproduce import arguments_of, reproduce_command
 from .schema import Documents, PhaseFigures, Range, Record, Shape, are_of, is_share, said
 
 #: Measurements among lm-eval's metrics, and what it writes where nothing is scored.
@@ -185,16 +185,23 @@ def _documents(
 def _run(whole: Part) -> dict[str, Any]:
     """What all tasks of a run share."""
     config, sparse = whole["config"], whole["config"]["sparse"]
-    name = whole["model_name"] if whole["model_name"].value not in (None, "", MISSING) else config["model"]
+    model_args = _masked(config["model_args"])
+    method, asked = model_args.get("method", "dense"), model_args.get("sparsity", 0)
+    if not sparse and (_text(config["model"]) == "sparse-hf" or method != "dense" or asked not in (0, None)):
+        raise UserError(
+            f"{whole.where}: a run of sparse-hf without what it measured (config.sparse is missing), so nothing says "
+            "whether it was dense; run it again"
+        )
     seconds = whole["total_evaluation_time_seconds"]
     found: dict[str, Any] = {
-        "model": name.text() if name else "?",
+        "model": _model(whole, model_args),
         "model_revision": _text(config["model_revision"]),
         "model_hash": _text(config["model_sha"]),
         "model_dtype": (_text(config["model_dtype"]) or "").removeprefix("torch.") or None,
         "model_parameters": _count(config["model_num_parameters"]),
         "runner": _text(config["model"]) or "?",
-        "gen_kwargs": config["gen_kwargs"].value if isinstance(config["gen_kwargs"].value, dict) else {},
+        "gen_kwargs": _given(config["gen_kwargs"]),
+        "fewshot_as_multiturn": _flag(whole["fewshot_as_multiturn"]),
         "chat_template": _short(whole["chat_template_sha"]),
         "system_instruction": _short(whole["system_instruction_sha"]),
         "seeds": {name: _whole(config[key]) for name, key in _SEEDS.items() if config[key]},
@@ -202,7 +209,7 @@ def _run(whole: Part) -> dict[str, Any]:
         "commit": _text(whole["git_hash"]),
         "date": _date(whole["date"]),
         "command": reproduce_command(whole.value),
-        "model_args": _masked(config["model_args"]),
+        "model_args": model_args,
         "source": whole.where,
         "versions": {
             name: version
@@ -425,21 +432,46 @@ def _date(part: Part) -> str | None:
         return None
 
 
-def _typed(text: str) -> Any:
+def _flag(part: Part) -> bool | None:
+    return part.value if isinstance(part.value, bool) else None
+
+
+def _model(whole: Part, model_args: dict[str, Any]) -> str:
+    """What a run calls its model: by its name, else by where it was loaded from."""
+    for name in (whole["model_name"].value, model_args.get("pretrained"), whole["config"]["model"].value):
+        if isinstance(name, str) and name:
+            return name
+    return "?"
+
+
+def _given(part: Part) -> dict[str, Any]:
+    """Arguments by name, in any form that `simple_evaluate` takes: an object, a list or a text of `name=value`, JSON.
+
+    Raises:
+        UserError: they are something else: what was asked for would not be known.
+    """
+    value = part.value
+    if value is MISSING or value is None or isinstance(value, dict):
+        return value if isinstance(value, dict) else {}
+    if isinstance(value, list) and all(isinstance(pair, str) for pair in value):
+        value = ",".join(value)
+    if not isinstance(value, str):
+        raise part.refuse("an object or a text of name=value")
+    return {name.strip(): _typed(text) for name, text in arguments_of(value).items()}
+
+
+def _typed(value: Any) -> Any:
     """A value as lm-eval reads it in `name=value`."""
+    if not isinstance(value, str):
+        return value
+    text = str(value).strip()
     if text in ("True", "true", "False", "false"):
         return text in ("True", "true")
-    for read in (int, float):
-        with contextlib.suppress(ValueError):
+    for read in (int, float, json.loads):
+        with contextlib.suppress(ValueError, RecursionError):
             return read(text)
     return text
 
 
 def _masked(part: Part) -> dict[str, Any]:
-    given = part.value
-    if isinstance(given, str):  # as `simple_evaluate` may be given them
-        pairs = (pair.strip().partition("=")[::2] for pair in given.split(",") if "=" in pair)
-        given = {name: _typed(text) for name, text in pairs}
-    if not isinstance(given, dict):
-        return {}
-    return {name: masking.masked(value) for name, value in given.items() if not masking.is_secret(name)}
+    return {name: masking.masked(value) for name, value in _given(part).items() if not masking.is_secret(name)}

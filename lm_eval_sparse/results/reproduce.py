@@ -98,7 +98,7 @@ def _is_ours(task: Any) -> bool:
 def _metadata(tasks: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """What users gave our tasks. lm-eval puts model arguments there as well; what tasks do not share was not given."""
     found: list[dict[str, Any]] = []
-    given = dict(_given(config.get("model_args")))
+    given = dict(arguments_of(config.get("model_args")))
     for metadata in (_mapping(task["metadata"]) for task in tasks.values() if _is_ours(task)):
         found.append(
             {
@@ -114,8 +114,8 @@ def _metadata(tasks: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
     )
 
 
-def _given(arguments: Any) -> Mapping[str, Any]:
-    """Arguments by name. In lm-eval's form `name=value,…` values stay the texts that they are."""
+def arguments_of(arguments: Any) -> Mapping[str, Any]:
+    """Arguments by name, from an object or a text. In lm-eval's form `name=value,…` values stay texts."""
     if not isinstance(arguments, str):
         return _mapping(arguments)
     if arguments.lstrip().startswith("{"):
@@ -151,7 +151,7 @@ def _split(text: str) -> list[str]:
 
 def _pairs(given: Any) -> str:
     """Arguments in lm-eval's form `name=value,…`, or as JSON where that would be read otherwise; without secrets."""
-    arguments = _given(given)
+    arguments = arguments_of(given)
     typed = {name for name, value in arguments.items() if isinstance(value, _Text)}
     shown = {name: value for name, value in arguments.items() if not masking.is_secret(name)}
     shown = {name: _shown(name, masking.masked(value)) for name, value in shown.items()}

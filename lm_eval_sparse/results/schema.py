@@ -135,7 +135,8 @@ class Record(_Strict):
         task, task_version, task_hash: the hash is of what makes prompts and scores, not of where files lie.
         length: tokens that prompts of the task aim at.
         prompt_tokens: mean number of tokens of its prompts, measured.
-        output_type, shots, chat_template, system_instruction, gen_kwargs: how it was asked; hashes of the texts.
+        output_type, shots, chat_template, fewshot_as_multiturn, system_instruction, gen_kwargs: how it was asked; of
+            the texts hashes.
         seed: what the task's documents are drawn with. `seeds`: those of lm-eval.
         metric: name; where several filters of answers give a score the filter's name stands behind a comma.
         score, stderr: as aggregated by lm-eval; `stderr` is None where it gave none.
@@ -174,6 +175,7 @@ class Record(_Strict):
     output_type: str | None = None
     shots: Count | None = None
     chat_template: str | None = None
+    fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     gen_kwargs: dict[str, Any] = {}
     seed: int | None = None
