@@ -107,6 +107,55 @@ def test_a_worst_task_needs_all_its_tasks_done_by_dense():
     assert only(built(of({"quest": {0.5: 0}}), of({"quest": {0.5: 0}}, task="cwe")))["worst task"].certified == 1
 
 
+def partly(n, start):
+    """Documents from `start` on, all wrong; the ones before were not run."""
+    return np.concatenate([np.full(start, np.nan), np.zeros(n - start)])
+
+
+def test_dense_must_do_the_documents_that_the_loss_is_one_of():
+    """It does 240 of 300, and none of those that the run has: the run loses nothing there, since nothing is there."""
+    dense = np.concatenate([np.ones(240), np.zeros(60)])
+    study = built([record("niah", "dense", None, dense), record("niah", "quest", 0.9, partly(300, 240))])
+    found = only(study)["niah"]
+    assert found.certified == 0 and found.refused
+    assert found.reason.startswith("of the 60 documents that the run at 0.9 has as well, dense cannot do this task")
+    # Of a part that dense can do it is certified as ever.
+    part = np.concatenate([np.ones(100), np.full(200, np.nan)])
+    assert (
+        only(built([record("niah", "dense", None, dense), record("niah", "quest", 0.9, part)]))["niah"].certified == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "toefl",
+    [
+        [record("toefl", "dense", None, None), record("toefl", "quest", 0.5, right(100))],
+        [record("toefl", "dense", None, right(100)), record("toefl", "quest", 0.5, None)],
+        [record("toefl", "dense", None, right(20)), record("toefl", "quest", 0.5, right(20))],
+        [record("toefl", "quest", 0.5, right(100))],
+    ],
+)
+def test_a_group_and_a_worst_task_leave_no_task_out(toefl):
+    others = [*of({"quest": {0.5: 0}}, task="squad"), *of({"quest": {0.5: 0}}, task="quality")]
+    found = only(built(others, toefl))
+    for name in ("single_qa", "worst task"):
+        assert found[name].refused and not found[name].certified and found[name].reason.startswith("toefl: ")
+        assert set(found[name].tasks) == {"squad", "quality", "toefl"}
+    whole = only(built(others, of({"quest": {0.5: 0}}, task="toefl")))
+    assert whole["single_qa"].certified == whole["worst task"].certified == 1
+    # What is never certified is in neither.
+    bits = of({"quest": {0.5: 0}}, task="toefl", metric="bits_per_char", chance=None)
+    assert only(built(others, bits))["worst task"].certified == 1
+
+
+def test_a_group_is_not_certified_by_the_documents_that_it_reads():
+    """The first 60 of 400 documents lose nothing, the others everything that dense has."""
+    dense = np.concatenate([np.zeros(60), np.ones(340)])
+    lost = [record("story_retrieval", "dense", None, dense), record("story_retrieval", "quest", 0.5, np.zeros(400))]
+    found = only(built(of({"quest": {0.5: 0}}, 60), lost))["multiple_qa"]
+    assert found.certified == 0 and found.tested.p[0] == 1
+
+
 def test_refusals_say_why():
     short = of({"quest": {0.5: 0}}, 30)
     assert "30 documents are too few" in refusal(built(short)) and "could certify 0.074" in refusal(built(short))

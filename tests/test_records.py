@@ -213,7 +213,7 @@ def test_what_is_no_record(line: str) -> None:
     ("name", "value", "said"),
     [
         ("exact,none", 1.5, "exact is 1.5, a number from 0 to 1 is expected"),
-        ("sample_len", 0, "has no documents (sample_len is missing or 0)"),
+        ("sample_len", 0, "has no documents (sample_len and n-samples are missing or 0)"),
         ("exact_stderr,none", -1.0, "a finite number of at least 0 is expected"),
     ],
 )
@@ -321,6 +321,54 @@ def test_secrets_are_in_no_record(tmp_path: Path) -> None:
     content["config"]["model_args"] |= {"token": "hf_abcdefghijklmnopqrstuvwx", "hf_token": "other"}
     for row in records(content):
         assert "hf_abc" not in row.model_dump_json() and "other" not in row.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ('{"pretrained": "org/m", "max_length": 1024}', {"pretrained": "org/m", "max_length": 1024}),
+        (["pretrained=org/m", "max_length=1024"], {"pretrained": "org/m", "max_length": 1024}),
+        ('pretrained=org/m,chat_template_args={"a": 1, "b": false}',
+         {"pretrained": "org/m", "chat_template_args": {"a": 1, "b": False}}),
+        ("pretrained=org/m,add_bos_token=True,dtype=bfloat16",
+         {"pretrained": "org/m", "add_bos_token": True, "dtype": "bfloat16"}),
+        (None, {}),
+    ],
+)  # fmt: skip
+def test_arguments_are_read_in_every_form_and_name_the_model(given: Any, expected: dict[str, Any]) -> None:
+    content = lm_eval_content()
+    content["config"] |= {"model_args": given, "gen_kwargs": "temperature=0.5,do_sample=True"}
+    content.pop("model_name", None)
+    row = next(iter(records(content, "x")))
+    assert row.model_args == expected and row.gen_kwargs == {"temperature": 0.5, "do_sample": True}
+    assert row.model == expected.get("pretrained", "hf")
+    content["config"]["gen_kwargs"] = 3
+    with pytest.raises(UserError, match="gen_kwargs is 3, an object or a text of name=value is expected"):
+        records(content, "x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "sparse-hf"},
+        {"model_args": {"method": "quest"}},
+        {"model_args": "pretrained=a,sparsity=0.9"},
+        {"model": "sparse-hf", "model_args": '{"method": "quest", "sparsity": 0.9}'},
+    ],
+)
+def test_a_run_that_may_have_been_sparse_is_no_dense_one(change: dict[str, Any]) -> None:
+    content = lm_eval_content()
+    content["config"] |= change
+    with pytest.raises(UserError, match=r"without what it measured \(config.sparse is missing\)"):
+        records(content, "x")
+
+
+def test_documents_are_counted_as_older_versions_of_lm_eval_write_it() -> None:
+    content = lm_eval_content()
+    for row in content["results"].values():
+        row.pop("sample_len", None)
+    content["n-samples"] = {task: {"original": 9, "effective": 4} for task in content["results"]}
+    assert {row.n for row in records(content, "x")} == {4}
 
 
 def test_model_arguments_given_as_text_are_read_and_masked() -> None:

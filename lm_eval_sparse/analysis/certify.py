@@ -120,8 +120,32 @@ def lines(cells: Iterable[Cell], options: Options) -> list[Line]:
                 why = "dense and sparse runs have no document in common: run both on the same documents"
             # What depends on numbers of documents only may leave the family: no score is looked at.
             why = why or guarantee.too_few(int(own.n.max()), options.tolerance, options.level)
-            found.append(Line(cell, chain, tuple(map(key, chain.points)), lost[part], own, why, gate))
+            beaten = gate if why is None else None
+            if why is None and gate is None:
+                beaten = _gate_of_shared(cell, chain, lost[part], options)
+            found.append(Line(cell, chain, tuple(map(key, chain.points)), lost[part], own, why, beaten))
     return found
+
+
+def _gate_of_shared(cell: Cell, chain: Chain, lost: guarantee.Floats, options: Options) -> str | None:
+    """Why dense cannot do the documents that a run has in common with it, which its loss is one of; None where it can
+    do those of all runs."""
+    dense = cell.dense.scores if cell.dense is not None else None
+    if dense is None:
+        return None
+    kept = ~np.isnan(dense)
+    known: dict[bytes, str | None] = {}
+    for point, row in zip(chain.points, lost, strict=True):
+        there = ~np.isnan(row)
+        if not there.any() or np.array_equal(there, kept):
+            continue
+        mask = there.tobytes()
+        if mask not in known:
+            scores = np.where(there, dense, np.nan)
+            known[mask] = guarantee.beats_chance(scores, cell.chance, options.margin, cell.short, options.tolerance)
+        if known[mask]:
+            return f"of the {int(there.sum())} documents that the run at {asked(point):.3g} has as well, {known[mask]}"
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,35 +241,56 @@ def _groups(members: Sequence[Line], names: dict[str, str], options: Options) ->
     kinds = sorted({line.cell.family.removesuffix(line.cell.short) for line in members})
     several = len(kinds) > 1
     found = []
+    refused: list[Certificate] = []
     for kind in kinds:
         for group, shorts in GROUPS.items():
             inside = [
                 line for line in members
-                if line.cell.short in shorts and line.cell.family == kind + line.cell.short and line.refused is None
+                if line.cell.short in shorts and line.cell.family == kind + line.cell.short
             ]  # fmt: skip
-            if len(inside) > 1:
-                points, tables = aligned(inside)
-                tested = guarantee.mean_over_tasks(tables, options.tolerance)
-                found.append((f"{group} ({kind.strip('_')})" if several else group, inside, points, tested))
+            if len(inside) < 2:
+                continue
+            name = f"{group} ({kind.strip('_')})" if several else group
+            if why := _first_refusal(inside, names):
+                refused.append(_refused("group", name, inside, why, options))
+                continue
+            points, tables = aligned(inside)
+            found.append((name, inside, points, guarantee.mean_over_tasks(tables, options.tolerance)))
     result = guarantee.sequences([tested.p for *_, tested in found], options.level)
-    return [
+    certified = [
         _certificate("group", name, inside, points, tested, int(count), float(result.level), len(found),
                      _first_gate(inside, names), options)
         for (name, inside, points, tested), count in zip(found, result.certified, strict=True)
     ]  # fmt: skip
+    return certified + refused
 
 
 def _worst(members: Sequence[Line], names: dict[str, str], options: Options) -> list[Certificate]:
     """Every task at most the tolerance. Where dense cannot do one of them nothing is said: there is nothing to lose on
-    it, and leaving it out would be a choice by what was scored."""
-    inside = [line for line in members if line.refused is None]
+    it, and leaving it out would be a choice by what was scored. Nor where a run or documents of one are missing: the
+    worst of the others is another statement. Metrics that are never certified are in none."""
+    inside = [line for line in members if line.cell.bounded]
     if len(inside) < 2:
         return []
+    if why := _first_refusal(inside, names):
+        return [_refused("worst", "worst task", inside, why, options)]
     points, tested = together(inside)
     result = guarantee.sequences([tested.p], options.level)
     gate = _first_gate(inside, names)
     count, level = int(result.certified[0]), float(result.level)
     return [_certificate("worst", "worst task", inside, points, tested, count, level, 1, gate, options)]
+
+
+def _first_refusal(inside: Sequence[Line], names: dict[str, str]) -> str | None:
+    return next((f"{names[line.cell.family]}: {line.refused}" for line in inside if line.refused), None)
+
+
+def _refused(kind: str, name: str, inside: Sequence[Line], why: str, options: Options) -> Certificate:
+    """A certificate that there is none, of tasks of which one has no tested run."""
+    tasks = tuple(dict.fromkeys(line.cell.short for line in inside))
+    empty = np.zeros(0)
+    nothing = guarantee.Tested(empty, np.zeros(0, np.int64), empty, empty)
+    return Certificate(kind, name, tasks, (), nothing, 0, options.level, 0, why, True)
 
 
 def _first_gate(inside: Sequence[Line], names: dict[str, str]) -> str | None:

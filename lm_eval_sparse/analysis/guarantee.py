@@ -176,7 +176,8 @@ def mean_over_tasks(lost: Sequence[Floats], tolerance: float) -> Tested:
 
     With as many documents of each task that is the mean over all documents, whose losses are independent though not
     alike, and `hoeffding_bentkus` holds for it. So where tasks differ in documents the first ones count, as many as the
-    smallest has, in their fixed order.
+    smallest has, in their fixed order. Where the mean over tasks of all their documents reaches the tolerance, so that
+    only what was left out speaks against it, the p-value is 1: what is certified must not hang on that choice.
 
     Args:
         lost: of each task (..., n_task) losses; nan where a document is missing. The same leading shape for all.
@@ -194,7 +195,11 @@ def mean_over_tasks(lost: Sequence[Floats], tolerance: float) -> Tested:
     with np.errstate(invalid="ignore", divide="ignore"):
         # Of a mean over strata of equal size: variances within tasks alone.
         stderr = np.where(few > 1, np.sqrt(squares / (few - 1) * few) / n, np.nan)
-        return Tested(hoeffding_bentkus(total, n, tolerance), n, total / n, stderr)
+        p = hoeffding_bentkus(total, n, tolerance)
+        whole = np.mean(
+            [np.nansum(task, axis=-1) / mask.sum(axis=-1) for task, mask in zip(lost, there, strict=True)], 0
+        )
+        return Tested(np.where(whole >= tolerance, 1.0, p), n, total / n, stderr)
 
 
 def every_task(p: ArrayLike) -> Floats:

@@ -135,10 +135,10 @@ def _of_task(
     if (measured := _measured(whole["config"]["sparse"], task)) is None or group:
         row.object()
         return []
-    n = row["sample_len"].count() if row["sample_len"] else 0
+    n = row["sample_len"].count() if row["sample_len"] else _samples(whole, task)
     scores = list(_scores(row, left_out))
     if scores and not n:
-        left_out.append(f"{where}: results.{task} has no documents (sample_len is missing or 0)")
+        left_out.append(f"{where}: results.{task} has no documents (sample_len and n-samples are missing or 0)")
         return []
     about = _about(whole, task) if scores else {}
     if scores and path is not None and not any(key[0] == task for key in documents):
@@ -166,6 +166,15 @@ def _of_task(
         except ValidationError as error:
             left_out.append(f"{where}: results.{task}.{metric}: {said(error)}")
     return found
+
+
+def _samples(whole: Part, task: str) -> int:
+    """Documents of a task as older versions of lm-eval say it."""
+    counted = whole["n-samples"]
+    if not counted or not isinstance(counted[task].value, dict):
+        return 0
+    effective = counted[task]["effective"]
+    return effective.count() if effective else 0
 
 
 def _documents(
