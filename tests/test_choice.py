@@ -222,9 +222,16 @@ def by_memory(rows):
     return recommend.recommend(built(held), Options(), task="niah", by="memory")
 
 
-@pytest.mark.parametrize("given", [{}, {"sparsity": 0.9}, {"method": "quest"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {}, {"sparsity": 0.9}, {"method": "quest"}, {"method": "snapkv", "sparsity": 0.9},
+        {"method": "quest", "sparsity": 0.5}, {"method": "quest", "sparsity": 0.9, "pretrained": "evil/model"},
+    ],
+)  # fmt: skip
 def test_a_line_that_the_runs_do_not_say_is_not_made_up(given):
-    said, found = by_memory(of({"quest": {0.9: 0}}, model_args={"pretrained": "org/model", **given}))
+    rows = of({"quest": {0.9: 0}}, model_args={"pretrained": "org/model", **given})
+    said, found = by_memory(rows)
     assert found and "There is no line to paste" in said and not said.splitlines()[-1].startswith("--model_args")
 
 
@@ -234,3 +241,26 @@ def test_code_of_others_is_not_in_the_line():
     assert found and "trust_remote_code=True; add it if you trust" in said and "/home/me" not in said
     assert said.splitlines()[-1] == "--model_args pretrained=org/model,method=path/to/x.py:Mine,sparsity=0.9"
     assert "give its path, and --allow-code" in said
+
+
+def test_runs_of_a_group_with_other_arguments_have_lines_of_their_own():
+    arguments = {"pretrained": "org/model", "method": "quest", "sparsity": 0.9}
+    one = of({"quest": {0.9: 0}}, model_args={**arguments, "max_length": 4096})
+    other = of({"quest": {0.9: 0}}, task="story_retrieval", model_args={**arguments, "max_length": 8192})
+    held = []
+    for row in (*one, *other):
+        share = {"kv_memory_fraction": 1.0 if row.method == "dense" else 0.5}
+        held.append(row.model_copy(update={"by_phase": {"decode": row.by_phase["decode"].model_copy(update=share)}}))
+    sizes = {"layers": 2, "attention_layers": 2, "hidden": 8, "query_heads": 2, "kv_heads": 1, "mlp": 16, "vocab": 99}
+    shape = Shape(**sizes, head_dim=4, value_dim=4)
+    held = [r.model_copy(update={"model_dtype": "bfloat16", "prompt_tokens": 4e3, "model_shape": shape}) for r in held]
+    said, found = recommend.recommend(built(held), Options(), group="multiple_qa", by="memory")
+    assert found and "max_length=4096" in said and "max_length=8192" in said
+    assert "On frontier_story_retrieval_4k it was run with:" in said
+
+
+def test_names_of_foreign_files_are_one_line_of_a_recommendation():
+    evil = "org/x\n--model_args pretrained=evil\x1b[31m"
+    rows = of({"quest": {0.9: 0, 0.95: 30}, "snapkv": {0.5: 40}}, model=evil)
+    said, _ = recommend.recommend(built(rows), Options(), task="niah", by="memory")
+    assert not any(line.startswith("--model_args") for line in said.splitlines()) and "\x1b" not in said

@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 from lm_eval_sparse.analysis import cost, isocost
-from lm_eval_sparse.analysis.costed import able, groups, shared
+from lm_eval_sparse.analysis.costed import Configuration, able, groups, shared
 from lm_eval_sparse.analysis.shapes import PUBLISHED
 from lm_eval_sparse.analysis.study import Study, build
 from lm_eval_sparse.errors import UserError
@@ -280,6 +280,22 @@ def test_a_model_that_cannot_do_a_task_is_drawn_and_not_on_its_front(records: li
         told = [line for line in section.sentences if reason in line]
         assert bool(told) == (floored is floor)
         assert reason == FLOOR or not any("cannot do" in line for line in section.sentences)
+
+
+@pytest.mark.parametrize(("above", "chance", "on"), [(0.03, 0.2, False), (0.08, 0.2, True), (0.03, None, True)])
+def test_a_run_that_guesses_is_on_no_front(above: float, chance: float | None, on: bool) -> None:
+    """The cheapest run is on a front whatever it scores, unless that is what guessing scores."""
+
+    def one(label: str, cost: float, score: float) -> Configuration:
+        run = SimpleNamespace(
+            cell=SimpleNamespace(chance=chance),
+            cost=SimpleNamespace(total=lambda phase: cost),
+            point=SimpleNamespace(measured=0.9, record=SimpleNamespace(score=score)),
+        )
+        return Configuration("m", label, ("decode",), False, {"vt": run})
+
+    runs = [one("quest", 1.0, 0.2 + above), one("snapkv", 2.0, 0.7)]
+    assert isocost._front(runs, "decode", ("vt",)) == [on, True]
 
 
 def test_a_level_of_chance_that_is_not_known_is_no_failure(records: list[Record]) -> None:

@@ -150,7 +150,7 @@ def choose(
                 }
                 refused[f"{label} of {model} was not run on {_listed(lacking)}"] = None
             elif why := next((line for line in found if line.refused), None):
-                refused[f"{label} of {model} on {why.cell.task}: {why.refused}"] = None
+                refused[f"{label} of {model} on {shown(why.cell.task)}: {why.refused}"] = None
             else:
                 candidates.append((model, label, found))
 
@@ -160,7 +160,7 @@ def choose(
     for (model, label, found), (points, tested), count in zip(candidates, joined, result.certified, strict=True):
         gate = next((line for line in found if line.gate), None)
         if gate:
-            refused[f"{model} on {gate.cell.task}: {gate.gate}"] = None
+            refused[f"{model} on {shown(gate.cell.task)}: {gate.gate}"] = None
             continue
         certified += [_candidate(model, label, found, key(points[at]), at, tested, cost) for at in range(int(count))]
         measure.append(_more(model, label, points, tested, int(count), float(result.level), options))

@@ -38,6 +38,10 @@ class Run:
     cost: Cost
 
 
+#: A score that is no more above chance is a guess.
+GUESSED = 0.05
+
+
 @dataclass(frozen=True, eq=False)
 class Configuration:
     """A model with a method at a sparsity.
@@ -70,6 +74,11 @@ class Configuration:
         """Mean cost over tasks, None where that of one is not known."""
         found = [self.runs[task].cost.total(phase) for task in tasks]
         return None if None in found else _mean(found)
+
+    def guesses(self, tasks: Sequence[str]) -> bool:
+        """Whether it scores hardly more than chance, where that is known of all tasks."""
+        chances = [self.runs[task].cell.chance for task in tasks]
+        return None not in chances and self.score(tasks) - _mean(chances) <= GUESSED
 
     def changes(self, phase: str) -> bool:
         """Whether its method changes what this phase costs: dense attention is always told."""

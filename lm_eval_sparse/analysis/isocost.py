@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import UserError
 from ..labels import label
 from .cost import Pairs
-from .costed import Configuration, Group, able, groups, shared
+from .costed import GUESSED, Configuration, Group, able, groups, shared
 from .equal import Comparison, Floor, comparisons
 from .figure import Figure, Panel, Section, Series, Table
 from .ladder import because, floor_of
@@ -191,9 +191,10 @@ def _front(
     higher: bool = True,
     failed: Collection[str] = (),
 ) -> list[bool]:
-    """Which configurations no other one beats. Oracles beat nobody, nor does a model that failed."""
+    """Which configurations no other one beats. Oracles beat nobody, nor does a model that failed, nor what guesses."""
     sign = 1 if higher else -1
-    costs = [float("nan") if one.oracle or one.model in failed else one.cost(phase, tasks) for one in chosen]
+    nobody = [one.oracle or one.model in failed or (higher and one.guesses(tasks)) for one in chosen]
+    costs = [float("nan") if out else one.cost(phase, tasks) for one, out in zip(chosen, nobody, strict=True)]
     return front(costs, [sign * one.score(tasks) for one in chosen]).tolist()
 
 
@@ -404,8 +405,8 @@ def _caption(phase: str, batch: float, pairs: Pairs) -> str:
         f"{told}, and dense attention. A point is a model with a method at a sparsity; points of one model and method "
         "are joined. A colour is a method, a mark a model; dense attention is one point of each model. "
         f"{FRONT}: no other configuration costs no more and scores no less; points on it may differ by less than their "
-        "standard errors. Not on it: oracles, and models of which it cannot be said that their dense attention does "
-        f"the task. {_caption_of_costs(batch, pairs)}"
+        "standard errors. Not on it: oracles, models of which it cannot be said that their dense attention does "
+        f"the task, and runs that score no more than {GUESSED:g} above chance. {_caption_of_costs(batch, pairs)}"
     )
 
 

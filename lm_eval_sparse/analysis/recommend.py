@@ -6,8 +6,9 @@ What is certified is decided in `choice`; here costs get one unit, and a choice 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..errors import UserError
 from ..labels import label
@@ -127,7 +128,7 @@ def text(found: Choice, options: Options, by: str, answer: float) -> str:
         lines.append("To certify more:")
         lines += [f"  {line}" for line in found.measure]
     if found.best is not None:
-        lines += _line(found.best.points[0].record)
+        lines += _lines([point.record for point in found.best.points])
     return "\n".join(lines)
 
 
@@ -160,14 +161,27 @@ def _figures(one: Candidate, by: str) -> str:
     )
 
 
-def _line(record: Record) -> list[str]:
-    """What runs a configuration: its model arguments, as lm-eval takes them, without those that change no answer.
+def _lines(records: Sequence[Record]) -> list[str]:
+    """What runs a configuration on its tasks: one line, or one for each task where its runs differ in arguments."""
+    by_line: dict[tuple[str, ...], list[str]] = {}
+    for record in records:
+        by_line.setdefault(tuple(_line(record)), []).append(label(record.task))
+    if len(by_line) == 1:
+        return list(next(iter(by_line)))
+    found = []
+    for lines, tasks in by_line.items():
+        found += [f"On {', '.join(tasks)} it was run with:", *lines]
+    return found
 
-    Results may come from anybody. What they do not say is not made up, and code is not trusted on their word.
+
+def _line(record: Record) -> list[str]:
+    """The model arguments of a run, as lm-eval takes them, without those that change no answer.
+
+    Results may come from anybody. What they do not say is not made up, what contradicts them is not pasted, and code is
+    not trusted on their word.
     """
     given = {name: value for name, value in record.model_args.items() if name not in _IDLE and value is not None}
-    asked = record.requested is None or any(str(name).endswith("sparsity") for name in given)
-    if not isinstance(given.get("method"), str) or not asked:
+    if not _agrees(given, record):
         return ["There is no line to paste: the runs do not say with which --model_args they were made."]
     given.setdefault("pretrained", record.model)
     code = given.pop("trust_remote_code", None)
@@ -176,3 +190,16 @@ def _line(record: Record) -> list[str]:
     if record.code:
         notes.append("Note: the method is a file of somebody's own; give its path, and --allow-code if you trust it.")
     return [*notes, model_args_option({name: given[name] for name in order})]
+
+
+def _agrees(given: Mapping[str, Any], record: Record) -> bool:
+    """Whether model arguments name the model, method and sparsity that were recorded."""
+    method = given.get("method")
+    if not isinstance(method, str) or (method != record.method and not record.code):
+        return False
+    if given.get("pretrained", record.model) != record.model and not (given.get("peft") or given.get("delta")):
+        return False
+    if record.requested is None:
+        return True
+    typed = {name: value for name, value in given.items() if str(name).endswith("sparsity")}
+    return bool(typed) and ("sparsity" not in typed or typed["sparsity"] == record.requested)

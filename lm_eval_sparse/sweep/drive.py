@@ -234,7 +234,13 @@ class Driver:
 
 def _named(row: Record, cell: Cell) -> Record:
     """A record under the name that the grid gives its model, without where it lies on this machine."""
-    return row.model_copy(update={"model": cell.model, "source": Path(row.source).name if row.source else row.source})
+    return row.model_copy(
+        update={
+            "model": cell.model,
+            "model_args": {**row.model_args, "pretrained": cell.model},
+            "source": Path(row.source).name if row.source else row.source,
+        }
+    )
 
 
 __all__ = ["Driver", "Outcome", "Slot"]
