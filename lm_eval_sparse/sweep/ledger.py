@@ -168,7 +168,8 @@ class Ledger:
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }  # fmt: skip
         if not self.path(cell.address).exists():
-            cells.write(self.path(cell.address), cell.as_json(), records, made)
+            # Where the weights lay is of no use to anyone else.
+            cells.write(self.path(cell.address), {**cell.as_json(), "pretrained": cell.model}, records, made)
         (self.folder / "failed" / f"{cell.address}.json").unlink(missing_ok=True)
 
     def seconds(self) -> dict[str, float]:
