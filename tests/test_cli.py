@@ -59,7 +59,7 @@ def test_unknown_command_is_one_line(passed_on: list[list[str]], capsys: pytest.
     assert cli.main(["metods"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        "lm-eval-sparse: error: unknown command 'metods'; commands are methods, analyze, recommend, "
+        "lm-eval-sparse: error: unknown command 'metods'; commands are methods, sweep, analyze, recommend, "
     )
     assert "did you mean 'methods' or " in line
     assert passed_on == [["hook"]]
@@ -173,6 +173,9 @@ INCOMPLETE = {
     "show": "TASK, --index",
     "show frontier_niah_4k": "--index",
     "show frontier_niah_4k --index 0 --colour red": "--colour red",
+    "sweep": "GRID",
+    "sweep grid.yaml --colour red": "--colour red",
+    "sweep grid.yaml --ledger": "--ledger: expected one argument",
     "check-task": "PATH",
     "check-task folder --colour red": "--colour red",
     "check-method": "METHOD",
