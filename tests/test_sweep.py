@@ -48,6 +48,17 @@ def test_every_cell_is_run_once_and_read_by_analyses(tmp_path: Path, cells: list
     assert len(tries(tmp_path)) == len(more) == len(cells) + 8 and len(set(tries(tmp_path))) == len(more)
 
 
+def test_where_weights_lie_is_in_no_record(tmp_path: Path, cells: list[Cell]) -> None:
+    local = [
+        Cell(**{**cell.as_json(), "pretrained": str(tmp_path / "models" / "m"), "model": "m"}) for cell in cells[:3]
+    ]
+    driven(tmp_path / "l", local)
+    texts = [path.read_text() for path in (tmp_path / "l" / "cells").iterdir()]
+    assert len(texts) == 3 and not any(str(tmp_path) in text for text in texts)
+    rows = read([tmp_path / "l"])
+    assert {row.model for row in rows} == {row.model_args["pretrained"] for row in rows} == {"m"}
+
+
 @pytest.mark.parametrize("kind", ["user", "memory", "device", "die", "nothing"])
 def test_a_cell_that_fails_stops_no_other_and_says_why(tmp_path: Path, cells: list[Cell], kind: str) -> None:
     bad = cells[3].address
