@@ -142,7 +142,10 @@ def _of_task(
         return []
     about = _about(whole, task) if scores else {}
     if scores and path is not None and not any(key[0] == task for key in documents):
-        documents = of_samples(path, task)
+        try:
+            documents = of_samples(path, task)
+        except UserError as error:  # scores stand without them
+            left_out.append(str(error))
     found: list[Record] = []
     for metric, rule, score, stderr in scores:
         try:
