@@ -79,6 +79,7 @@ def test_what_chance_scores_unknown_is_not_what_dense_cannot_do(study: Study) ->
     unknown = build(row.model_copy(update={"chance": None}) for row in study.records)
     said = " ".join(overview.head(unknown, Options()))
     assert "Dense attention can" not in said and "is not known: what chance scores is unknown" in said
+    assert "Whether dense attention can do niah" in said
     assert "--chance TASK=.25" in said and said.count("what chance scores is unknown") == 1
 
 
@@ -132,7 +133,7 @@ def test_of_a_whole_study_every_part_has_its_say(study: Study) -> None:
     assert any("the scaling law explains (R²) " in line for line in said)
     curves = overview.key_sentences(parts[0], MODELS[1])
     assert (
-        curves and all(line.startswith(f"{MODELS[1]} at 16384 tokens") for line in curves) and set(curves) <= set(said)
+        curves and all(line.startswith(f"{MODELS[1]} at 16,384 tokens") for line in curves) and set(curves) <= set(said)
     )
 
 

@@ -180,10 +180,14 @@ def _analyzed(
     if shown is not None and len(shown.rows) <= _MOST_ROWS:
         said += [tables.show(shown), ""]
     if study.left_out:
+        many = len(study.left_out)
         said.append(
-            f"{len(study.left_out)} remarks on what was left out stand in the report, such as: {study.left_out[0]}"
+            f"{many} remarks on what was left out stand in the report, such as: {study.left_out[0]}"
+            if many > 1
+            else f"A remark on what was left out stands in the report: {study.left_out[0]}"
         )
-    said.append(f"{len(study.records)} records; look at {place / 'report.html'}")
+    many = len(study.records)
+    said.append(f"{many} record{'' if many == 1 else 's'}; look at {place / 'report.html'}")
     return "\n".join(said)
 
 
@@ -196,7 +200,7 @@ def _devices(records: Iterable[Record]) -> tuple[str, ...]:
     runs = {(record.device, record.source) for record in records if record.device}
     counted = Counter(device for device, _ in runs)
     return tuple(
-        f"{device} ({number} runs)" if len(counted) > 1 else device for device, number in sorted(counted.items())
+        f"{device} ({number} run{'' if number == 1 else 's'})" if len(counted) > 1 else device for device, number in sorted(counted.items())
     )
 
 

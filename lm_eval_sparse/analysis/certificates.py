@@ -142,7 +142,7 @@ def _sentences(rows: Sequence[Row], options: Options) -> tuple[str, ...]:
         test = f"{_T_TESTS[options.test]}: {APPROXIMATE}, "
     for row in rows:
         tasks = [c for c in row.certificates if c.kind == "task"]
-        place = f"{row.model}{f', {row.length} tokens' if row.length else ''}{f', {row.mark}' if row.mark else ''}"
+        place = f"{row.model}{f', {row.length:,} tokens' if row.length else ''}{f', {row.mark}' if row.mark else ''}"
         for c in tasks:
             if c.refused and c.reason:
                 found[f"{c.name} ({place}): {c.reason}."] = None
@@ -178,7 +178,7 @@ def _figures(rows: Sequence[Row], options: Options) -> tuple[Figure, ...]:
             "certificates_size",
             "model size",
             "parameters",
-            lambda r: (r.label, r.length, r.mark),
+            lambda r: (r.label, f"{r.length:,} tokens" if r.length else None, r.mark),
             lambda r: r.parameters,
         ),
     )

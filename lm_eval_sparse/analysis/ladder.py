@@ -263,8 +263,8 @@ def without_bands(panels: Iterable[Panel]) -> str:
 
 
 def where(model: str, length: int | None, kind: str = "") -> str:
-    """`SmolLM2-135M at 4096 tokens`, for sentences and titles."""
-    at = f" at {length} tokens" if length else ""
+    """`SmolLM2-135M at 4,096 tokens`, for sentences and titles."""
+    at = f" at {length:,} tokens" if length else ""
     return f"{label(model, 80)}{at}{f' ({kind})' if kind else ''}"
 
 

@@ -149,8 +149,9 @@ def _able(cells: Sequence[Cell], margin: float) -> list[str]:
     reasons: dict[str, list[Cell]] = defaultdict(list)
     for cell in unknown:
         reasons[re.sub(r"--chance [^\s=]+=", "--chance TASK=", why[id(cell)] or "")].append(cell)
+    it = "it" if found else "dense attention"
     for reason, members in list(reasons.items())[:MOST]:
-        found.append(f"Whether it can do {listed(_counted(members), _NAMES)} is not known: {label(reason, 300)}.")
+        found.append(f"Whether {it} can do {listed(_counted(members), _NAMES)} is not known: {label(reason, 300)}.")
     return found
 
 

@@ -232,6 +232,11 @@ def _identity(row: Record) -> tuple[Any, ...]:
     return row.model, row.model_revision, row.model_dtype, weights(row), row.model_hash
 
 
+def _unknown(place: int) -> str:
+    """What stands for a part of an identity that a run does not say."""
+    return f"{('name', 'revision', 'dtype', 'weights', 'hash')[place]} unknown"
+
+
 def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
     """A name for each model, with what tells it from others of the same name.
 
@@ -255,7 +260,7 @@ def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
     def shown(found: tuple[Any, ...]) -> str:
         others = by_name[found[0]]
         parts = [
-            label(part if place < _HASH else (part or "?")[:8], 60)
+            label(_unknown(place) if part is None else part if place < _HASH else part[:8], 60)
             for place, part in enumerate(found)
             if place and part != "" and len({other[place] for other in others}) > 1
         ]
