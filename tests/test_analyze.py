@@ -313,7 +313,9 @@ def test_a_whole_number_that_nothing_has_is_a_line_and_no_traceback(
     part[last] = 10**30
     file.write_text(json.dumps(content))
     assert run("analyze", good, bad, "--output", tmp_path / "out", "--no-pictures") == 0
-    wanted = r"sample_len is 1\d+, a whole number of at most" if name == "n" else f"{name}: Input should be less than or "
+    wanted = (
+        r"sample_len is 1\d+, a whole number of at most" if name == "n" else f"{name}: Input should be less than or "
+    )
     assert re.search(wanted, (tmp_path / "out" / "report.html").read_text())
     capsys.readouterr()
     assert run("analyze", bad, "--output", tmp_path / "none", "--no-pictures") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import made_up
 import pytest
 
-from lm_eval_sparse.analysis import overview
+from lm_eval_sparse.analysis import overview, recommend
 from lm_eval_sparse.analysis.analyze import sections, study_of
 from lm_eval_sparse.analysis.certify import Options
 from lm_eval_sparse.analysis.figure import Section, Table
@@ -167,6 +168,47 @@ def test_without_a_dense_run_the_first_line_says_so(
     place = only(lambda name: name.startswith("dense"), folder, tmp_path / "dense")
     printed, top = analyzed([str(place)], capsys, tmp_path / "out")
     assert printed.startswith("There is no sparse run here, ") and "There is no sparse run here" in top
+
+
+def torn(folder: Path, name: str, place: Path) -> Path:
+    """A copy of a study in which the first run of such a folder has a score that cannot be."""
+    place = only(lambda _: True, folder, place)
+    file = next((place / name).rglob("results_*.json"))
+    content = json.loads(file.read_text())
+    for row in content["results"].values():
+        row.update({key: 1.5 for key in row if key.endswith(",none") and "stderr" not in key})
+    file.write_text(json.dumps(content))
+    return place
+
+
+def test_what_is_left_out_is_said_first(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], study: Study
+) -> None:
+    assert overview.left_out(study) == ""
+    place = torn(folder, "quest_0.5_4k", tmp_path / "study")
+    printed, top = analyzed([str(place)], capsys, tmp_path / "out")
+    first = printed.splitlines()[0]
+    assert (
+        " files or figures are left out, and what is said is of the rest only (run those again to have them in); the first: "
+        in first
+    )
+    assert "quest_0.5_4k" in first and "a number from 0 to 1 is expected" in first
+    assert top.index("Before you read") < top.index("left out, and what is said") < top.index("Summary")
+    assert app.main(["recommend", str(place), "--task", "niah"]) in (0, 1)
+    assert capsys.readouterr().out.startswith(f"Note: {first}")
+
+
+def test_runs_that_are_left_out_need_not_be_run(study: Study) -> None:
+    dense = [row for row in study.records if row.method == "dense"]
+    alone = build(dense, left_out=["r.json: results.niah.exact is 1.5"])
+    (said,) = overview.warnings(alone)
+    assert said == (
+        "There is no sparse run among the results that can be used, so there is nothing to compare dense attention with. "
+        "1 file or figure is left out, and what is said is of the rest only (run that again to "
+        "have it in); r.json: results.niah.exact is 1.5."
+    )
+    text, found = recommend.recommend(alone, Options(), task="niah")
+    assert not found and "run a method" not in text and "left out (r.json: results.niah.exact is 1.5)" in text
 
 
 def test_a_mark_is_printed_first_and_stands_on_top(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -280,9 +280,7 @@ def test_an_empty_file_of_documents_is_said(tmp_path: Path, content: str) -> Non
     left_out: list[str] = []
     rows = read([path], left_out)
     assert rows and all(row.documents is None for row in rows)
-    assert left_out == [
-        f"{documents(path)} is empty: its run stands without scores by document; run it again for them"
-    ]
+    assert left_out == [f"{documents(path)} is empty: its run stands without scores by document; run it again for them"]
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"doc_id": 0}\n'])

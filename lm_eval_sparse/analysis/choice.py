@@ -139,7 +139,7 @@ def choose(
             continue
         labels = list(dict.fromkeys(line.chain.label for cell in own for line in by_cell[id(cell)]))
         if not labels:
-            refused[f"{model} has dense runs only: run a method"] = None
+            refused[f"{model} has dense runs only: {_nothing_else(study)}"] = None
         for label in labels:
             found = [line for cell in own for line in by_cell[id(cell)] if line.chain.label == label]
             if found[0].chain.oracle:
@@ -194,6 +194,13 @@ def _cells(study: Study, task: str | None, group: str | None, length: int | None
             there = f"these results have {', '.join(map(str, lengths))}" if lengths else "these tasks state no length"
             raise UserError(f"--length {length}: {there}")
     return cells
+
+
+def _nothing_else(study: Study) -> str:
+    """What to do where a model has no run of a method: nothing was run, or it could not be read."""
+    if not study.unread:
+        return "run a method"
+    return f"its other runs may be among what was left out ({shown(study.unread[0], 200)})"
 
 
 def _listed(cells: Iterable[tuple[str, str]]) -> str:

@@ -48,12 +48,32 @@ def lacks(study: Study) -> str:
         missing, why, what = "sparse", "there is nothing to compare dense attention with", "method=NAME,sparsity=S"
     else:
         return ""
+    if left := left_out(study):
+        return f"There is no {missing} run among the results that can be used, so {why}. {left}"
     models = {record.model for record in study.records}
     model = label(models.pop(), 80) if len(models) == 1 else "MODEL"
     return (
         f"There is no {missing} run here, so {why}: run the same tasks with --model sparse-hf --model_args "
         f"pretrained={model},{what}, and give the results of both."
     )
+
+
+def left_out(study: Study) -> str:
+    """How much could not be read, with the first reason; empty where all could."""
+    many = len(study.unread)
+    if not many:
+        return ""
+    what = "file or figure is" if many == 1 else "files or figures are"
+    again = f"run {'that' if many == 1 else 'those'} again to have {'it' if many == 1 else 'them'} in"
+    first = f"the first: {label(study.unread[0], 400)}" if many > 1 else label(study.unread[0], 400)
+    return f"{many:,} {what} left out, and what is said is of the rest only ({again}); {first}."
+
+
+def warnings(study: Study) -> tuple[str, ...]:
+    """What a reader must know before anything else, each once."""
+    lacking = lacks(study)
+    left = left_out(study)
+    return tuple(filter(None, (lacking, "" if left in lacking else left, *study.marks)))
 
 
 def head(study: Study, options: Any = None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..labels import label
 from ..results.reproduce import model_args_option
 from ..results.schema import Record
-from . import cost
+from . import cost, overview
 from .certify import Options
 from .choice import Candidate, Choice, choose
 from .study import Point, Study
@@ -86,6 +86,8 @@ def recommend(
     if by == "time" and found.best is not None and (apart := _several_devices(found)):
         found = replace(found, best=None, runner_up=None, refusal=apart)
     marks = [f"Note: {mark}: what differs is never put together." for mark in study.marks[:_MOST_MARKS]]
+    if left := overview.left_out(study):
+        marks.insert(0, f"Note: {left}")
     return "\n".join([*marks, text(found, options, by, answer)]), found.best is not None
 
 

@@ -178,7 +178,8 @@ def _documents(
         return found
     if len(found.scores) != n:
         left_out.append(f"{where}: of {task} {len(found.scores)} documents are beside it and {n} were scored")
-    elif is_share(task, metric):  # of others a score may be none of a mean
+    # Of others a score may be none of a mean; one that cannot be is a line of its own.
+    elif is_share(task, metric) and 0 <= score <= 1:
         left_out.append(
             f"{where}: {metric} of {task} is {score:.4g} and not the mean of the documents beside it: they are not used"
         )
