@@ -294,8 +294,8 @@ def test_flips_and_worst_task():
     assert (first["lost"], first["gained"], first["documents"]) == (12, 0, 100)
     assert first["p"] == pytest.approx(2 * 0.5**12) and first["scores"] == "0 or 1"
     assert (
-        "niah (org/model, 4,096 tokens): the only run loses more documents than it gains (McNemar, level 0.1): quest at "
-        "0.9 (-12, +0 of 100)." in section.sentences
+        "niah (org/model, 4,096 tokens): the only run loses more documents than it gains (McNemar, level 0.1): quest "
+        "at 0.9 (-12, +0 of 100)." in section.sentences
     )
     several = pairs.section(built(of({"quest": {0.8: 0, 0.9: 12}})))
     assert any("1 of 2 runs lose more documents than they gain (McNemar, Holm over 2 runs, level 0.1)" in said

@@ -182,8 +182,8 @@ def _analyzed(
     # The first of what could not be read stands above.
     if rest := [line for line in study.left_out if line not in study.unread[:1]]:
         said.append(
-            f"{len(rest)} {'' if len(rest) == len(study.left_out) else 'more '}remarks on what was left out stand in the "
-            f"report, such as: {rest[0]}"
+            f"{len(rest)} {'more ' if study.unread else ''}remarks on what was left out stand in the report, such as: "
+            f"{rest[0]}"
             if len(rest) > 1
             else f"A remark on what was left out stands in the report: {rest[0]}"
         )

@@ -218,9 +218,11 @@ def _flips(
         if worse and gate[id(cell)] is None:
             more = f" and {len(worse) - 4} more" if len(worse) > 4 else ""
             many = len(runs) > 1
-            lose = f"{len(worse)} of {len(runs)} runs lose" if many else "the only run loses"
+            lose, gain = f"{len(worse)} of {len(runs)} runs lose", "they gain"
+            if not many:
+                lose, gain = "the only run loses", "it gains"
             said.append(
-                f"{names[cell.family]} ({_place(cell)}): {lose} more documents than {'they gain' if many else 'it gains'} "
+                f"{names[cell.family]} ({_place(cell)}): {lose} more documents than {gain} "
                 f"(McNemar{f', Holm over {len(runs)} runs' if many else ''}, level {options.level:g}): "
                 f"{', '.join(worse[:4])}{more}."
             )

@@ -16,6 +16,7 @@ from ..results.schema import Record
 from . import cost, overview
 from .certify import Options
 from .choice import Candidate, Choice, choose
+from .ladder import reached
 from .study import Point, Study
 
 #: What can be asked to be least, with its unit.
@@ -144,7 +145,7 @@ def _together(family: int) -> str:
 
 
 def _named(one: Candidate) -> str:
-    return f"{label(one.label)} at sparsity {one.sparsity:.3g} of {label(one.model)}"
+    return f"{label(one.label)} at sparsity {reached(one.sparsity, one.measured)} of {label(one.model)}"
 
 
 def _figures(one: Candidate, by: str) -> str:
