@@ -142,7 +142,9 @@ def check_writable(option: str, folder: Path, names: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory(prefix=".lm-eval-sparse-", dir=existing) as probe:
             (Path(probe) / "probe").write_bytes(b"\n")
     except OSError as error:
-        raise UserError(f"{option}: {existing} cannot be written ({why(error)}); give another folder") from None
+        # So says the kernel of its own folders, which are there all the same.
+        reason = "it takes no files" if isinstance(error, FileNotFoundError) and is_dir(existing) else why(error)
+        raise UserError(f"{option}: {existing} cannot be written ({reason}); give another folder") from None
 
 
 def _existing(option: str, path: Path) -> Path:

@@ -15,6 +15,7 @@ import pytest
 
 from lm_eval_sparse.analysis import analyze as command
 from lm_eval_sparse.cli import app
+from lm_eval_sparse.results.load import read
 
 MODELS, LENGTHS = tuple(made_up.SHAPES)[:2], ("4k", "16k")
 
@@ -283,3 +284,54 @@ def test_what_cannot_be_certified_is_said_and_nothing_is(
     assert said in page and "within 0.05 of dense up to" not in page
     printed = capsys.readouterr().out
     assert "?" not in printed and "is a tie" not in page and " tie with " not in page
+
+
+TOO_LARGE = {
+    "length": ("configs", "forced_frontier_niah_4k", "metadata", "length"),
+    "seed": ("configs", "forced_frontier_niah_4k", "metadata", "seed"),
+    "shots": ("n-shot", "forced_frontier_niah_4k"),
+    "n": ("results", "forced_frontier_niah_4k", "sample_len"),
+    "peak_memory_bytes": ("config", "sparse", "run", "peak_memory_bytes", "seen"),
+    "model_parameters": ("config", "model_num_parameters"),
+    "layers": ("config", "sparse", "model", "layers"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_a_whole_number_that_nothing_has_is_a_line_and_no_traceback(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    made_up.write(good, grid(models=MODELS[:1], tasks=("niah",), methods=("quest",), sparsities=(0.5,)), documents=30)
+    made_up.write(bad, iter([made_up.Run(MODELS[0], "quest", 0.9, "4k", ("niah",))]), documents=30)
+    (file,) = bad.rglob("results_*.json")
+    content = json.loads(file.read_text())
+    *way, last = TOO_LARGE[name]
+    part = content
+    for key in way:
+        part = part.setdefault(key, {})
+    part[last] = 10**30
+    file.write_text(json.dumps(content))
+    assert run("analyze", good, bad, "--output", tmp_path / "out", "--no-pictures") == 0
+    wanted = (
+        r"sample_len is 1\d+, a whole number of at most" if name == "n" else f"{name}: Input should be less than or "
+    )
+    assert re.search(wanted, (tmp_path / "out" / "report.html").read_text())
+    capsys.readouterr()
+    assert run("analyze", bad, "--output", tmp_path / "none", "--no-pictures") == 1
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said and re.search(wanted, said)
+
+
+@pytest.mark.parametrize("digits", [30, 400, 1000])
+@pytest.mark.parametrize("name", ["schema_version", "model_parameters", "length", "seed", "n", "prompt_tokens"])
+def test_a_record_with_a_number_that_nothing_has_is_a_line(
+    name: str, digits: int, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = 10 ** (digits if name != "prompt_tokens" else max(digits, 200))
+    (file, *_) = sorted(study.rglob("results_*.json"))
+    row = json.loads(next(iter(read([file]))).model_dump_json())
+    (tmp_path / "records.jsonl").write_text(json.dumps(row | {name: value}))
+    assert run("analyze", tmp_path / "records.jsonl", "--output", tmp_path / "out", "--no-pictures") == 1
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said and len(said.partition("line 1: ")[2]) < 250

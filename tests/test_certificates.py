@@ -209,7 +209,7 @@ def test_the_section():
     assert ("org/model", "quest", 4096, 0.9, 0.5, 0.5) in wide.rows
     assert len(long.rows) == 12 and "Holm over their sequences" in wide.caption
     assert (
-        "quest (org/model, 4096 tokens) keeps within 0.05 of dense niah up to sparsity 0.9, vt up to sparsity 0.5 "
+        "quest (org/model, 4,096 tokens) keeps within 0.05 of dense niah up to sparsity 0.9, vt up to sparsity 0.5 "
         "(level 0.1, Holm over 2 tasks, 100 documents)."
     ) in section.sentences
     (figure,) = section.figures

@@ -155,7 +155,7 @@ def test_runs_without_documents_have_points_and_no_bands() -> None:
     assert line.kind == "dots" and line.low[0] == pytest.approx(0.74) and line.low[1] is None
     assert found.note == "no bands, no certificate"
     assert section.sentences == (
-        "niah (org/model at 4096 tokens): no scores by document, so no bands, no certificate.",
+        "niah (org/model at 4,096 tokens): no scores by document, so no bands, no certificate.",
     )
     (table,) = section.tables
     assert {row[11] for row in table.rows} == {"no bands, no certificate"} and {row[7] for row in table.rows} == {None}
@@ -170,7 +170,7 @@ def test_a_run_without_documents_is_named_and_others_keep_their_bands() -> None:
     section = curves.section(build(bare), floor=able)
     found = panel(section, "niah")
     said = "no scores by document of quest at 0.9: no bands along quest"
-    assert found.note == said and f"niah (org/model at 4096 tokens): {said}." in section.sentences
+    assert found.note == said and f"niah (org/model at 4,096 tokens): {said}." in section.sentences
     assert series(found, "quest").kind == "dots" and series(found, "snapkv").low is not None
     (table,) = section.tables
     assert {row[11] for row in table.rows if row[4] == "quest"} == {said}
@@ -265,12 +265,12 @@ def test_without_an_oracle_of_the_phase_nothing_is_split() -> None:
     ]
     section = split.section(build(rows), floor=able)
     assert not section.tables and section.sentences == (
-        "no oracle of the phase eviction was measured on the same tasks: the loss of snapkv is not split.",
+        "No oracle of the phase eviction was measured on the same tasks: the loss of snapkv is not split.",
     )
     low = [row for row in tasks({"oracle_topk": good}, names=("niah",), sparsities=(0.1, 0.2)) if row.method != "dense"]
     high = tasks({"quest": bad}, names=("niah",))
     text = " ".join(split.section(build(high + low), floor=able).sentences)
-    assert "no oracle of the phase decode was measured at the same sparsities" in text
+    assert "No oracle of the phase decode was measured at the same sparsities" in text
 
 
 def test_what_is_an_oracle_in_one_phase_only_splits_nothing() -> None:
@@ -284,7 +284,7 @@ def test_what_is_an_oracle_in_one_phase_only_splits_nothing() -> None:
     )
     section = split.section(replace(made, cells=cells), floor=able)
     assert {row[3:5] for row in section.tables[0].rows} == {("flexprefill+quest", both)}
-    assert f"an oracle fills a part of its phases: the loss of {half} is not split." in section.sentences
+    assert f"An oracle fills a part of its phases: the loss of {half} is not split." in section.sentences
     chain = cells[0].chains[0]
     for method, whole in ((both, True), (half, False), ("prefill:oracle_blocks", True), ("quest", False)):
         assert split.pure(replace(chain, method=method, oracle="oracle" in method)) is whole

@@ -331,6 +331,8 @@ def test_options_that_mean_nothing_are_one_line(wrong):
         guarantee.check_options(**{"tolerance": 0.05, "level": 0.1, **wrong})
     with pytest.raises(UserError, match="did you mean 'paired-t'"):
         guarantee.check_options(0.05, 0.1, "paired_t")
+    with pytest.raises(UserError, match=r"^--tolerance 2: give a number"):
+        guarantee.check_options(2.0, 0.1)
 
 
 # -- simulation with known risks: a small form of benchmarks/guarantee_simulation.py on fresh draws

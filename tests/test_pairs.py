@@ -293,7 +293,13 @@ def test_flips_and_worst_task():
     first = next(row for row in table(section, "flips") if row["task"] == "niah")
     assert (first["lost"], first["gained"], first["documents"]) == (12, 0, 100)
     assert first["p"] == pytest.approx(2 * 0.5**12) and first["scores"] == "0 or 1"
-    assert any("quest at 0.9 (-12, +0 of 100)" in said for said in section.sentences)
+    assert (
+        "niah (org/model, 4,096 tokens): the only run loses more documents than it gains (McNemar, level 0.1): quest "
+        "at 0.9 (-12, +0 of 100)." in section.sentences
+    )
+    several = pairs.section(built(of({"quest": {0.8: 0, 0.9: 12}})))
+    assert any("1 of 2 runs lose more documents than they gain (McNemar, Holm over 2 runs, level 0.1)" in said
+               for said in several.sentences)  # fmt: skip
     (worst,) = table(section, "worst_task")
     assert worst["worst task"] == "niah" and worst["fall"] == pytest.approx(0.12) and worst["tasks"] == 2
     assert worst["mean fall"] == pytest.approx(0.075)

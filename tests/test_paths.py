@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "dangling": ("/dangling is a link that leads nowhere",),
     "dangling/out": ("/dangling is a link that leads nowhere",),
     "loop": ("/loop is a link that leads nowhere",),
-    "/proc/nowhere": ("/proc cannot be written",),
+    "/proc/nowhere": ("/proc cannot be written (it takes no files)",),
     "/proc/self/task/out.json": ("cannot be written",),
     "x" * 300: ("has 300 bytes, 255 are allowed", "shorter"),
     "a/" + "ö" * 200: ("has 400 bytes, 255 are allowed",),

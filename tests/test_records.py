@@ -273,6 +273,28 @@ def test_a_task_of_which_a_figure_cannot_be_does_not_hide_the_others(tmp_path: P
             assert any("forced_frontier_niah_4k" in line and "expected" in line for line in said), said
 
 
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_of_documents_is_said(tmp_path: Path, content: str) -> None:
+    path = one(tmp_path)
+    documents(path).write_text(content)
+    left_out: list[str] = []
+    rows = read([path], left_out)
+    assert rows and all(row.documents is None for row in rows)
+    assert left_out == [f"{documents(path)} is empty: its run stands without scores by document; run it again for them"]
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"doc_id": 0}\n'])
+def test_a_bad_file_of_samples_takes_no_score_away(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "results_2026-11-30T12-00-00.000000.json"
+    path.write_text(json.dumps(lm_eval_content()))
+    samples = tmp_path / "samples_gsm8k_2026-11-30T12-00-00.000000.jsonl"
+    samples.write_text(content)
+    left_out: list[str] = []
+    rows = read([path], left_out)
+    assert rows and all(row.documents is None for row in rows)
+    assert len(left_out) == 1 and left_out[0].startswith(str(samples)) and "run it again for them" in left_out[0]
+
+
 def _lines_of(folder: Path) -> list[str]:
     return tidy.lines(read([one(folder, documents=5)])).decode().splitlines()
 

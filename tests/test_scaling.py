@@ -204,7 +204,7 @@ def test_a_section_says_what_is_not_known() -> None:
     assert any("one model size only (7e+09); its effect is part of eps" in line for line in section.sentences)
     floors = scaling.section(build(made_up()), floor=lambda cell: "dense cannot do this task")
     (line,) = floors.sentences
-    assert line.startswith("No scaling law is fitted, for want of runs: niah (org/500000000, 4096 tokens), ")
+    assert line.startswith("No scaling law is fitted, for want of runs: niah (org/500000000, 4,096 tokens), ")
     assert line.endswith(" and 13 more: dense cannot do this task.")
     unknown = [
         record("dense", 0.0, [1, 0] * 20, model_parameters=None),
@@ -216,7 +216,7 @@ def test_a_section_says_what_is_not_known() -> None:
     (line,) = scaling.section(study.build(mixed, allow_mixed=True)).sentences
     assert "runs of it differ (seed 7)" in line and "(seed 8)" in line and "can do" not in line
     (line,) = scaling.section(build(mixed[:1]), floor=lambda cell: None).sentences
-    assert line.endswith("niah (org/model, 4096 tokens): no sparse run.")
+    assert line.endswith("niah (org/model, 4,096 tokens): no sparse run.")
     tied = made_up(sizes=(5_000_000,), lengths=((4096, "4k"),)) + made_up(sizes=(7_000_000,), lengths=((16384, "16k"),))
     (line,) = [line for line in scaling.section(build(tied), floor=lambda c: None).sentences if "quest" in line]
     assert "cannot be told apart" in line

@@ -166,7 +166,7 @@ def _analyzed(
         devices=_devices(study.records),
         dates=_ends(record.date for record in study.records),
         left_out=study.left_out,
-        marks=tuple(filter(None, (overview.lacks(study), *study.marks))),
+        marks=overview.warnings(study),
     )
     with folder.filled(option, place) as fresh:
         (fresh / "report.html").write_text(page.page(parts, facts), encoding="utf-8")
@@ -179,11 +179,16 @@ def _analyzed(
     shown = next((part.tables[0] for part in parts if part.name == "certificates" and part.tables), None)
     if shown is not None and len(shown.rows) <= _MOST_ROWS:
         said += [tables.show(shown), ""]
-    if study.left_out:
+    # The first of what could not be read stands above.
+    if rest := [line for line in study.left_out if line not in study.unread[:1]]:
         said.append(
-            f"{len(study.left_out)} remarks on what was left out stand in the report, such as: {study.left_out[0]}"
+            f"{len(rest)} {'more ' if study.unread else ''}remarks on what was left out stand in the report, such as: "
+            f"{rest[0]}"
+            if len(rest) > 1
+            else f"A remark on what was left out stands in the report: {rest[0]}"
         )
-    said.append(f"{len(study.records)} records; look at {place / 'report.html'}")
+    many = len(study.records)
+    said.append(f"{many} record{'' if many == 1 else 's'}; look at {place / 'report.html'}")
     return "\n".join(said)
 
 
@@ -196,7 +201,8 @@ def _devices(records: Iterable[Record]) -> tuple[str, ...]:
     runs = {(record.device, record.source) for record in records if record.device}
     counted = Counter(device for device, _ in runs)
     return tuple(
-        f"{device} ({number} runs)" if len(counted) > 1 else device for device, number in sorted(counted.items())
+        f"{device} ({number} run{'' if number == 1 else 's'})" if len(counted) > 1 else device
+        for device, number in sorted(counted.items())
     )
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from . import guarantee
-from .certify import Options, Row, certify
+from .certify import Certificate, Options, Row, certify
 from .figure import Figure, Panel, Section, Series, Table
+from .ladder import reached
 from .study import Study
 
 #: Sentences of a section at most; the rest stands in its tables.
@@ -78,13 +79,14 @@ def _caption(options: Options) -> str:
         "A worst task can pass where single tasks are empty: it is one statement, that every task passes, and is "
         "tested at the whole level, while single tasks share theirs. It is refused where dense cannot do one of its "
         "tasks. Nothing corrects for "
-        f"the number of rows.{groups} Empty: nothing is {_word(options)}, or nothing can be said; the second table "
+        f"the number of rows.{groups} Empty or a dash: nothing is {_word(options)}, or nothing can be said; the second table "
         "has the reasons."
     )
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}"
+def _reached(c: Certificate) -> str:
+    """The largest certified sparsity in words; empty where nothing is certified."""
+    return reached(c.sparsity, c.points[c.certified - 1].measured) if c.sparsity is not None else ""
 
 
 def _wide(rows: Sequence[Row], options: Options) -> Table:
@@ -93,8 +95,11 @@ def _wide(rows: Sequence[Row], options: Options) -> Table:
     body = []
     for row in rows:
         found = {(c.kind, c.name): c.sparsity for c in row.certificates}
-        body.append((row.model, row.label, row.length, row.mark, *(found.get(column) for column in columns)))
-    header = ("model", "method", "length", "setting", *(name for _, name in columns))
+        less = "; ".join(f"{c.name}: {_reached(c)}" for c in row.certificates if "measured" in _reached(c))
+        body.append((row.model, row.label, row.length, row.mark, *(found.get(column) for column in columns), less))
+    header = ("model", "method", "length", "setting", *(name for _, name in columns), "measured less than requested")
+    if not any(line[-1] for line in body):
+        header, body = header[:-1], [line[:-1] for line in body]
     if not any(row.mark for row in rows):  # nothing is mixed
         header, body = header[:3] + header[4:], [line[:3] + line[4:] for line in body]
     title = _title("Largest certified sparsity", "Largest sparsity that a t-test accepts", options)
@@ -142,16 +147,16 @@ def _sentences(rows: Sequence[Row], options: Options) -> tuple[str, ...]:
         test = f"{_T_TESTS[options.test]}: {APPROXIMATE}, "
     for row in rows:
         tasks = [c for c in row.certificates if c.kind == "task"]
-        place = f"{row.model}{f', {row.length} tokens' if row.length else ''}{f', {row.mark}' if row.mark else ''}"
+        place = f"{row.model}{f', {row.length:,} tokens' if row.length else ''}{f', {row.mark}' if row.mark else ''}"
         for c in tasks:
             if c.refused and c.reason:
                 found[f"{c.name} ({place}): {c.reason}."] = None
         kept = [c for c in tasks if c.certified]
         none = [c.name for c in tasks if not c.certified and not c.refused]
         if kept:
-            each = ", ".join(f"{c.name} up to sparsity {_number(c.sparsity)}" for c in kept)
+            each = ", ".join(f"{c.name} up to sparsity {_reached(c)}" for c in kept)
             if len(kept) == 1:
-                up = f"up to sparsity {_number(kept[0].sparsity)}"
+                up = f"up to sparsity {_reached(kept[0])}"
                 each = f"{kept[0].name} within {options.tolerance:g} of dense {up}"
             else:
                 each = f"within {options.tolerance:g} of dense {each}"
@@ -178,7 +183,7 @@ def _figures(rows: Sequence[Row], options: Options) -> tuple[Figure, ...]:
             "certificates_size",
             "model size",
             "parameters",
-            lambda r: (r.label, r.length, r.mark),
+            lambda r: (r.label, f"{r.length:,} tokens" if r.length else None, r.mark),
             lambda r: r.parameters,
         ),
     )

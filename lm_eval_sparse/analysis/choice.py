@@ -16,6 +16,7 @@ from ..errors import UserError, nearest
 from ..labels import label as shown
 from . import guarantee
 from .certify import Key, Line, Options, asked, key, lines, stopped, together
+from .ladder import reached
 from .study import GROUPS, Cell, Point, Study
 
 Cost = Callable[[Point], float | None]
@@ -139,7 +140,7 @@ def choose(
             continue
         labels = list(dict.fromkeys(line.chain.label for cell in own for line in by_cell[id(cell)]))
         if not labels:
-            refused[f"{model} has dense runs only: run a method"] = None
+            refused[f"{model} has dense runs only: {_nothing_else(study)}"] = None
         for label in labels:
             found = [line for cell in own for line in by_cell[id(cell)] if line.chain.label == label]
             if found[0].chain.oracle:
@@ -196,6 +197,13 @@ def _cells(study: Study, task: str | None, group: str | None, length: int | None
     return cells
 
 
+def _nothing_else(study: Study) -> str:
+    """What to do where a model has no run of a method: nothing was run, or it could not be read."""
+    if not study.unread:
+        return "run a method"
+    return f"its other runs may be among what was left out ({shown(study.unread[0], 200)})"
+
+
 def _listed(cells: Iterable[tuple[str, str]]) -> str:
     """Tasks with their marks."""
     return ", ".join(sorted(f"{shown(name)}{f' ({mark})' if mark else ''}" for name, mark in cells))
@@ -240,9 +248,8 @@ def _more(
 ) -> str:
     """What would have to be measured to certify more of a candidate."""
     if count == len(points):
-        return (
-            f"{label} of {model}: all that was run is certified, up to {asked(points[-1]):.3g}; run a higher sparsity"
-        )
+        up = reached(asked(points[-1]), points[-1].measured)
+        return f"{label} of {model}: all that was run is certified, up to {up}; run a higher sparsity"
     why = stopped(points[count], tested, count, level, options)
     few = guarantee.too_few(int(tested.n[count]), options.tolerance, level)
     return f"{label} of {model} {why}" + (f"; {few}" if few and tested.n[count] and "would do" not in why else "")
@@ -271,7 +278,7 @@ def _choice(
         )
         refusal = f"nothing is certified {what}: {'; '.join(reasons[:5])}{shared}"
     elif not known:
-        some = ", ".join(f"{one.label} at {one.sparsity:.3g} of {one.model}" for one in unknown[:5])
+        some = ", ".join(f"{one.label} at {reached(one.sparsity, one.measured)} of {one.model}" for one in unknown[:5])
         refusal = f"what configurations cost is not known, so none is the cheapest; certified {what}: {some}"
     elif not useful:
         refusal = f"dense costs no more than any configuration that is certified {what}: take dense"

@@ -46,7 +46,8 @@ def check_options(tolerance: float, level: float, test: str = "hoeffding-bentkus
         fits = isinstance(value, int | float) and value < 1 and (value > 0 or (low == "0" and value == 0))
         if not fits:
             usual = 0.1 if name == "level" else 0.05
-            raise UserError(f"--{name} {value}: give a number from {low} to below 1, such as --{name} {usual}")
+            given = f"{value:g}" if isinstance(value, int | float) else value
+            raise UserError(f"--{name} {given}: give a number from {low} to below 1, such as --{name} {usual}")
     if test not in TESTS:
         raise UserError(f"--test {test}: choose {', '.join(TESTS)}{nearest(test, TESTS)}")
 

@@ -261,11 +261,21 @@ def without_bands(panels: Iterable[Panel]) -> str:
 
 # -- words
 
+#: By how much less than was asked for may be measured before both are said.
+_NEAR = 0.02
+
 
 def where(model: str, length: int | None, kind: str = "") -> str:
-    """`SmolLM2-135M at 4096 tokens`, for sentences and titles."""
-    at = f" at {length} tokens" if length else ""
+    """`SmolLM2-135M at 4,096 tokens`, for sentences and titles."""
+    at = f" at {length:,} tokens" if length else ""
     return f"{label(model, 80)}{at}{f' ({kind})' if kind else ''}"
+
+
+def reached(requested: float, measured: float | None) -> str:
+    """A sparsity in words, with what was measured where that is less than was asked for."""
+    if measured is None or requested - measured <= _NEAR:
+        return f"{requested:.3g}"
+    return f"{requested:.3g} requested, {measured:.2g} measured"
 
 
 class Names:

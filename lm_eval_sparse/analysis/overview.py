@@ -10,13 +10,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..labels import label
 from ..results.schema import Record
 from .certify import asked
 from .figure import Section, Table
-from .ladder import floor_of, listed
+from .ladder import floor_of, listed, reached
 from .study import Cell, Study
 
 #: Sentences of a part, and names of a list; what is more stands in the part.
@@ -48,12 +48,32 @@ def lacks(study: Study) -> str:
         missing, why, what = "sparse", "there is nothing to compare dense attention with", "method=NAME,sparsity=S"
     else:
         return ""
+    if left := left_out(study):
+        return f"There is no {missing} run among the results that can be used, so {why}. {left}"
     models = {record.model for record in study.records}
     model = label(models.pop(), 80) if len(models) == 1 else "MODEL"
     return (
         f"There is no {missing} run here, so {why}: run the same tasks with --model sparse-hf --model_args "
         f"pretrained={model},{what}, and give the results of both."
     )
+
+
+def left_out(study: Study) -> str:
+    """How much could not be read, with the first reason; empty where all could."""
+    many = len(study.unread)
+    if not many:
+        return ""
+    what = "file or figure is" if many == 1 else "files or figures are"
+    again = f"run {'that' if many == 1 else 'those'} again to have {'it' if many == 1 else 'them'} in"
+    first = f"the first: {label(study.unread[0], 400)}" if many > 1 else label(study.unread[0], 400)
+    return f"{many:,} {what} left out, and what is said is of the rest only ({again}); {first}."
+
+
+def warnings(study: Study) -> tuple[str, ...]:
+    """What a reader must know before anything else, each once."""
+    lacking = lacks(study)
+    left = left_out(study)
+    return tuple(filter(None, (lacking, "" if left in lacking else left, *study.marks)))
 
 
 def head(study: Study, options: Any = None) -> tuple[str, ...]:
@@ -149,8 +169,9 @@ def _able(cells: Sequence[Cell], margin: float) -> list[str]:
     reasons: dict[str, list[Cell]] = defaultdict(list)
     for cell in unknown:
         reasons[re.sub(r"--chance [^\s=]+=", "--chance TASK=", why[id(cell)] or "")].append(cell)
+    it = "it" if found else "dense attention"
     for reason, members in list(reasons.items())[:MOST]:
-        found.append(f"Whether it can do {listed(_counted(members), _NAMES)} is not known: {label(reason, 300)}.")
+        found.append(f"Whether {it} can do {listed(_counted(members), _NAMES)} is not known: {label(reason, 300)}.")
     return found
 
 
@@ -178,40 +199,90 @@ def _certified(table: Table | None) -> tuple[str, ...]:
     wanted = ("model", "method", "length", "what", "name", "largest", "at")
     if not all(name in places for name in wanted):
         return ()
-    rows = [tuple(row[places[name]] for name in wanted) for row in table.rows]
+    there = [places[name] for name in wanted]
+    rows = [
+        _Tested(*(row[at] for at in there), row[places["measured"]] if "measured" in places else None)
+        for row in table.rows
+    ]
     word = str(table.header[places["largest"]]).removeprefix("largest ") or "certified"
     # Of what was tested: nothing has to be at most anything where nothing can be said.
-    tested = [row for row in rows if row[3] == "task" and row[6] is not None and "oracle" not in str(row[1])]
+    tested = [row for row in rows if row.what == "task" and row.at is not None and "oracle" not in row.method]
     if not tested:
         return (f"Nothing can be {word}: why stands with each task in the part on it.",)
-    kept = [row for row in tested if row[5] is not None]
-    found = [f"{len(kept)} of {len(tested)} sequences of a method on a task are {word} at some sparsity."]
+    kept = [row for row in tested if row.largest is not None]
+    found = [f"{len(kept)} of {_sequences(len(tested))} {word} at some sparsity."]
     if kept:
-        most = max(row[5] for row in kept)
-        furthest = [f"{_method(row)} on {label(row[4])}" for row in kept if row[5] == most]
-        worst = [row for row in rows if row[3] == "worst" and row[5] is not None and "oracle" not in str(row[1])]
+        most = max(row.largest for row in kept)
+        furthest = [f"{_method(row)} on {label(row.name)}{_less(row)}" for row in kept if row.largest == most]
+        worst = [row for row in rows if row.what == "worst" and row.largest is not None and "oracle" not in row.method]
         end = ""
         if worst:
-            best = max(row[5] for row in worst)
-            end = f"; on all tasks at once {best:.3g}, by {listed((_method(r) for r in worst if r[5] == best), 3)}"
+            best = max(row.largest for row in worst)
+            by = [f"{_method(row)}{_less(row)}" for row in worst if row.largest == best]
+            end = f"; on all tasks at once {best:.3g}, by {listed(by, 3)}"
         found = [f"{found[0][:-1]}, the furthest up to {most:.3g}: {listed(furthest, 3)}{end}."]
-    by_task: dict[str, list[float]] = defaultdict(list)
-    for row in tested:
-        by_task[label(row[4])].append(row[5] or 0.0)
-    if len(by_task) > 1:
-        mean = {task: math.fsum(values) / len(values) for task, values in by_task.items()}
-        least, most_kept = min(mean, key=mean.__getitem__), max(mean, key=mean.__getitem__)
-        if mean[least] < mean[most_kept]:
-            found.append(
-                f"{least} ends first ({word} up to {mean[least]:.2f} on average over methods, models and lengths, 0 "
-                f"where nothing is), {most_kept} last ({mean[most_kept]:.2f})."
-            )
+    if ends := _ends(tested, word):
+        found.append(ends)
     return tuple(found)
 
 
-def _method(row: Sequence[Any]) -> str:
-    at = f", {row[2]:,} tokens" if isinstance(row[2], int) else ""
-    return f"{label(row[1])} ({label(row[0], 60)}{at})"
+class _Tested(NamedTuple):
+    """A row of the table of certificates, as far as it is read; `at`: what its p-value had to be at most."""
+
+    model: str
+    method: str
+    length: int | None
+    what: str
+    name: str
+    largest: float | None
+    at: float | None
+    measured: float | None
+
+
+def _sequences(many: int) -> str:
+    return f"{many} sequence{' of a method on a task is' if many == 1 else 's of a method on a task are'}"
+
+
+def _less(row: _Tested) -> str:
+    """What was measured where it is less than was asked for."""
+    said = "" if row.largest is None else reached(row.largest, row.measured)
+    return f" ({said})" if "measured" in said else ""
+
+
+def _ends(tested: Sequence[_Tested], word: str) -> str:
+    """On which tasks certificates end first and last, of means over several rows; empty of one, or of ties only."""
+    over = [
+        name
+        for name, values in (
+            ("methods", {row.method for row in tested}),
+            ("models", {row.model for row in tested}),
+            ("lengths", {row.length for row in tested}),
+        )
+        if len(values) > 1
+    ]
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for row in tested:
+        by_task[label(row.name)].append(row.largest or 0.0)
+    # Ties are those of what is printed.
+    mean = {task: round(math.fsum(values) / len(values), 2) for task, values in by_task.items()}
+    least, most = min(mean.values()), max(mean.values())
+    if not over or least == most:
+        return ""
+    first, last = ([task for task, value in mean.items() if value == end] for end in (least, most))
+    asked_for = " requested" if any(_less(row) for row in tested) else ""
+    return (
+        f"{listed(first, 3)} end{'s' if len(first) == 1 else ''} first ({word} up to {least:.2f}{asked_for} on average "
+        f"over {_and(over)}, 0 where nothing is), {listed(last, 3)} last ({most:.2f})."
+    )
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _method(row: _Tested) -> str:
+    at = f", {row.length:,} tokens" if isinstance(row.length, int) else ""
+    return f"{label(row.method)} ({label(row.model, 60)}{at})"
 
 
 def _law(table: Table | None) -> str:

@@ -190,7 +190,7 @@ def section(study: Study, options: Options | None = None) -> Section:
 
 
 def _place(cell: Cell) -> str:
-    length = f", {cell.length} tokens" if cell.length else ""
+    length = f", {cell.length:,} tokens" if cell.length else ""
     return f"{cell.model}{length}{f', {cell.mark}' if cell.mark else ''}"
 
 
@@ -217,9 +217,13 @@ def _flips(
                 worse.append(f"{chain.label} at {asked(point):.3g} (-{lost}, +{gained} of {int(found.n[at])})")
         if worse and gate[id(cell)] is None:
             more = f" and {len(worse) - 4} more" if len(worse) > 4 else ""
+            many = len(runs) > 1
+            lose, gain = f"{len(worse)} of {len(runs)} runs lose", "they gain"
+            if not many:
+                lose, gain = "the only run loses", "it gains"
             said.append(
-                f"{names[cell.family]} ({_place(cell)}): {len(worse)} of {len(runs)} runs lose more documents than "
-                f"they gain (McNemar, Holm over {len(runs)} runs, level {options.level:g}): "
+                f"{names[cell.family]} ({_place(cell)}): {lose} more documents than {gain} "
+                f"(McNemar{f', Holm over {len(runs)} runs' if many else ''}, level {options.level:g}): "
                 f"{', '.join(worse[:4])}{more}."
             )
     return rows, _first(said)

@@ -14,9 +14,10 @@ from ..errors import UserError
 from ..labels import label
 from ..results.reproduce import model_args_option
 from ..results.schema import Record
-from . import cost
+from . import cost, overview
 from .certify import Options
 from .choice import Candidate, Choice, choose
+from .ladder import reached
 from .study import Point, Study
 
 #: What can be asked to be least, with its unit.
@@ -87,6 +88,8 @@ def recommend(
     if by == "time" and found.best is not None and (apart := _several_devices(found)):
         found = replace(found, best=None, runner_up=None, refusal=apart)
     marks = [f"Note: {mark}: what differs is never put together." for mark in study.marks[:_MOST_MARKS]]
+    if left := overview.left_out(study):
+        marks.insert(0, f"Note: {left}")
     return "\n".join([*marks, text(found, options, by, answer)]), found.best is not None
 
 
@@ -143,7 +146,7 @@ def _together(family: int) -> str:
 
 
 def _named(one: Candidate) -> str:
-    return f"{label(one.label)} at sparsity {one.sparsity:.3g} of {label(one.model)}"
+    return f"{label(one.label)} at sparsity {reached(one.sparsity, one.measured)} of {label(one.model)}"
 
 
 def _figures(one: Candidate, by: str) -> str:

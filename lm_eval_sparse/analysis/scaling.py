@@ -33,7 +33,7 @@ def gather(study: Study, floor: Floor) -> tuple[dict[tuple[str, str], Runs], lis
     several = Counter((cell.model, cell.task) for cell in study.primary)
     twins = len({cell.family.removesuffix(cell.short) for cell in study.primary}) > 1
     for cell in study.primary:
-        at = f", {cell.length} tokens" if cell.length else ""
+        at = f", {cell.length:,} tokens" if cell.length else ""
         name = f"{label(cell.short)} ({label(cell.model, 60)}{at})"
         if several[cell.model, cell.task] > 1:
             out.append((name, f"runs of it differ ({label(cell.mark)})"))

@@ -106,7 +106,7 @@ def section(study: Study, options: Any = None, floor: Floor | None = None) -> Se
                 )
             )
     for why, methods in sorted(without.items()):
-        sentences.append(f"{why}: the loss of {listed(sorted(methods))} is not split.")
+        sentences.append(f"{why[0].upper()}{why[1:]}: the loss of {listed(sorted(methods))} is not split.")
     tables = []
     if rows:
         header = ("model", "length", "tasks", "method", "oracle", "sparsity", "loss")

@@ -122,12 +122,14 @@ class Study:
         records: every record that is in a cell.
         left_out: lines on what is not, and why.
         marks: lines on what is mixed, where that was allowed.
+        unread: those of `left_out` on what could not be read or cannot be.
     """
 
     cells: tuple[Cell, ...]
     records: tuple[Record, ...]
     left_out: tuple[str, ...] = ()
     marks: tuple[str, ...] = field(default=())
+    unread: tuple[str, ...] = ()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -180,7 +182,8 @@ def build(
         UserError: nothing is left, tasks are mixed, or an option names nothing.
     """
     rows = _once(records)
-    said = list(left_out)
+    said = list(dict.fromkeys(left_out))
+    unread = tuple(said)
     if metric is not None:
         chosen = [row for row in rows if metric in (row.metric, row.metric.partition(",")[0])]
         if not chosen:
@@ -209,7 +212,7 @@ def build(
         cells.append(cell)
         kept += members
     cells.sort(key=lambda cell: (cell.model, cell.family, cell.length or 0, cell.task, cell.metric, cell.mark))
-    return Study(tuple(cells), tuple(rows), tuple(dict.fromkeys(said)), tuple(lines))
+    return Study(tuple(cells), tuple(rows), tuple(dict.fromkeys(said)), tuple(lines), unread)
 
 
 def _once(records: Iterable[Record]) -> list[Record]:
@@ -246,6 +249,11 @@ def _identity(row: Record) -> tuple[Any, ...]:
     return row.model, row.model_revision, row.model_dtype, weights(row), row.model_parameters, row.model_hash
 
 
+def _unknown(place: int) -> str:
+    """What stands for a part of an identity that a run does not say."""
+    return f"{('name', 'revision', 'dtype', 'weights', 'hash')[place]} unknown"
+
+
 def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
     """A name for each model, with what tells it from others of the same name.
 
@@ -261,7 +269,7 @@ def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
     def shown(found: tuple[Any, ...]) -> str:
         others = by_name[found[0]]
         parts = [
-            label(part if place < _HASH else (part or "?")[:8], 60)
+            label(_unknown(place) if part is None else part if place < _HASH else part[:8], 60)
             for place, part in enumerate(found)
             if place and part != "" and len({other[place] for other in others}) > 1
         ]

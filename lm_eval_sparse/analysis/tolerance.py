@@ -273,7 +273,7 @@ def _figures(
             one = _shown(found[id(group)].get(method))
             if one is not None:
                 limits = {} if np.isnan(one.low).any() else {"low": one.low, "high": one.high}
-                series.append(Series(f"{group.length} tokens", one.x, one.value, **limits))
+                series.append(Series(f"{group.length:,} tokens", one.x, one.value, **limits))
         panels.append(Panel(method, thinned(series), "measured sparsity", "(dense - sparse) / dense"))
     error = Figure(
         names("relative_error", model, kind),
@@ -375,7 +375,7 @@ def _longer(members: Sequence[Suite], tasks: Sequence[str], at: str) -> list[str
         over = listed(tasks) if len(tasks) == 1 else f"the mean over {len(tasks)} tasks"
         said.append(
             f"{at}, {method} at sparsity {reached[-1]:g}, {over}: the relative error is {figure(one.value[0])} at "
-            f"{first.length} tokens and {figure(two.value[0])} at {last.length} (difference "
+            f"{first.length:,} tokens and {figure(two.value[0])} at {last.length:,} (difference "
             f"{with_band(value[0], low[0], high[0])}): {verdict}."
         )
     return said

@@ -50,7 +50,7 @@ def read(path: Path, task: str | None = None) -> Scores:
         task: of lm-eval's samples, which do not say it.
 
     Raises:
-        UserError: it cannot be read, or a line is none of such a file.
+        UserError: it cannot be read, holds no line, or one that is none of such a file.
     """
     rows: dict[tuple[str, str], list[tuple[int, str, dict[str, Any]]]] = defaultdict(list)
     for number, row in enumerate(_lines(path), 1):
@@ -64,12 +64,13 @@ def read(path: Path, task: str | None = None) -> Scores:
             rows[key].append((int(row["doc_id"]), str(row["doc_hash"]), metrics))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise UserError(f"{path}: line {number} {_NONE_OF_SUCH}") from None
+    if not rows:
+        raise UserError(f"{path} is empty: {_WITHOUT}")
     return {key: documents for (name, rule), lines in rows.items() for key, documents in _columns(name, rule, lines)}
 
 
-_NONE_OF_SUCH = (
-    "is none of a file of documents, or is cut off: its run stands without scores by document; run it again for them"
-)
+_WITHOUT = "its run stands without scores by document; run it again for them"
+_NONE_OF_SUCH = f"is none of a file of documents, or is cut off: {_WITHOUT}"
 
 
 def _lines(path: Path) -> list[Any]:

@@ -19,6 +19,8 @@ from .files import brief
 MISSING = object()
 #: Larger numbers are none that anybody measures, and sums and pictures of them overflow.
 LARGEST = 1e100
+#: Likewise of whole numbers: up to here a float holds them exactly, and columns of tables hold them at all.
+MOST = 2**53
 
 
 def is_finite(value: Any) -> bool:
@@ -79,6 +81,8 @@ class Part:
         """A whole number of at least 0. Raises `UserError`."""
         if not is_finite(self.value) or self.value < 0 or self.value != math.floor(self.value):
             raise self.refuse("a whole number of at least 0")
+        if self.value > MOST:
+            raise self.refuse(f"a whole number of at most {MOST}")
         return int(self.value)
 
     def flag(self) -> bool:

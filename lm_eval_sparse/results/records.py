@@ -142,7 +142,10 @@ def _of_task(
         return []
     about = _about(whole, task) if scores else {}
     if scores and path is not None and not any(key[0] == task for key in documents):
-        documents = of_samples(path, task)
+        try:
+            documents = of_samples(path, task)
+        except UserError as error:  # scores stand without them
+            left_out.append(str(error))
     found: list[Record] = []
     for metric, rule, score, stderr in scores:
         try:
@@ -184,7 +187,8 @@ def _documents(
         return found
     if len(found.scores) != n:
         left_out.append(f"{where}: of {task} {len(found.scores)} documents are beside it and {n} were scored")
-    elif is_share(task, metric):  # of others a score may be none of a mean
+    # Of others a score may be none of a mean; one that cannot be is a line of its own.
+    elif is_share(task, metric) and 0 <= score <= 1:
         left_out.append(
             f"{where}: {metric} of {task} is {score:.4g} and not the mean of the documents beside it: they are not used"
         )

@@ -14,14 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import UserError
 from .files import brief
-from .parts import LARGEST
+from .parts import LARGEST, MOST
 
 #: Raised when a field changes its meaning or goes; a field that comes, with a default, does not raise it.
 SCHEMA_VERSION = 1
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(ge=0, le=LARGEST)]
+#: The largest whole number that a column of a table holds.
+_COLUMN = 2**63 - 1
+Count = Annotated[int, Field(ge=0, le=MOST)]
 Name = Annotated[str, Field(min_length=1)]
 
 #: By how much the mean of the documents' scores may miss the score, relative to it: lm-eval sums in another order.
@@ -178,12 +180,12 @@ class Record(_Strict):
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     gen_kwargs: dict[str, Any] = {}
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-_COLUMN, le=_COLUMN)] | None = None
     seeds: dict[str, int | None] = {}
     metric: Name
     score: float
     stderr: Positive | None = None
-    n: Annotated[int, Field(ge=1)]
+    n: Annotated[int, Field(ge=1, le=MOST)]
     higher_is_better: bool
     chance: Share | None = None
     documents: Documents | None = None
@@ -272,7 +274,8 @@ def _version(line: str | bytes) -> int | None:
 
 def _newer(where: str, version: int) -> UserError:
     return UserError(
-        f"{where}: a record of schema {version}, and this version reads up to {SCHEMA_VERSION}; upgrade lm-eval-sparse"
+        f"{where}: a record of schema {brief(version, 20)}, and this version reads up to {SCHEMA_VERSION}; upgrade "
+        "lm-eval-sparse"
     )
 
 
