@@ -228,30 +228,38 @@ def _once(records: Iterable[Record]) -> list[Record]:
 
 
 def _whole(identity: tuple[Any, ...], others: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """An identity with what it does not say, where all that fit it and say more agree."""
+    """An identity with the parameters and the hash that it does not say, where all that fit it and say more agree."""
+    first, last = identity[:_COUNT], identity[_COUNT:]
     fitting = [
-        other
+        other[_COUNT:]
         for other in others
-        if all(mine is None or mine == theirs for mine, theirs in zip(identity, other, strict=True))
+        if other[:_COUNT] == first
+        and all(a is None or b in (None, a) for a, b in zip(last, other[_COUNT:], strict=True))
     ]
-    known = [{other[place] for other in fitting if other[place] is not None} for place in range(len(identity))]
-    return tuple(
+    known = [{one[place] for one in fitting if one[place] is not None} for place in range(len(last))]
+    found = (
         mine if mine is not None or len(values) != 1 else next(iter(values))
-        for mine, values in zip(identity, known, strict=True)
+        for mine, values in zip(last, known, strict=True)
     )
+    return (*first, *found)
 
 
-#: Where the hash stands in an identity.
-_HASH = 5
+#: Where the number of parameters and the hash stand in an identity.
+_COUNT, _HASH = 4, 5
 
 
 def _identity(row: Record) -> tuple[Any, ...]:
     return row.model, row.model_revision, row.model_dtype, weights(row), row.model_parameters, row.model_hash
 
 
+def _part(place: int, part: Any) -> str:
+    """A part of an identity in words."""
+    return f"{part:,} parameters" if place == _COUNT else part[:8] if place == _HASH else str(part)
+
+
 def _unknown(place: int) -> str:
     """What stands for a part of an identity that a run does not say."""
-    return f"{('name', 'revision', 'dtype', 'weights', 'hash')[place]} unknown"
+    return f"{('name', 'revision', 'dtype', 'weights', 'parameters', 'hash')[place]} unknown"
 
 
 def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
@@ -269,7 +277,7 @@ def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
     def shown(found: tuple[Any, ...]) -> str:
         others = by_name[found[0]]
         parts = [
-            label(_unknown(place) if part is None else part if place < _HASH else part[:8], 60)
+            label(_unknown(place) if part is None else _part(place, part), 60)
             for place, part in enumerate(found)
             if place and part != "" and len({other[place] for other in others}) > 1
         ]
