@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..labels import label
 from . import guarantee
 from .certify import Certificate, Options, Row, certify
 from .figure import Figure, Panel, Section, Series, Table
@@ -107,8 +108,8 @@ def _wide(rows: Sequence[Row], options: Options) -> Table:
 
 def _long(rows: Sequence[Row], options: Options) -> Table:
     header = (
-        "model", "method", "length", "setting", "what", "name", f"largest {_word(options)}", "measured", "documents",
-        "loss", "standard error", "p", "at most", "family", "why no more",
+        "model", "method", "length", "setting", "what", "name", "tasks", f"largest {_word(options)}", "measured",
+        "documents", "loss", "standard error", "p", "at most", "family", "why no more",
     )  # fmt: skip
     body = []
     for row in rows:
@@ -118,8 +119,8 @@ def _long(rows: Sequence[Row], options: Options) -> Table:
             measured, loss, error, p = figures
             documents = c.documents if last < 0 else int(t.n[last])
             body.append(
-                (row.model, row.label, row.length, row.mark, c.kind, c.name, c.sparsity, measured, documents, loss,
-                 error, p, None if c.refused else c.level, c.family, c.reason or "")
+                (row.model, row.label, row.length, row.mark, c.kind, c.name, ", ".join(map(label, c.tasks)), c.sparsity,
+                 measured, documents, loss, error, p, None if c.refused else c.level, c.family, c.reason or "")
             )  # fmt: skip
     approximate = (
         f" p of tasks and of the worst task is that of {_T_TESTS[options.test]} ({APPROXIMATE}), which looks at "
@@ -131,8 +132,8 @@ def _long(rows: Sequence[Row], options: Options) -> Table:
         f"Loss (mean of max(0, dense - sparse)), standard error and p are those of the largest {_word(options)} "
         "sparsity; p had to be `at most` what stands beside it, in a family of as many sequences."
         f"{approximate} The last column says what ended the sequence, or why there is none. Documents of a group are "
-        "those of all its tasks. The tasks of a worst task are all of the row that have documents enough; a worst task "
-        "is refused where dense cannot do one of its tasks."
+        "those of all its tasks. A worst task is one of the tasks named: all that the method was run on and that are "
+        "scored by a share. Groups and worst tasks are refused where one of their tasks is."
     )
     return Table("certificate_reasons", "What ended each sequence", header, tuple(body), caption)
 
