@@ -60,7 +60,9 @@ def test_a_grid_is_told_run_looked_at_and_analysed(place: Path, capsys: pytest.C
     assert run("status", "small") == 0 and "10 of 10 cells done" in capsys.readouterr().out
     assert len(tries(place)) == 10
     pytest.importorskip("mapie")
+    capsys.readouterr()
     assert main(["analyze", "small", "--output", "report", "--no-pictures"]) == 0
+    assert ": 10 runs, 60 documents a task." in capsys.readouterr().out
     assert (place / "report" / "report.html").is_file()
 
 

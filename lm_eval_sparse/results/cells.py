@@ -62,7 +62,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
             f"{path}: a cell of schema {value.get('schema')}, and this version reads {SCHEMA}; upgrade lm-eval-sparse"
         )
     rows = value["records"] if isinstance(value.get("records"), list) else []
-    return value, [parse(json.dumps(row), f"{path}, record {number}") for number, row in enumerate(rows, 1)]
+    found = [parse(json.dumps(row), f"{path}, record {number}") for number, row in enumerate(rows, 1)]
+    return value, [row.model_copy(update={"source": str(path)}) for row in found]
 
 
 def _place(path: Path) -> str:
