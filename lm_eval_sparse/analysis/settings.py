@@ -117,9 +117,18 @@ def mixed(
             said = {at for (_, task), places in within.items() if name in (task, family_of[task]) for at in places}
             for at in differing[name]:
                 if at not in said:
+                    if what == "lengths" and (of_models := _of_models(members, tasks, at)):
+                        lines += of_models
+                        continue
                     parts = _of_each(members, at)
                     lines.append(f"{what} of {label(name)} differ: {NAMES[at]} {label(parts, 300)}")
     return marks, lines
+
+
+def _of_models(leaves: Iterable[str], tasks: Mapping[str, Mapping[str, Iterable[Asked]]], at: int) -> list[str]:
+    """Lines on the lengths of a task in which its models differ; none where it is its lengths that do."""
+    differ = [leaf for leaf in sorted(leaves) if at in _differing(_all(tasks[leaf]), _LENGTHS)]
+    return [f"models of {label(leaf)} differ: {NAMES[at]} {label(_of_each(tasks[leaf], at), 300)}" for leaf in differ]
 
 
 def _all(members: Mapping[str, Iterable[Asked]]) -> list[Asked]:
