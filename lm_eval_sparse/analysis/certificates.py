@@ -79,8 +79,8 @@ def _caption(options: Options) -> str:
         "A worst task can pass where single tasks are empty: it is one statement, that every task passes, and is "
         "tested at the whole level, while single tasks share theirs. It is refused where dense cannot do one of its "
         "tasks. Nothing corrects for "
-        f"the number of rows.{groups} Empty or a dash: nothing is {_word(options)}, or nothing can be said; the second table "
-        "has the reasons."
+        f"the number of rows.{groups} Empty or a dash: nothing is {_word(options)}, or nothing can be said; the "
+        "second table has the reasons."
     )
 
 
