@@ -15,7 +15,7 @@ from ..results.reproduce import model_args_option
 from ..results.schema import Record
 from . import cost, overview
 from .certify import Options
-from .choice import Candidate, Choice, choose
+from .choice import Candidate, Choice, choose, shared
 from .ladder import reached
 from .study import Point, Study
 
@@ -127,7 +127,8 @@ def text(found: Choice, options: Options, by: str, answer: float) -> str:
             )
     lines += [f"Note: {note}." for note in found.notes[:5]]
     if found.measure:
-        lines.append("To certify more:")
+        share = "" if found.best is None or found.family < 2 else f" ({shared(found.family, options)})"
+        lines.append(f"To certify more{share}:")
         lines += [f"  {line}" for line in found.measure]
     if found.best is not None:
         lines += _line(found.best.points[0].record)
