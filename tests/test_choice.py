@@ -245,7 +245,7 @@ def test_a_refusal_says_nothing_twice_and_what_to_measure():
     text = said_by([of(runs, 60)], task="niah")
     refusal, heading, *more = text.splitlines()
     assert refusal.startswith("Nothing is recommended: nothing is certified within 0.05 of dense on frontier_niah_4k")
-    assert "level 0.1 is shared by 12 candidates, 0.0083 each: choose some with --model or --method" in refusal
+    assert "level 0.1 is shared by 12 candidates, 0.0083 each at first: choose some with --model or --method" in refusal
     assert heading == "To certify more:" and len(more) == 10 and refusal.count("of org/model at 0.5") == 2
     told = [f"m{at:02}" for at in range(12)]
     assert all(text.count(f"{name} of org/model") == 1 for name in told)
@@ -269,7 +269,7 @@ def test_what_is_left_to_measure_beside_a_recommendation():
     choice = choose(built(rows), Options(), density, task="niah")
     assert choice.best.label == "quest"
     text = recommend.text(choice, Options(), "memory", 256)
-    assert "To certify more (level 0.1 is shared by 2 candidates, 0.05 each):" in text
+    assert "To certify more (level 0.1 is shared by 2 candidates, 0.05 each at first):" in text
     assert "no number of documents would do for such a loss: run a sparsity between 0.5 and 0.9" in text
     assert "snapkv of org/model at 0.5: loss 0.030" in text and "documents would do if the loss stays as seen" in text
 

@@ -329,4 +329,4 @@ def _choice(
 
 def shared(family: int, options: Options) -> str:
     """Why a p-value has to be below a part of the level."""
-    return f"level {options.level:g} is shared by {family} candidates, {options.level / family:.2g} each"
+    return f"level {options.level:g} is shared by {family} candidates, {options.level / family:.2g} each at first"

@@ -127,7 +127,8 @@ def text(found: Choice, options: Options, by: str, answer: float) -> str:
             )
     lines += [f"Note: {note}." for note in found.notes[:5]]
     if found.measure:
-        share = "" if found.best is None or found.family < 2 else f" ({shared(found.family, options)})"
+        # A refusal for want of certificates has said it.
+        share = "" if not found.certified or found.family < 2 else f" ({shared(found.family, options)})"
         lines.append(f"To certify more{share}:")
         lines += [f"  {line}" for line in found.measure]
     if found.best is not None:
