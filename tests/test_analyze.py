@@ -286,6 +286,14 @@ def test_what_cannot_be_certified_is_said_and_nothing_is(
     assert "?" not in printed and "is a tie" not in page and " tie with " not in page
 
 
+def test_one_record_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_up.write(tmp_path / "runs", iter([made_up.Run(MODELS[0], "dense", 0.0, "4k", ("niah",))]), documents=30)
+    assert run("analyze", tmp_path / "runs", "--metric", "exact", "--output", tmp_path / "out", "--no-pictures") == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == f"1 record; look at {tmp_path / 'out' / 'report.html'}"
+    assert "Dense attention can do 1 of 1 task.\n" in said
+
+
 TOO_LARGE = {
     "length": ("configs", "forced_frontier_niah_4k", "metadata", "length"),
     "seed": ("configs", "forced_frontier_niah_4k", "metadata", "seed"),

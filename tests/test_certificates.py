@@ -95,7 +95,7 @@ def test_a_tolerance_of_half_of_what_dense_can_do_certifies_nothing(dense, chanc
     scores = right(1000, 1000 - dense * 10)
     study = built([record("niah", name, s, scores, chance=chance) for name, s in (("dense", None), ("quest", 0.9))])
     said = only(study, certify.Options(tolerance=tolerance))["niah"].reason
-    assert f"dense is too near to chance for a loss of {tolerance:g}" in said and "give a smaller one" in said
+    assert f"dense is too near to chance for a loss of {tolerance:g}" in said and "give a smaller --tolerance" in said
     finer = certify.Options(tolerance=tolerance * 0.8, margin=0.05)
     assert only(study, finer)["niah"].certified == 1
 

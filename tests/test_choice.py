@@ -264,3 +264,55 @@ def test_names_of_foreign_files_are_one_line_of_a_recommendation():
     rows = of({"quest": {0.9: 0, 0.95: 30}, "snapkv": {0.5: 40}}, model=evil)
     said, _ = recommend.recommend(built(rows), Options(), task="niah", by="memory")
     assert not any(line.startswith("--model_args") for line in said.splitlines()) and "\x1b" not in said
+
+
+def said_by(rows, **asked):
+    return recommend.recommend(built(*rows), Options(), by="memory", **asked)[0]
+
+
+def test_a_refusal_says_nothing_twice_and_what_to_measure():
+    runs = {f"m{at:02}": {0.5: 0 if at == 7 else 2, 0.9: 30} for at in range(12)}
+    text = said_by([of(runs, 60)], task="niah")
+    refusal, heading, *more = text.splitlines()
+    assert refusal.startswith("Nothing is recommended: nothing is certified within 0.05 of dense on frontier_niah_4k")
+    assert "level 0.1 is shared by 12 candidates, 0.0083 each at first: choose some with --model or --method" in refusal
+    assert heading == "To certify more:" and len(more) == 10 and refusal.count("of org/model at 0.5") == 2
+    told = [f"m{at:02}" for at in range(12)]
+    assert all(text.count(f"{name} of org/model") == 1 for name in told)
+    assert all("documents would do" in line or ": run " in line for line in more)
+
+
+def test_a_level_that_is_shared_does_not_explain_what_is_lost():
+    lost = said_by([of({"quest": {0.5: 50}, "snapkv": {0.5: 60}})], task="niah")
+    assert "shared by" not in lost and "--model or --method" not in lost
+    assert (
+        lost.count("it loses more than 0.05; no number of documents would do for such a loss: run a lower sparsity")
+        == 2
+    )
+    chance = [record("niah", "dense", None, right(100, 98))]
+    chance += [record("niah", name, 0.5, right(100, 98)) for name in ("quest", "snapkv", "tova")]
+    assert "shared by" not in said_by([chance], task="niah")
+
+
+def test_what_is_left_to_measure_beside_a_recommendation():
+    rows = of({"quest": {0.5: 0, 0.9: 50}, "snapkv": {0.5: 3}})
+    choice = choose(built(rows), Options(), density, task="niah")
+    assert choice.best.label == "quest"
+    text = recommend.text(choice, Options(), "memory", 256)
+    assert "To certify more (level 0.1 is shared by 2 candidates, 0.05 each at first):" in text
+    assert "no number of documents would do for such a loss: run a sparsity between 0.5 and 0.9" in text
+    assert "snapkv of org/model at 0.5: loss 0.030" in text and "documents would do if the loss stays as seen" in text
+
+
+def test_all_lengths_that_are_refused_are_named():
+    failing = [
+        record("niah", method, None if method == "dense" else 0.5, right(100, 98), length=length)
+        for length in (4096, 16384)
+        for method in ("dense", "quest")
+    ]
+    (said, *_) = said_by([failing], task="niah").splitlines()
+    assert "org/model on frontier_niah_4k: dense cannot do this task" in said
+    assert said.endswith("(and likewise on frontier_niah_16k).")
+    few = [*of({"quest": {0.5: 0}}, 20), *of({"quest": {0.5: 0}}, 20, length=16384)]
+    assert "20 documents are too few" in said_by([few], task="niah")
+    assert "likewise on frontier_niah_16k" in said_by([few], task="niah")

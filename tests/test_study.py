@@ -243,6 +243,16 @@ def test_marks_that_look_alike_are_told_apart() -> None:
     assert len(made.primary) == 4 and len({(cell.task, cell.mark) for cell in made.primary}) == 4
 
 
+def test_versions_of_one_length_differ_between_models() -> None:
+    other = {"model": "org/large-3B", "task_version": "7"}
+    mixed = [*DENSE, *rows(), *rows("dense", 0.0, **other), *rows(**other)]
+    with pytest.raises(UserError) as error:
+        study.build(mixed)
+    said = str(error.value)
+    assert "models of forced_frontier_niah_4k differ: version 2 (org/small-0.5B) and 7 (org/large-3B)" in said
+    assert "lengths of" not in said
+
+
 def test_a_score_that_is_better_the_lower_and_the_higher_is_mixed() -> None:
     with pytest.raises(UserError, match="has direction higher is better and lower is better"):
         study.build([*DENSE, *rows(higher_is_better=False)])

@@ -58,6 +58,14 @@ def test_text_tables_fit_and_stand_in_columns() -> None:
     assert "(no rows)" in show(Table("t", "", ("a",), ()))
 
 
+def test_a_table_turned_upright_shows_empty_cells_as_well() -> None:
+    header = ("model", *(f"task{at}" for at in range(30)))
+    said = show(Table("t", "", header, (("m", 0.5, *(None,) * 29),)), 80).splitlines()
+    assert [line.split() for line in said[1:]] == [["model", "m"], ["task0", "0.5"]] + [
+        [f"task{at}", "-"] for at in range(1, 30)
+    ]
+
+
 def test_numbers_of_a_column_are_written_by_one_rule() -> None:
     for values, said in (
         ((0.3, 0.25, 0.0), ["0.30", "0.25", "0.00"]),

@@ -150,8 +150,8 @@ def choose(
                     (line.cell.task, line.cell.mark) for line in found
                 }
                 refused[f"{label} of {model} was not run on {_listed(lacking)}"] = None
-            elif why := next((line for line in found if line.refused), None):
-                refused[f"{label} of {model} on {shown(why.cell.task)}: {why.refused}"] = None
+            elif any(line.refused for line in found):
+                refused[f"{label} of {model} on {_reasons((line.cell, line.refused) for line in found)}"] = None
             else:
                 candidates.append((model, label, found))
 
@@ -159,9 +159,8 @@ def choose(
     result = guarantee.sequences([tested.p for _, tested in joined], options.level)
     certified, measure = [], []
     for (model, label, found), (points, tested), count in zip(candidates, joined, result.certified, strict=True):
-        gate = next((line for line in found if line.gate), None)
-        if gate:
-            refused[f"{model} on {shown(gate.cell.task)}: {gate.gate}"] = None
+        if any(line.gate for line in found):
+            refused[f"{model} on {_reasons((line.cell, line.gate) for line in found)}"] = None
             continue
         certified += [_candidate(model, label, found, key(points[at]), at, tested, cost) for at in range(int(count))]
         measure.append(_more(model, label, points, tested, int(count), float(result.level), options))
@@ -195,6 +194,14 @@ def _cells(study: Study, task: str | None, group: str | None, length: int | None
             there = f"these results have {', '.join(map(str, lengths))}" if lengths else "these tasks state no length"
             raise UserError(f"--length {length}: {there}")
     return cells
+
+
+def _reasons(found: Iterable[tuple[Cell, str | None]]) -> str:
+    """The first task that has a reason, and on which others it is likewise."""
+    (first, why), *others = [(cell, why) for cell, why in found if why]
+    rest = f" (and likewise on {', '.join(shown(cell.task) for cell, _ in others[:4])}" if others else ""
+    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    return f"{first.task}: {why}{rest}{more}{')' if rest else ''}"
 
 
 def _nothing_else(study: Study) -> str:
@@ -251,8 +258,23 @@ def _more(
         up = reached(asked(points[-1]), points[-1].measured)
         return f"{label} of {model}: all that was run is certified, up to {up}; run a higher sparsity"
     why = stopped(points[count], tested, count, level, options)
-    few = guarantee.too_few(int(tested.n[count]), options.tolerance, level)
-    return f"{label} of {model} {why}" + (f"; {few}" if few and tested.n[count] and "would do" not in why else "")
+    n, loss = int(tested.n[count]), float(tested.loss[count])
+    lower = "run a lower sparsity"
+    if count:
+        lower = f"run a sparsity between {asked(points[count - 1]):.3g} and {asked(points[count]):.3g}"
+    if n == 0:
+        what = "run it on each, with --log_samples"
+    elif "would do" in why:
+        what = ""
+    elif loss >= options.tolerance:
+        what = f"no number of documents would do for such a loss: {lower}"
+    elif few := guarantee.too_few(n, options.tolerance, level):
+        what = f"{few}: run more documents"
+    elif guarantee.least_documents(options.tolerance, level, 1, loss) is None:
+        what = f"the loss is so near the tolerance that no run has documents enough: {lower}"
+    else:
+        what = "run more documents"
+    return f"{label} of {model} {why}" + (f"; {what}" if what else "")
 
 
 def _choice(
@@ -269,14 +291,17 @@ def _choice(
     notes, refusal = [], None
     what = f"within {options.tolerance:g} of dense on {', '.join(map(shown, tasks))} (level {options.level:g})"
     if not certified:
-        reasons = [*refused, *measure] or ["no method was run"]
-        shared = (
-            f"; {family} candidates share the level: choose some with --model or --method before their scores are "
-            "looked at, or run new documents"
-            if family > 1
+        # What is nearest to a certificate first; what has no room here stands below.
+        reasons = sorted([*refused, *measure], key=lambda line: "would do if" not in line) or ["no method was run"]
+        # Where all lose too much, or dense cannot do the task, a larger share of the level helps nobody.
+        divided = (
+            f"; {shared(family, options)}: choose some with --model or --method before their scores are looked at, or "
+            "run new documents"
+            if family > 1 and any("no number of documents" not in line for line in measure)
             else ""
         )
-        refusal = f"nothing is certified {what}: {'; '.join(reasons[:5])}{shared}"
+        refusal = f"nothing is certified {what}: {'; '.join(reasons[:2])}{divided}"
+        measure = reasons[2:]
     elif not known:
         some = ", ".join(f"{one.label} at {reached(one.sparsity, one.measured)} of {one.model}" for one in unknown[:5])
         refusal = f"what configurations cost is not known, so none is the cheapest; certified {what}: {some}"
@@ -297,6 +322,11 @@ def _choice(
         if unknown:
             notes.append(f"{len(unknown)} certified configurations of unknown cost are not compared")
         notes += refused
-    return Choice(
-        tasks, best, runner_up, tuple(known + unknown), family, refusal, tuple(measure[:MOST_LINES]), tuple(notes)
-    )  # fmt: skip
+    if more := measure[MOST_LINES:]:
+        measure = [*measure[:MOST_LINES], f"and {len(more)} more, which `analyze` lists"]
+    return Choice(tasks, best, runner_up, tuple(known + unknown), family, refusal, tuple(measure), tuple(notes))
+
+
+def shared(family: int, options: Options) -> str:
+    """Why a p-value has to be below a part of the level."""
+    return f"level {options.level:g} is shared by {family} candidates, {options.level / family:.2g} each at first"

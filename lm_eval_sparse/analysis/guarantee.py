@@ -386,7 +386,7 @@ def beats_chance(
     if above <= 2 * tolerance:
         return (
             f"dense is too near to chance for a loss of {tolerance:g}: {said}, which it must exceed by more than twice "
-            "of that; give a smaller one"
+            "of that; give a smaller --tolerance"
         )
     if n > 1 and above <= STANDARD_ERRORS * error:
         short = f"not {STANDARD_ERRORS:g} standard errors above"

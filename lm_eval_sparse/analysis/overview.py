@@ -84,8 +84,9 @@ def head(study: Study, options: Any = None) -> tuple[str, ...]:
     found = [_compared(study, cells)]
     without = [cell for cell in sparse if cell.dense is None]
     if dense and without:
+        have = " has" if len(sparse) == 1 else ", have"
         found.append(
-            f"{_of(len(without), len(sparse))}, have sparse runs and no dense run to compare them with: "
+            f"{_of(len(without), len(sparse))}{have} sparse runs and no dense run to compare them with: "
             f"{listed(map(_place, without), _NAMES)}."
         )
     if dense:
@@ -150,6 +151,8 @@ def _place(cell: Cell) -> str:
 
 
 def _of(some: int, all_of_them: int) -> str:
+    if all_of_them == 1:
+        return f"{some} of 1 task"
     return f"{some} of {all_of_them} tasks, counted once for each model and length"
 
 

@@ -16,7 +16,7 @@ from ..results.reproduce import model_args_option
 from ..results.schema import Record
 from . import cost, overview
 from .certify import Options
-from .choice import Candidate, Choice, choose
+from .choice import Candidate, Choice, choose, shared
 from .ladder import reached
 from .study import Point, Study
 
@@ -128,7 +128,9 @@ def text(found: Choice, options: Options, by: str, answer: float) -> str:
             )
     lines += [f"Note: {note}." for note in found.notes[:5]]
     if found.measure:
-        lines.append("To certify more:")
+        # A refusal for want of certificates has said it.
+        share = "" if not found.certified or found.family < 2 else f" ({shared(found.family, options)})"
+        lines.append(f"To certify more{share}:")
         lines += [f"  {line}" for line in found.measure]
     if found.best is not None:
         lines += _lines([point.record for point in found.best.points])

@@ -80,7 +80,7 @@ def show(table: Table, width: int = WIDEST) -> str:
     """A table as text for a terminal of `width` columns: numbers to the right, texts broken into lines.
 
     Columns of texts give way where the table is too wide; words longer than their column are broken. With more columns
-    than fit each cell has a line.
+    than fit each cell has a line, an empty one a dash.
     """
     head = [label(name) for name in table.header]
     columns = [
@@ -99,7 +99,8 @@ def show(table: Table, width: int = WIDEST) -> str:
         for cells in zip(*columns, strict=True):
             lines.append("─" * width)
             for pair in zip(head, cells, strict=True):
-                lines += _row(pair, (names, width - names - 2), (False, False)) if pair[1] else []
+                name, cell = pair
+                lines += _row((name, cell or "-"), (names, width - names - 2), (False, False))
     if not table.rows:
         lines.append("(no rows)")
     if table.caption:

@@ -149,7 +149,10 @@ def read(
         raise UserError(f"no result file here can be read: {refused[0]}{others}")
     if not rows:
         names = f"{files[0][0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
-        raise UserError(f"these result files hold no scores: {names}" + "".join(f"; {said}" for said in unusable[:1]))
+        raise UserError(
+            f"these result files hold no scores: {names}"
+            + "".join(f"; {said}; run its tasks again" for said in unusable[:1])
+        )
     for what, said in (("file", refused), ("line", torn), ("figure", unusable)):
         lines = [one_line(str(line)) for line in said]
         if left_out is not None:
