@@ -21,6 +21,7 @@ from tiny import family, tiny_llama, write_tasks
 from lm_eval_sparse.cli.worker import UNUSABLE, kind_of
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.model import kept
+from lm_eval_sparse.model.resume import FOLDER
 
 #: Keys of results, at any depth, that say when and where a run was and how long it took.
 MOMENTARY = {
@@ -132,7 +133,7 @@ def files_of(output: Path) -> dict[str, Any]:
     """What a run has saved, without what is of a moment."""
     found = {}
     for path in sorted(output.rglob("*.json*")):
-        if ".resume" in str(path) or "sparse_samples" in str(path):
+        if FOLDER in path.parts:  # the log of samples, whose files are named by runs
             continue
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
         name = re.sub(r"_\d{4}-\d\d-\d\dT[\d.\-]+", "", path.name)
