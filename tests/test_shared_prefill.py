@@ -17,12 +17,12 @@ LENGTHS = (4095, 4097, 4352, 5119, 5377)
 PLANS: list[dict[str, Any]] = [
     {"method": "dense"},
     {"method": "quest", "sparsity": 0.6},
-    {"method": "oracle_decode", "sparsity": 0.8},
-    {"method": "quest", "token_budget": 512},
+    {"method": "oracle_topk", "sparsity": 0.8},
+    {"method": "quest", "budget": 512},
     {"method": "snapkv", "sparsity": 0.5},
     {"method": "vertical_slash", "sparsity": 0.5},
 ]
-FAMILIES = ("llama", "qwen2", "gemma3", "mistral")
+FAMILIES = ("llama", "qwen2", "gemma3", "mistral_full")
 
 
 def saved(family: str, folder: Path, **options: Any) -> Path:
@@ -64,7 +64,7 @@ def test_shared_prompts_give_the_same(family: str, tmp_path: Path) -> None:
         for plan, mine, theirs in zip(plans, together, alone, strict=True):
             assert mine[:2] == theirs[:2], plan
         found = [shared for *_, shared in together]
-        dense = [plan["method"] in ("dense", "quest", "oracle_decode") for plan in plans]
+        dense = [plan["method"] in ("dense", "quest", "oracle_topk") for plan in plans]
         assert found == [4 * (limit > 0 and number > 0 and own) for number, own in enumerate(dense)]
     assert [shared for *_, shared in alone] == [0] * len(plans)
 
