@@ -151,7 +151,7 @@ def _lasting(value: Any, output: str) -> Any:
 
 CELLS = [
     ("method=dense,stats=full", "tiny_choice", "model"),
-    ("method=quest,sparsity=0.5,page_size=4,stats=full", "tiny_choice", "model"),
+    ("method=quest,sparsity=0.5,stats=full", "tiny_choice", "model"),
     ("method=vertical_slash,sparsity=0.5,block_size=16,stats=full", "tiny_loglikelihood", "model"),
     ("method=snapkv+quest,kv_sparsity=0.3,decode_sparsity=0.4,stats=full", "tiny_generate", "model"),
     ("method=quest,budget=64,stats=full", "tiny_generate", "other"),
@@ -169,7 +169,10 @@ def test_cells_in_a_row_are_as_alone(worker: Worker, place: Path, tmp_path: Path
             [sys.executable, "-m", "lm_eval_sparse", *command(place, tmp_path / f"by{number}", arguments, task, model)],
             env=environment(), capture_output=True, text=True,
         )  # fmt: skip
-        assert alone.returncode == 0, alone.stderr[-2000:]
+        if alone.returncode:  # refused alike
+            assert (answer["ok"], answer["kind"]) == (False, "user"), answer
+            assert answer["error"] in alone.stderr
+            continue
         assert answer["ok"], answer
         mine, theirs = files_of(tmp_path / f"in{number}"), files_of(tmp_path / f"by{number}")
         assert any(name.startswith("results") for name in mine)
