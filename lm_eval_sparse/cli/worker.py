@@ -100,8 +100,6 @@ def _serve(requests: queue.SimpleQueue[bytes], answers: TextIO, limit: int | Non
             if failed is not None and failed["kind"] == "device":
                 tell(id=request["id"], ok=False, **failed)
                 return UNUSABLE
-            if endings.stopped():  # by a signal, of which an evaluation has made its own end
-                raise KeyboardInterrupt
             keeper.settle()
             seconds = round(time.monotonic() - began, 3)
             tell(id=request["id"], **({"ok": True, "seconds": seconds} if failed is None else {"ok": False, **failed}))
@@ -134,7 +132,9 @@ def _failure(run: Callable[[], Any]) -> dict[str, str] | None:
     try:
         run()
     except SystemExit as ended:
-        if endings.stopped() or ended.code in (None, 0):
+        if endings.stopped():  # by a signal, and the evaluation has said so
+            raise
+        if ended.code in (None, 0):
             return None
         return {"kind": "user", "error": one_line(f"it ended with status {ended.code}")}
     except KeyboardInterrupt:
