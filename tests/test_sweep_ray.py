@@ -23,19 +23,21 @@ pytestmark = pytest.mark.slow
 __all__ = ["surroundings"]  # a fixture of every test here
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch, surroundings: None) -> Iterator[Any]:
-    """A head without places and two nodes with two each. Variables of the test reach what runs on them."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head without places and two nodes with two each, for all tests: the last one kills a node."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
-    monkeypatch.setenv("RAY_health_check_period_ms", "500")
-    monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    found.nodes = [found.add_node(num_cpus=2) for _ in range(2)]
-    yield found
-    ray.shutdown()
-    found.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        patch.setenv("RAY_health_check_period_ms", "500")
+        patch.setenv("RAY_health_check_failure_threshold", "3")
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        found.nodes = [found.add_node(num_cpus=2) for _ in range(2)]
+        yield found
+        ray.shutdown()
+        found.shutdown()
 
 
 DRIVER = """
@@ -51,7 +53,8 @@ ledger = Ledger.make(folder / "l", "small")
 with ledger.shard(1, 1):
     ledger.add(cells)
     left = [cell for cell in cells if not ledger.is_done(cell.address)]
-    print(on_ray.run(ledger, left, {address!r}, command=sweeping.STUB, environment={{"STUB": '{{"slow": ["*"]}}'}}))
+    stub = {{"STUB": '{{"slow": ["*"]}}', "STUB_TRIES": str(folder / "tries")}}
+    print(on_ray.run(ledger, left, {address!r}, command=sweeping.STUB, environment=stub))
 """
 
 
@@ -74,6 +77,29 @@ def until(condition: Any, seconds: float = 60) -> None:
 
 def pids(pattern: str) -> list[int]:
     return [int(pid) for pid in subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()]
+
+
+def test_a_node_that_does_not_see_the_ledger_is_said(
+    tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "g.yaml").write_text(TEXT)
+    cells = list(grid.read(tmp_path / "g.yaml").cells)
+    ledger = Ledger.make(tmp_path / "l", "small")
+    ledger.add(cells)
+    monkeypatch.setattr(on_ray, "_mark", lambda folder: {"another": "ledger"})
+    with pytest.raises(
+        UserError, match="a node of the cluster, does not see the ledger .*; give a folder that all nodes"
+    ):
+        on_ray.run(ledger, cells, cluster.address, command=STUB)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "x", "127.0.0.1:99999999"])
+def test_an_address_that_does_not_answer_is_one_line(tmp_path: Path, address: str) -> None:
+    ledger = Ledger.make(tmp_path / "l", "small")
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="no Ray cluster answers there"):
+        on_ray.run(ledger, [], address)
+    assert time.monotonic() - begin < 30
 
 
 def test_a_node_a_worker_and_the_driver_are_killed_and_every_cell_is_there_once(tmp_path: Path, cluster: Any) -> None:
@@ -103,26 +129,3 @@ def test_a_node_a_worker_and_the_driver_are_killed_and_every_cell_is_there_once(
     assert ledger.addresses() == {cell.address for cell in cells} and not ledger.failures()
     # Only what was under way when something was killed ran again.
     assert len(tries(tmp_path)) <= len(cells) + 1 + 2 + 4
-
-
-def test_a_node_that_does_not_see_the_ledger_is_said(
-    tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "g.yaml").write_text(TEXT)
-    cells = list(grid.read(tmp_path / "g.yaml").cells)
-    ledger = Ledger.make(tmp_path / "l", "small")
-    ledger.add(cells)
-    monkeypatch.setattr(on_ray, "_mark", lambda folder: {"another": "ledger"})
-    with pytest.raises(
-        UserError, match="a node of the cluster, does not see the ledger .*; give a folder that all nodes"
-    ):
-        on_ray.run(ledger, cells, cluster.address, command=STUB)
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "x", "127.0.0.1:99999999"])
-def test_an_address_that_does_not_answer_is_one_line(tmp_path: Path, address: str) -> None:
-    ledger = Ledger.make(tmp_path / "l", "small")
-    begin = time.monotonic()
-    with pytest.raises(UserError, match="no Ray cluster answers there"):
-        on_ray.run(ledger, [], address)
-    assert time.monotonic() - begin < 30
