@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -75,8 +76,15 @@ def until(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def pids(pattern: str) -> list[int]:
-    return [int(pid) for pid in subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()]
+def workers(tmp_path: Path) -> list[int]:
+    """The workers of this test. Others of the same name may run beside it."""
+    found, mine = [], f"STUB_TRIES={tmp_path / 'tries'}".encode()
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended
+            is_worker = str(HERE / "stub_worker.py").encode() in (place / "cmdline").read_bytes().split(b"\0")
+            if is_worker and mine in (place / "environ").read_bytes().split(b"\0"):
+                found.append(int(place.name))
+    return found
 
 
 def test_a_node_that_does_not_see_the_ledger_is_said(
@@ -110,13 +118,13 @@ def test_a_node_a_worker_and_the_driver_are_killed_and_every_cell_is_there_once(
 
     first = started(tmp_path, cluster.address)
     until(lambda: recorded(tmp_path) >= 4)
-    os.kill(pids("stub_worker.py")[0], signal.SIGKILL)  # a worker
+    os.kill(workers(tmp_path)[0], signal.SIGKILL)  # a worker
     until(lambda: recorded(tmp_path) >= 10)
     cluster.remove_node(cluster.nodes[0], allow_graceful=False)  # a node, with all that runs there
     until(lambda: recorded(tmp_path) >= 18)
     first.kill()  # the driver
     first.wait()
-    until(lambda: not pids("stub_worker.py"), 30)
+    until(lambda: not workers(tmp_path), 30)
     there = recorded(tmp_path)
     assert 18 <= there < len(cells)
 
