@@ -74,7 +74,9 @@ class Worker:
         self.ready = self.answer()
 
     def answer(self) -> dict[str, Any]:
-        return json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, f"it ended with status {self.process.wait(10)}: {self.errors.read_text()[-2000:]}"
+        return json.loads(line)
 
     def send(self, argv: list[str], name: str = "cell") -> None:
         self.process.stdin.write(json.dumps({"id": name, "argv": argv}) + "\n")
@@ -93,6 +95,11 @@ class Worker:
         self.process.stdout.close()
         return status
 
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
 
 def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -108,13 +115,28 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Worker]]:
+    made: list[Worker] = []
+    yield made
+    for worker in made:
+        worker.kill()
+
+
 @pytest.fixture
-def worker(tmp_path: Path) -> Iterator[Worker]:
+def worker(tmp_path: Path, workers: list[Worker]) -> Worker:
+    """One that may have run the cells of other tests: starting it takes longer than they do."""
+    if not workers or workers[-1].process.poll() is not None:
+        workers.append(Worker(tmp_path / "errors.txt"))
+    return workers[-1]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Worker]:
+    """One for this test."""
     made = Worker(tmp_path / "errors.txt")
     yield made
-    if made.process.poll() is None:
-        made.process.kill()
-        made.process.wait()
+    made.kill()
 
 
 def command(place: Path, output: Path, arguments: str, task: str, model: str = "model") -> list[str]:
@@ -207,7 +229,6 @@ def test_cells_in_a_row_are_as_alone(worker: Worker, place: Path, tmp_path: Path
                 "documents", "results", "resume_log", "sparse_stats",
             ]  # fmt: skip
             assert mine == theirs, arguments
-    assert worker.end() == 0
 
 
 def test_failures_leave_the_next_cell_alone(worker: Worker, place: Path, tmp_path: Path) -> None:
@@ -238,21 +259,51 @@ def test_failures_leave_the_next_cell_alone(worker: Worker, place: Path, tmp_pat
     assert worker.process.wait(10) == UNUSABLE
 
 
-def test_end_of_input_ends_a_running_cell(worker: Worker, place: Path, tmp_path: Path) -> None:
-    worker.send(faulty(place, tmp_path / "a", "slow"))
-    await_print(worker)
+def test_end_of_input_ends_one_that_waits() -> None:
+    command = [sys.executable, "-m", "lm_eval_sparse.cli.worker"]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, env=environment(), timeout=60).returncode == 0
+
+
+def test_end_of_input_ends_a_running_cell(own: Worker, place: Path, tmp_path: Path) -> None:
+    own.send(faulty(place, tmp_path / "a", "slow"))
+    await_print(own)
     began = time.monotonic()
-    assert worker.end() == 0
+    assert own.end() == 0
     assert time.monotonic() - began < 2
     assert not list((tmp_path / "a").rglob("results*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_running_cell(worker: Worker, place: Path, tmp_path: Path, number: int) -> None:
-    worker.send(faulty(place, tmp_path / "a", "slow"))
-    await_print(worker)
-    worker.process.send_signal(number)
-    assert worker.process.wait(5) == 128 + number
+def test_a_signal_ends_a_running_cell(own: Worker, place: Path, tmp_path: Path, number: int) -> None:
+    own.send(faulty(place, tmp_path / "a", "slow"))
+    await_print(own)
+    own.process.send_signal(number)
+    assert own.process.wait(5) == 128 + number
+
+
+FORKS = """
+import os, signal, time
+from lm_eval_sparse.cli import worker
+worker._end_when_told()
+for moment in (0, 0.2):
+    if (child := os.fork()) == 0:
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(moment)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+time.sleep(1.5 * worker.GRACE)
+print("goes on", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_a_signal_to_a_child_is_none_to_it() -> None:
+    """lm-eval forks a pool for standard errors, and tells those of its processes to end that have not yet."""
+    found = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, env=environment())
+    assert found.stdout.split("\n") == ["-15", "-15", "goes on", ""], found.stderr
+    assert found.returncode in (1, 128 + signal.SIGTERM) and "Terminated" in found.stderr
 
 
 def test_a_killed_parent_ends_it(place: Path, tmp_path: Path) -> None:
