@@ -290,9 +290,9 @@ FRONTS = {
 
 @pytest.mark.parametrize("what", FRONTS)
 def test_front_matter_that_cannot_be_kept_is_said(what: str, caplog: pytest.LogCaptureFixture) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     merged = card_text.merge_cards(f"---\n{FRONTS[what]}\n---\n# Words of people\n", OURS, "README.md of a/b")
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
     assert "# Words of people" in merged and len(merged) < 20_000
     assert card_text.merge_cards("# Words of people\n", OURS) == merged
     (said,) = caplog.messages

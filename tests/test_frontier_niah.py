@@ -220,9 +220,9 @@ OUTPUTS = [
 
 @pytest.mark.parametrize(("output", "share"), [row[1:] for row in OUTPUTS], ids=[row[0] for row in OUTPUTS])
 def test_hand_written_outputs(output, share):
-    start = time.perf_counter()
+    start = time.process_time()
     assert Niah().score(DOC, output) == {"acc": share}
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_parse_returns_what_was_written():

@@ -779,9 +779,9 @@ SQUAD_OUTPUTS = [
 
 @pytest.mark.parametrize(("output", "score"), [row[1:] for row in SQUAD_OUTPUTS], ids=[row[0] for row in SQUAD_OUTPUTS])
 def test_squad_outputs(output, score):
-    start = time.perf_counter()
+    start = time.process_time()
     assert Squad().score(SQUAD, output) == {"f1": score}
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
@@ -936,9 +936,9 @@ CHOICE_OUTPUTS = [
     ("doc", "output", "score"), [row[1:] for row in CHOICE_OUTPUTS], ids=[row[0] for row in CHOICE_OUTPUTS]
 )
 def test_choice_outputs(doc, output, score):
-    start = time.perf_counter()
+    start = time.process_time()
     assert Toefl().score(doc, output) == Quality().score(doc, output) == {"exact_match": score}
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_letters_of_more_or_fewer_options():

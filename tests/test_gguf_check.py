@@ -151,9 +151,9 @@ def test_a_large_vocabulary_and_file_cost_little(tmp_path):
     path = write(tmp_path / "m.gguf", tokens=300_000)
     with path.open("r+b") as file:
         file.truncate(2**33)  # sparse: 8 GiB that take no disk
-    start = time.perf_counter()
+    start = time.process_time()
     gguf_check.check(path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def raw(

@@ -65,8 +65,11 @@ def test_differences_are_scipys_paired_t_with_one_more_document_against_each_sid
 def test_with_many_documents_a_difference_is_scipys_paired_t(rng):
     first = rng.random(20_000)
     second = first + rng.normal(0.006, 0.5, 20_000)
-    expected = stats.ttest_rel(first, second).pvalue
-    assert compare.compare(first, second, 0.05).p_differ == pytest.approx(expected, abs=0.01)
+    plain = stats.ttest_rel(first, second).pvalue
+    found = compare.compare(first, second, 0.05).p_differ
+    # One more document, of a difference of 1, takes 1 / (sd sqrt(n)) from t, and a two-sided p changes by at most twice
+    # the density at 0 for each unit of t: by .0113 here. What it adds to the deviation is below a hundredth of that.
+    assert plain <= found <= plain + 1.01 * 2 * stats.norm.pdf(0) / (np.std(first - second) * np.sqrt(20_000))
 
 
 def test_a_tie_is_tost_with_one_more_document_against_it(rng):

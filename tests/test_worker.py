@@ -21,11 +21,12 @@ from tiny import family, tiny_llama, write_tasks
 from lm_eval_sparse.cli.worker import UNUSABLE, kind_of
 from lm_eval_sparse.errors import UserError
 from lm_eval_sparse.model import kept
+from lm_eval_sparse.model.resume import FOLDER
 
-#: Keys of results, at any depth, that say when and where a run was and how long it took.
+#: Keys, at any depth, that say when, where and how fast a run was; and checksums of lines that hold its random name.
 MOMENTARY = {
-    "date", "began", "run", "runs", "start_time", "end_time", "total_evaluation_time_seconds", "git_hash",
-    "pretty_env_info", "upper_git_hash", "output_path", "evaluation_id",
+    "date", "began", "start_time", "end_time", "total_evaluation_time_seconds", "seconds", "tokens_per_second",
+    "peak_memory_bytes", "pretty_env_info", "sha256",
 }  # fmt: skip
 
 #: A method that fails as is said in its knob, and prints.
@@ -73,7 +74,9 @@ class Worker:
         self.ready = self.answer()
 
     def answer(self) -> dict[str, Any]:
-        return json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, f"it ended with status {self.process.wait(10)}: {self.errors.read_text()[-2000:]}"
+        return json.loads(line)
 
     def send(self, argv: list[str], name: str = "cell") -> None:
         self.process.stdin.write(json.dumps({"id": name, "argv": argv}) + "\n")
@@ -92,6 +95,11 @@ class Worker:
         self.process.stdout.close()
         return status
 
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
 
 def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -102,18 +110,33 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worker")
     tiny_llama(folder / "model")
     tiny_llama(folder / "other", seed=3)
-    write_tasks(folder / "tasks", (310, 190, 340))
+    write_tasks(folder / "tasks", (620, 500, 680))
     (folder / "faulty.py").write_text(FAULTY)
     return folder
 
 
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Worker]]:
+    made: list[Worker] = []
+    yield made
+    for worker in made:
+        worker.kill()
+
+
 @pytest.fixture
-def worker(tmp_path: Path) -> Iterator[Worker]:
+def worker(tmp_path: Path, workers: list[Worker]) -> Worker:
+    """One that may have run the cells of other tests: starting it takes longer than they do."""
+    if not workers or workers[-1].process.poll() is not None:
+        workers.append(Worker(tmp_path / "errors.txt"))
+    return workers[-1]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Worker]:
+    """One for this test."""
     made = Worker(tmp_path / "errors.txt")
     yield made
-    if made.process.poll() is None:
-        made.process.kill()
-        made.process.wait()
+    made.kill()
 
 
 def command(place: Path, output: Path, arguments: str, task: str, model: str = "model") -> list[str]:
@@ -129,31 +152,59 @@ def faulty(place: Path, output: Path, fault: str) -> list[str]:
 
 
 def files_of(output: Path) -> dict[str, Any]:
-    """What a run has saved, without what is of a moment."""
+    """What a run has saved, without what is of a moment, its random name, and the folder."""
+    (log,) = output.rglob(f"{FOLDER}/*/*.jsonl")  # named by the run; its folder by the configuration
     found = {}
     for path in sorted(output.rglob("*.json*")):
-        if ".resume" in str(path) or "sparse_samples" in str(path):
-            continue
-        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        name = re.sub(r"_\d{4}-\d\d-\d\dT[\d.\-]+", "", path.name)
-        found[name] = [_lasting(json.loads(line), str(output)) for line in lines]
+        text = path.read_text().replace(log.stem, "RUN").replace(str(output), "")
+        lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+        name = f"{FOLDER}/{path.parent.name}" if path == log else re.sub(r"_[\dT.-]+(?=\.json)", "", path.name)
+        found[name] = [_lasting(json.loads(line)) for line in lines]
     return found
 
 
-def _lasting(value: Any, output: str) -> Any:
+def _lasting(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _lasting(part, output) for key, part in value.items() if key not in MOMENTARY}
-    if isinstance(value, list):
-        return [_lasting(part, output) for part in value]
-    return value.replace(output, "") if isinstance(value, str) else value
+        return {key: _lasting(part) for key, part in value.items() if key not in MOMENTARY}
+    return [_lasting(part) for part in value] if isinstance(value, list) else value
 
 
+class Alone:
+    """Gives each command line a process in which nothing was run before; see tests/alone.py."""
+
+    def __init__(self, errors: Path):
+        self.errors = errors
+        with errors.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("alone.py"))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment(),
+            )  # fmt: skip
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.kill()
+        self.process.wait()
+
+    def ready(self) -> bool:
+        return self.process.stdout.readline() == "ready\n"
+
+    def run(self, argv: list[str]) -> int:
+        self.process.stdin.write(json.dumps(argv) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+
+#: Each after one that leaves as much as possible: a model, kept prompts, patched attention, other knobs, other tasks.
 CELLS = [
     ("method=dense,stats=full", "tiny_choice", "model"),
-    ("method=quest,sparsity=0.5,page_size=4,stats=full", "tiny_choice", "model"),
-    ("method=vertical_slash,sparsity=0.5,block_size=16,stats=full", "tiny_loglikelihood", "model"),
+    ("method=quest,sparsity=0.8,page_size=8,stats=full", "tiny_choice", "model"),
+    ("method=vertical_slash,sparsity=0.9,stats=full", "tiny_loglikelihood", "model"),
     ("method=snapkv+quest,kv_sparsity=0.3,decode_sparsity=0.4,stats=full", "tiny_generate", "model"),
-    ("method=quest,token_budget=64,stats=full", "tiny_generate", "other"),
+    ("method=quest,budget=64,stats=full", "tiny_generate", "other"),
     ("method=dense,stats=full", "tiny_choice", "model"),
 ]
 
@@ -161,24 +212,23 @@ CELLS = [
 def test_cells_in_a_row_are_as_alone(worker: Worker, place: Path, tmp_path: Path) -> None:
     assert worker.ready["ready"] is True
     assert worker.ready["pid"] == worker.process.pid
-    for number, (arguments, task, model) in enumerate(CELLS):
-        line = command(place, tmp_path / f"in{number}", arguments, task, model)
-        answer = worker.run(line, str(number))
-        alone = subprocess.run(
-            [sys.executable, "-m", "lm_eval_sparse", *command(place, tmp_path / f"by{number}", arguments, task, model)],
-            env=environment(), capture_output=True, text=True,
-        )  # fmt: skip
-        if alone.returncode:
-            assert not answer["ok"], arguments
-            assert answer["kind"] == "user"
-            assert answer["error"] in alone.stderr
-            continue
-        assert answer["ok"], answer
-        mine, theirs = files_of(tmp_path / f"in{number}"), files_of(tmp_path / f"by{number}")
-        assert any(name.startswith("results") for name in mine)
-        assert any(name.startswith("documents") for name in mine)
-        assert mine == theirs, arguments
-    assert worker.end() == 0
+    with Alone(tmp_path / "alone.txt") as alone:
+        assert alone.ready()
+        for number, (arguments, task, model) in enumerate(CELLS):
+            answer = worker.run(command(place, tmp_path / f"in{number}", arguments, task, model), str(number))
+            assert answer["ok"], answer
+            by = command(place, tmp_path / f"by{number}", arguments, task, model)
+            if number < len(CELLS) - 1:
+                assert alone.run(by) == 0, alone.errors.read_text()[-2000:]
+            else:  # the last as it is typed
+                typed = [sys.executable, "-m", "lm_eval_sparse", *by]
+                found = subprocess.run(typed, env=environment(), capture_output=True, text=True)
+                assert found.returncode == 0, found.stderr[-2000:]
+            mine, theirs = files_of(tmp_path / f"in{number}"), files_of(tmp_path / f"by{number}")
+            assert sorted(name.split(".")[0].split("/")[0] for name in mine) == [
+                "documents", "results", "resume_log", "sparse_stats",
+            ]  # fmt: skip
+            assert mine == theirs, arguments
 
 
 def test_failures_leave_the_next_cell_alone(worker: Worker, place: Path, tmp_path: Path) -> None:
@@ -209,21 +259,51 @@ def test_failures_leave_the_next_cell_alone(worker: Worker, place: Path, tmp_pat
     assert worker.process.wait(10) == UNUSABLE
 
 
-def test_end_of_input_ends_a_running_cell(worker: Worker, place: Path, tmp_path: Path) -> None:
-    worker.send(faulty(place, tmp_path / "a", "slow"))
-    await_print(worker)
+def test_end_of_input_ends_one_that_waits() -> None:
+    command = [sys.executable, "-m", "lm_eval_sparse.cli.worker"]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, env=environment(), timeout=60).returncode == 0
+
+
+def test_end_of_input_ends_a_running_cell(own: Worker, place: Path, tmp_path: Path) -> None:
+    own.send(faulty(place, tmp_path / "a", "slow"))
+    await_print(own)
     began = time.monotonic()
-    assert worker.end() == 0
+    assert own.end() == 0
     assert time.monotonic() - began < 2
     assert not list((tmp_path / "a").rglob("results*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_running_cell(worker: Worker, place: Path, tmp_path: Path, number: int) -> None:
-    worker.send(faulty(place, tmp_path / "a", "slow"))
-    await_print(worker)
-    worker.process.send_signal(number)
-    assert worker.process.wait(5) == 128 + number
+def test_a_signal_ends_a_running_cell(own: Worker, place: Path, tmp_path: Path, number: int) -> None:
+    own.send(faulty(place, tmp_path / "a", "slow"))
+    await_print(own)
+    own.process.send_signal(number)
+    assert own.process.wait(5) == 128 + number
+
+
+FORKS = """
+import os, signal, time
+from lm_eval_sparse.cli import worker
+worker._end_when_told()
+for moment in (0, 0.2):
+    if (child := os.fork()) == 0:
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(moment)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+time.sleep(1.5 * worker.GRACE)
+print("goes on", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_a_signal_to_a_child_is_none_to_it() -> None:
+    """lm-eval forks a pool for standard errors, and tells those of its processes to end that have not yet."""
+    found = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, env=environment())
+    assert found.stdout.split("\n") == ["-15", "-15", "goes on", ""], found.stderr
+    assert found.returncode in (1, 128 + signal.SIGTERM) and "Terminated" in found.stderr
 
 
 def test_a_killed_parent_ends_it(place: Path, tmp_path: Path) -> None:

@@ -100,8 +100,6 @@ def _serve(requests: queue.SimpleQueue[bytes], answers: TextIO, limit: int | Non
             if failed is not None and failed["kind"] == "device":
                 tell(id=request["id"], ok=False, **failed)
                 return UNUSABLE
-            if endings.stopped():  # by a signal, of which an evaluation has made its own end
-                raise KeyboardInterrupt
             keeper.settle()
             seconds = round(time.monotonic() - began, 3)
             tell(id=request["id"], **({"ok": True, "seconds": seconds} if failed is None else {"ok": False, **failed}))
@@ -134,7 +132,9 @@ def _failure(run: Callable[[], Any]) -> dict[str, str] | None:
     try:
         run()
     except SystemExit as ended:
-        if endings.stopped() or ended.code in (None, 0):
+        if endings.stopped():  # by a signal, and the evaluation has said so
+            raise
+        if ended.code in (None, 0):
             return None
         return {"kind": "user", "error": one_line(f"it ended with status {ended.code}")}
     except KeyboardInterrupt:
@@ -308,7 +308,8 @@ def _take_channels() -> tuple[queue.SimpleQueue[bytes], TextIO]:
 def _end_when_told() -> None:
     """Let SIGTERM and SIGINT end the process: by an exception, or at once where a long call leaves no room for one.
 
-    Python's own handlers run between two calls of the main thread, and cells have calls that take minutes.
+    Python's own handlers run between two calls of the main thread, and cells have calls that take minutes. Processes
+    that a cell forks (lm-eval's pool for standard errors) get signals of their own, which are none to this one.
     """
     numbers = signal.SIGTERM, signal.SIGINT
     told, write = os.pipe()
@@ -323,9 +324,24 @@ def _end_when_told() -> None:
         time.sleep(GRACE)
         os._exit(128 + number)
 
+    masks = threading.local()
+
+    def hold() -> None:
+        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+
+    def forget() -> None:  # in a child, which would write to the pipe of its parent
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        release()
+
     for number in numbers:
         signal.signal(number, stop)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=forget)
     threading.Thread(target=watch, name="signals", daemon=True).start()
 
 

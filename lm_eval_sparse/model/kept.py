@@ -87,7 +87,10 @@ class Loaded:
 
 
 class Shelf:
-    """Beginnings of prompts that a kept model has read densely, for evaluations to come: the longest unused go first.
+    """Beginnings of prompts that a kept model has read densely, for evaluations to come.
+
+    Evaluations read the same prompts in the same order, so the one unused for longest is the next to be asked for: what
+    this evaluation and the one before it have used stays, and only what is older makes room.
 
     Args:
         limit: bytes that are held at most; None for half of what is free on the device when the first one comes.
@@ -95,15 +98,27 @@ class Shelf:
 
     def __init__(self, limit: int | None):
         self.limit, self.bytes = limit, 0
-        self._held: OrderedDict[tuple[int, ...], tuple[Any, int]] = OrderedDict()
+        #: Tokens -> what is kept of them, its bytes, and the evaluation that used it last.
+        self._held: OrderedDict[tuple[int, ...], tuple[Any, int, int]] = OrderedDict()
+        self._evaluation, self._used = 0, False
 
     def get(self, tokens: Sequence[int]) -> Any:
         """What is kept of these very tokens, or None."""
         found = self._held.get(key := tuple(tokens))
         if found is None:
             return None
-        self._held.move_to_end(key)
+        self._use(key, *found[:2])
         return found[0]
+
+    def _use(self, key: tuple[int, ...], made: Any, size: int) -> None:
+        self._held[key] = made, size, self._evaluation
+        self._held.move_to_end(key)
+        self._used = True
+
+    def turn(self) -> None:
+        """An evaluation has ended. One that has used nothing here does not count."""
+        self._evaluation += self._used
+        self._used = False
 
     def put(self, tokens: Sequence[int], size: int, free: int, make: Callable[[], Any]) -> Any:
         """Keep what `make` makes, of `size` bytes, where there is room or can be made; returns it, or None.
@@ -116,13 +131,16 @@ class Shelf:
         if size > self.limit or (key := tuple(tokens)) in self._held:
             return None
         while self._held and self.bytes + size > self.limit:
-            _, (_, less) = self._held.popitem(last=False)
+            oldest, (_, less, used) = next(iter(self._held.items()))
+            if used >= self._evaluation - 1:
+                return None
+            del self._held[oldest]
             self.bytes -= less
             free += less
         if size > free // 2:
             return None
         made = make()
-        self._held[key] = made, size
+        self._use(key, made, size)
         self.bytes += size
         return made
 
@@ -148,6 +166,7 @@ class Keeper:
 
     def settle(self) -> None:
         """Let go of what the evaluation that has ended leaves on the model, and of the memory that it held."""
+        self.shelf.turn()
         if self.loaded is not None:
             self.loaded.restore()
         gc.collect()
