@@ -201,7 +201,7 @@ def _reasons(found: Iterable[tuple[Cell, str | None]]) -> str:
     (first, why), *others = [(cell, why) for cell, why in found if why]
     rest = f" (and likewise on {', '.join(shown(cell.task) for cell, _ in others[:4])}" if others else ""
     more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-    return f"{first.task}: {why}{rest}{more}{')' if rest else ''}"
+    return f"{shown(first.task)}: {why}{rest}{more}{')' if rest else ''}"
 
 
 def _nothing_else(study: Study) -> str:
