@@ -126,6 +126,29 @@ def test_dense_must_do_the_documents_that_the_loss_is_one_of():
     )
 
 
+def test_a_short_run_at_the_end_takes_nothing_from_those_before_it():
+    dense, smoke = right(300, 60)[::-1], np.concatenate([np.zeros(5), np.full(295, np.nan)])
+    rows = [record("niah", "dense", None, dense[::-1]), record("niah", "quest", 0.5, dense[::-1])]
+    found = only(built([*rows, record("niah", "quest", 0.95, smoke)]))["niah"]
+    assert found.certified == 1 and found.sparsity == 0.5 and found.tested.p[1] == 1
+
+
+def test_a_worst_task_and_a_group_are_of_all_tasks_that_the_model_has():
+    """quest was not run on cwe and quality, which have dense runs; and where a knob differs, that is not the method."""
+    done = [*of({"quest": {0.5: 0}}, task="squad"), *of({"quest": {0.5: 0}}, task="niah")]
+    dense = [record(task, "dense", None, right(100)) for task in ("cwe", "quality")]
+    found = only(built(done, dense))
+    assert found["worst task"].refused and "not run on cwe, quality" in found["worst task"].reason
+    assert found["single_qa"].refused and "not run on quality" in found["single_qa"].reason
+    assert only(built(done))["worst task"].certified == 1
+    other = [record("cwe", "quest", 0.5, np.zeros(100), knobs={"quest": {"x": 2}})]
+    both = certify.certify(built(done, dense[:1], other), OPTIONS)
+    assert not any(c.certified for row in both for c in row.certificates if c.kind == "worst")
+    longer = [record("niah", name, s, right(100), length=16384) for name, s in (("dense", None), ("quest", 0.5))]
+    rows = certify.certify(built(done, longer), OPTIONS)  # a length is compared with what it has itself
+    assert [c.certified for row in rows for c in row.certificates if c.kind == "worst"] == [1]
+
+
 @pytest.mark.parametrize(
     "toefl",
     [

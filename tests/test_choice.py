@@ -316,3 +316,19 @@ def test_all_lengths_that_are_refused_are_named():
     few = [*of({"quest": {0.5: 0}}, 20), *of({"quest": {0.5: 0}}, 20, length=16384)]
     assert "20 documents are too few" in said_by([few], task="niah")
     assert "likewise on frontier_niah_16k" in said_by([few], task="niah")
+
+
+def test_where_the_cost_of_dense_is_not_known_nothing_is_cheaper():
+    study = built(of({"quest": {0.5: 0}}))
+    choice = choose(study, Options(), lambda point: None if point.record.method == "dense" else 1.0, task="niah")
+    assert choice.best is None and "what dense attention costs is not known" in choice.refusal
+    assert "quest at 0.5 of org/model" in choice.refusal
+
+
+def test_a_level_of_chance_that_was_given_over_another_one_is_said():
+    rows = of({"quest": {0.5: 0}}, chance=0.25)
+    said, _ = by_memory(rows)
+    assert "chance is taken" not in said
+    made = study.build(rows, chance={"niah": 0.0})
+    said, _ = recommend.recommend(made, Options(), task="niah", by="memory")
+    assert said.startswith("Note: ") and "chance is taken to be 0, as it was given; its runs say 0.25." in said

@@ -185,6 +185,7 @@ def test_documents_that_are_not_those_of_the_score_are_left_out(tmp_path: Path) 
         ({"score": 0.123}, "documents are not those of the score: their number or mean differs"),
         ({"n": 2}, "documents are not those of the score: their number or mean differs"),
         ({"task": "wiki", "metric": "perplexity", "score": 1e300, "documents": None}, "score is 1e+300"),
+        ({"method": "dense"}, "a dense run with a sparsity of 0.7"),
         ({"schema_version": 0}, "schema_version: Input should be greater than or equal to 1"),
         ({"chance": -0.1}, "chance: Input should be greater than or equal to 0"),
         ({"chance": 5}, "chance: Input should be less than or equal to 1"),
@@ -383,6 +384,14 @@ def test_a_run_that_may_have_been_sparse_is_no_dense_one(change: dict[str, Any])
     content["config"] |= change
     with pytest.raises(UserError, match=r"without what it measured \(config.sparse is missing\)"):
         records(content, "x")
+
+
+def test_a_model_given_as_an_object_is_called_by_where_it_came_from() -> None:
+    """lm-eval calls all of them by one made-up name."""
+    content = lm_eval_content()
+    content |= {"model_name": "qdpv68r5", "model_source": "CUSTOM"}
+    content["config"] |= {"model": "/models/A/", "model_args": None}
+    assert {row.model for row in records(content, "x")} == {"/models/A"}
 
 
 def test_documents_are_counted_as_older_versions_of_lm_eval_write_it() -> None:

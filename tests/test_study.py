@@ -233,6 +233,52 @@ def test_what_was_measured_at_0_and_not_asked_for_is_no_baseline(change: dict[st
     assert all(len(cell.chains) == 2 for cell in made.cells) and not made.left_out
 
 
+def test_a_baseline_with_scores_by_document_goes_before_one_without() -> None:
+    without = [row.model_copy(update={"documents": None, "date": "2030-01-01"}) for row in DENSE]
+    made = study.build([*without, *DENSE, *rows()])
+    assert all(cell.dense is not None and cell.dense.scores is not None for cell in made.cells)
+
+
+def test_a_dtype_that_was_typed_is_one_that_is_known() -> None:
+    other = {"runner": "vllm", "model_dtype": None, "model_hash": None, "model_parameters": None}
+    typed = {"pretrained": "org/small-0.5B", "dtype": "bfloat16", "tensor_parallel_size": 2}
+    made = study.build([*rows("dense", 0.0, **other, model_args=typed), *rows()])
+    assert made.models == ("org/small-0.5B",) and all(cell.dense is not None for cell in made.cells)
+
+
+def test_seeds_of_other_tasks_and_of_examples_that_are_not_there_are_their_own() -> None:
+    foreign = [row.model_copy(update={"seed": 42, "task": "my_task"}) for row in DENSE if "toefl" in row.task]
+    assert study.build([*DENSE, *rows(), *foreign]).marks == ()
+    assert study.build([*rows("dense", 0.0, seeds={"fewshot": 1}), *rows(seeds={"fewshot": 2})]).marks == ()
+    with pytest.raises(UserError, match="seeds fewshot=1 and fewshot=2"):
+        study.build([*rows("dense", 0.0, seeds={"fewshot": 1}, shots=2), *rows(seeds={"fewshot": 2}, shots=2)])
+
+
+@pytest.mark.parametrize(
+    ("name", "mixed"), [("sdpa", False), ("flash_attention_2", False), ("org/sage-attention", True)]
+)
+def test_attention_that_computes_something_else_is_no_baseline(name: str, mixed: bool) -> None:
+    runs = [*rows("dense", 0.0, model_args={"attn_implementation": name}), *rows(model_args={})]
+    if mixed:
+        with pytest.raises(UserError, match="model arguments attn_implementation=org/sage-attention and none"):
+            study.build(runs)
+    else:
+        assert all(cell.dense is not None for cell in study.build(runs).cells)
+
+
+def test_phases_that_differ_are_two_runs_though_their_mean_is_one() -> None:
+    def split(one: float, other: float) -> list[Record]:
+        found = []
+        for row in rows("quest", 0.5, date=None, command=None, score=0.5, documents=6):
+            figures = {"eviction": row.by_phase["eviction"].model_copy(update={"requested": one}),
+                       "decode": row.by_phase["decode"].model_copy(update={"requested": other})}  # fmt: skip
+            found.append(row.model_copy(update={"by_phase": figures, "documents": None}))
+        return found
+
+    made = study.build([*DENSE, *split(0.9, 0.1), *split(0.5, 0.5), *split(0.1, 0.9)])
+    assert all(len(cell.chains[0].points) == 3 for cell in made.cells)
+
+
 def test_marks_that_look_alike_are_told_apart() -> None:
     kinds = [
         row for n in (1, 2)

@@ -122,20 +122,26 @@ def lines(cells: Iterable[Cell], options: Options) -> list[Line]:
             why = why or guarantee.too_few(int(own.n.max()), options.tolerance, options.level)
             beaten = gate if why is None else None
             if why is None and gate is None:
-                beaten = _gate_of_shared(cell, chain, lost[part], options)
+                own, beaten = _gate_of_shared(cell, chain, lost[part], own, options)
             found.append(Line(cell, chain, tuple(map(key, chain.points)), lost[part], own, why, beaten))
     return found
 
 
-def _gate_of_shared(cell: Cell, chain: Chain, lost: guarantee.Floats, options: Options) -> str | None:
-    """Why dense cannot do the documents that a run has in common with it, which its loss is one of; None where it can
-    do those of all runs."""
+def _gate_of_shared(
+    cell: Cell, chain: Chain, lost: guarantee.Floats, tested: guarantee.Tested, options: Options
+) -> tuple[guarantee.Tested, str | None]:
+    """Hold what dense can do against the documents that each run has in common with it, which its loss is one of.
+
+    Returns:
+        the tests, with a p-value of 1 where dense cannot do a run's documents, and why, where that is the first run's.
+    """
     dense = cell.dense.scores if cell.dense is not None else None
     if dense is None:
-        return None
+        return tested, None
     kept = ~np.isnan(dense)
     known: dict[bytes, str | None] = {}
-    for point, row in zip(chain.points, lost, strict=True):
+    p, first = tested.p.copy(), None
+    for at, (point, row) in enumerate(zip(chain.points, lost, strict=True)):
         there = ~np.isnan(row)
         if not there.any() or np.array_equal(there, kept):
             continue
@@ -144,8 +150,11 @@ def _gate_of_shared(cell: Cell, chain: Chain, lost: guarantee.Floats, options: O
             scores = np.where(there, dense, np.nan)
             known[mask] = guarantee.beats_chance(scores, cell.chance, options.margin, cell.short, options.tolerance)
         if known[mask]:
-            return f"of the {int(there.sum())} documents that the run at {asked(point):.3g} has as well, {known[mask]}"
-    return None
+            p[at] = 1.0
+            if at == 0:
+                many = int(there.sum())
+                first = f"of the {many} documents that the run at {asked(point):.3g} has as well, {known[mask]}"
+    return guarantee.Tested(p, tested.n, tested.loss, tested.stderr), first
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,12 +222,18 @@ def certify(study: Study, options: Options) -> tuple[Row, ...]:
     for line in lines(study.primary, options):
         cell = line.cell
         rows[cell.model, line.chain.label, cell.length, cell.mark].append(line)
+    there: dict[tuple[str, int | None], dict[str, Cell]] = defaultdict(dict)
+    for cell in study.primary:
+        if cell.bounded:
+            there[cell.model, cell.length].setdefault(cell.family, cell)
     found = []
     for (model, label, length, mark), members in rows.items():
+        own = {line.cell.family for line in members}
+        absent = [cell for family, cell in there[model, length].items() if family not in own]
         certificates = (
             *_tasks(members, names, options),
-            *_groups(members, names, options),
-            *_worst(members, names, options),
+            *_groups(members, names, options, absent),
+            *_worst(members, names, options, absent),
         )
         first = members[0]
         found.append(Row(model, first.cell.parameters, label, first.chain.oracle, length, mark, certificates))
@@ -236,8 +251,10 @@ def _tasks(members: Sequence[Line], names: dict[str, str], options: Options) -> 
     ]  # fmt: skip
 
 
-def _groups(members: Sequence[Line], names: dict[str, str], options: Options) -> list[Certificate]:
-    """Means over the tasks of a group, where at least two of them are there."""
+def _groups(
+    members: Sequence[Line], names: dict[str, str], options: Options, absent: Sequence[Cell] = ()
+) -> list[Certificate]:
+    """Means over the tasks of a group, where at least two of them are there: all that the model has at this length."""
     kinds = sorted({line.cell.family.removesuffix(line.cell.short) for line in members})
     several = len(kinds) > 1
     found = []
@@ -248,10 +265,11 @@ def _groups(members: Sequence[Line], names: dict[str, str], options: Options) ->
                 line for line in members
                 if line.cell.short in shorts and line.cell.family == kind + line.cell.short
             ]  # fmt: skip
-            if len(inside) < 2:
+            lacking = [c for c in absent if c.short in shorts and c.family == kind + c.short]
+            if not inside or len(inside) + len(lacking) < 2:
                 continue
             name = f"{group} ({kind.strip('_')})" if several else group
-            if why := _first_refusal(inside, names):
+            if why := _first_refusal(inside, names) or _not_run(lacking, names):
                 refused.append(_refused("group", name, inside, why, options))
                 continue
             points, tables = aligned(inside)
@@ -265,14 +283,16 @@ def _groups(members: Sequence[Line], names: dict[str, str], options: Options) ->
     return certified + refused
 
 
-def _worst(members: Sequence[Line], names: dict[str, str], options: Options) -> list[Certificate]:
+def _worst(
+    members: Sequence[Line], names: dict[str, str], options: Options, absent: Sequence[Cell] = ()
+) -> list[Certificate]:
     """Every task at most the tolerance. Where dense cannot do one of them nothing is said: there is nothing to lose on
     it, and leaving it out would be a choice by what was scored. Nor where a run or documents of one are missing: the
     worst of the others is another statement. Metrics that are never certified are in none."""
     inside = [line for line in members if line.cell.bounded]
-    if len(inside) < 2:
+    if not inside or len(inside) + len(absent) < 2:
         return []
-    if why := _first_refusal(inside, names):
+    if why := _first_refusal(inside, names) or _not_run(absent, names):
         return [_refused("worst", "worst task", inside, why, options)]
     points, tested = together(inside)
     result = guarantee.sequences([tested.p], options.level)
@@ -283,6 +303,12 @@ def _worst(members: Sequence[Line], names: dict[str, str], options: Options) -> 
 
 def _first_refusal(inside: Sequence[Line], names: dict[str, str]) -> str | None:
     return next((f"{names[line.cell.family]}: {line.refused}" for line in inside if line.refused), None)
+
+
+def _not_run(absent: Sequence[Cell], names: dict[str, str]) -> str | None:
+    if not absent:
+        return None
+    return f"not run on {', '.join(names[cell.family] for cell in absent[:5])}, as it was set here"
 
 
 def _refused(kind: str, name: str, inside: Sequence[Line], why: str, options: Options) -> Certificate:

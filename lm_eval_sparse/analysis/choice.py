@@ -287,7 +287,7 @@ def _choice(
 ) -> Choice:
     known = sorted((one for one in certified if one.cost is not None), key=lambda one: (one.cost, -one.sparsity))
     unknown = [one for one in certified if one.cost is None]
-    useful = [one for one in known if one.dense_cost is None or one.cost < one.dense_cost]
+    useful = [one for one in known if one.dense_cost is not None and one.cost < one.dense_cost]
     notes, refusal = [], None
     what = f"within {options.tolerance:g} of dense on {', '.join(map(shown, tasks))} (level {options.level:g})"
     if not certified:
@@ -305,6 +305,12 @@ def _choice(
     elif not known:
         some = ", ".join(f"{one.label} at {reached(one.sparsity, one.measured)} of {one.model}" for one in unknown[:5])
         refusal = f"what configurations cost is not known, so none is the cheapest; certified {what}: {some}"
+    elif all(one.dense_cost is None for one in known):
+        refusal = (
+            f"what dense attention costs is not known, so nothing can be said to cost less (run it with --model "
+            f"sparse-hf, method=dense); certified {what}: "
+            + ", ".join(f"{one.label} at {one.sparsity:.3g} of {one.model}" for one in known[:5])
+        )
     elif not useful:
         refusal = f"dense costs no more than any configuration that is certified {what}: take dense"
     best = useful[0] if useful else None

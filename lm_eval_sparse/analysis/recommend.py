@@ -18,7 +18,7 @@ from . import cost, overview
 from .certify import Options
 from .choice import Candidate, Choice, choose, shared
 from .ladder import reached
-from .study import Point, Study
+from .study import TAKEN, Point, Study
 
 #: What can be asked to be least, with its unit.
 BY = {
@@ -87,10 +87,11 @@ def recommend(
     found = choose(study, options, cost_of(by, options.batch, answer), task=task, group=group, length=length)
     if by == "time" and found.best is not None and (apart := _several_devices(found)):
         found = replace(found, best=None, runner_up=None, refusal=apart)
+    levels = [f"Note: {line}." for line in study.left_out if TAKEN in line][:_MOST_MARKS]
     marks = [f"Note: {mark}: what differs is never put together." for mark in study.marks[:_MOST_MARKS]]
     if left := overview.left_out(study):
         marks.insert(0, f"Note: {left}")
-    return "\n".join([*marks, text(found, options, by, answer)]), found.best is not None
+    return "\n".join([*levels, *marks, text(found, options, by, answer)]), found.best is not None
 
 
 def _several_devices(found: Choice) -> str | None:

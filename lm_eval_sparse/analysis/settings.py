@@ -25,11 +25,15 @@ _ELSEWHERE = frozenset(
         "pretrained", "revision", "dtype", "torch_dtype",
         "attn_implementation", "batch_size", "cache_dir", "device", "device_map", "distributed_config",
         "force_download", "llm_int8_enable_fp32_cpu_offload", "local_files_only", "logits_cache", "low_cpu_mem_usage",
-        "max_batch_size", "max_cpu_memory", "max_memory", "max_memory_per_gpu", "offload_buffers", "offload_folder",
+        "data_parallel_size", "enforce_eager", "gpu_memory_utilization", "max_batch_size", "max_cpu_memory",
+        "max_num_seqs", "swap_space", "tensor_parallel_size", "max_memory", "max_memory_per_gpu", "offload_buffers",
+        "offload_folder",
         "parallelize", "proxies", "token", "tp_plan", "trust_remote_code", "use_fast_tokenizer", "use_safetensors",
         "weights_only", *_WEIGHTS,
     )
 )  # fmt: skip
+#: Implementations of attention that compute the same but for rounding.
+_EXACT = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 #: What a setting holds, in its order.
 NAMES = (
     "version", "definition", "seed", "few-shot examples", "length", "direction", "chat template", "turns of examples",
@@ -58,9 +62,17 @@ def weights(row: Record) -> str:
     stated = (("dtype", row.model_dtype), ("torch_dtype", row.model_dtype), ("revision", row.model_revision))
     for name, recorded in stated:
         text = _text(given.get(name) or "").removeprefix("torch.")
-        if text not in ("", "auto", _DTYPES.get(text, recorded)) and _DTYPES.get(text, text) != recorded:
+        if recorded is not None and text not in ("", "auto") and _DTYPES.get(text, text) != recorded:
             found.append(f"{name}={text}")
     return ", ".join(found)
+
+
+def stated(row: Record, field: str, *names: str) -> str | None:
+    """A field of a model as it is recorded, else as it was typed."""
+    recorded = getattr(row, field)
+    typed = (_text(row.model_args[name]).removeprefix("torch.") for name in names if row.model_args.get(name))
+    text = recorded or next((text for text in typed if text != "auto"), None)
+    return text and _DTYPES.get(text, text)
 
 
 #: Other names of dtypes.
@@ -70,11 +82,12 @@ _DTYPES = {"float": "float32", "half": "float16", "double": "float64"}
 def setting(row: Record) -> Setting:
     """What makes prompts and scores of a task, beside its name, in the order of `NAMES`."""
     return (
-        row.task_version, row.task_hash, row.seed, row.shots, row.length,
+        row.task_version, row.task_hash, row.seed, row.shots or 0, row.length,
         "higher is better" if row.higher_is_better else "lower is better",
         row.chat_template, row.fewshot_as_multiturn if row.shots else None, row.system_instruction,
         json.dumps(row.gen_kwargs, sort_keys=True, default=str),
-        tuple(sorted(row.seeds.items())), _arguments(row),
+        tuple(sorted((name, seed) for name, seed in row.seeds.items() if row.shots or name != "fewshot")),
+        _arguments(row),
     )  # fmt: skip
 
 
@@ -87,9 +100,13 @@ def _arguments(row: Record) -> tuple[tuple[str, str], ...]:
         sorted(
             (name, _text(value))
             for name, value in row.model_args.items()
-            if value is not None and name not in _ELSEWHERE and name.rpartition(".")[2] not in knobs
+            if value is not None and not _is_idle(name, value) and name.rpartition(".")[2] not in knobs
         )
     )
+
+
+def _is_idle(name: str, value: Any) -> bool:
+    return name in _ELSEWHERE and (name != "attn_implementation" or value in _EXACT)
 
 
 def _text(value: Any) -> str:
@@ -116,8 +133,10 @@ def mixed(
     study: Scope = defaultdict(lambda: defaultdict(dict))
     family_of = {}
     for model, task, family, metric, one in settings:
-        for several in (found[model, task], tasks[task][model], families[family][task], study[""][family]):
+        for several in (found[model, task], tasks[task][model], families[family][task]):
             several[metric, one] = None
+        if family.removeprefix("forced_").startswith("frontier_"):  # others draw by seeds of their own
+            study[""][family][metric, one] = None
         family_of[task] = family
     within = {key: _differing(several, NAMES) for key, several in found.items()}
     across = {task: _differing(_all(members), _ACROSS) for task, members in tasks.items()}

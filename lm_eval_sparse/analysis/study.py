@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import UserError
 from ..labels import label
 from ..results.schema import Record, Shape
-from .settings import mixed, setting, weights
+from .settings import mixed, setting, stated, weights
 from .variants import chain_labels, is_dense, is_oracle, kind, unlike
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ GROUPS = {
 _LEAF = re.compile(r"(?P<family>(?:forced_)?frontier_(?P<short>\w+?))_(?P<length>\d+k)")
 #: At most so many mixtures are named.
 _NAMED = 5
+#: What is said of a level of chance that was given over another one.
+TAKEN = "chance is taken to be"
 #: Levels of chance that differ by less are of tasks whose documents differ in their choices.
 _HARDLY = 0.05
 
@@ -220,7 +222,9 @@ def _once(records: Iterable[Record]) -> list[Record]:
     found: dict[tuple[Any, ...], Record] = {}
     for row in records:
         key = (row.date, row.command, row.task, row.metric, row.score, row.n, row.measured, row.device)
-        found.setdefault((*key, row.method, row.requested, _identity(row), setting(row), kind(row)), row)
+        asked = row.requested, tuple((name, part.requested) for name, part in sorted(row.by_phase.items()))
+        known = row.documents is None or hash(row.documents.scores)
+        found.setdefault((*key, row.method, asked, known, _identity(row), setting(row), kind(row)), row)
     return list(found.values())
 
 
@@ -249,7 +253,8 @@ _COUNT, _HASH = 4, 5
 
 
 def _identity(row: Record) -> tuple[Any, ...]:
-    return row.model, row.model_revision, row.model_dtype, weights(row), row.model_parameters, row.model_hash
+    revision, dtype = stated(row, "model_revision", "revision"), stated(row, "model_dtype", "dtype", "torch_dtype")
+    return row.model, revision, dtype, weights(row), row.model_parameters, row.model_hash
 
 
 def _part(place: int, part: Any) -> str:
@@ -317,8 +322,13 @@ def _cell(
             )
             phases = tuple((name, figures.requested) for name, figures in sorted(row.by_phase.items()))
             by_chain[kind(row)][(*key, phases)].append(row)
-    # One baseline: what ran under our own runtime, with the most documents, the newest.
-    dense.sort(key=lambda row: (row.method == "dense", row.runner == "sparse-hf", row.n, row.date or ""), reverse=True)
+    # One baseline: with scores by document, what ran under our own runtime, with the most documents, the newest.
+    dense.sort(
+        key=lambda row: (
+            row.documents is not None, row.method == "dense", row.runner == "sparse-hf", row.n, row.date or "",
+        ),
+        reverse=True,
+    )  # fmt: skip
     if not dense and by_chain:
         said.append(f"{where} ({label(metric)}) has no dense run: no loss can be said; run it with method=dense")
     _again(dense, f"{where}: dense", said, "the one with most documents, the newest,")
@@ -363,7 +373,7 @@ def _chance(members: Sequence[Record], where: str, short: str, given: float | No
     known = sorted({row.chance for row in members if row.chance is not None})
     if given is not None:
         if known and abs(known[-1] - given) > _HARDLY:
-            said.append(f"{where}: chance is taken to be {given:g}, as it was given; its runs say {known[-1]:g}")
+            said.append(f"{where}: {TAKEN} {given:g}, as it was given; its runs say {known[-1]:g}")
         return given
     if not known or known[-1] - known[0] <= _HARDLY:
         return known[-1] if known else None

@@ -18,7 +18,7 @@ Kind = tuple[str, str, tuple[tuple[str, str], ...]]
 def is_dense(row: Record) -> bool:
     """Every method is dense attention where sparsity 0 is asked for. One that was measured at 0 is not: what it did
     besides, such as with fewer bits, nobody knows."""
-    return row.method == "dense" or (row.requested == 0 and row.measured == 0)
+    return row.method == "dense" or (row.requested == 0 and row.measured == 0 and not row.code)
 
 
 def is_oracle(method: str) -> bool:

@@ -205,6 +205,8 @@ class Record(_Strict):
     def _possible(self) -> Record:
         if self.documents is not None and not are_of(self.documents, self.score, self.n):
             raise ValueError("documents are not those of the score: their number or mean differs")
+        if self.method == "dense" and (self.measured or self.requested):
+            raise ValueError(f"a dense run with a sparsity of {self.measured or self.requested:g}")
         if abs(self.score) > LARGEST:
             raise ValueError(f"score is {self.score:g}, which nobody measures")
         if is_share(self.task, self.metric):
