@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import few_studies
 import numpy as np
 import pytest
 from curve_cases import SPARSITIES, build, record, runs
@@ -319,3 +320,18 @@ def test_ladders_begin_with_dense_attention() -> None:
     (cell,) = build(rows).primary
     found = ladder.ladder(cell, cell.chains[0])
     assert found.x[0] == 0 and found.dense and len(found.x) == len(SPARSITIES) + 1
+
+
+def test_nothing_is_said_of_documents_that_dense_cannot_do() -> None:
+    """Dense does 240 of 300 and none of the 60 that the run has: it shows no loss there, since nothing is there."""
+    dense = np.concatenate([np.ones(240), np.zeros(60)])
+    part = np.concatenate([np.full(240, np.nan), np.zeros(60)])
+    few = few_studies.built(
+        [few_studies.record("niah", "dense", None, dense), few_studies.record("niah", "quest", 0.9, part)]
+    )
+    assert not any("quest" in line for line in curves.section(few).sentences)
+    easy = np.concatenate([np.ones(100), np.full(200, np.nan)])
+    some = few_studies.built(
+        [few_studies.record("niah", "dense", None, dense), few_studies.record("niah", "quest", 0.9, easy)]
+    )
+    assert any("quest shows no loss" in line for line in curves.section(some).sentences)

@@ -18,7 +18,7 @@ import numpy as np
 from ..labels import label
 from .bands import LEVEL, Bands, Bounds, Stratum, between, interpolated, stratified
 from .figure import Panel, Series
-from .study import GROUPS, Cell, Chain, Study
+from .study import GROUPS, Cell, Chain, Point, Study
 
 #: Says why dense attention does not beat chance at a cell, or nothing where it does.
 Floor = Callable[[Cell], str | None]
@@ -162,8 +162,16 @@ class Suite:
 
     @cached_property
     def ladders(self) -> dict[int, list[Ladder]]:
-        """Those of every member, by the member's id."""
-        return {id(cell): [ladder(cell, chain) for chain in cell.chains] for cell in self.members}
+        """Those of every member, by the member's id, of the runs of which something can be said."""
+        kept = set(map(id, self.cells))
+        return {
+            id(cell): [
+                ladder(cell, chain)
+                for chain in (spoken_of(cell, chain) if id(cell) in kept else chain for chain in cell.chains)
+                if chain.points
+            ]
+            for cell in self.members
+        }
 
     def shared(self, cells: Sequence[Cell]) -> dict[str, list[Ladder]]:
         """Ladders, one for each of the cells, of the chains that all of them have with scores by document, by the
@@ -185,6 +193,26 @@ class Suite:
             if self.kind and len(members) > 1:
                 found[name] = members
         return {name: cells for name, cells in found.items() if len(cells) > 1}
+
+
+def spoken_of(cell: Cell, chain: Chain) -> Chain:
+    """A chain without its runs on a part of the documents that dense cannot do: nothing could be lost there."""
+    from .guarantee import beats_chance
+
+    dense = None if cell.dense is None else cell.dense.scores
+    if dense is None:
+        return chain
+    known = ~np.isnan(dense)
+
+    def is_said(point: Point) -> bool:
+        if point.scores is None:
+            return True
+        shared = known & ~np.isnan(point.scores)
+        whole = not shared.any() or np.array_equal(shared, known)
+        return whole or beats_chance(np.where(shared, dense, np.nan), cell.chance) is None
+
+    points = tuple(point for point in chain.points if is_said(point))
+    return chain if len(points) == len(chain.points) else replace(chain, points=points)
 
 
 def suites(study: Study, floor: Floor) -> list[Suite]:
