@@ -332,3 +332,18 @@ def test_a_level_of_chance_that_was_given_over_another_one_is_said():
     made = study.build(rows, chance={"niah": 0.0})
     said, _ = recommend.recommend(made, Options(), task="niah", by="memory")
     assert said.startswith("Note: ") and "chance is taken to be 0, as it was given; its runs say 0.25." in said
+
+
+def test_dense_runs_of_another_model_type_cost_what_the_model_costs():
+    """lm-eval's `hf` records no sizes; they are those of the sparse run."""
+    rows = of({"quest": {0.5: 0}})
+    shape = Shape(
+        layers=2, attention_layers=2, hidden=8, query_heads=2, kv_heads=1, head_dim=4, value_dim=4, mlp=16, vocab=9
+    )
+    held = {"decode": rows[1].by_phase["decode"].model_copy(update={"kv_memory_fraction": 0.5})}
+    known = {"by_phase": held, "model_shape": shape, "prompt_tokens": 4000.0, "model_dtype": "bfloat16"}
+    hf = rows[0].model_copy(update={"runner": "hf", "by_phase": {}, "model_dtype": "bfloat16"})
+    said, found = recommend.recommend(
+        built([hf, rows[1].model_copy(update=known)]), Options(), task="niah", by="memory"
+    )
+    assert found and "bytes of keys and values (dense 1.28e+05)" in said  # 4000 · 2 layers · (4 + 4) · 2 bytes

@@ -402,7 +402,7 @@ def test_models_of_one_name_are_kept_apart_and_another_model_type_is_not() -> No
     assert set(made.models) == {"org/small-0.5B (bfloat16)", "org/small-0.5B (float32)"}
     assert all(cell.dense is not None for cell in made.cells)
     unsaid = [*rows("dense", 0.0, model_dtype=None, model_hash=None), *rows(model_dtype=None, model_hash=None)]
-    named = {name.partition("(")[2] for name in study.build([*DENSE, *rows(), *unsaid]).models}
+    named = {name.partition("(")[2] for name in study.build([*DENSE, *rows(), *other, *unsaid]).models}
     assert any("dtype unknown" in name for name in named) and not any("None" in name or "?" in name for name in named)
     hf = rows("dense", 0.0, runner="hf", model_hash=None)
     made = study.build([*hf, *rows()])

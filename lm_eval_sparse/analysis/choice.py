@@ -20,6 +20,8 @@ from .ladder import reached
 from .study import GROUPS, Cell, Point, Study
 
 Cost = Callable[[Point], float | None]
+#: Of what costs follow from, what a dense and a sparse run of one model on one task share.
+_SIZES = ("model_shape", "model_dtype", "prompt_tokens")
 #: Lines on what would have to be measured, at most.
 MOST_LINES = 12
 
@@ -239,9 +241,20 @@ def _candidate(
     return Candidate(
         model, label, found[0].chain.method, found[0].chain.phases, runs, dense, asked(runs[0]),
         sum(run.measured for run in runs) / len(runs), _mean([cost(run) for run in runs]),
-        _mean([cost(run) for run in dense]),
+        _mean([_of_dense(cost, one, run) for one, run in zip(dense, runs, strict=True)]),
         float(tested.loss[at]), float(tested.p[at]), int(tested.n[at]),
     )  # fmt: skip
+
+
+def _of_dense(cost: Cost, dense: Point, sparse: Point) -> float | None:
+    """What dense attention costs. Other model types do not record the model's sizes and the prompts' tokens, which are
+    those of the sparse run on the same documents."""
+    found = cost(dense)
+    if found is not None:
+        return found
+    lacking = [name for name in _SIZES if getattr(dense.record, name) is None]
+    filled = dense.record.model_copy(update={name: getattr(sparse.record, name) for name in lacking})
+    return cost(replace(dense, record=filled)) if lacking else None
 
 
 def _more(

@@ -232,13 +232,12 @@ def _once(records: Iterable[Record]) -> list[Record]:
 
 
 def _whole(identity: tuple[Any, ...], others: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """An identity with the parameters and the hash that it does not say, where all that fit it and say more agree."""
-    first, last = identity[:_COUNT], identity[_COUNT:]
+    """An identity with what it does not say, as other model types do not, where all that fit it and say more agree."""
+    first, last = identity[:1], identity[1:]
     fitting = [
-        other[_COUNT:]
+        other[1:]
         for other in others
-        if other[:_COUNT] == first
-        and all(a is None or b in (None, a) for a, b in zip(last, other[_COUNT:], strict=True))
+        if other[:1] == first and all(a is None or b in (None, a) for a, b in zip(last, other[1:], strict=True))
     ]
     known = [{one[place] for one in fitting if one[place] is not None} for place in range(len(last))]
     found = (
