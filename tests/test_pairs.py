@@ -314,3 +314,13 @@ def test_no_word_where_dense_cannot_do_the_task():
     section = pairs.section(built(rows), Options())
     assert section.sentences == () and [one.name for one in section.tables] == ["flips"]
     assert all("dense cannot" in row["why nothing is said"] for row in table(section, "flips"))
+
+
+def test_methods_are_not_compared_on_documents_that_dense_cannot_do() -> None:
+    dense = np.concatenate([np.ones(240), np.zeros(60)])
+    part = np.concatenate([np.full(240, np.nan), np.zeros(60)])
+    both = [record("niah", "dense", None, dense), *(record("niah", name, 0.9, part) for name in ("quest", "snapkv"))]
+    assert not pairs.standings(built(both).primary[0], Options())
+    whole = [record("niah", "dense", None, dense), *(record("niah", name, 0.9, dense) for name in ("quest", "snapkv"))]
+    (found,) = pairs.standings(built(whole).primary[0], Options())
+    assert len(found.tied) == 1

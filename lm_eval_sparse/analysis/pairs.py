@@ -17,6 +17,7 @@ import numpy as np
 from . import compare, guarantee
 from .certify import Options, asked, key, task_names
 from .figure import Section, Table
+from .ladder import spoken_of
 from .study import Cell, Chain, Point, Study
 
 #: How far measured sparsities may lie apart where they count as the same.
@@ -130,7 +131,7 @@ def _spread(runs: Sequence[tuple[Chain, Point]]) -> float:
 def standings(cell: Cell, options: Options) -> list[Standing]:
     """All comparisons on a cell. Oracles are left out: they know what no method can know."""
     by_phase: dict[str, list[Chain]] = defaultdict(list)
-    for chain in cell.chains:
+    for chain in (spoken_of(cell, chain) for chain in cell.chains):
         scored = tuple(point for point in chain.points if point.scores is not None)
         if scored and not chain.oracle:
             by_phase[chain.phases].append(Chain(chain.method, chain.phases, chain.label, False, scored))
@@ -213,7 +214,7 @@ def _flips(
                 (cell.model, names[cell.family], cell.length, cell.mark, chain.label, asked(point), point.measured,
                  int(found.n[at]), lost, gained, float(found.p[at]), float(adjusted[at]), kind, gate[id(cell)] or "")
             )  # fmt: skip
-            if adjusted[at] <= options.level and lost > gained:
+            if adjusted[at] <= options.level and lost > gained and point in spoken_of(cell, chain).points:
                 worse.append(f"{chain.label} at {asked(point):.3g} (-{lost}, +{gained} of {int(found.n[at])})")
         if worse and gate[id(cell)] is None:
             more = f" and {len(worse) - 4} more" if len(worse) > 4 else ""
@@ -312,7 +313,7 @@ def _worst(study: Study, gate: dict[int, str | None], names: dict[str, str]) -> 
     for cell in study.primary:
         if gate[id(cell)] is not None or cell.dense is None:
             continue
-        for chain in cell.chains:
+        for chain in (spoken_of(cell, chain) for chain in cell.chains):
             points = [point for point in chain.points if point.scores is not None]
             if not points:
                 continue

@@ -269,8 +269,8 @@ def _unknown(place: int) -> str:
 def _model_names(rows: Sequence[Record]) -> dict[tuple[Any, ...], str]:
     """A name for each model, with what tells it from others of the same name.
 
-    A run that does not know the hash of its weights, as of other model types, is of the one model that has its name,
-    revision and dtype, where there is but one.
+    A run that does not know its revision, dtype, parameters or the hash of its weights, as of other model types, is of
+    the one model that has its name and fits what it says, where there is but one.
     """
     identities = {_identity(row) for row in rows}
     resolved = {identity: _whole(identity, identities) for identity in identities}
