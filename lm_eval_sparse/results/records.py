@@ -1,8 +1,10 @@
-"""From a result file of lm-eval to records, one for each task and metric. Knows lm-eval's result files."""
+"""From a result file of lm-eval to records, one for each task and metric. Knows lm-eval's result files.
+
+Long, since each part of a result file that a record needs is read here.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -13,12 +15,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .. import masking
 from ..errors import UserError
+from . import arguments
 from .documents import Scores, of_samples
 from .figures import PHASES
 from .parts import MISSING, Part, is_finite
-from .reproduce import arguments_of, reproduce_command
+from .reproduce import reproduce_command
 from .schema import Documents, PhaseFigures, Range, Record, Shape, are_of, is_share, said
 
 #: Measurements among lm-eval's metrics, and what it writes where nothing is scored.
@@ -198,7 +200,7 @@ def _documents(
 def _run(whole: Part) -> dict[str, Any]:
     """What all tasks of a run share."""
     config, sparse = whole["config"], whole["config"]["sparse"]
-    model_args = _masked(config["model_args"])
+    model_args = arguments.masked(config["model_args"])
     method, asked = model_args.get("method", "dense"), model_args.get("sparsity", 0)
     if not sparse and (_text(config["model"]) == "sparse-hf" or method != "dense" or asked not in (0, None)):
         raise UserError(
@@ -213,7 +215,7 @@ def _run(whole: Part) -> dict[str, Any]:
         "model_dtype": (_text(config["model_dtype"]) or "").removeprefix("torch.") or None,
         "model_parameters": _count(config["model_num_parameters"]),
         "runner": _text(config["model"]) or "?",
-        "gen_kwargs": _given(config["gen_kwargs"]),
+        "gen_kwargs": arguments.given(config["gen_kwargs"]),
         "fewshot_as_multiturn": _flag(whole["fewshot_as_multiturn"]),
         "chat_template": _short(whole["chat_template_sha"]),
         "system_instruction": _short(whole["system_instruction_sha"]),
@@ -457,36 +459,3 @@ def _model(whole: Part, model_args: dict[str, Any]) -> str:
         if isinstance(name, str) and name:
             return name.rstrip("/") or name
     return "?"
-
-
-def _given(part: Part) -> dict[str, Any]:
-    """Arguments by name, in any form that `simple_evaluate` takes: an object, a list or a text of `name=value`, JSON.
-
-    Raises:
-        UserError: they are something else: what was asked for would not be known.
-    """
-    value = part.value
-    if value is MISSING or value is None or isinstance(value, dict):
-        return value if isinstance(value, dict) else {}
-    if isinstance(value, list) and all(isinstance(pair, str) for pair in value):
-        value = ",".join(value)
-    if not isinstance(value, str):
-        raise part.refuse("an object or a text of name=value")
-    return {name.strip(): _typed(text) for name, text in arguments_of(value).items()}
-
-
-def _typed(value: Any) -> Any:
-    """A value as lm-eval reads it in `name=value`."""
-    if not isinstance(value, str):
-        return value
-    text = str(value).strip()
-    if text in ("True", "true", "False", "false"):
-        return text in ("True", "true")
-    for read in (int, float, json.loads):
-        with contextlib.suppress(ValueError, RecursionError):
-            return read(text)
-    return text
-
-
-def _masked(part: Part) -> dict[str, Any]:
-    return {name: masking.masked(value) for name, value in _given(part).items() if not masking.is_secret(name)}
