@@ -136,7 +136,7 @@ def test_what_lm_eval_may_leave_out(path: str, value: Any) -> None:
 def test_a_score_of_no_documents_is_none(value: Any) -> None:
     said: list[str] = []
     assert not list(records(changed("results/t/sample_len", value), "r.json", said))
-    assert said == ["r.json: results.t has no documents (sample_len is missing or 0)"]
+    assert said == ["r.json: results.t has no documents (sample_len and n-samples are missing or 0)"]
 
 
 NO_FIGURES = (float("nan"), float("inf"), -float("inf"), 1e308, -1e308, 10**400, True, "a", [0.5], {"a": 1})

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import made_up
 import pytest
 
 from lm_eval_sparse import frontier
@@ -73,10 +74,20 @@ def results(limit: Any = 2, **model_args: Any) -> dict[str, Any]:
         "chance": {"exact": 0.0},
         "config_source": "/x",
     }
+    method = model_args.get("method", "dense")
+    run = made_up.Run("org/small-0.5B", method, float(model_args.get("sparsity", 0)), "4k", ("niah",))
+    measured = made_up.contents(run, 2)[0]["config"]["sparse"]
+    measured["tasks"] = {TASK: next(iter(measured["tasks"].values()))}
     return {
         "results": {TASK: {"exact,none": 0.5, "sample_len": 2}},
         "configs": {TASK: {"task": TASK, "metadata": metadata}},
-        "config": {"model": "sparse-hf", "model_args": model_args, "limit": limit, "gen_kwargs": None},
+        "config": {
+            "model": "sparse-hf",
+            "model_args": model_args,
+            "limit": limit,
+            "gen_kwargs": None,
+            "sparse": measured,
+        },
         "chat_template": None,
         "system_instruction": None,
     }

@@ -454,7 +454,10 @@ def _flag(part: Part) -> bool | None:
 def _model(whole: Part, model_args: dict[str, Any]) -> str:
     """What a run calls its model: by its name, else by where it was loaded from. lm-eval makes a name up, the same for
     all, where it was given a model as an object."""
-    own = None if whole["model_source"].value == "CUSTOM" else whole["model_name"].value
+    given = whole["model_name"]
+    own = given.text() if given.value not in (None, "", MISSING) else None
+    if whole["model_source"].value == "CUSTOM":
+        own = None
     for name in (own, model_args.get("pretrained"), whole["config"]["model"].value):
         if isinstance(name, str) and name:
             return name.rstrip("/") or name
