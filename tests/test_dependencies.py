@@ -26,7 +26,7 @@ DECLARED = {canonicalize_name(line.name): line for line in map(Requirement, PROJ
 
 #: Imported inside functions only, where a file says what it does without: module -> where it comes from.
 OPTIONAL = {
-    "flash_attn": "fa4", "cutlass": "fa4", "pytest": "dev",
+    "flash_attn": "fa4", "cutlass": "fa4", "pytest": "dev", "ray": "ray",
     **dict.fromkeys(("mapie", "markupsafe", "pandas", "plotly", "pyarrow", "scipy", "statsmodels"), "analysis"),
 }  # fmt: skip
 OURS = {"lm_eval_sparse", "_lm_eval_sparse_hook"}

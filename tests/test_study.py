@@ -1,4 +1,7 @@
-"""Records are put together as they may be compared: nothing falls into one point or is paired that must not be."""
+"""Records are put together as they may be compared: nothing falls into one point or is paired that must not be.
+
+Long, since each way in which two runs may differ is a case.
+"""
 
 from __future__ import annotations
 

@@ -257,7 +257,8 @@ def through(tmp_path: Path, cells: list[Cell], victims: Sequence[str], moments: 
         driven(tmp_path / "l", cells)
     assert table(tmp_path / "l") == table(undisturbed)
     assert Ledger.of(tmp_path / "l").addresses() == {cell.address for cell in cells}
-    assert not list((tmp_path / "l" / "cells").glob(".*")), "half a file"
+    for path in (tmp_path / "l" / "cells").glob("cell_*.json"):
+        files.read(path)  # whole; what a killed process was writing has another name, and is never read
     assert len(tries(tmp_path)) <= len(cells) + 2 * moments
 
 

@@ -73,6 +73,7 @@ FILES: dict[str, str | bytes] = {
     "config: []": changed(config=[]),
     "config: 5": changed(config=5),
     "config: a text": changed(config="x"),
+    "sparse: null": changed(config__sparse=None),
     "sparse: 5": changed(config__sparse=5),
     "sparse: []": changed(config__sparse=[1]),
     "sparse: {}": changed(config__sparse={}),
@@ -115,7 +116,6 @@ FILES: dict[str, str | bytes] = {
 DRAWN: dict[str, str | bytes] = {
     "config: null": changed(config=None),
     "no config": changed(config=GONE),
-    "sparse: null": changed(config__sparse=None),
     "no higher_is_better": changed(higher_is_better=GONE),
     "no model name": changed(model_name=GONE),
     "a name with one $": _named("org/model", "org/$model"),
