@@ -20,6 +20,8 @@ from ..errors import UserError
 
 #: Larger files are refused: a results file with all its configurations has less than a hundredth of it.
 MOST_BYTES = 1 << 30
+#: How names of files begin that are not yet whole.
+PARTIAL = ".lm-eval-sparse-"
 #: JSON nested deeper is refused: everything that walks through it may call itself at every level.
 DEEPEST = 100
 
@@ -116,7 +118,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # No part of the name: it may have as many characters as a name can have.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".lm-eval-sparse-")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)

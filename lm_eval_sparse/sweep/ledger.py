@@ -31,13 +31,15 @@ import filelock
 from ..errors import UserError, one_line
 from ..labels import label
 from ..results import cells
-from ..results.files import read_json, why, write_whole
+from ..results.files import PARTIAL, read_json, why, write_whole
 from ..results.schema import Record
 from .cell import Cell
 
 #: Raised when a folder of this version cannot be read by an older one.
 SCHEMA = 1
 _BROKEN = "broken"
+#: Seconds after which nobody is still writing a file.
+_OLD = 3600
 
 
 @dataclass(frozen=True)
@@ -235,10 +237,19 @@ class Ledger:
             lock = filelock.FileLock(path, timeout=0)
             self._take(lock)
             write_whole(path.with_suffix(".json"), json.dumps(_me()).encode())
+        self._tidy(alone=of == 1)
         try:
             yield
         finally:
             lock.release()
+
+    def _tidy(self, alone: bool) -> None:
+        """Remove what killed processes were writing. Other shards may be writing now: of theirs only what is old goes."""
+        for folder in (self.folder, self.folder / "cells", self.folder / "failed", self.folder / "locks"):
+            for path in folder.glob(f"{PARTIAL}*"):
+                with contextlib.suppress(OSError):
+                    if alone or time.time() - path.stat().st_mtime > _OLD:
+                        path.unlink()
 
     @contextlib.contextmanager
     def claim(self, address: str) -> Iterator[bool]:
