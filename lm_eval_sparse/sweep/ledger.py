@@ -244,7 +244,7 @@ class Ledger:
             lock.release()
 
     def _tidy(self, alone: bool) -> None:
-        """Remove what killed processes were writing. Other shards may be writing now: of theirs only what is old goes."""
+        """Remove what killed processes were writing. Other shards may be writing now: of theirs only the old goes."""
         for folder in (self.folder, self.folder / "cells", self.folder / "failed", self.folder / "locks"):
             for path in folder.glob(f"{PARTIAL}*"):
                 with contextlib.suppress(OSError):
