@@ -183,3 +183,7 @@ def test_gpus_become_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given(None, None, 1) == [("gpu0", "0"), ("gpu3", "3")]
     assert given("3", None, 2) == [("gpu3-0", "3"), ("gpu3-1", "3")]
     assert given("none", "2", 1) == [("cpu0", ""), ("cpu1", "")]
+    # Processes that share a device fill a part of it each, one alone finds out itself.
+    assert [slot.arguments for slot in sweep_checks.slots("3", None, 2)] == [("--share-prefill", "2")] * 2
+    assert sweep_checks.slots("3", None, 1)[0].arguments == ()
+    assert all(slot.arguments[0] == "--share-prefill" for slot in sweep_checks.slots("none", "2", 1))

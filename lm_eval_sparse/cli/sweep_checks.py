@@ -41,13 +41,23 @@ def slots(gpus: str | None, processes: str | None, shared: int) -> list[Slot]:
         raise UserError("--processes is for the CPU; type --gpus none beside it, or --per-gpu K")
     if not wanted:
         many = whole("--processes", processes or "1")
+        import psutil
+
         threads = str(max(1, (os.cpu_count() or 1) // many))
-        return [Slot(f"cpu{at}", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}) for at in range(many)]
+        bound = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}
+        return [Slot(f"cpu{at}", bound, _part(psutil.virtual_memory().available, many)) for at in range(many)]
+    there = devices()
     return [
-        Slot(f"gpu{gpu}{f'-{at}' if shared > 1 else ''}", {"CUDA_VISIBLE_DEVICES": gpu})
+        Slot(f"gpu{gpu}{f'-{at}' if shared > 1 else ''}", {"CUDA_VISIBLE_DEVICES": gpu}, _part(there[gpu], shared))
         for at in range(shared)
         for gpu in wanted
     ]
+
+
+def _part(free: int, sharing: int) -> tuple[str, ...]:
+    """How much a process may fill with prompts that it has read: alone half of what is free, which it finds itself, and
+    its part of a quarter beside others, whose weights and prompts are not there yet."""
+    return () if sharing == 1 else ("--share-prefill", str(free // (4 * sharing)))
 
 
 def _gpus(given: str | None) -> list[str]:

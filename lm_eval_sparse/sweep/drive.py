@@ -30,10 +30,12 @@ _SPENT = ("memory", "device", "died")
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for a process: `name` for its log, and the variables that bind it to a device."""
+    """A place for a process: `name` for its log, the variables that bind it to a device, and what it is told besides,
+    such as how much of a device it may fill."""
 
     name: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
 
 
 class Queue:
@@ -184,7 +186,9 @@ class Driver:
                     self._workers.pop(slot.name, None)
 
     def _start(self, slot: Slot) -> Worker:
-        process = Worker(self.command, slot.environment, self.ledger.folder / "logs" / f"{slot.name}.log")
+        process = Worker(
+            (*self.command, *slot.arguments), slot.environment, self.ledger.folder / "logs" / f"{slot.name}.log"
+        )
         with self._lock:
             self._workers[slot.name] = process
             if self._ending.is_set():

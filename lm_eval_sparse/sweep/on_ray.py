@@ -129,7 +129,7 @@ def _run(
 
     def submit(unit: _Unit) -> None:
         given = [cell.as_json() for cell in unit.cells]
-        waiting[task.remote(folder, mark, given, keep_raw, command, environment)] = unit
+        waiting[task.remote(folder, mark, given, keep_raw, share, command, environment)] = unit
 
     for unit in _units(cells, places):
         submit(unit)
@@ -220,6 +220,7 @@ def _unit(
     mark: dict[str, Any],
     cells: list[dict[str, Any]],
     keep_raw: bool,
+    share: int,
     command: tuple[str, ...],
     environment: dict[str, str],
 ) -> str | None:
@@ -238,7 +239,10 @@ def _unit(
 
     gpus = ",".join(str(gpu) for gpu in ray.get_gpu_ids())
     # A task that was given none sees all of them, whatever Ray says.
-    slot = Slot(f"ray-{socket.gethostname()}-{os.getpid()}", {**environment, "CUDA_VISIBLE_DEVICES": gpus})
+    bound = {**environment, "CUDA_VISIBLE_DEVICES": gpus}
+    # Beside others nobody knows how much may be filled with prompts that were read.
+    more = ("--share-prefill", "0") if share > 1 else ()
+    slot = Slot(f"ray-{socket.gethostname()}-{os.getpid()}", bound, more)
     Driver(Ledger.of(place), [slot], command=command, keep_raw=keep_raw).run(Cell(**given) for given in cells)
     return None
 
